@@ -1,0 +1,137 @@
+"""Several experts, in order and by name, before they are packed onto layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError, printable
+from mole_kernels.experts.lowrank import Expert, LowRank, flatten
+from mole_kernels.experts.scales import Convention, scale_of
+
+if TYPE_CHECKING:
+    import os
+
+    from mole_kernels.experts.layer import LayerExperts
+
+
+class ExpertBank:
+    """Experts by name; their order is the order of the gates' rows, so it is the order given, never a guess.
+
+    experts  name -> Expert. Names are shown, saved and used as module keys: not empty, printable, without dots.
+    """
+
+    def __init__(self, experts: Mapping[str, Expert]) -> None:
+        if not experts:
+            raise MoleValueError("ExpertBank", expected="at least one expert", got="none")
+        for name, expert in experts.items():
+            check_name(name)
+            if not isinstance(expert, Expert):
+                raise MoleTypeError(
+                    f"ExpertBank, expert {name!r}", expected="an Expert", got=type(expert).__name__, hint="read a file with mole_kernels.load_expert"
+                )  # fmt: skip
+        self.experts: dict[str, Expert] = dict(experts)
+        # flat name -> the spelling with the most dots among the experts: only that one can be walked in a model
+        self._spelling: dict[str, str] = {}
+        self._by_flat: dict[str, dict[str, LowRank]] = {}
+        for name, expert in self.experts.items():
+            for path, layer in expert.layers.items():
+                flat = flatten(path)
+                known = self._spelling.setdefault(flat, path)
+                if path.count(".") > known.count("."):
+                    self._spelling[flat] = path
+                self._by_flat.setdefault(flat, {})[name] = layer
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.experts)
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __repr__(self) -> str:
+        return f"ExpertBank({', '.join(self.names)}; {len(self._spelling)} layers)"
+
+    def paths(self) -> list[str]:
+        """Every layer that at least one expert touches, in order of first mention."""
+        return list(self._spelling.values())
+
+    def layer(self, path: str) -> dict[str, LowRank]:
+        """The experts that touch this layer, by name in bank order; {} where none does. Either spelling of the path."""
+        return dict(self._by_flat.get(flatten(path), {}))
+
+    def pack(self, path: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LayerExperts:
+        """The packed module of one layer; an expert that lacks the layer has no rows in it."""
+        from mole_kernels.experts.layer import LayerExperts
+
+        layers = self.layer(path)
+        if not layers:
+            raise MoleKeyError("ExpertBank.pack", f"no expert has the layer {printable(path)}", hint="ExpertBank.paths() lists the layers")
+        dims = {(layer.out_features, layer.in_features) for layer in layers.values()}
+        if len(dims) > 1:
+            got = ", ".join(f"{name} {layer.out_features}x{layer.in_features}" for name, layer in layers.items())
+            raise MoleShapeError(f"ExpertBank.pack, layer {printable(path)}", expected="experts of one size [N,K]", got=got)
+        return LayerExperts.from_factors(layers, dtype=dtype, device=device)
+
+    @classmethod
+    def new(
+        cls,
+        shapes: Mapping[str, tuple[int, int]],
+        names: Sequence[str],
+        rank: int | Mapping[str, int],
+        alpha: float | Mapping[str, float] | None = None,
+        *,
+        convention: Convention = "kohya",
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> ExpertBank:
+        """Fresh experts: A ~ kaiming_uniform(a=√5), B = 0, so that ΔW = 0 (MoLE, section 1.2 of its code).
+
+        shapes  path -> (N, K)
+        rank    of all experts, or by name; alpha likewise, None means scale 1
+        """
+        if len(set(names)) != len(names):
+            raise MoleValueError("ExpertBank.new", expected="names that differ", got=list(names))
+        experts = {}
+        for name in names:
+            r = rank if isinstance(rank, int) else rank[name]
+            scale = scale_of(convention, alpha[name] if isinstance(alpha, Mapping) else alpha, r)
+            layers = {path: _fresh(n, k, r, scale, dtype, generator) for path, (n, k) in shapes.items()}
+            experts[name] = Expert(layers, dialect="memory", source=f"new expert {name}")
+        return cls(experts)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all experts to one safetensors file, exactly and atomically; `io.save_bank` adds gates."""
+        from mole_kernels.experts.format import bank_tensors
+        from mole_kernels.files.writer import atomic_save
+
+        tensors, metadata = bank_tensors(self)
+        atomic_save(tensors, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ExpertBank:
+        """Read the experts of a file written by `save`; `io.load_bank` also reads its gates."""
+        from mole_kernels.experts.format import bank_from_tensors
+        from mole_kernels.files.reader import read_tensors
+
+        tensors, metadata = read_tensors(path)
+        return bank_from_tensors(tensors, metadata, str(path))[0]
+
+
+def check_name(name: str) -> None:
+    """An expert's name must be usable as a module key, a metadata entry and a word on the screen."""
+    if not isinstance(name, str):
+        raise MoleTypeError("expert name", expected="a str", got=type(name).__name__)
+    if not name or not name.isprintable() or "." in name or len(name) > 128:
+        raise MoleValueError(
+            "expert name", expected="1 to 128 printable characters without a dot", got=repr(printable(name)), hint="for example face_v2"
+        )
+
+
+def _fresh(n: int, k: int, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None) -> LowRank:
+    down = torch.empty(rank, k, dtype=torch.float32)
+    torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+    return LowRank(down.to(dtype), torch.zeros(n, rank, dtype=dtype), scale)

@@ -1,0 +1,117 @@
+"""One expert: its two factors on one layer, and all the layers of one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mole_kernels.errors import MoleKeyError, MoleShapeError, printable
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+
+
+def flatten(path: str) -> str:
+    """The name under which two spellings of one layer meet: every dot an underscore, as kohya writes it."""
+    return path.replace(".", "_")
+
+
+def split_component(path: str) -> tuple[str | None, str]:
+    """("unet", "down_blocks.0…") for a path that names a pipeline component, else (None, path)."""
+    head, dot, rest = path.partition(".")
+    return (head, rest) if dot and head in COMPONENTS else (None, path)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """One expert on one layer: ΔW = scale · up · down.
+
+    down   [R,K]
+    up     [N,R]
+    scale  the convention's scale (see `scales`), without any adapter weight
+    conv   the file held the factors of a 1x1 convolution ([R,K,1,1] and [N,R,1,1])
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+    conv: bool = False
+
+    def __post_init__(self) -> None:
+        if self.down.dim() != 2 or self.up.dim() != 2 or self.down.shape[0] != self.up.shape[1] or self.down.shape[0] < 1:
+            raise MoleShapeError(
+                "LowRank",
+                expected="down [R,K] and up [N,R] of one rank R >= 1",
+                got=f"down {list(self.down.shape)}, up {list(self.up.shape)}",
+                hint="up-projections are stored [N,R], down-projections [R,K]",
+            )
+
+    def __repr__(self) -> str:
+        return f"LowRank({self.out_features}x{self.in_features}, rank {self.rank}, scale {self.scale:g}, {self.up.dtype})"
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.down.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.up.shape[0]
+
+    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """ΔW [N,K]."""
+        return self.scale * (self.up.to(dtype) @ self.down.to(dtype))
+
+    def norm(self) -> float:
+        """‖ΔW‖ (Frobenius), as |scale| · √Σ(AAᵀ ⊙ BᵀB): R×R products only, ΔW is never formed."""
+        down, up = self.down.detach().double(), self.up.detach().double()
+        squared = ((down @ down.T) * (up.T @ up)).sum().item()
+        return abs(self.scale) * max(squared, 0.0) ** 0.5
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LowRank:
+        return LowRank(self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype), self.scale, self.conv)
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """All layers of one expert, by dotted module path.
+
+    layers    path -> LowRank. A path begins with its component ("unet.", "text_encoder.", "transformer.") where the file says so.
+              Where a kohya name could not be cut back into dots, the flat name stays: match by `flatten(path)`.
+    dialect   how the file spelled it: "diffusers", "kohya", "mix_of_show", "native", "memory"
+    source    the file, for messages
+    metadata  the file's own metadata, text as it came: escape before printing
+    """
+
+    layers: Mapping[str, LowRank]
+    dialect: str = "memory"
+    source: str = "memory"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        flat: dict[str, str] = {}
+        for path in self.layers:
+            other = flat.setdefault(flatten(path), path)
+            if other != path:
+                raise MoleKeyError(
+                    printable(self.source), f"one layer is named twice: {printable(other)} and {printable(path)}",
+                    hint="keep one spelling of each layer in the file",
+                )  # fmt: skip
+
+    def ranks(self) -> set[int]:
+        return {layer.rank for layer in self.layers.values()}
+
+    def scales(self) -> set[float]:
+        return {layer.scale for layer in self.layers.values()}
+
+    def components(self) -> set[str | None]:
+        return {split_component(path)[0] for path in self.layers}
+
+    def norm(self) -> float:
+        """‖ΔW‖ over all layers together."""
+        return sum(layer.norm() ** 2 for layer in self.layers.values()) ** 0.5
