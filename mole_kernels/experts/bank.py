@@ -31,8 +31,11 @@ class ExpertBank:
             check_name(name)
             if not isinstance(expert, Expert):
                 raise MoleTypeError(
-                    f"ExpertBank, expert {name!r}", expected="an Expert", got=type(expert).__name__, hint="read a file with mole_kernels.load_expert"
-                )  # fmt: skip
+                    f"ExpertBank, expert {name!r}",
+                    expected="an Expert",
+                    got=type(expert).__name__,
+                    hint="read a file with mole_kernels.load_expert",
+                )
         self.experts: dict[str, Expert] = dict(experts)
         # flat name -> the spelling with the most dots among the experts: only that one can be walked in a model
         self._spelling: dict[str, str] = {}
@@ -74,6 +77,7 @@ class ExpertBank:
         if len(dims) > 1:
             got = ", ".join(f"{name} {layer.out_features}x{layer.in_features}" for name, layer in layers.items())
             raise MoleShapeError(f"ExpertBank.pack, layer {printable(path)}", expected="experts of one size [N,K]", got=got)
+        layers = {name: layer.to(dtype, device, where=f"expert {name!r}, {printable(path)}") for name, layer in layers.items()}
         return LayerExperts.from_factors(layers, dtype=dtype, device=device)
 
     @classmethod

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleKeyError, MoleShapeError, printable
+from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleValueError, printable
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 
@@ -22,6 +22,21 @@ def split_component(path: str) -> tuple[str | None, str]:
     """("unet", "down_blocks.0…") for a path that names a pipeline component, else (None, path)."""
     head, dot, rest = path.partition(".")
     return (head, rest) if dot and head in COMPONENTS else (None, path)
+
+
+def cast(where: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None = None) -> Tensor:
+    """`tensor.to(dtype)`, refused where a finite value would become Inf or NaN (float16 ends at 65,504)."""
+    new = tensor.to(device=device, dtype=dtype)
+    if dtype is not None and tensor.numel() and not tensor.is_meta and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        low, high = torch.aminmax(tensor.detach())
+        largest = max(-low.item(), high.item())
+        if largest > torch.finfo(dtype).max:
+            raise MoleValueError(
+                where,
+                f"its largest value {largest:g} overflows in {dtype} (largest {torch.finfo(dtype).max:g})",
+                hint="use bfloat16 or float32",
+            )
+    return new
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +88,11 @@ class LowRank:
         squared = ((down @ down.T) * (up.T @ up)).sum().item()
         return abs(self.scale) * max(squared, 0.0) ** 0.5
 
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LowRank:
-        return LowRank(self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype), self.scale, self.conv)
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None, where: str = "LowRank.to") -> LowRank:
+        """A copy in another dtype or place; MoleValueError where a value would overflow (float16 ends at 65,504)."""
+        return LowRank(
+            cast(f"{where}, A (down)", self.down, dtype, device), cast(f"{where}, B (up)", self.up, dtype, device), self.scale, self.conv
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +117,10 @@ class Expert:
             other = flat.setdefault(flatten(path), path)
             if other != path:
                 raise MoleKeyError(
-                    printable(self.source), f"one layer is named twice: {printable(other)} and {printable(path)}",
+                    printable(self.source),
+                    f"one layer is named twice: {printable(other)} and {printable(path)}",
                     hint="keep one spelling of each layer in the file",
-                )  # fmt: skip
+                )
 
     def ranks(self) -> set[int]:
         return {layer.rank for layer in self.layers.values()}

@@ -1,0 +1,86 @@
+"""What a pair of factors from a stranger must be before it becomes a LowRank."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, MoleWarning
+from mole_kernels.experts.lowrank import LowRank
+from mole_kernels.files.limits import DTYPE_NAMES
+
+
+def checked_lowrank(where: str, down: Tensor, up: Tensor, scale: float = 1.0, conv: bool = False) -> LowRank:
+    """A LowRank of factors as a file holds them: [R,K] and [N,R], or [R,K,1,1] and [N,R,1,1].
+
+    where  file and layer, for messages
+    Raises MoleTypeError (dtype), MoleShapeError (dimensions, rank), MoleValueError (NaN or Inf).
+    """
+    for half, name in ((down, "A (down)"), (up, "B (up)")):
+        if half.dtype not in DTYPE_NAMES:
+            raise MoleTypeError(f"{where}, {name}", expected=f"dtype {', '.join(DTYPE_NAMES.values())}", got=half.dtype)
+    conv = conv or down.dim() == 4 or up.dim() == 4
+    down, up = _matrix(f"{where}, A (down)", down), _matrix(f"{where}, B (up)", up)
+    if min(down.shape[0], up.shape[1]) < 1:
+        raise MoleShapeError(where, expected="a rank of at least 1", got=f"A {list(down.shape)}, B {list(up.shape)}")
+    if down.shape[0] != up.shape[1]:
+        raise MoleShapeError(
+            where,
+            expected="A [R,K] and B [N,R] of one rank",
+            got=f"A {list(down.shape)}, B {list(up.shape)}",
+            hint="is one of them transposed?",
+        )
+    if down.shape[1] < 1 or up.shape[0] < 1:
+        raise MoleShapeError(where, expected="at least one input and one output", got=f"A {list(down.shape)}, B {list(up.shape)}")
+    check_finite(f"{where}, A (down)", down)
+    check_finite(f"{where}, B (up)", up)
+    return LowRank(down, up, scale, conv)
+
+
+def check_finite(where: str, tensor: Tensor) -> None:
+    """Refuse NaN and Inf, and say how many there are."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return
+    wide = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
+    # one pass and no temporary: min and max carry NaN and Inf out
+    low, high = torch.aminmax(wide)
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        nan, inf = int(wide.isnan().sum()), int(wide.isinf().sum())
+        raise MoleValueError(
+            where, f"{nan} NaN and {inf} Inf among {tensor.numel():,} values", hint="the file was written by a run that diverged"
+        )
+
+
+def checked_alpha(where: str, alpha: Tensor | float) -> float:
+    """A finite scalar; zero, which switches the layer off, is warned about."""
+    if isinstance(alpha, Tensor):
+        if alpha.numel() != 1:
+            raise MoleShapeError(where, expected="a scalar alpha", got=f"shape {list(alpha.shape)}")
+        if alpha.dtype not in DTYPE_NAMES:
+            raise MoleTypeError(where, expected=f"alpha of dtype {', '.join(DTYPE_NAMES.values())}", got=alpha.dtype)
+        alpha = alpha.detach().float().item() if alpha.element_size() == 1 else alpha.item()
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise MoleTypeError(where, expected="a number as alpha", got=type(alpha).__name__)
+    if not math.isfinite(alpha):
+        raise MoleValueError(where, expected="a finite alpha", got=alpha)
+    if alpha == 0:
+        warnings.warn(f"{where}: alpha is 0, so this layer of the expert does nothing", MoleWarning, stacklevel=3)
+    return float(alpha)
+
+
+def _matrix(where: str, tensor: Tensor) -> Tensor:
+    if tensor.dim() == 4 and tuple(tensor.shape[2:]) == (1, 1):
+        return tensor.reshape(tensor.shape[:2])
+    if tensor.dim() == 4:
+        raise MoleShapeError(
+            where,
+            expected="a linear layer or a 1x1 convolution",
+            got=f"a {tensor.shape[2]}x{tensor.shape[3]} convolution, {list(tensor.shape)}",
+            hint="LoRA on larger convolutions is not supported yet",
+        )
+    if tensor.dim() != 2:
+        raise MoleShapeError(where, expected="a matrix", got=f"shape {list(tensor.shape)}")
+    return tensor
