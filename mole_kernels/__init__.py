@@ -1,0 +1,40 @@
+"""Mixtures of low-rank experts in diffusion models, at the speed of the plain layer.
+
+    handle = mk.patch(pipe, experts={"face": "face.safetensors", "hand": "hand.safetensors"}, gates="gates.safetensors")
+
+Importing this needs no GPU, no compiler, no diffusers and no PEFT; names are fetched when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "patch": "mole_kernels.patch.apply",
+    "plan": "mole_kernels.patch.plan",
+    "accelerate": "mole_kernels.patch.accelerate",
+    "status": "mole_kernels.patch.status",
+    "gated_lora_linear": "mole_kernels.functional",
+    "Experts": "mole_kernels.operands",
+    "Gates": "mole_kernels.operands",
+    "GatedLoRALinear": "mole_kernels.layers.linear",
+    "ExpertBank": "mole_kernels.experts.bank",
+    "MoleError": "mole_kernels.errors",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mole_kernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

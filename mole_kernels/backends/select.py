@@ -1,0 +1,65 @@
+"""Which backend computes a problem, and why the others do not."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mole_kernels.backends import cpu, reference, stacked
+from mole_kernels.errors import MoleBackendError, MoleValueError, MoleWarning
+from mole_kernels.problem import Problem
+
+
+class Backend(Protocol):
+    """What a backend module offers; the tensor contract is docs/design.md section 3."""
+
+    @property
+    def name(self) -> str: ...
+
+    def reject(self, problem: Problem) -> str | None: ...
+
+    def forward(self, *args: Any) -> tuple[Tensor, ...]: ...
+
+    def backward(self, *args: Any) -> tuple[Tensor, ...]: ...
+
+
+# in the order of preference; a compiled backend before plain torch
+BACKENDS: dict[str, Backend] = {b.name: b for b in (cpu, stacked, reference)}  # type: ignore[misc]
+
+# (backend, reason) -> how often "auto" passed it over for that reason
+refusals: Counter[tuple[str, str]] = Counter()
+
+
+def select(problem: Problem, backend: str = "auto") -> Backend:
+    """The first backend that takes `problem`, or the one asked for by name.
+
+    Raises MoleValueError for an unknown name, MoleBackendError where the named one (or every one) refuses.
+    A compiled backend of this device that is passed over is warned about once for each reason.
+    """
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise MoleValueError("backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend))
+        reason = BACKENDS[backend].reject(problem)
+        if reason is not None:
+            raise MoleBackendError(f"backend {backend!r}", f"refuses {problem}: {reason}", hint="backend='auto' takes the best that fits")
+        return BACKENDS[backend]
+    for candidate in BACKENDS.values():
+        reason = candidate.reject(problem)
+        if reason is None:
+            return candidate
+        refusals[candidate.name, reason] += 1
+        if candidate.name == problem.device and refusals[candidate.name, reason] == 1:
+            warnings.warn(f"mole_kernels: backend {candidate.name!r} is passed over: {reason}", MoleWarning, stacklevel=3)
+    every = "; ".join(f"{b.name}: {b.reject(problem)}" for b in BACKENDS.values())
+    raise MoleBackendError("backend 'auto'", f"nothing takes {problem}: {every}")
+
+
+def report(device: str = "cpu") -> dict[str, str | None]:
+    """backend -> None where it takes a small float32 problem on `device`, else the reason why not."""
+    import torch
+
+    problem = Problem(B=1, T=16, K=64, N=64, ranks=(4, 4), S=1, dtype=torch.float32, device=device, token_gate=True, sample_gate=True)
+    return {b.name: b.reject(problem) for b in BACKENDS.values()}

@@ -1,0 +1,114 @@
+"""The experts of one layer, packed as the operator reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleValueError
+from mole_kernels.experts.lowrank import LowRank
+from mole_kernels.operands import Experts
+
+
+class LayerExperts(nn.Module):
+    """E named experts of one layer: A_e one under the other, B_e side by side.
+
+    down        [S,R,K]      Parameter
+    up          [S,N,R]      Parameter
+    base_scale  [E] float32  the convention's scale of each expert (alpha/r, …)
+    scale       [E] float32  base_scale times the adapter weights: what the operator multiplies by
+    S = 1 for experts shared by the batch, or the number of samples. The scales stay float32 whatever `.to(dtype)` does to the rest.
+    """
+
+    base_scale: Tensor
+    scale: Tensor
+
+    def __init__(self, down: Tensor, up: Tensor, base_scale: Tensor, names: tuple[str, ...], ranks: tuple[int, ...]) -> None:
+        super().__init__()
+        if len(names) != len(ranks) or len(set(names)) != len(names) or not names or min(ranks) < 1:
+            raise MoleValueError(
+                "LayerExperts", expected="one name (all different) and one rank >= 1 for each expert", got=f"{names}, {ranks}"
+            )
+        S, R = down.shape[0], sum(ranks)
+        if (
+            down.dim() != 3
+            or up.dim() != 3
+            or down.shape[1] != R
+            or tuple(up.shape) != (S, up.shape[1], R)
+            or base_scale.shape != (len(names),)
+        ):
+            raise MoleShapeError(
+                "LayerExperts",
+                expected=f"down [S,{R},K], up [S,N,{R}], base_scale [{len(names)}]",
+                got=f"{list(down.shape)}, {list(up.shape)}, {list(base_scale.shape)}",
+            )
+        self.names, self.ranks = tuple(names), tuple(ranks)
+        self.down, self.up = nn.Parameter(down, requires_grad=False), nn.Parameter(up, requires_grad=False)
+        self.register_buffer("base_scale", base_scale.to(torch.float32))
+        self.register_buffer("scale", self.base_scale.clone())
+
+    @classmethod
+    def from_factors(
+        cls, factors: Mapping[str, LowRank], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> LayerExperts:
+        """Pack LowRank experts, in the mapping's order; they must agree in K and N."""
+        layers = list(factors.values())
+        first = layers[0]
+        dtype, device = dtype or first.down.dtype, device or first.down.device
+        ranks = tuple(layer.rank for layer in layers)
+        down = torch.empty(1, sum(ranks), first.in_features, dtype=dtype, device=device)
+        up = torch.empty(1, first.out_features, sum(ranks), dtype=dtype, device=device)
+        start = 0
+        for layer in layers:
+            down[0, start : start + layer.rank].copy_(layer.down.detach())
+            up[0, :, start : start + layer.rank].copy_(layer.up.detach())
+            start += layer.rank
+        return cls(down, up, torch.tensor([layer.scale for layer in layers], device=device), tuple(factors), ranks)
+
+    def operands(self) -> Experts:
+        return Experts(self.down, self.up, self.scale, self.ranks)
+
+    def span(self, name: str) -> slice:
+        """The rank columns of one expert."""
+        e = self.index(name)
+        start = sum(self.ranks[:e])
+        return slice(start, start + self.ranks[e])
+
+    def index(self, name: str) -> int:
+        if name not in self.names:
+            raise MoleKeyError("expert", f"no expert {name!r} on this layer; it has {', '.join(self.names)}")
+        return self.names.index(name)
+
+    def factor(self, name: str, sample: int = 0) -> LowRank:
+        """One expert as it stands now (copies); its adapter weight is not part of it."""
+        span = self.span(name)
+        down, up = self.down[sample, span].detach().clone(), self.up[sample, :, span].detach().clone()
+        return LowRank(down, up, self.base_scale[self.index(name)].item())
+
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """scale_e = base_scale_e · weight, for the experts named; the others keep theirs."""
+        for name, weight in weights.items():
+            if not math.isfinite(weight):
+                raise MoleValueError(f"weight of expert {name!r}", expected="a finite number", got=weight)
+            self.index(name)
+        for name, weight in weights.items():
+            e = self.index(name)
+            self.scale[e] = self.base_scale[e] * weight
+
+    def _apply(self, fn, recurse: bool = True):
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        S, _, K = self.down.shape
+        experts = ", ".join(f"{name} r={rank}" for name, rank in zip(self.names, self.ranks))
+        return f"{K}→{self.up.shape[1]}, {experts}" + (f", {S} sets" if S > 1 else "")

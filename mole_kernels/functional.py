@@ -1,0 +1,158 @@
+"""The public door to the operator: check, cast, flatten, call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.operands import Experts, Gates
+from mole_kernels.ops import schema  # noqa: F401  registers torch.ops.mole
+
+OP = "gated_lora_linear"
+NO_GATES = Gates()
+
+
+def gated_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """y = x Wᵀ + b + Σ_e s_e·gate_e·l_e·G_e·(x A_eᵀ) B_eᵀ, with l = sigmoid(x phiᵀ + phi_bias), G = sigmoid(pooled).
+
+    x        [..., K] float     first dimension is the sample, the last K, all between are tokens; [M,K] is one sample
+    weight   [N,K], bias [N]    frozen: no gradient is made for them
+    experts  down [S,R,K], up [S,N,R], scale [E], ranks; S = 1 or the number of samples
+    gates    `Gates`; absent parts count as 1. A NaN in a gate makes NaN of the outputs it touches; gates need not sum to one
+    backend  "auto", or a backend by name
+    Returns y [..., N] in x's dtype (autocast's where that is on). Low-precision inputs accumulate in float32.
+    Gradients: x, down, up, scale and every part of gates.
+
+    Raises MoleShapeError, MoleTypeError (dtypes, devices), MoleValueError (ranks, backend name), MoleStateError (weight wants a
+    gradient), MoleBackendError (the backend named refuses).
+    """
+    return gated_lora_linear_with_gates(x, weight, bias, experts, gates, backend=backend)[0]
+
+
+def gated_lora_linear_with_gates(
+    x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates | None = None, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`gated_lora_linear`, and what its gates said: y [...,N], token gate l [B,T,E] and sample gate G [B,E] (None where absent).
+
+    The gates come back detached and in float32.
+    """
+    gates = gates or NO_GATES
+    _check_types(x, weight, bias, experts, gates)
+    x3 = _as_samples(x)
+    _check_shapes(x3, weight, bias, experts, gates)
+    x3, weight, bias, down, up, phi = _cast(x3, weight, bias, experts.down, experts.up, gates.phi)
+    save = torch.is_grad_enabled() and _wants_grad(x3, experts, gates)
+    if save and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise MoleStateError(
+            OP,
+            "weight or bias requires a gradient, but the base layer is frozen here and would get none",
+            hint="weight.requires_grad_(False)",
+        )
+    y, _, token_gate, sample_gate = torch.ops.mole.gated_lora_fwd(
+        x3,
+        weight,
+        bias,
+        down,
+        up,
+        experts.scale,
+        experts.ranks,
+        gates.gate,
+        phi,
+        gates.phi_bias,
+        gates.pool,
+        gates.pool_bias,
+        save,
+        backend,
+    )
+    y = y.reshape(*x.shape[:-1], weight.shape[0])
+    return y, token_gate if phi is not None else None, sample_gate if gates.pool is not None else None
+
+
+def _as_samples(x: Tensor) -> Tensor:
+    """[K] -> [1,1,K], [M,K] -> [1,M,K], [B,...,K] -> [B,T,K]."""
+    if x.dim() == 3:
+        return x
+    if x.dim() < 3:
+        return x.reshape(1, -1, x.shape[-1]) if x.numel() else x.reshape(1, x.shape[0] if x.dim() == 2 else 1, x.shape[-1])
+    return x.flatten(1, -2)
+
+
+def _wants_grad(x: Tensor, experts: Experts, gates: Gates) -> bool:
+    return any(t is not None and t.requires_grad for t in (x, experts.down, experts.up, experts.scale, *gates))
+
+
+def _cast(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, phi: Tensor | None):
+    """Everything that enters a product in one dtype: autocast's where it is on, else x's."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
+    return (t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, weight, bias, down, up, phi))
+
+
+def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates) -> None:
+    if not x.is_floating_point():
+        raise MoleTypeError(OP, expected="x of a floating dtype", got=str(x.dtype))
+    named = (
+        ("weight", weight),
+        ("bias", bias),
+        ("down", experts.down),
+        ("up", experts.up),
+        ("scale", experts.scale),
+        *gates._asdict().items(),
+    )
+    for name, tensor in named:
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise MoleTypeError(OP, expected=f"{name} on x's device {x.device}", got=str(tensor.device), hint=f"{name}.to(x.device)")
+        if not tensor.is_floating_point():
+            raise MoleTypeError(OP, expected=f"{name} of a floating dtype", got=str(tensor.dtype))
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise MoleTypeError(
+            OP, expected=f"x and weight of one dtype, x has {x.dtype}", got=str(weight.dtype), hint="cast x or the layer, or use autocast"
+        )
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates) -> None:
+    B, T, K = x.shape
+    down, up, ranks = experts.down, experts.up, experts.ranks
+    if weight.dim() != 2 or weight.shape[1] != K:
+        raise MoleShapeError(OP, expected=f"weight [N,K] with K = {K} (x's last dimension)", got=tuple(weight.shape))
+    N, R, E = weight.shape[0], sum(ranks), len(ranks)
+    if E == 0 or min(ranks) < 1:
+        raise MoleValueError(OP, expected="ranks: one number ≥ 1 for each expert, and at least one expert", got=tuple(ranks))
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise MoleShapeError(OP, expected=f"bias [N] = [{N}]", got=tuple(bias.shape))
+    S = down.shape[0] if down.dim() == 3 else 1
+    if down.dim() != 3 or tuple(down.shape) != (S, R, K):
+        hint = "down looks transposed; down-projections are stored [R,K]" if down.dim() == 3 and tuple(down.shape[1:]) == (K, R) else ""
+        raise MoleShapeError(OP, expected=f"down [S,R,K] = [S, {R}, {K}] (from ranks and x)", got=tuple(down.shape), hint=hint)
+    if S not in (1, B):
+        raise MoleShapeError(OP, expected=f"down [S,R,K] with S = 1 or the number of samples B = {B}", got=tuple(down.shape))
+    if tuple(up.shape) != (S, N, R):
+        hint = "up looks transposed; up-projections are stored [N,R]" if up.dim() == 3 and tuple(up.shape) == (S, R, N) else ""
+        raise MoleShapeError(OP, expected=f"up [S,N,R] = [{S}, {N}, {R}] (from weight and down)", got=tuple(up.shape), hint=hint)
+    if tuple(experts.scale.shape) != (E,):
+        raise MoleShapeError(OP, expected=f"scale [E] = [{E}]", got=tuple(experts.scale.shape))
+    _check_gates(gates, B, T, K, E, R, S)
+
+
+def _check_gates(gates: Gates, B: int, T: int, K: int, E: int, R: int, S: int) -> None:
+    gate = gates.gate
+    if gate is not None and (gate.dim() != 3 or gate.shape[0] not in (1, B) or gate.shape[1] not in (1, T) or gate.shape[2] != E):
+        raise MoleShapeError(
+            OP, expected=f"gate broadcastable to [B,T,E] = [{B}, {T}, {E}], three dimensions, E whole", got=tuple(gate.shape)
+        )
+    for name, tensor, shape, words in (
+        ("phi", gates.phi, (E, K), "[E,K]"),
+        ("phi_bias", gates.phi_bias, (E,), "[E]"),
+        ("pool", gates.pool, (S, R), "[S,R]"),
+        ("pool_bias", gates.pool_bias, (E,), "[E]"),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise MoleShapeError(OP, expected=f"{name} {words} = {list(shape)}", got=tuple(tensor.shape))
+    for bias, product in (("phi_bias", "phi"), ("pool_bias", "pool")):
+        if getattr(gates, bias) is not None and getattr(gates, product) is None:
+            raise MoleValueError(OP, f"{bias} without {product}", hint=f"give {product} too, or neither")

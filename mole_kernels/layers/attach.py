@@ -1,0 +1,73 @@
+"""Turn a layer into its gated class in place, and back.
+
+The module object, its Parameters, hooks, buffers and every reference to it stay: only its class and three attributes change.
+Whoever holds the layer (a processor's list, an optimiser, an offload hook) keeps holding the right thing; `detach` has nothing to rebuild.
+"""
+
+from __future__ import annotations
+
+import types
+
+from torch import nn
+
+from mole_kernels.errors import MoleStateError
+from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.gates.gate import Gate
+from mole_kernels.layers.linear import Gated, GatedLoRAConv2d, GatedLoRALinear, check_fit, is_pointwise
+
+GATED_CLASS: dict[type, type] = {nn.Linear: GatedLoRALinear, nn.Conv2d: GatedLoRAConv2d}
+PLAIN_CLASS: dict[type, type] = {gated: plain for plain, gated in GATED_CLASS.items()}
+ATTRIBUTES = ("experts", "gate", "backend", "experts_on", "last_gates")
+
+
+def reject(module: nn.Module) -> str | None:
+    """Why this module cannot be turned into its gated class; None where it can."""
+    if isinstance(module, Gated):
+        return "it already holds experts"
+    if type(module) not in GATED_CLASS:
+        return f"{type(module).__name__} has a forward of its own; only nn.Linear and nn.Conv2d themselves are replaced"
+    if isinstance(module, nn.Conv2d) and not is_pointwise(module):
+        size = "x".join(map(str, module.kernel_size))
+        return f"a {size} convolution (stride {module.stride}, groups {module.groups}) is not a linear layer at every pixel"
+    assert isinstance(module, nn.Linear | nn.Conv2d)
+    if not module.weight.is_floating_point():
+        return f"its weight is stored as {module.weight.dtype}"
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        return "its forward has been replaced on the instance"
+    taken = [name for name in ATTRIBUTES if hasattr(module, name)]
+    return f"it already has an attribute {taken[0]!r}" if taken else None
+
+
+def attach(module: nn.Module, experts: LayerExperts, gate: Gate | None = None, backend: str = "auto") -> Gated:
+    """Make `module` compute y = x Wᵀ + b + Σ_e s_e·g_e·(x A_eᵀ) B_eᵀ, in place. Raises and changes nothing where it cannot.
+
+    Freezing W and b is the caller's: the operator refuses a base that asks for a gradient.
+    """
+    reason = reject(module)
+    if reason is not None:
+        raise MoleStateError(f"attach to {type(module).__name__}", reason)
+    if isinstance(module, nn.Linear):
+        check_fit("attach", module.in_features, module.out_features, experts)
+    else:
+        check_fit("attach", module.in_channels, module.out_channels, experts)  # type: ignore[arg-type]
+    module.__class__ = GATED_CLASS[type(module)]
+    _follow_class(module)
+    module.attach_experts(experts, gate, backend)  # type: ignore[operator]
+    return module  # type: ignore[return-value]
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach`: the class and the attributes go, the rest was never touched."""
+    if type(module) not in PLAIN_CLASS:
+        raise MoleStateError(f"detach from {type(module).__name__}", "it holds no experts of ours")
+    for name in ATTRIBUTES:
+        if hasattr(module, name):
+            delattr(module, name)
+    module.__class__ = PLAIN_CLASS[type(module)]
+    _follow_class(module)
+
+
+def _follow_class(module: nn.Module) -> None:
+    # accelerate's hooks call the forward they found on the instance when they came: give them the new class's
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)

@@ -1,0 +1,118 @@
+"""The operator as `torch.ops.mole.*`: schemas, backends behind them, fakes for compilers, and the gradient.
+
+`define` + `impl` in Python costs ~2 µs a call, ~5 µs with autograd (measured with an empty op); `custom_op` costs ~11.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mole_kernels.backends.select import Backend, select
+from mole_kernels.backends.stacked import gate_dtype
+from mole_kernels.problem import Problem
+
+library = torch.library.Library("mole", "DEF")
+library.define(
+    "gated_lora_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, "
+    "Tensor? gate, Tensor? phi, Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, bool save, str backend) "
+    "-> (Tensor y, Tensor h, Tensor token_gate, Tensor sample_gate)"
+)
+library.define(
+    "gated_lora_bwd(Tensor dy, Tensor x, Tensor weight, Tensor down, Tensor up, Tensor scale, int[] ranks, "
+    "Tensor? gate, Tensor? phi, Tensor? pool, Tensor h, Tensor token_gate, Tensor sample_gate, bool[9] need, str backend) "
+    "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dscale, Tensor dgate, Tensor dphi, Tensor dphi_bias, Tensor dpool, Tensor dpool_bias)"
+)
+
+
+def problem_of(
+    x: Tensor, weight: Tensor, down: Tensor, ranks: tuple[int, ...], gate: Tensor | None, phi: Tensor | None, pool: Tensor | None
+) -> Problem:
+    """The Problem that these tensors pose.  x [B,T,K], weight [N,K], down [S,R,K]"""
+    B, T, K = x.shape
+    return Problem(
+        B, T, K, weight.shape[0], ranks, down.shape[0], x.dtype, x.device.type, phi is not None, pool is not None, gate is not None
+    )
+
+
+def _without_autocast(run, device: str, *args):
+    # operands are already in the compute dtype, and the gates' float32 must stay float32
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+    return run(*args)
+
+
+def _forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, backend):
+    ranks = tuple(ranks)
+    chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool), backend)
+    return _without_autocast(
+        chosen.forward, x.device.type, x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save
+    )
+
+
+def _backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, backend):
+    ranks = tuple(ranks)
+    chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool), backend)
+    return _without_autocast(
+        chosen.backward, x.device.type, dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need
+    )
+
+
+def _forward_fake(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, backend):
+    B, T, _ = x.shape
+    E, wide = len(ranks), gate_dtype(x.dtype)
+    return (
+        x.new_empty(B, T, weight.shape[0]),
+        x.new_empty(B, T, down.shape[1]) if save else x.new_empty(0),
+        x.new_empty(B, T, E, dtype=wide) if phi is not None else x.new_empty(0, dtype=wide),
+        x.new_empty(B, E, dtype=wide) if pool is not None else x.new_empty(0, dtype=wide),
+    )
+
+
+def _backward_fake(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, backend):
+    wide, E = gate_dtype(x.dtype), len(ranks)
+    bias_like = x.new_empty(E, dtype=wide)
+    like = (x, down, up, scale, gate, phi, bias_like, pool, bias_like)
+    return tuple(x.new_empty(t.shape, dtype=t.dtype) if wanted and t is not None else x.new_empty(0) for t, wanted in zip(like, need))
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, _, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, backend = inputs
+    _, h, token_gate, sample_gate = output
+    ctx.mark_non_differentiable(h, token_gate, sample_gate)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, down, up, scale, gate, phi, pool, h, token_gate, sample_gate)
+    ctx.ranks, ctx.backend, ctx.saved = ranks, backend, save
+    ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (phi_bias, pool_bias))
+
+
+# positions of x, down, up, scale, gate, phi, phi_bias, pool, pool_bias among the fourteen inputs
+_DIFFERENTIABLE = (0, 3, 4, 5, 7, 8, 9, 10, 11)
+
+
+def _grad(ctx, dy, *_unused):
+    if dy is None:
+        return (None,) * 14
+    x, weight, down, up, scale, gate, phi, pool, h, token_gate, sample_gate = ctx.saved_tensors
+    need = [bool(ctx.needs_input_grad[i]) for i in _DIFFERENTIABLE]
+    grads = torch.ops.mole.gated_lora_bwd(
+        dy, x, weight, down, up, scale, ctx.ranks, gate, phi, pool, h, token_gate, sample_gate, need, ctx.backend
+    )
+    out: list[Tensor | None] = [None] * 14
+    for i, wanted, g in zip(_DIFFERENTIABLE, need, grads):
+        if wanted:
+            out[i] = g
+    for i, dtype in zip((9, 11), ctx.bias_dtypes):
+        g = out[i]
+        if g is not None and dtype is not None:
+            out[i] = g.to(dtype)
+    return tuple(out)
+
+
+for _key in ("CPU", "CUDA", "XPU", "MPS"):
+    library.impl("gated_lora_fwd", _forward, _key)
+    library.impl("gated_lora_bwd", _backward, _key)
+torch.library.register_fake("mole::gated_lora_fwd", _forward_fake, lib=library)
+torch.library.register_fake("mole::gated_lora_bwd", _backward_fake, lib=library)
+torch.library.register_autograd("mole::gated_lora_fwd", _grad, setup_context=_setup, lib=library)
