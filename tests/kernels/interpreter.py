@@ -1,0 +1,485 @@
+"""Triton's interpreter made right: a kernel runs on a CPU as on a GPU, or the fault is named.
+
+What is added to `triton.runtime.interpreter` (import this after TRITON_INTERPRET=1 and before the kernels):
+- bf16 multiplies values, not bit patterns; arithmetic on bf16 outside a dot is refused; tf32 dots round their operands
+- every lane must stay inside the tensors that were passed, gaps between the rows of a view included
+- masked lanes without `other` read poison (NaN, or the largest integer)
+- programs start in a shuffled order and are interleaved at every atomic, at most `resident` of them at a time
+- races between programs, with happens-before from release and acquire: a store counts as released only if a barrier lies
+  between it and the release, as on a GPU
+- a program that spins with nobody left to release it is a deadlock
+- bytes read, bytes written, distinct bytes, floating point operations of dots and atomics are counted
+
+`run(...)` is a context: `with run(seed=3, resident=2) as counts: kernel[grid](...)`.
+It leans on Triton's internals; `test_interpreter.py` runs first and shows that each check catches a planted fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.runtime import interpreter as I
+
+Builder = I.InterpreterBuilder
+SPIN_LIMIT = 2000
+ACQUIRE = {ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE}
+RELEASE = {ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE}
+
+
+class Bounds(IndexError):
+    """A lane outside every tensor of the call."""
+
+
+class Race(RuntimeError):
+    """Two programs touch one byte, one of them writing, and nothing orders them."""
+
+
+class Deadlock(RuntimeError):
+    """A program waits for something that no running program will do."""
+
+
+class _Abandoned(BaseException):
+    """Another program failed: this one unwinds."""
+
+
+@dataclass
+class Counts:
+    """What one run (all launches inside one `run`) did."""
+
+    read: int = 0
+    written: int = 0
+    distinct_read: int = 0
+    flops: int = 0
+    atomics: int = 0
+    launches: int = 0
+    switches: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Buffer:
+    """Shadow of one storage: which bytes are legal, and who touched each last (program, its clock)."""
+
+    base: int
+    legal: np.ndarray
+    writer: np.ndarray
+    writer_clock: np.ndarray
+    reader: np.ndarray
+    reader_clock: np.ndarray
+    atomic: np.ndarray
+    atomic_clock: np.ndarray
+    last_read: np.ndarray
+    seen: np.ndarray
+
+
+MANY = -2
+
+
+class Launch:
+    """One kernel launch: its programs, their vector clocks, and the shadows of its tensors."""
+
+    def __init__(self, grid: tuple[int, int, int], tensors: list[torch.Tensor], counts: Counts, seed: int, resident: int) -> None:
+        self.counts, self.rng = counts, random.Random(seed)
+        self.programs = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
+        self.rng.shuffle(self.programs)
+        n = len(self.programs)
+        self.clock = np.zeros((n, n), np.int32)
+        np.fill_diagonal(self.clock, 1)
+        self.released: dict[int, np.ndarray] = {}
+        self.resident = min(resident, n)
+        self.current, self.spins = 0, 0
+        self.buffers = self._shadows(tensors, n)
+
+    def _shadows(self, tensors: list[torch.Tensor], n: int) -> list[_Buffer]:
+        by_storage: dict[int, _Buffer] = {}
+        for t in tensors:
+            if t.numel() == 0:
+                continue
+            storage = t.untyped_storage()
+            size, base = storage.nbytes(), storage.data_ptr()
+            if base not in by_storage:
+                ints = [np.full(size, -1, np.int32) for _ in range(6)]
+                by_storage[base] = _Buffer(base, np.zeros(size, bool), *ints, np.zeros(n, np.int32), np.zeros(size, bool))
+            legal = torch.from_numpy(by_storage[base].legal)
+            # as bytes: the view's strides times its element size, each element that many bytes long
+            e = t.element_size()
+            view = legal.as_strided((*t.shape, e), (*(s * e for s in t.stride()), 1), t.storage_offset() * e)
+            view.fill_(True)
+        return list(by_storage.values())
+
+    def touch(self, addresses: np.ndarray, mask: np.ndarray, nbytes: int, kind: str) -> None:
+        """Check bounds and order of one access ("read", "write" or "atomic") and record it."""
+        p = addresses.reshape(-1).astype(np.int64)
+        p = np.broadcast_to(p, mask.size)[mask.reshape(-1).astype(bool)] if mask.size != p.size else p[mask.reshape(-1).astype(bool)]
+        if p.size == 0:
+            return
+        if kind != "atomic":
+            self.spins = 0
+        if kind == "read":
+            self.counts.read += p.size * nbytes
+        else:
+            self.counts.written += p.size * nbytes
+        if kind == "write" and np.unique(p).size != p.size:
+            raise Race(f"program {self.programs[self.current]} writes one address from two lanes")
+        inside = 0
+        for b in self.buffers:
+            here = (p >= b.base) & (p < b.base + b.legal.size)
+            if not here.any():
+                continue
+            q = (p[here] - b.base)[:, None] + np.arange(nbytes)
+            if q.max() >= b.legal.size or not b.legal[q].all():
+                bad = q[(q >= b.legal.size).any(1) | ~b.legal[np.minimum(q, b.legal.size - 1)].all(1)][0, 0]
+                raise Bounds(f"{kind} at byte {bad} of a {b.legal.size}-byte storage, program {self.programs[self.current]}: not in the view")
+            inside += int(here.sum())
+            self._order(b, q[:, 0], kind)
+        if inside != p.size:
+            raise Bounds(f"{kind} outside every tensor, program {self.programs[self.current]}: {p.size - inside} of {p.size} lanes")
+
+    def _order(self, b: _Buffer, q: np.ndarray, kind: str) -> None:
+        me = self.current
+        mine = self.clock[me]
+
+        def unordered(who: np.ndarray, clock: np.ndarray) -> np.ndarray:
+            known = (who >= 0) & (who != me)
+            return known & (clock > mine[np.where(known, who, 0)])
+
+        def complain(word: str, who: np.ndarray, bad: np.ndarray) -> None:
+            if bad.any():
+                other = self.programs[int(who[bad][0])]
+                raise Race(f"program {self.programs[me]} {kind}s what program {other} {word}, with nothing between them")
+
+        complain("wrote", b.writer[q], unordered(b.writer[q], b.writer_clock[q]))
+        if kind != "atomic":
+            complain("changed atomically", b.atomic[q], unordered(b.atomic[q], b.atomic_clock[q]))
+        if kind != "read":
+            complain("read", b.reader[q], unordered(b.reader[q], b.reader_clock[q]))
+            if (b.reader[q] == MANY).any():
+                late = (b.last_read > mine) & (np.arange(mine.size) != me)
+                if late.any():
+                    raise Race(f"program {self.programs[me]} {kind}s what others read, with nothing between them")
+        if kind == "read":
+            many = (b.reader[q] == MANY) | ((b.reader[q] >= 0) & (b.reader[q] != me))
+            b.reader[q] = np.where(many, MANY, me)
+            b.reader_clock[q], b.last_read[me] = mine[me], mine[me]
+            b.seen[q] = True
+        elif kind == "write":
+            b.writer[q], b.writer_clock[q], b.reader[q] = me, mine[me], -1
+        else:
+            b.atomic[q], b.atomic_clock[q] = me, mine[me]
+
+    def barrier(self) -> None:
+        """What was stored so far may be released by what follows."""
+        self.clock[self.current, self.current] += 1
+
+    def atomic(self, addresses: np.ndarray, mask: np.ndarray, sem, change) -> I.TensorHandle:
+        """One atomic: a point where programs switch, then the synchronisation that `sem` promises."""
+        self.switch()
+        self.counts.atomics += 1
+        self.spins += 1
+        if self.spins > SPIN_LIMIT * max(1, self.alive):
+            raise Deadlock(f"program {self.programs[self.current]} spins, {self.alive} programs running, none makes progress")
+        me = self.current
+        places = addresses.reshape(-1)[mask.reshape(-1).astype(bool)].tolist()
+        for place in places:
+            if sem in RELEASE:
+                upto = self.clock[me].copy()
+                # stores after the last barrier belong to other threads than the one that releases
+                upto[me] -= 1
+                self.released[place] = np.maximum(self.released.get(place, 0), upto)
+        result = change()
+        for place in places:
+            if sem in ACQUIRE and place in self.released:
+                self.clock[me] = np.maximum(self.clock[me], self.released[place])
+        return result
+
+    # programs take turns: one thread each, the baton handed on at atomics
+
+    def run(self, body) -> None:
+        self.failure: BaseException | None = None
+        self.batons = [threading.Semaphore(0) for _ in self.programs]
+        self.waiting = list(range(self.resident, len(self.programs)))
+        self.live = list(range(self.resident))
+        self.alive = len(self.live)
+        self.done = threading.Semaphore(0)
+        if self.resident == 1:
+            for self.current in range(len(self.programs)):
+                self.spins = 0
+                body(self.programs[self.current])
+            self._finish()
+            return
+        threads = {}
+
+        def start(p: int) -> None:
+            threads[p] = threading.Thread(target=work, args=(p,), daemon=True)
+            threads[p].start()
+
+        def work(p: int) -> None:
+            self.batons[p].acquire()
+            try:
+                if self.failure is None:
+                    self._resume(p)
+                    body(self.programs[p])
+            except _Abandoned:
+                pass
+            except BaseException as e:
+                self.failure = self.failure or e
+            self.live.remove(p)
+            if self.waiting and self.failure is None:
+                self.live.append(self.waiting.pop(0))
+                start(self.live[-1])
+            self.alive = len(self.live)
+            self.spins = 0
+            if self.live:
+                self.batons[self.rng.choice(self.live)].release()
+            else:
+                self.done.release()
+
+        for p in list(self.live):
+            start(p)
+        self.batons[self.rng.choice(self.live)].release()
+        self.done.acquire()
+        if self.failure is not None:
+            raise self.failure
+        self._finish()
+
+    def _finish(self) -> None:
+        self.counts.distinct_read += sum(int(b.seen.sum()) for b in self.buffers)
+
+    def _resume(self, p: int) -> None:
+        self.current = p
+        I.interpreter_builder.set_grid_idx(*self.programs[p])
+
+    def switch(self) -> None:
+        """Hand the baton to a program drawn by lot (maybe this one)."""
+        if self.resident == 1 or len(self.live) == 1:
+            return
+        nxt, me = self.rng.choice(self.live), self.current
+        if nxt == me:
+            return
+        self.counts.switches += 1
+        self.batons[nxt].release()
+        self.batons[me].acquire()
+        if self.failure is not None:
+            raise _Abandoned
+        self._resume(me)
+
+
+class _Settings:
+    """What `run` set for the launches inside it; `launch` is the one in progress."""
+
+    seed, resident, counts = 0, 1, Counts()
+    launch: Launch | None = None
+
+
+@contextlib.contextmanager
+def run(seed: int = 0, resident: int = 1):
+    """Launches inside are shuffled by `seed`, at most `resident` programs at a time; yields their Counts."""
+    before = _Settings.seed, _Settings.resident, _Settings.counts
+    _Settings.seed, _Settings.resident, _Settings.counts = seed, resident, Counts()
+    try:
+        yield _Settings.counts
+    finally:
+        _Settings.seed, _Settings.resident, _Settings.counts = before
+
+
+# ---- bf16 and dots
+
+
+def bf16_bits(values: np.ndarray) -> np.ndarray:
+    """float32 -> bf16 bit patterns, rounded to nearest even."""
+    t = torch.from_numpy(np.array(values, dtype=np.float32)).bfloat16().view(torch.int16)
+    return t.numpy().view(np.uint16).reshape(values.shape)
+
+
+def bf16_values(bits: np.ndarray) -> np.ndarray:
+    """bf16 bit patterns -> float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def tf32(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to tf32's ten bits of mantissa."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return np.where(finite, (bits + 0x0FFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000), bits).astype(np.uint32).view(np.float32)
+
+
+_cast_impl, _fp_to_fp, _dot = Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot
+
+
+def _cast(self, src, dst_type):
+    s, d = src.dtype.scalar, dst_type.scalar
+    if tl.bfloat16 in (s, d) and s != d:
+        wide = bf16_values(src.data) if s == tl.bfloat16 else src.data
+        return I.TensorHandle(bf16_bits(wide) if d == tl.bfloat16 else wide.astype(I._get_np_dtype(d)), d)
+    return _cast_impl(self, src, dst_type)
+
+
+def _convert(self, src, dst_type, rounding):
+    if min(src.dtype.scalar.primitive_bitwidth, dst_type.scalar.primitive_bitwidth) >= 16:
+        return _cast(self, src, dst_type)
+    return _fp_to_fp(self, src, dst_type, rounding)
+
+
+def _checked_dot(self, a, b, d, precision, imprecise):
+    if a.dtype.scalar != b.dtype.scalar:
+        raise TypeError(f"dot of {a.dtype} and {b.dtype}")
+    rows, inner, columns = a.data.shape[-2], a.data.shape[-1], b.data.shape[-1]
+    if min(rows, inner, columns) < 16:
+        raise TypeError(f"dot of {rows}x{inner} and {inner}x{columns}: below 16 on some GPU")
+    _Settings.counts.flops += 2 * rows * inner * columns
+
+    def operand(h):
+        data = bf16_values(h.data) if h.dtype.scalar == tl.bfloat16 else h.data
+        data = data.astype(np.float32) if data.dtype == np.float16 else data
+        return tf32(data) if h.dtype.scalar == tl.float32 and precision == ir.INPUT_PRECISION.TF32 else data
+
+    with np.errstate(all="ignore"):
+        return I.TensorHandle(np.matmul(operand(a), operand(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+
+def _refuse_bf16(name: str):
+    original = getattr(Builder, name)
+
+    def op(self, *args):
+        if any(isinstance(a, I.TensorHandle) and a.dtype.scalar == tl.bfloat16 for a in args):
+            raise TypeError(f"{name} on bf16: cast to float32 first, the interpreter computes on its bits")
+        with np.errstate(all="ignore"):
+            return original(self, *args)
+
+    return op
+
+
+# ---- memory
+
+
+def _load(self, ptrs, mask, other, cache, evict, volatile):
+    element = ptrs.get_element_ty()
+    kind = I._get_np_dtype(element)
+    if _Settings.launch is not None:
+        _Settings.launch.touch(ptrs.data, mask.data, kind.itemsize, "read")
+    if other is None:
+        poison = 0xFFFF if element == tl.bfloat16 else np.nan if kind.kind == "f" else True if kind.kind == "b" else np.iinfo(kind).max
+        other = I.TensorHandle(np.full(ptrs.data.shape, poison, kind), element)
+    return _masked_load(self, ptrs, mask, other, cache, evict, volatile)
+
+
+def _descriptor_mask(self, ptrs, mask):
+    return I.TensorHandle(mask, tl.int1) if isinstance(mask, np.ndarray) else mask
+
+
+def _store(self, ptrs, value, mask, cache, evict):
+    mask = _descriptor_mask(self, ptrs, mask)
+    if _Settings.launch is not None:
+        _Settings.launch.touch(ptrs.data, mask.data, I._get_np_dtype(ptrs.get_element_ty()).itemsize, "write")
+    return _masked_store(self, ptrs, value, mask, cache, evict)
+
+
+def _load_any_mask(self, ptrs, mask, other, cache_modifier=None, eviction_policy=None, is_volatile=False):
+    return _load(self, ptrs, _descriptor_mask(self, ptrs, mask), other, cache_modifier, eviction_policy, is_volatile)
+
+
+def _rmw(self, op, ptr, val, mask, sem, scope):
+    launch = _Settings.launch
+    if launch is None:
+        return _atomic_rmw(self, op, ptr, val, mask, sem, scope)
+
+    def change():
+        launch.touch(ptr.data, mask.data, I._get_np_dtype(ptr.get_element_ty()).itemsize, "atomic")
+        return _atomic_rmw(self, op, ptr, val, mask, sem, scope)
+
+    return launch.atomic(ptr.data, mask.data, sem, change)
+
+
+def _barrier(self):
+    if _Settings.launch is not None:
+        _Settings.launch.barrier()
+
+
+# ---- launches
+
+
+def _tensors_of(values) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for v in values:
+        if isinstance(v, (tuple, list)):
+            found += _tensors_of(v)
+        elif hasattr(v, "block_shape"):
+            found.append(v.base)
+        elif isinstance(v, torch.Tensor):
+            found.append(v)
+    return found
+
+
+def _execute(self, *args, **kwargs):
+    """GridExecutor.__call__ with the checks; tensors are on the CPU already, so nothing is copied."""
+    kwargs = {k: v for k, v in kwargs.items() if k in self.arg_names}
+    # Triton's own device functions (tl.sum, tl.sigmoid) see the language as tl.core
+    scopes = [I._patch_lang(self.fn), I._patch_lang(tl.standard.sum.fn)]
+    try:
+        named = inspect.getcallargs(self.fn, *args, **kwargs)
+        cast = {name: v if name in self.constexprs else I._implicit_cvt(v) for name, v in named.items()}
+        grid = tuple(self.grid(cast) if callable(self.grid) else self.grid)
+        grid = grid + (1,) * (3 - len(grid))
+        builder = I.interpreter_builder
+        builder.set_grid_dim(*grid)
+        launch = Launch(grid, _tensors_of(named.values()), _Settings.counts, _Settings.seed, _Settings.resident)
+        _Settings.counts.launches += 1
+        _Settings.counts.names.append(self.fn.__name__)
+
+        def body(program):
+            builder.set_grid_idx(*program)
+            self.fn(**cast)
+
+        _Settings.launch = launch
+        try:
+            launch.run(body)
+        except I.InterpreterError as e:
+            raise _root(e) from e
+    finally:
+        _Settings.launch = None
+        for scope in reversed(scopes):
+            scope.restore()
+
+
+def _root(e: BaseException) -> BaseException:
+    """The first cause: Triton wraps a device function's exception once for every call level."""
+    while isinstance(e, I.InterpreterError) and e.__cause__ is not None:
+        e = e.__cause__
+    return e
+
+
+def _device_call(self, *args, **kwargs):
+    # as shipped, every call of a device function patches the language anew and never undoes it; inside a launch it is patched
+    return self.rewrite()(*args, **kwargs) if _Settings.launch is not None else _device_function(self, *args, **kwargs)
+
+
+_masked_load, _masked_store, _atomic_rmw = Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_rmw
+_device_function = I.InterpretedFunction.__call__
+
+
+def install() -> None:
+    """Replace the interpreter's methods, once."""
+    if getattr(Builder, "made_right", False):
+        return
+    Builder.made_right = True
+    Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot = _cast, _convert, _checked_dot
+    arithmetic = "fadd fsub fmul fdiv precise_divf frem maxnumf minnumf maximumf minimumf exp exp2 log log2 sqrt rsqrt fma fabs floor"
+    comparisons = [f"fcmp{order}{c}" for order in "OU" for c in ("LT", "GT", "LE", "GE", "EQ", "NE")]
+    for name in (*arithmetic.split(), *comparisons):
+        if hasattr(Builder, f"create_{name}"):
+            setattr(Builder, f"create_{name}", _refuse_bf16(f"create_{name}"))
+    Builder.create_masked_load, Builder.create_masked_store = _load_any_mask, _store
+    Builder.create_atomic_rmw, Builder.create_barrier = _rmw, _barrier
+    I.GridExecutor.__call__ = _execute
+    I.InterpretedFunction.__call__ = _device_call
+
+
+install()
