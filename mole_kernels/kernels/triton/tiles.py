@@ -1,0 +1,63 @@
+"""Tile sizes: which, and why. A choice here is a prediction from a cost model until a table of measurements replaces it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+
+def next_power(n: int, low: int = 16) -> int:
+    """The smallest power of two that is at least n and at least `low`."""
+    return max(low, 1 << max(n - 1, 0).bit_length())
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one launch.
+
+    BM, BN, BK  rows, columns and depth of a base tile
+    BR          most columns of h in one tile; BZ depth of a step of the expand
+    BS          rows of a tile of the shrink kernel, where it is a launch of its own
+    group       row tiles that share columns of W in time
+    tma         load x and w by tensor descriptors (Hopper and later) where their layout allows
+    pdl         programmatic dependent launch between shrink and expand (Hopper and later)
+    programs    of the persistent kernel; 0: as many as the GPU has multiprocessors
+    """
+
+    BM: int = 128
+    BN: int = 128
+    BK: int = 64
+    BR: int = 64
+    BZ: int = 64
+    BS: int = 64
+    warps: int = 8
+    stages: int = 3
+    group: int = 8
+    tma: bool = False
+    pdl: bool = False
+    programs: int = 0
+
+
+# relative rate of the tensor cores at a tile's size, from published H100 GEMMs; a start for the tables
+_RATE = {(128, 256): 1.0, (128, 128): 0.9, (128, 64): 0.7, (64, 128): 0.7, (64, 64): 0.5}
+
+
+def choose(M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple[int, int], processors: int) -> Tile:
+    """The tile with the least predicted time: waves of tiles over the multiprocessors, at the tile's rate."""
+    if dtype == torch.float32:
+        small = M * N <= 64 * 64 * processors
+        return Tile(BM=32 if small else 64, BN=64, BK=32, BR=32, BZ=32, BS=32, warps=4, stages=2)
+    hopper = capability[0] in (9, 10)
+    fits = [t for t in _RATE if hopper or t != (128, 256)]
+
+    def predicted(t: tuple[int, int]) -> float:
+        return ceil(ceil(M / t[0]) * ceil(N / t[1]) / processors) * t[0] * t[1] / _RATE[t]
+
+    BM, BN = min(fits, key=predicted)
+    warps = 4 if BM * BN <= 64 * 128 else 8
+    # consumer Ampere, Ada and Blackwell have 100 KB of shared memory, the data-centre parts 160 or more
+    stages = 3 if capability[0] in (9, 10) or capability == (8, 0) else 2
+    return Tile(BM=BM, BN=BN, BR=64 if BM == 128 else 32, BS=32 if M < 64 * processors else 64, warps=warps, stages=stages,
+                tma=capability[0] >= 9, pdl=capability[0] >= 9)  # fmt: skip
