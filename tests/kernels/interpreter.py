@@ -30,6 +30,8 @@ from triton.runtime import interpreter as I
 
 Builder = I.InterpreterBuilder
 SPIN_LIMIT = 2000
+# storages above this are checked for their range only: their shadows would fill the memory
+SHADOWED = 1 << 26
 ACQUIRE = {ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE}
 RELEASE = {ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE}
 
@@ -100,11 +102,17 @@ class Launch:
 
     def _shadows(self, tensors: list[torch.Tensor], n: int) -> list[_Buffer]:
         by_storage: dict[int, _Buffer] = {}
+        self.ranges: list[tuple[int, int]] = []
         for t in tensors:
             if t.numel() == 0:
                 continue
             storage = t.untyped_storage()
             size, base = storage.nbytes(), storage.data_ptr()
+            if size > SHADOWED:
+                low = base + t.storage_offset() * t.element_size()
+                last = sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+                self.ranges.append((low, low + (last + 1) * t.element_size()))
+                continue
             if base not in by_storage:
                 ints = [np.full(size, -1, np.int32) for _ in range(6)]
                 by_storage[base] = _Buffer(base, np.zeros(size, bool), *ints, np.zeros(n, np.int32), np.zeros(size, bool))
@@ -140,6 +148,7 @@ class Launch:
                 raise Bounds(f"{kind} at byte {bad} of a {b.legal.size}-byte storage, program {self.programs[self.current]}: not in the view")
             inside += int(here.sum())
             self._order(b, q[:, 0], kind)
+        inside += sum(int(((p >= low) & (p + nbytes <= high)).sum()) for low, high in self.ranges)
         if inside != p.size:
             raise Bounds(f"{kind} outside every tensor, program {self.programs[self.current]}: {p.size - inside} of {p.size} lanes")
 

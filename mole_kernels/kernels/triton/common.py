@@ -11,12 +11,16 @@ import triton.language as tl
 
 @triton.jit
 def rows_of(i, n_t, span, T, BM: tl.constexpr):
-    """Row tile i -> group i_b, rows o_m [BM] int64, their samples and tokens [BM] int64, mask [BM]."""
-    i_b = i // n_t
-    o_p = (i % n_t) * BM + tl.arange(0, BM)
+    """Row tile i -> group i_b, first row m_0 int64, rows from there o_i [BM], samples and tokens o_b, o_t [BM] int64, mask [BM].
+
+    Offsets are 64 bits wide from the start of a tensor to the start of a tile and 32 within a tile, which saves registers; the division
+    is done in 32 bits (M is below 2³¹).
+    """
+    i_b, o_i = i // n_t, tl.arange(0, BM)
+    o_p = (i % n_t) * BM + o_i
     o_m = i_b * span + o_p
-    # the division in 32 bits (M is below 2³¹), every product of an offset and a stride in 64
-    return i_b, o_m.to(tl.int64), (o_m // T).to(tl.int64), (o_m % T).to(tl.int64), o_p < span
+    m_0 = tl.cast(i_b, tl.int64) * span + (i % n_t) * BM
+    return i_b, m_0, o_i, (o_m // T).to(tl.int64), (o_m % T).to(tl.int64), o_p < span
 
 
 @triton.jit
@@ -62,16 +66,16 @@ def column_gates(
 
 @triton.jit
 def logit_gradient(
-    o_e, m_e, o_m, o_b, o_t, m_m, d, token_gate, sample_gate, scale, gate, sgb, sgt, sge, M, E, n_r,
+    o_e, m_e, m_0, o_i, o_b, o_t, m_m, d, token_gate, sample_gate, scale, gate, sgb, sgt, sge, M, E, n_r,
     GATE: tl.constexpr, POOL: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """dlogit = γ(1−l)·D -> [BM,EP].  d [n_r,M,E] parts of D, token_gate [M,E], sample_gate [B,E]"""
     m_me = m_m[:, None] & m_e[None, :]
-    o_me = o_m[:, None] * E + o_e[None, :]
+    o_me = o_i[:, None] * E + o_e[None, :]
     b_d = tl.zeros((BM, EP), tl.float32)
     for j in range(n_r):
-        b_d += tl.load(d + tl.cast(j, tl.int64) * M * E + o_me, mask=m_me, other=0.0)
-    b_l = tl.load(token_gate + o_me, mask=m_me, other=0.0)
+        b_d += tl.load(d + (tl.cast(j, tl.int64) * M + m_0) * E + o_me, mask=m_me, other=0.0)
+    b_l = tl.load(token_gate + m_0 * E + o_me, mask=m_me, other=0.0)
     b_g = given_gates(o_e, m_e, o_b, o_t, m_m, scale, gate, sgb, sgt, sge, GATE, True) * b_l * (1.0 - b_l)
     if POOL:
         b_g = b_g * tl.load(sample_gate + o_b[:, None] * E + o_e[None, :], mask=m_me, other=0.0)

@@ -29,10 +29,10 @@ def job_of(job, n_tiles, n_c, n_g, S_MANY: tl.constexpr):
 
 @triton.jit
 def rows_at(i_g, t, end, span, T, BT: tl.constexpr):
-    """Rows of one step -> o_m, samples, tokens [BT] int64, mask [BT]."""
-    o_p = t + tl.arange(0, BT)
-    o_m = i_g * span + o_p
-    return o_m.to(tl.int64), (o_m // T).to(tl.int64), (o_m % T).to(tl.int64), o_p < end
+    """Rows of one step -> first row m_0 int64, rows from there [BT], samples, tokens [BT] int64, mask [BT]."""
+    o_i = tl.arange(0, BT)
+    o_m = i_g * span + t + o_i
+    return tl.cast(i_g, tl.int64) * span + t, o_i, (o_m // T).to(tl.int64), (o_m % T).to(tl.int64), t + o_i < end
 
 
 @triton.jit
@@ -74,11 +74,11 @@ def down_job(
     end = tl.minimum(span, (i_c + 1) * CH)
     b_s = tl.zeros((BR, BC), tl.float32)
     for t in range(i_c * CH, end, BT):
-        o_m, o_b, o_t, m_m = rows_at(i_g, t, end, span, T, BT)
-        b_z = tl.load(z + o_m[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
+        m_0, o_i, o_b, o_t, m_m = rows_at(i_g, t, end, span, T, BT)
+        b_z = tl.load(z + m_0 * R + o_i[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
         if POOL:
             b_z = (b_z + b_c[None, :]).to(ddown.dtype.element_ty)
-        p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :].to(tl.int64) * sxk
+        p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :] * sxk
         b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_s = tl.dot(tl.trans(b_z), b_x, b_s, input_precision=PRECISION)
     o_s = tl.arange(0, BR)[:, None] * BC + tl.arange(0, BC)[None, :]
@@ -108,17 +108,17 @@ def up_job(
     end = tl.minimum(span, (i_c + 1) * CH)
     b_s = tl.zeros((BC, BR), tl.float32)
     for t in range(i_c * CH, end, BT):
-        o_m, o_b, o_t, m_m = rows_at(i_g, t, end, span, T, BT)
+        m_0, o_i, o_b, o_t, m_m = rows_at(i_g, t, end, span, T, BT)
         m_mr = m_m[:, None] & m_r[None, :]
-        b_z = tl.load(h + o_m[:, None] * R + o_r[None, :], mask=m_mr, other=0.0).to(tl.float32) * b_sc[None, :]
+        b_z = tl.load(h + m_0 * R + o_i[:, None] * R + o_r[None, :], mask=m_mr, other=0.0).to(tl.float32) * b_sc[None, :]
         if GATE:
             p_g = gate + (o_b * sgb + o_t * sgt)[:, None] + o_c[None, :] * sge
             b_z = b_z * tl.load(p_g, mask=m_mr, other=0.0).to(tl.float32)
         if TOKEN:
-            b_z = b_z * tl.load(token_gate + o_m[:, None] * E + o_c[None, :], mask=m_mr, other=0.0)
+            b_z = b_z * tl.load(token_gate + m_0 * E + o_i[:, None] * E + o_c[None, :], mask=m_mr, other=0.0)
         if POOL:
             b_z = b_z * tl.load(sample_gate + o_b[:, None] * E + o_c[None, :], mask=m_mr, other=0.0)
-        p_y = dy + (o_b * syb + o_t * syt)[:, None] + o_n[None, :].to(tl.int64) * syn
+        p_y = dy + (o_b * syb + o_t * syt)[:, None] + o_n[None, :] * syn
         b_y = tl.load(p_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
         b_s = tl.dot(tl.trans(b_y), b_z.to(b_y.dtype), b_s, input_precision=PRECISION)
     o_s = tl.arange(0, BC)[:, None] * BR + tl.arange(0, BR)[None, :]
@@ -142,11 +142,11 @@ def phi_job(
     end = tl.minimum(span, (i_c + 1) * CH)
     b_s = tl.zeros((EP, BC), tl.float32)
     for t in range(i_c * CH, end, BT):
-        o_m, o_b, o_t, m_m = rows_at(i_g, t, end, span, T, BT)
+        m_0, o_i, o_b, o_t, m_m = rows_at(i_g, t, end, span, T, BT)
         b_t = logit_gradient(
-            o_e, m_e, o_m, o_b, o_t, m_m, d, token_gate, sample_gate, scale, gate, sgb, sgt, sge, M, E, n_r, GATE, POOL, BT, EP
+            o_e, m_e, m_0, o_i, o_b, o_t, m_m, d, token_gate, sample_gate, scale, gate, sgb, sgt, sge, M, E, n_r, GATE, POOL, BT, EP
         )
-        p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :].to(tl.int64) * sxk
+        p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :] * sxk
         b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_s = tl.dot(tl.trans(b_t.to(b_x.dtype)), b_x, b_s, input_precision=PRECISION)
     p_slot = partial + tl.cast(tile, tl.int64) * slots * EP * BC + o_e[:, None] * BC + tl.arange(0, BC)[None, :]
@@ -168,23 +168,23 @@ def gate_job(
     end = tl.minimum(span, (i_c + 1) * CH)
     b_f, b_s = tl.zeros((EP,), tl.float32), tl.zeros((EP,), tl.float32)
     for t in range(i_c * CH, end, BT):
-        o_m, o_b, o_t, m_m = rows_at(i_g, t, end, span, T, BT)
+        m_0, o_i, o_b, o_t, m_m = rows_at(i_g, t, end, span, T, BT)
         m_me = m_m[:, None] & m_e[None, :]
-        o_me = o_m[:, None] * E + o_e[None, :]
+        o_me = o_i[:, None] * E + o_e[None, :]
         if TOKEN:
             b_f += tl.sum(
                 logit_gradient(
-                    o_e, m_e, o_m, o_b, o_t, m_m, d, token_gate, sample_gate, scale, gate, sgb, sgt, sge, M, E, n_r, GATE, POOL, BT, EP
+                    o_e, m_e, m_0, o_i, o_b, o_t, m_m, d, token_gate, sample_gate, scale, gate, sgb, sgt, sge, M, E, n_r, GATE, POOL, BT, EP
                 ),
                 0,
             )  # fmt: skip
         b_d = given_gates(o_e, m_e, o_b, o_t, m_m, scale, gate, sgb, sgt, sge, GATE, False)
         if TOKEN:
-            b_d = b_d * tl.load(token_gate + o_me, mask=m_me, other=0.0)
+            b_d = b_d * tl.load(token_gate + m_0 * E + o_me, mask=m_me, other=0.0)
         if POOL:
             b_d = b_d * tl.load(sample_gate + o_b[:, None] * E + o_e[None, :], mask=m_me, other=0.0)
         for j in range(n_r):
-            p_d = d + tl.cast(j, tl.int64) * M * E + o_me
+            p_d = d + (tl.cast(j, tl.int64) * M + m_0) * E + o_me
             b_s += tl.sum(b_d * tl.load(p_d, mask=m_me, other=0.0), 0)
     # both sums side by side, so that one arrival settles both
     o_2 = tl.arange(0, 2)[:, None] * EP + o_e[None, :]
@@ -214,8 +214,8 @@ def pool_job(
     end = tl.minimum(span, (i_c + 1) * CH)
     b_s = tl.zeros((BR,), tl.float32)
     for t in range(i_c * CH, end, BT):
-        o_m, _, _, m_m = rows_at(i_g, t, end, span, T, BT)
-        b_s += tl.sum(tl.load(h + o_m[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0).to(tl.float32), 0)
+        m_0, o_i, _, _, m_m = rows_at(i_g, t, end, span, T, BT)
+        b_s += tl.sum(tl.load(h + m_0 * R + o_i[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0).to(tl.float32), 0)
     o_c = tl.load(cols + o_r, mask=m_r, other=0)
     b_s = b_s * tl.load(q + i_g * E + o_c, mask=m_r, other=0.0) / T
     p_slot = partial + tl.cast(tile, tl.int64) * slots * BR + tl.arange(0, BR)

@@ -21,14 +21,14 @@ def shrink_tile(
     PRECISION: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """One [BM,BR] tile of h (or V) and all that follows from it."""
-    i_b, o_m, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
+    i_b, m_0, o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
     r_0 = i_r * BR
     o_r, o_k, o_e = r_0 + tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, EP)
     m_r, m_e = o_r < R, o_e < E
-    p_d = down + tl.cast(i_b, tl.int64) * sds + o_r[None, :].to(tl.int64) * sdr + o_k[:, None].to(tl.int64) * sdk
-    p_p = phi + o_e[None, :].to(tl.int64) * spe + o_k[:, None].to(tl.int64) * spk
+    p_d = down + tl.cast(i_b, tl.int64) * sds + tl.cast(r_0, tl.int64) * sdr + (tl.arange(0, BR)[None, :] * sdr + o_k[:, None] * sdk)
+    p_p = phi + (o_e[None, :] * spe + o_k[:, None] * spk)
     if not TMA:
-        p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :].to(tl.int64) * sxk
+        p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :] * sxk
     b_h = tl.zeros((BM, BR), tl.float32)
     b_l = tl.zeros((BM, EP), tl.float32)
     for k in range(0, K, BK):
@@ -47,9 +47,10 @@ def shrink_tile(
         # rows of the next sample, which the descriptor does not know to leave out
         b_h = tl.where(m_m[:, None], b_h, 0.0)
 
-    o_mr = o_m[:, None] * R + o_r[None, :]
+    o_mr = o_i[:, None] * R + o_r[None, :]
     m_mr = m_m[:, None] & m_r[None, :]
-    o_me = o_m[:, None] * E + o_e[None, :]
+    o_me = o_i[:, None] * E + o_e[None, :]
+    h, z, token_gate = h + m_0 * R, z + m_0 * R, token_gate + m_0 * E
     m_me = m_m[:, None] & m_e[None, :]
     o_c = tl.load(cols + o_r, mask=m_r, other=-1)
     if BACKWARD:
@@ -65,14 +66,14 @@ def shrink_tile(
         for e in range(first, last + 1):
             b_ge = given_gate(e, o_b, o_t, m_m, scale, gate, sgb, sgt, sge, GATE) + tl.zeros((BM,), tl.float32)
             if TOKEN:
-                b_ge = b_ge * tl.load(token_gate + o_m * E + e, mask=m_m, other=0.0)
+                b_ge = b_ge * tl.load(token_gate + o_i * E + e, mask=m_m, other=0.0)
             if POOL:
                 b_gs = tl.load(sample_gate + o_b * E + e, mask=m_m, other=0.0)
                 b_ge = b_ge * b_gs
             b_g = tl.where(o_c[None, :] == e, b_ge[:, None], b_g)
             if NEED_D:
                 b_de = tl.sum(tl.where(o_c[None, :] == e, b_vh, 0.0), 1)
-                tl.store(d + (tl.cast(i_r, tl.int64) * M + o_m) * E + e, b_de, mask=m_m)
+                tl.store(d + (tl.cast(i_r, tl.int64) * M + m_0) * E + o_i * E + e, b_de, mask=m_m)
                 if POOL:
                     b_q = tl.sum(tl.where(m_m, b_ge * (1.0 - b_gs) * b_de, 0.0))
                     tl.store(parts + (i * n_r + i_r) * E + e, b_q)
