@@ -142,7 +142,7 @@ def test_other_models_go_through_the_pipelines_converter(given: str):
 
 
 def test_converter_that_refuses_is_reported_with_the_file():
-    with pytest.raises(MoleKeyError, match="FluxPipeline.lora_state_dict cannot read it"):
+    with pytest.raises(MoleKeyError, match=r"FluxPipeline\.lora_state_dict cannot read it"):
         load_expert({"lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(1, 2)}, pipeline=diffusers.FluxPipeline)
 
 
