@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from mole_kernels import extension
+from mole_kernels.errors import MoleBackendError
 from mole_kernels.problem import Problem
 
 name = "cpu"
@@ -20,12 +23,20 @@ def reject(problem: Problem) -> str | None:
     return extension.why_not()
 
 
+@lru_cache(maxsize=1)
+def _operators():
+    reason = extension.why_not()
+    if reason is not None:
+        raise MoleBackendError("backend 'cpu'", reason)
+    return torch.ops.mole_cpu.forward.default, torch.ops.mole_cpu.backward.default
+
+
 def forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save):
     """y, h, l, G; see docs/design.md section 3."""
-    return torch.ops.mole_cpu.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
+    return _operators()[0](x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
 
 
 def backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need):
     """The nine gradients; what nobody needs is empty."""
     bits = sum(1 << i for i, wanted in enumerate(need) if wanted)
-    return torch.ops.mole_cpu.backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, bits)
+    return _operators()[1](dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, bits)
