@@ -8,6 +8,7 @@ from torch import Tensor
 from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.operands import Experts, Gates
 from mole_kernels.ops import schema  # noqa: F401  registers torch.ops.mole
+from mole_kernels.precision import autocast_dtype
 
 OP = "gated_lora_linear"
 NO_GATES = Gates()
@@ -86,8 +87,7 @@ def _wants_grad(x: Tensor, experts: Experts, gates: Gates) -> bool:
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, phi: Tensor | None):
     """Everything that enters a product in one dtype: autocast's where it is on, else x's."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
     return (t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, weight, bias, down, up, phi))
 
 
@@ -109,7 +109,7 @@ def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Expert
             raise MoleTypeError(OP, expected=f"{name} on x's device {x.device}", got=str(tensor.device), hint=f"{name}.to(x.device)")
         if not tensor.is_floating_point():
             raise MoleTypeError(OP, expected=f"{name} of a floating dtype", got=str(tensor.dtype))
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
         raise MoleTypeError(
             OP, expected=f"x and weight of one dtype, x has {x.dtype}", got=str(weight.dtype), hint="cast x or the layer, or use autocast"
         )

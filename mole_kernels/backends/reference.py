@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mole_kernels.backends.stacked import gate_dtype
 from mole_kernels.operands import Experts, Gates
+from mole_kernels.precision import gate_dtype
 from mole_kernels.problem import Problem
 from mole_kernels.reference import gated_lora_ref
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mole_kernels.backends.columns import sum_columns, sum_to, widen
+from mole_kernels.precision import gate_dtype
 from mole_kernels.problem import Problem
 
 name = "stacked"
@@ -19,11 +20,6 @@ name = "stacked"
 def reject(problem: Problem) -> str | None:
     """None: it takes every problem."""
     return None
-
-
-def gate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Gates live in float32, or in float64 where the layer does."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -93,9 +89,9 @@ def forward(
     z = (h * widen(_gamma(scale, gate, token_gate, sample_gate, dtype), ranks)).to(x.dtype)
     y = F.linear(x, weight, bias).contiguous()
     _add_product(y, z, up)
-    empty = x.new_empty(0, dtype=dtype)
     kept = h.contiguous() if save else x.new_empty(0)
-    return y, kept, empty if token_gate is None else token_gate, empty if sample_gate is None else sample_gate
+    gates = [x.new_empty(0, dtype=dtype) if g is None else g for g in (token_gate, sample_gate)]
+    return y, kept, gates[0], gates[1]
 
 
 def backward(

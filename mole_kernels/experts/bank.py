@@ -34,7 +34,7 @@ class ExpertBank:
                     f"ExpertBank, expert {name!r}",
                     expected="an Expert",
                     got=type(expert).__name__,
-                    hint="read a file with mole_kernels.load_expert",
+                    hint="read a file with mole_kernels.io.load_expert",
                 )
         self.experts: dict[str, Expert] = dict(experts)
         # flat name -> the spelling with the most dots among the experts: only that one can be walked in a model

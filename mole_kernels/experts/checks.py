@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, MoleWarning
+from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.files.limits import DTYPE_NAMES
 
@@ -55,7 +54,7 @@ def check_finite(where: str, tensor: Tensor) -> None:
 
 
 def checked_alpha(where: str, alpha: Tensor | float) -> float:
-    """A finite scalar; zero, which switches the layer off, is warned about."""
+    """The finite number an alpha must be: a scalar tensor or a plain number."""
     if isinstance(alpha, Tensor):
         if alpha.numel() != 1:
             raise MoleShapeError(where, expected="a scalar alpha", got=f"shape {list(alpha.shape)}")
@@ -66,8 +65,6 @@ def checked_alpha(where: str, alpha: Tensor | float) -> float:
         raise MoleTypeError(where, expected="a number as alpha", got=type(alpha).__name__)
     if not math.isfinite(alpha):
         raise MoleValueError(where, expected="a finite alpha", got=alpha)
-    if alpha == 0:
-        warnings.warn(f"{where}: alpha is 0, so this layer of the expert does nothing", MoleWarning, stacklevel=3)
     return float(alpha)
 
 

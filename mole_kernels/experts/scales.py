@@ -30,4 +30,4 @@ def scale_of(convention: Convention, alpha: float | None, rank: int) -> float:
 
 def alpha_of(convention: Convention, scale: float, rank: int) -> float:
     """The alpha that `scale_of` turns back into `scale`."""
-    return scale / scale_of(convention, 1.0, rank)
+    return scale * {"kohya": rank, "peft": rank, "rslora": math.sqrt(rank), "mix_of_show": 1}[convention]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mole_kernels.backends.columns import widen
 from mole_kernels.errors import MoleShapeError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.operands import Gates
+from mole_kernels.precision import gate_dtype, no_autocast
 
 
 class Gate(nn.Module):
@@ -77,13 +77,11 @@ class MoLEGate(Gate):
 
     def _compute_pooled(self, experts: LayerExperts) -> Tensor:
         assert self.head is not None
-        # [S,E,R]: each head row against every column; column r then picks the row of its own expert
-        with torch.autocast(self.head.device.type, enabled=False):
-            wide = torch.float64 if self.head.dtype == torch.float64 else torch.float32
-            products = self.head.to(wide) @ experts.up.to(wide)
-            parts = products.split(experts.ranks, -1)
-            picked = torch.cat([part[:, e] for e, part in enumerate(parts)], -1)
-            return picked * widen(experts.scale.to(wide), experts.ranks)
+        # [S,E,R]: each head row against every column; expert e then keeps its own row
+        with no_autocast(self.head.device.type):
+            wide = gate_dtype(self.head.dtype)
+            scale, parts = experts.scale.to(wide), (self.head.to(wide) @ experts.up.to(wide)).split(experts.ranks, -1)
+            return torch.cat([part[:, e] * scale[e] for e, part in enumerate(parts)], -1)
 
     def __getstate__(self):
         return {**self.__dict__, "_pool": None}

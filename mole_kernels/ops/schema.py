@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mole_kernels.backends.select import Backend, select
-from mole_kernels.backends.stacked import gate_dtype
+from mole_kernels.precision import gate_dtype, no_autocast
 from mole_kernels.problem import Problem
 
 library = torch.library.Library("mole", "DEF")
@@ -35,28 +35,19 @@ def problem_of(
     )
 
 
-def _without_autocast(run, device: str, *args):
-    # operands are already in the compute dtype, and the gates' float32 must stay float32
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return run(*args)
-    return run(*args)
-
-
 def _forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, backend):
     ranks = tuple(ranks)
     chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool), backend)
-    return _without_autocast(
-        chosen.forward, x.device.type, x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save
-    )
+    # operands are already in the compute dtype, and the gates' float32 must stay float32
+    with no_autocast(x.device.type):
+        return chosen.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
 
 
 def _backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, backend):
     ranks = tuple(ranks)
     chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool), backend)
-    return _without_autocast(
-        chosen.backward, x.device.type, dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need
-    )
+    with no_autocast(x.device.type):
+        return chosen.backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need)
 
 
 def _forward_fake(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, backend):

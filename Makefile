@@ -1,0 +1,51 @@
+# everything one does often; each target makes the environment it needs
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.stamp
+JOBS   ?= 2
+# numerical threads of each test worker: workers times threads = cores
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint format bench gpu clean build diffusers-tests
+SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+
+# torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
+$(STAMP): pyproject.toml constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel ninja
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $(STAMP)
+
+build: $(STAMP)
+
+demo: $(STAMP)
+	OMP_NUM_THREADS=2 $(BIN)/mole-kernels demo --out demo_out
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py --suite cpu
+
+# diffusers' own LoRA tests with acceleration switched on; SOURCE is a checkout of diffusers
+diffusers-tests: $(STAMP)
+	$(BIN)/python python/tools/diffusers_suite.py $(if $(SOURCE),--source $(SOURCE))
+
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/run.py --suite gpu
+
+clean:
+	rm -rf build dist *.egg-info demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f mole_kernels/*.so

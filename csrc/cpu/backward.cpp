@@ -1,0 +1,216 @@
+// The gradients, from x, h (ungated) and the gates alone; no expert output is ever formed.
+//
+//   V = dy·B   D_e = ⟨V,h⟩_e   dh = γ ⊙ V + dq·p/T   dlogit = γ(1−l)D   dq = Σ_t γ(1−G)D
+//   dx = dy·W + [dh | dlogit]·[A ; Φ]   [dA ; dΦ] = [dh | dlogit]ᵀ x   dBᵀ = (γ ⊙ h)ᵀ dy
+#include "cpu/call.h"
+
+namespace mole {
+namespace {
+
+enum Need { X = 1, DOWN = 2, UP = 4, SCALE = 8, GATE = 16, PHI = 32, PHI_BIAS = 64, POOL = 128, POOL_BIAS = 256 };
+
+template <class W>
+W* at(const Tensor& t) {
+  return static_cast<W*>(data(t));
+}
+
+// the gates' own gradients from D [B,T,E]; sums are kept in double
+template <class W>
+struct GateGradients {
+  const Call& c;
+  const W *token, *sample;
+  Tensor scale, gate, dlogit, phi_bias, dq, pool_bias;
+
+  GateGradients(const Call& c, const W* token, const W* sample)
+      : c(c), token(token), sample(sample), scale(empty({c.E}, c.wide_type)), gate(gate_like(c)),
+        dlogit(empty({c.B, c.T, token ? c.E : 0}, c.wide_type)), phi_bias(empty({c.E}, c.wide_type)), dq(empty({c.B, c.E}, c.wide_type)),
+        pool_bias(empty({c.E}, c.wide_type)) {}
+
+  static Tensor gate_like(const Call& c) {
+    const Maybe& g = c.gate.tensor;
+    return g ? empty({g->size(0), g->size(1), g->size(2)}, c.wide_type) : empty({0}, c.wide_type);
+  }
+
+  void run(const W* D) {
+    std::vector<double> ds(c.E), dphi(c.E), dpool(c.E), dgate(c.gate.tensor ? gate.numel() : 0);
+    const int64_t gate_b = c.gate.tensor && gate.size(0) > 1 ? gate.size(1) * c.E : 0, gate_t = c.gate.tensor && gate.size(1) > 1 ? c.E : 0;
+    const W* s = at<W>(c.scale);
+    for (int64_t b = 0; b < c.B; ++b)
+      for (int64_t e = 0; e < c.E; ++e) {
+        const W G = sample ? sample[b * c.E + e] : W(1);
+        double q = 0;
+        for (int64_t t = 0; t < c.T; ++t) {
+          const int64_t m = (b * c.T + t) * c.E + e;
+          const W l = token ? token[m] : W(1), given = c.gate.tensor ? static_cast<const W*>(c.gate.at(b, t))[e * c.gate.expert] : W(1);
+          const double d = D[m], through = double(l) * G * d, gamma = double(s[e]) * given * through;
+          ds[e] += given * through;
+          if (c.gate.tensor) dgate[b * gate_b + t * gate_t + e] += s[e] * through;
+          if (token) at<W>(dlogit)[m] = W(gamma * (1 - l)), dphi[e] += gamma * (1 - l);
+          q += gamma * (1 - G);
+        }
+        at<W>(dq)[b * c.E + e] = W(q);
+        dpool[e] += q;
+      }
+    for (int64_t e = 0; e < c.E; ++e) at<W>(scale)[e] = W(ds[e]), at<W>(phi_bias)[e] = W(dphi[e]), at<W>(pool_bias)[e] = W(dpool[e]);
+    for (size_t i = 0; i < dgate.size(); ++i) at<W>(gate)[i] = W(dgate[i]);
+  }
+};
+
+// the work of one call, in the wide type of its elements
+template <class W>
+struct Backward {
+  const Call& c;
+  const Kernels& k;
+  const Tensor &dy, &h, &token_gate, &sample_gate;
+  const int64_t need;
+  const char *token, *sample;
+  GateGradients<W> gates;
+
+  Backward(const Call& c, const Tensor& dy, const Tensor& h, const Tensor& token_gate, const Tensor& sample_gate, int64_t need)
+      : c(c), k(c.k), dy(dy), h(h), token_gate(token_gate), sample_gate(sample_gate), need(need),
+        token(c.phi ? static_cast<const char*>(data(token_gate)) : nullptr), sample(c.pool ? static_cast<const char*>(data(sample_gate)) : nullptr),
+        gates(c, reinterpret_cast<const W*>(token), reinterpret_cast<const W*>(sample)) {}
+
+  bool none(const Tensor& t) const { return t.numel() == 0; }
+  int64_t row(int64_t b, int64_t t) const { return b * c.T + t; }
+
+  // saved h of some rows, wide
+  const W* wide_h(int64_t b, int64_t t, int64_t rows) const {
+    const char* saved = static_cast<const char*>(data(h)) + row(b, t) * c.R * k.element_size;
+    if (k.element_size == k.wide_size) return reinterpret_cast<const W*>(saved);
+    char* copy = Scratch::get(Scratch::WIDE, rows * c.R * k.wide_size);
+    k.widen(saved, c.R, rows, c.R, copy, c.R);
+    return reinterpret_cast<const W*>(copy);
+  }
+
+  // V = dy·B, then dh in its place; D on the way
+  Tensor thin_gradient() {
+    Tensor v = empty({c.B, c.T, c.R}, c.wide_type), d = empty({c.B, c.T, c.E}, c.wide_type);
+    W *pv = at<W>(v), *pd = at<W>(d);
+    shrink(k, c.rows(dy), c.B, c.T, c.N, c.up_n(), c.S, c.R, reinterpret_cast<char*>(pv), c.R,
+           [&](int64_t b, int64_t t, int64_t rows, const Product&, int64_t, bool last) {
+             if (last) k.expert_dots(pv + row(b, t) * c.R, c.R, wide_h(b, t, rows), c.R, rows, c.starts.data(), c.E, pd + row(b, t) * c.E);
+           });
+    gates.run(pd);
+    std::vector<W> add(c.pool ? c.B * c.R : 0);
+    for (int64_t b = 0; c.pool && b < c.B; ++b)
+      for (int64_t e = 0; e < c.E; ++e)
+        for (int64_t r = c.starts[e]; r < c.starts[e + 1]; ++r)
+          add[b * c.R + r] = at<W>(gates.dq)[b * c.E + e] * at<W>(*c.pool)[(c.S == 1 ? 0 : b) * c.R + r] / W(c.T);
+    Blocks(k, 0, c.B, c.T).each([&](int64_t b, int64_t t, int64_t rows) {
+      W* line = pv + row(b, t) * c.R;
+      k.gate(line, c.R, rows, c.gates(b, t, token, sample), c.pool ? add.data() + b * c.R : nullptr, line, c.R, true);
+    });
+    return v;
+  }
+
+  // operands of wide rows
+  Product operands(const W* rows_at, int64_t width, int64_t rows, Scratch::Use use) const {
+    if (k.operand_size == k.wide_size) return {rows_at, width, 1, nullptr, width};
+    char* copy = Scratch::get(use, rows * width * k.operand_size);
+    k.narrow(rows_at, width, rows, width, copy, width);
+    return {copy, width, 1, nullptr, width};
+  }
+
+  // dx = dy·W + [dh | dlogit]·[A ; Φ]
+  Tensor input_gradient(const Tensor& dh) const {
+    Tensor dx = empty({c.B, c.T, c.K}, c.type);
+    base_product(dx, dy, c.weight, std::nullopt, c.B, c.T);
+    if (none(dx)) return dx;
+    const Tensor& phi = c.phi ? *c.phi : c.weight;
+    const Sets w[2] = {c.down_r(), {static_cast<const char*>(data(phi)), k.element_size, 0, phi.stride(0), phi.stride(1)}};
+    const int64_t depth[2] = {c.R, c.E};
+    expand(k, c.B, c.T, c.K, w, depth, c.phi ? 2 : 1, c.S, static_cast<char*>(data(dx)), [&](int64_t b, int64_t t, int64_t rows, Product* p) {
+      p[0] = operands(at<W>(dh) + row(b, t) * c.R, c.R, rows, Scratch::GATED);
+      if (c.phi) p[1] = operands(at<W>(gates.dlogit) + row(b, t) * c.E, c.E, rows, Scratch::LEFT);
+    });
+    return dx;
+  }
+
+  // out[s] [L,cols] = Σ left ᵀ right, every set of S
+  template <class Left>
+  Tensor reduced(int64_t sets, int64_t L, const Left& left, const Rows& right, int64_t cols) const {
+    Tensor out = empty({sets, L, cols}, c.wide_type);
+    for (int64_t s = 0; s < sets; ++s)
+      reduce(k, sets == 1 ? 0 : s, sets == 1 ? c.B : 1, c.T, L, L, left, right, cols, static_cast<char*>(data(out)) + s * L * cols * k.wide_size);
+    return out;
+  }
+
+  Tensor down_gradient(const Tensor& dh) const {
+    return reduced(c.S, c.R, [&](int64_t b, int64_t t, int64_t) { return at<W>(dh) + row(b, t) * c.R; }, c.x_rows(), c.K);
+  }
+
+  Tensor phi_gradient() const {
+    return reduced(1, c.E, [&](int64_t b, int64_t t, int64_t) { return at<W>(gates.dlogit) + row(b, t) * c.E; }, c.x_rows(), c.K);
+  }
+
+  // dB [S,N,R], made as dBᵀ so that the wide side of the product is the packed one
+  Tensor up_gradient() const {
+    Tensor t = reduced(c.S, c.R, [&](int64_t b, int64_t t0, int64_t rows) {
+      W* gated = reinterpret_cast<W*>(Scratch::get(Scratch::GATED, rows * c.R * k.wide_size));
+      k.gate(wide_h(b, t0, rows), c.R, rows, c.gates(b, t0, token, sample), nullptr, gated, c.R, true);
+      return static_cast<const W*>(gated);
+    }, c.rows(dy), c.N);
+    Tensor out = empty({c.S, c.N, c.R}, c.type);
+    for (int64_t s = 0; s < c.S; ++s) {
+      Tensor turned = matrix(out, c.R, c.N, 1, c.R, s * c.N * c.R);
+      torch::stable::copy_(turned, matrix(t, c.R, c.N, c.N, 1, s * c.R * c.N));
+    }
+    return out;
+  }
+
+  // dp[s,r] = Σ_b dq[b,e(r)] · mean_t h[b,t,r]
+  Tensor pool_gradient() const {
+    Tensor out = empty({c.S, c.R}, c.wide_type);
+    std::vector<double> total(c.S * c.R);
+    std::vector<W> sums(c.R);
+    for (int64_t b = 0; b < c.B; ++b) {
+      std::vector<double> sample_sum(c.R);
+      for (int64_t t = 0; t < c.T; t += kBlockRows) {
+        const int64_t rows = std::min(kBlockRows, c.T - t);
+        std::fill(sums.begin(), sums.end(), W(0));
+        k.column_sums(wide_h(b, t, rows), c.R, rows, c.R, sums.data());
+        for (int64_t r = 0; r < c.R; ++r) sample_sum[r] += sums[r];
+      }
+      for (int64_t e = 0; e < c.E; ++e)
+        for (int64_t r = c.starts[e]; r < c.starts[e + 1]; ++r)
+          total[(c.S == 1 ? 0 : b) * c.R + r] += at<W>(gates.dq)[b * c.E + e] * sample_sum[r] / std::max<int64_t>(c.T, 1);
+    }
+    for (size_t i = 0; i < total.size(); ++i) at<W>(out)[i] = W(total[i]);
+    return out;
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run(ScalarType scale, ScalarType gate, ScalarType pool) {
+    const Tensor no = empty({0}, c.type);
+    const Tensor dh = need & ~UP ? thin_gradient() : no;
+    return {need & X ? input_gradient(dh) : no,
+            need & DOWN ? as(down_gradient(dh), c.type) : no,
+            need & UP ? up_gradient() : no,
+            need & SCALE ? as(gates.scale, scale) : no,
+            need & GATE ? as(gates.gate, gate) : no,
+            need & PHI ? as(matrix(phi_gradient(), c.E, c.K, c.K, 1), c.type) : no,
+            need & PHI_BIAS ? gates.phi_bias : no,
+            need & POOL ? as(pool_gradient(), pool) : no,
+            need & POOL_BIAS ? gates.pool_bias : no};
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& dy_, const Tensor& x, const Tensor& weight, const Tensor& down, const Tensor& up, const Tensor& scale,
+    const std::vector<int64_t>& ranks, const Maybe& gate, const Maybe& phi, const Maybe& pool, const Tensor& h_, const Tensor& token_gate,
+    const Tensor& sample_gate, int64_t need) {
+  const Call c(x, weight, down, up, scale, ranks, gate, phi, pool);
+  const Tensor dy = dense(as(dy_, c.type)), h = dense(as(h_, c.type));
+  STD_TORCH_CHECK(dy.numel() == c.B * c.T * c.N && h.numel() == c.B * c.T * c.R, "mole_cpu: expected dy [B,T,N] and h [B,T,R] of the forward");
+  const Tensor token = dense(as(token_gate, c.wide_type)), sample = dense(as(sample_gate, c.wide_type));
+  STD_TORCH_CHECK((!phi || token.numel() == c.B * c.T * c.E) && (!pool || sample.numel() == c.B * c.E), "mole_cpu: expected the gates of the forward");
+  // a gradient of what the call lacks is empty
+  need &= ~((gate ? 0 : GATE) | (phi ? 0 : PHI | PHI_BIAS) | (pool ? 0 : POOL | POOL_BIAS));
+  const ScalarType gate_type = gate ? gate->scalar_type() : c.wide_type, pool_type = pool ? pool->scalar_type() : c.wide_type;
+  if (c.wide_type == ScalarType::Double) return Backward<double>(c, dy, h, token, sample, need).run(scale.scalar_type(), gate_type, pool_type);
+  return Backward<float>(c, dy, h, token, sample, need).run(scale.scalar_type(), gate_type, pool_type);
+}
+
+}  // namespace mole

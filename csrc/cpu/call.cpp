@@ -1,0 +1,68 @@
+#include "cpu/call.h"
+
+namespace mole {
+namespace {
+
+Element element(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return F32;
+    case ScalarType::Double: return F64;
+    case ScalarType::BFloat16: return BF16;
+    case ScalarType::Half: return F16;
+    default: STD_TORCH_CHECK(false, "mole_cpu: expected x of float32, float64, bfloat16 or float16");
+  }
+  return F32;
+}
+
+void expect(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
+  bool good = t.is_cpu() && t.scalar_type() == type && t.dim() == int64_t(sizes.size());
+  for (int64_t i = 0; good && i < int64_t(sizes.size()); ++i) good = t.size(i) == sizes.begin()[i];
+  STD_TORCH_CHECK(good, "mole_cpu: ", name, " has the wrong device, dtype or shape for the other tensors");
+}
+
+}  // namespace
+
+Call::Call(const Tensor& x, const Tensor& weight, const Tensor& down, const Tensor& up, const Tensor& scale, const std::vector<int64_t>& ranks,
+           const Maybe& gate, const Maybe& phi, const Maybe& pool)
+    : type(x.scalar_type()),
+      wide_type(type == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
+      k(kernels(element(type))),
+      x(x),
+      weight(weight),
+      down(down),
+      up(up),
+      scale(dense(as(scale, wide_type))),
+      gate(gate, wide_type, k.wide_size),
+      phi(phi),
+      pool(dense(as(pool, wide_type))) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && weight.dim() == 2 && down.dim() == 3, "mole_cpu: expected x [B,T,K], weight [N,K], down [S,R,K]");
+  B = x.size(0), T = x.size(1), K = x.size(2), N = weight.size(0), S = down.size(0), R = down.size(1), E = int64_t(ranks.size());
+  STD_TORCH_CHECK(S == 1 || S == B, "mole_cpu: expected down [S,R,K] with S = 1 or B");
+  starts.assign(1, 0);
+  for (int64_t r : ranks) starts.push_back(starts.back() + r);
+  STD_TORCH_CHECK(starts.back() == R, "mole_cpu: the ranks do not add up to the rows of down");
+  expect(weight, "weight", type, {N, K});
+  expect(down, "down", type, {S, R, K});
+  expect(up, "up", type, {S, N, R});
+  expect(this->scale, "scale", wide_type, {E});
+  if (phi) expect(*phi, "phi", type, {E, K});
+  if (pool) expect(*this->pool, "pool", wide_type, {S, R});
+  if (gate) {
+    const Tensor& g = *this->gate.tensor;
+    STD_TORCH_CHECK(g.dim() == 3 && (g.size(0) == 1 || g.size(0) == B) && (g.size(1) == 1 || g.size(1) == T) && g.size(2) == E,
+                    "mole_cpu: expected gate [B|1,T|1,E]");
+  }
+}
+
+void base_product(const Tensor& y, const Tensor& x, const Tensor& w, const Maybe& bias, int64_t B, int64_t T) {
+  const int64_t K = x.size(2), N = y.size(2);
+  if (B == 0 || T == 0 || N == 0) return;
+  if (B == 1 || x.stride(0) == T * x.stride(1)) {
+    product(matrix(y, B * T, N, N, 1), bias, matrix(x, B * T, K, x.stride(1), x.stride(2)), w);
+    return;
+  }
+  for (int64_t b = 0; b < B; ++b)
+    product(matrix(y, T, N, N, 1, b * T * N), bias, matrix(x, T, K, x.stride(1), x.stride(2), b * x.stride(0)), w);
+}
+
+}  // namespace mole

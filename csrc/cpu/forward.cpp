@@ -1,0 +1,102 @@
+// y = x Wᵀ + b + (γ ⊙ x Aᵀ) Bᵀ: torch's product for the base, then ours, which never write an expert's output.
+//
+//   shrink   h = x Aᵀ, kept wide (M × R), token logits from the same block of x while it is hot, column sums for the sample gate
+//   expand   γ ⊙ h of a block, rounded once, times Bᵀ, added to y in registers
+#include <cmath>
+
+#include "cpu/call.h"
+
+namespace mole {
+namespace {
+
+// column sums of h, a row for each block of each sample, so that the order of the sum does not depend on threads
+struct Sums {
+  Tensor tensor;
+  char* at;
+  Sums(const Call& c, int64_t blocks) : tensor(empty({c.B, blocks, c.R}, c.wide_type)), at(static_cast<char*>(data(tensor))) {
+    std::fill(at, at + c.B * blocks * c.R * c.k.wide_size, char(0));
+  }
+};
+
+// G[b,e] = sigmoid(Σ_{r in e} pool_r · mean_t h_r + pool_bias_e)
+template <class W>
+void sample_gates(const Call& c, const W* sums, int64_t blocks, const W* bias, W* out) {
+  const W* pool = static_cast<const W*>(data(c.pool));
+  for (int64_t b = 0; b < c.B; ++b)
+    for (int64_t e = 0; e < c.E; ++e) {
+      double logit = 0;
+      for (int64_t r = c.starts[e]; r < c.starts[e + 1]; ++r) {
+        double sum = 0;
+        for (int64_t i = 0; i < blocks; ++i) sum += sums[(b * blocks + i) * c.R + r];
+        logit += sum * pool[(c.S == 1 ? 0 : b) * c.R + r];
+      }
+      logit = logit / std::max<int64_t>(c.T, 1) + (bias ? bias[e] : W(0));
+      out[b * c.E + e] = W(1 / (1 + std::exp(-logit)));
+    }
+}
+
+// phi as operands [E,K] with k side by side
+const char* phi_operands(const Call& c, Tensor& keep) {
+  const Kernels& k = c.k;
+  if (k.element_size == k.operand_size && c.phi->stride(1) == 1 && c.phi->stride(0) == c.K) return static_cast<const char*>(data(c.phi));
+  keep = empty({c.E, c.K}, k.operand_size == k.element_size ? c.type : c.wide_type);
+  k.to_operand(data(c.phi), c.phi->stride(0), c.phi->stride(1), c.E, c.K, data(keep), c.K);
+  return static_cast<const char*>(data(keep));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& down, const Tensor& up, const Tensor& scale,
+    const std::vector<int64_t>& ranks, const Maybe& gate, const Maybe& phi, const Maybe& phi_bias, const Maybe& pool, const Maybe& pool_bias,
+    bool save) {
+  const Call c(x, weight, down, up, scale, ranks, gate, phi, pool);
+  const Kernels& k = c.k;
+  const Maybe token_bias = dense(as(phi_bias, c.wide_type)), sample_bias = dense(as(pool_bias, c.wide_type));
+  STD_TORCH_CHECK(!token_bias || token_bias->numel() == c.E, "mole_cpu: expected phi_bias [E]");
+  STD_TORCH_CHECK(!sample_bias || sample_bias->numel() == c.E, "mole_cpu: expected pool_bias [E]");
+
+  Tensor y = empty({c.B, c.T, c.N}, c.type);
+  base_product(y, x, matrix(weight, c.K, c.N, weight.stride(1), weight.stride(0)), bias, c.B, c.T);
+
+  const bool h_is_wide = c.type == c.wide_type;
+  Tensor wide = empty({c.B, c.T, c.R}, c.wide_type);
+  Tensor h = !save ? empty({0}, c.type) : h_is_wide ? wide : empty({c.B, c.T, c.R}, c.type);
+  Tensor token = phi ? empty({c.B, c.T, c.E}, c.wide_type) : empty({0}, c.wide_type);
+  Tensor sample = pool ? empty({c.B, c.E}, c.wide_type) : empty({0}, c.wide_type);
+  char *rows_h = static_cast<char*>(data(wide)), *out_h = static_cast<char*>(data(h)), *out_token = static_cast<char*>(data(token));
+  Tensor keep = empty({0}, c.type);
+  const char* phi_rows = phi ? phi_operands(c, keep) : nullptr;
+  const Blocks blocks(k, 0, c.S == 1 ? c.B : 1, c.T);
+  std::optional<Sums> sums;
+  if (pool) sums.emplace(c, blocks.per_sample);
+
+  shrink(k, c.x_rows(), c.B, c.T, c.K, c.down_k(), c.S, c.R, rows_h, c.R,
+         [&](int64_t b, int64_t t, int64_t rows, const Product& left, int64_t from, bool last) {
+           const int64_t row = b * c.T + t;
+           char *line = rows_h + row * c.R * k.wide_size, *logits = out_token + row * c.E * k.wide_size;
+           if (phi) k.row_dots(left.a, left.a_row, rows, left.k, phi_rows + from * k.operand_size, c.K, c.E, logits, from > 0);
+           if (!last) return;
+           if (phi) k.sigmoid(logits, rows, c.E, data(token_bias));
+           if (pool) k.column_sums(line, c.R, rows, c.R, sums->at + (b * blocks.per_sample + t / blocks.rows) * c.R * k.wide_size);
+           if (save && !h_is_wide) k.narrow(line, c.R, rows, c.R, out_h + row * c.R * k.element_size, c.R);
+         });
+  if (pool) {
+    if (c.wide_type == ScalarType::Double)
+      sample_gates(c, reinterpret_cast<double*>(sums->at), blocks.per_sample, static_cast<double*>(data(sample_bias)), static_cast<double*>(data(sample)));
+    else
+      sample_gates(c, reinterpret_cast<float*>(sums->at), blocks.per_sample, static_cast<float*>(data(sample_bias)), static_cast<float*>(data(sample)));
+  }
+
+  const char *token_at = phi ? out_token : nullptr, *sample_at = pool ? static_cast<char*>(data(sample)) : nullptr;
+  const Sets w[1] = {c.up_r()};
+  const int64_t depth[1] = {c.R};
+  expand(k, c.B, c.T, c.N, w, depth, 1, c.S, static_cast<char*>(data(y)), [&](int64_t b, int64_t t, int64_t rows, Product* p) {
+    char* gated = Scratch::get(Scratch::GATED, rows * c.R * k.operand_size);
+    k.gate(rows_h + (b * c.T + t) * c.R * k.wide_size, c.R, rows, c.gates(b, t, token_at, sample_at), nullptr, gated, c.R, false);
+    p[0] = {gated, c.R, 1, nullptr, c.R};
+  });
+  return {y, h, token, sample};
+}
+
+}  // namespace mole

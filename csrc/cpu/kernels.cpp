@@ -1,0 +1,320 @@
+// The kernels of one instruction set (see kernels.h); compiled once for each.
+#include "cpu/kernels.h"
+
+#include "cpu/microkernel.h"
+#include "cpu/vectors.h"
+
+namespace mole {
+namespace MOLE_ISA {
+
+template <class T>
+struct OperandOf {
+  using type = float;
+};
+template <>
+struct OperandOf<double> {
+  using type = double;
+};
+#if MOLE_ISA_AVX512BF16
+template <>
+struct OperandOf<bfloat> {
+  using type = bfloat;
+};
+#endif
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
+template <class T>
+struct Of {
+  using O = typename OperandOf<T>::type;
+  using W = typename Operand<O>::Wide;
+  static constexpr int L = lanes<W>;
+  static constexpr int step = Operand<O>::step;
+  static constexpr int64_t panel_cols = kPanelVectors * L;
+  // one step of k of one column: a wide number, or a pair of bfloat16 seen as one
+  using Cell = W;
+
+  static int64_t padded(int64_t k) { return (k + step - 1) / step * step; }
+  static int64_t panel_size(int64_t k, int64_t cols) { return padded(k) * ((cols + L - 1) / L * L); }
+
+  static MOLE_INLINE O operand(T v) {
+    if constexpr (same<T, O>) return v;
+    else return O(to_wide(v));
+  }
+
+  // b[p,c] for a step of p, zero beyond k
+  static MOLE_INLINE void cell(const T* b, int64_t b_k, int64_t p, int64_t k, O* out) {
+    for (int s = 0; s < step; ++s) out[s] = p + s < k ? operand(b[(p + s) * b_k]) : O{};
+  }
+
+  // L columns whose k lie side by side: blocks of L steps, transposed in registers
+  static int64_t pack_transposed(const T* b, int64_t b_col, int64_t k, O* out, int64_t out_step) {
+    int64_t p = 0;
+    for (; p + L * step <= k; p += L * step) {
+      Vec<W> r[L];
+      MOLE_UNROLL
+      for (int c = 0; c < L; ++c) {
+        O line[L * step];
+        const T* from = b + c * b_col + p;
+        if constexpr (same<T, O>) std::memcpy(line, from, sizeof line);
+        else widen_row<T, W>(from, line, L);
+        std::memcpy(&r[c], line, sizeof line);
+      }
+      transpose(r);
+      MOLE_UNROLL
+      for (int s = 0; s < L; ++s) std::memcpy(out + (p / step + s) * out_step, &r[s], sizeof r[s]);
+    }
+    return p;
+  }
+
+  static void pack(const void* source, int64_t b_k, int64_t b_col, int64_t k, int64_t cols, void* panels) {
+    const T* b = static_cast<const T*>(source);
+    for (int64_t col = 0; col < cols; col += panel_cols) {
+      const int64_t left = cols - col, vectors = left >= panel_cols ? kPanelVectors : (left + L - 1) / L;
+      O* out = static_cast<O*>(panels) + col * padded(k);
+      const int64_t out_step = vectors * L * step;
+      for (int64_t v = 0; v < vectors; ++v, out += L * step) {
+        const T* from = b + (col + v * L) * b_col;
+        const int64_t n = left - v * L < L ? left - v * L : L;
+        int64_t p = n == L && b_k == 1 ? pack_transposed(from, b_col, k, out, out_step) : 0;
+        if (n == L && b_col == 1) p = pack_rows(from, b_k, k, out, out_step);
+        for (; p < k; p += step) {
+          O* at = out + p / step * out_step;
+          for (int64_t c = 0; c < L; ++c) {
+            if (c < n) cell(from + c * b_col, b_k, p, k, at + c * step);
+            else for (int s = 0; s < step; ++s) at[c * step + s] = O{};
+          }
+        }
+      }
+    }
+  }
+
+  // L columns side by side in b
+  static int64_t pack_rows(const T* b, int64_t b_k, int64_t k, O* out, int64_t out_step) {
+    int64_t p = 0;
+    for (; p + step <= k; p += step) {
+      O* at = out + p / step * out_step;
+      const T* from = b + p * b_k;
+      if constexpr (step == 2) {
+        for (int c = 0; c < L; ++c) at[2 * c] = from[c], at[2 * c + 1] = from[b_k + c];
+      } else if constexpr (same<T, O>) {
+        std::memcpy(at, from, L * sizeof(O));
+      } else {
+        widen_row<T, W>(from, at, L);
+      }
+    }
+    return p;
+  }
+
+  static void to_operand(const void* source, int64_t a_row, int64_t a_k, int64_t rows, int64_t k, void* target, int64_t out_row) {
+    const T* a = static_cast<const T*>(source);
+    O* out = static_cast<O*>(target);
+    if (a_k == 1) {
+      for (int64_t i = 0; i < rows; ++i) {
+        if constexpr (same<T, O>) std::memcpy(out + i * out_row, a + i * a_row, k * sizeof(O));
+        else widen_row<T, W>(a + i * a_row, out + i * out_row, k);
+      }
+      return;
+    }
+    // rows of 16 k at a time keep both sides within a few cache lines
+    for (int64_t p0 = 0; p0 < k; p0 += 16) {
+      const int64_t p1 = p0 + 16 < k ? p0 + 16 : k;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t p = p0; p < p1; ++p) out[i * out_row + p] = operand(a[i * a_row + p * a_k]);
+    }
+  }
+
+  static void transposed(const void* wide, int64_t wide_row, int64_t k, int64_t rows, void* target, Product* p) {
+    p->k = k;
+    if constexpr (same<O, W>) {
+      p->a = wide, p->a_row = 1, p->a_k = wide_row;
+    } else {
+      const W* in = static_cast<const W*>(wide);
+      O* out = static_cast<O*>(target);
+      for (int64_t q = 0; q < k; q += 2) {
+        const W *one = in + q * wide_row, *two = one + wide_row;
+        O* at = out + q * rows;
+        for (int64_t i = 0; i < rows; ++i) at[2 * i] = from_wide<O>(one[i]), at[2 * i + 1] = q + 1 < k ? from_wide<O>(two[i]) : O{};
+      }
+      p->a = out, p->a_row = 2, p->a_k = rows;
+    }
+  }
+
+  static void multiply_wide(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row, bool accumulate) {
+    multiply<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, true, accumulate});
+  }
+  static void multiply_add(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row) {
+    multiply<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, same<T, W>, true});
+  }
+
+  // L accumulators: L/2 rows times two experts, summed across lanes by one transposition
+  static void row_dots(const void* source, int64_t a_row, int64_t rows, int64_t k, const void* phi_, int64_t phi_row, int64_t experts,
+                       void* logits_, bool accumulate) {
+    constexpr int R = L / 2;
+    const O *a = static_cast<const O*>(source), *phi = static_cast<const O*>(phi_);
+    W* logits = static_cast<W*>(logits_);
+    for (int64_t i = 0; i < rows; i += R)
+      for (int64_t e = 0; e < experts; e += 2) {
+        const O* line[R];
+        for (int64_t j = 0; j < R; ++j) line[j] = a + (i + j < rows ? i + j : rows - 1) * a_row;
+        const O *one = phi + e * phi_row, *two = phi + (e + 1 < experts ? e + 1 : e) * phi_row;
+        W sums[L];
+        store(sums, dots<R>(line, one, two, k));
+        for (int64_t j = 0; j < R && i + j < rows; ++j)
+          for (int64_t f = 0; f < 2 && e + f < experts; ++f) {
+            W& at = logits[(i + j) * experts + e + f];
+            at = accumulate ? at + sums[2 * j + f] : sums[2 * j + f];
+          }
+      }
+  }
+
+  template <int R>
+  static MOLE_INLINE Vec<W> dots(const O* const (&line)[R], const O* one, const O* two, int64_t k) {
+    Vec<W> acc[L];
+    MOLE_UNROLL
+    for (int j = 0; j < L; ++j) acc[j] = Vec<W>{};
+    int64_t p = 0;
+    for (; p + L * step <= k; p += L * step) {
+      MOLE_UNROLL
+      for (int j = 0; j < R; ++j) {
+        acc[2 * j] = fma(acc[2 * j], line[j] + p, one + p);
+        acc[2 * j + 1] = fma(acc[2 * j + 1], line[j] + p, two + p);
+      }
+    }
+    if (p < k) {
+      for (int j = 0; j < R; ++j) {
+        W s = 0, t = 0;
+        for (int64_t q = p; q < k; ++q) s += to_wide(line[j][q]) * to_wide(one[q]), t += to_wide(line[j][q]) * to_wide(two[q]);
+        acc[2 * j][0] += s, acc[2 * j + 1][0] += t;
+      }
+    }
+    transpose(acc);
+    MOLE_UNROLL
+    for (int n = L / 2; n > 0; n /= 2)
+      for (int j = 0; j < n; ++j) acc[j] += acc[j + n];
+    return acc[0];
+  }
+
+  static MOLE_INLINE Vec<W> fma(Vec<W> acc, const O* x, const O* y) {
+#if MOLE_ISA_AVX512BF16
+    if constexpr (step == 2)
+      return (Vec<W>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(y));
+    else
+#endif
+      return acc + load(x) * load(y);
+  }
+
+  static void sigmoid(void* values, int64_t rows, int64_t experts, const void* bias) {
+    W* v = static_cast<W*>(values);
+    const W* b = static_cast<const W*>(bias);
+    if (b)
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t e = 0; e < experts; ++e) v[i * experts + e] += b[e];
+    const int64_t n = rows * experts;
+    if constexpr (same<W, double>) {
+      for (int64_t i = 0; i < n; ++i) v[i] = 1 / (1 + __builtin_exp(-v[i]));
+    } else {
+      for (int64_t i = 0; i < n; ++i) v[i] = 1 / (1 + exponential(-v[i]));
+    }
+  }
+
+  // e^x to 2 ulp: x = n·ln2 + r, a degree-6 polynomial of r (Taylor's, |r| ≤ ln2/2), times 2^n; NaN stays NaN
+  static MOLE_INLINE float exponential(float x) {
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float s = 1.0f / 5040;
+    s = s * r + 1.0f / 720;
+    s = s * r + 1.0f / 120;
+    s = s * r + 1.0f / 24;
+    s = s * r + 1.0f / 6;
+    s = s * r + 0.5f;
+    s = s * r + 1.0f;
+    s = s * r + 1.0f;
+    return s * bits_to_float(uint32_t(int32_t(n == n ? n : 0.0f) + 127) << 23);
+  }
+
+  static void gate(const void* h_, int64_t h_row, int64_t rows, const RowGates& g, const void* add_, void* out, int64_t out_row, bool wide_out) {
+    const W *h = static_cast<const W*>(h_), *add = static_cast<const W*>(add_);
+    const W *scale = static_cast<const W*>(g.scale), *given = static_cast<const W*>(g.gate);
+    const W *token = static_cast<const W*>(g.token), *sample = static_cast<const W*>(g.sample);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t e = 0; e < g.experts; ++e) {
+        W gamma = scale[e];
+        if (given) gamma *= given[i * g.gate_row + e * g.gate_e];
+        if (token) gamma *= token[i * g.experts + e];
+        if (sample) gamma *= sample[e];
+        const int64_t from = g.starts[e], n = g.starts[e + 1] - from;
+        const W *in = h + i * h_row + from, *plus = add ? add + from : nullptr;
+        if (wide_out) scaled(in, gamma, plus, static_cast<W*>(out) + i * out_row + from, n);
+        else scaled(in, gamma, plus, static_cast<O*>(out) + i * out_row + from, n);
+      }
+  }
+
+  template <class To>
+  static MOLE_INLINE void scaled(const W* in, W gamma, const W* add, To* out, int64_t n) {
+    int64_t r = 0;
+    for (; r + L <= n; r += L) {
+      Vec<W> v = load(in + r) * gamma;
+      if (add) v += load(add + r);
+      if constexpr (same<To, W>) {
+        store(out + r, v);
+      } else {
+        W line[L];
+        store(line, v);
+        narrow_row<To, W>(line, out + r, L);
+      }
+    }
+    for (; r < n; ++r) out[r] = from_wide<To>(in[r] * gamma + (add ? add[r] : W(0)));
+  }
+
+  static void column_sums(const void* h_, int64_t h_row, int64_t rows, int64_t cols, void* sums_) {
+    const W* h = static_cast<const W*>(h_);
+    W* sums = static_cast<W*>(sums_);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t r = 0; r < cols; ++r) sums[r] += h[i * h_row + r];
+  }
+
+  static void expert_dots(const void* v_, int64_t v_row, const void* h_, int64_t h_row, int64_t rows, const int64_t* starts, int64_t experts, void* d_) {
+    const W *v = static_cast<const W*>(v_), *h = static_cast<const W*>(h_);
+    W* d = static_cast<W*>(d_);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t e = 0; e < experts; ++e) {
+        const W *x = v + i * v_row, *y = h + i * h_row;
+        Vec<W> acc{};
+        int64_t r = starts[e];
+        for (; r + L <= starts[e + 1]; r += L) acc += load(x + r) * load(y + r);
+        W sum = 0;
+        for (int j = 0; j < L; ++j) sum += acc[j];
+        for (; r < starts[e + 1]; ++r) sum += x[r] * y[r];
+        d[i * experts + e] = sum;
+      }
+  }
+
+  static void narrow(const void* in, int64_t in_row, int64_t rows, int64_t cols, void* out, int64_t out_row) {
+    for (int64_t i = 0; i < rows; ++i) narrow_row<T, W>(static_cast<const W*>(in) + i * in_row, static_cast<T*>(out) + i * out_row, cols);
+  }
+  static void widen(const void* in, int64_t in_row, int64_t rows, int64_t cols, void* out, int64_t out_row) {
+    for (int64_t i = 0; i < rows; ++i) widen_row<T, W>(static_cast<const T*>(in) + i * in_row, static_cast<W*>(out) + i * out_row, cols);
+  }
+
+  static constexpr Kernels table{
+      int64_t(sizeof(T)), int64_t(sizeof(O)), int64_t(sizeof(W)), kTileRows[kPanelVectors] * 2, panel_size, panel_cols, pack, to_operand, transposed,
+      multiply_wide, multiply_add, row_dots, sigmoid, gate, column_sums, expert_dots, narrow, widen};
+};
+
+const Kernels& table(Element type) {
+  switch (type) {
+    case F64: return Of<double>::table;
+    case BF16: return Of<bfloat>::table;
+    case F16: return Of<half>::table;
+    default: return Of<float>::table;
+  }
+}
+
+}  // namespace MOLE_ISA
+}  // namespace mole

@@ -1,0 +1,181 @@
+// The three products of the operator over [B,T] rows, in blocks that stay in cache and run in parallel:
+// shrink (rows times a thin matrix, kept wide), expand (thin rows times a matrix, added to elements),
+// reduce (a thin matrix of rows, transposed, times rows).
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "cpu/kernels.h"
+
+namespace mole {
+
+constexpr int64_t kBlockRows = 96;           // a block of x and its h stay in L2
+constexpr int64_t kBlockK = 640;             // so does a block of k of x, beside one panel
+constexpr int64_t kPanelBytes = 384 << 10;   // packed columns that are reused by all rows of a block: part of L2
+constexpr int64_t kReduceRows = 256;
+
+// elements [B,T,cols] anywhere in memory; byte addresses from strides in elements
+struct Rows {
+  const char* data;
+  int64_t size, sample, row, col;
+  const void* at(int64_t b, int64_t t, int64_t c = 0) const { return data + (b * sample + t * row + c * col) * size; }
+};
+
+// S matrices, element (p,c) of set s at s·set + p·k + c·col
+struct Sets {
+  const char* data;
+  int64_t size, set, k, col;
+  const void* at(int64_t s, int64_t p, int64_t c) const { return data + (s * set + p * k + c * col) * size; }
+};
+
+// memory of one thread that is kept for its next call, one buffer for each use
+class Scratch {
+ public:
+  enum Use { PANELS, LEFT, GATED, WIDE, USES };
+
+  static char* get(Use use, int64_t bytes) {
+    static thread_local Buffer buffers[USES];
+    Buffer& buffer = buffers[use];
+    if (buffer.bytes < bytes) {
+      buffer.memory.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+      buffer.bytes = buffer.memory ? bytes : 0;
+      if (!buffer.memory) throw std::bad_alloc();
+    }
+    return buffer.memory.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  struct Buffer {
+    std::unique_ptr<char, Free> memory;
+    int64_t bytes = 0;
+  };
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// blocks of rows, none across two samples; enough of them for every thread
+struct Blocks {
+  int64_t first, samples, T, rows, per_sample;
+
+  Blocks(const Kernels& k, int64_t first, int64_t samples, int64_t T) : first(first), samples(samples), T(T) {
+    const int64_t share = ceil_div(samples * T, torch::stable::get_num_threads());
+    const int64_t wanted = std::max<int64_t>(1, ceil_div(T, std::min(kBlockRows, std::max<int64_t>(share, 1))));
+    rows = std::max<int64_t>(1, round_up(ceil_div(T, wanted), k.tile_rows));
+    per_sample = ceil_div(T, rows);
+  }
+  int64_t count() const { return samples * per_sample; }
+
+  // f(b, t, rows) for every block
+  template <class F>
+  void each(const F& f) const {
+    torch::stable::parallel_for(0, count(), 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t t = i % per_sample * rows;
+        f(first + i / per_sample, t, std::min(rows, T - t));
+      }
+    });
+  }
+};
+
+// columns [col, col + cols) of k [from, from + count) of set s, packed by all threads
+inline void pack_panels(const Kernels& k, const Sets& w, int64_t s, int64_t from, int64_t count, int64_t col, int64_t cols, char* out) {
+  const int64_t panel = k.panel_size(count, k.panel_cols) * k.operand_size;
+  const int64_t grain = std::max<int64_t>(1, 65536 / (count * k.panel_cols + 1));
+  torch::stable::parallel_for(0, ceil_div(cols, k.panel_cols), grain, [&](int64_t a, int64_t b) {
+    for (int64_t i = a; i < b; ++i) {
+      const int64_t c = i * k.panel_cols;
+      k.pack(w.at(s, from, col + c), w.k, w.col, count, std::min(k.panel_cols, cols - c), out + i * panel);
+    }
+  });
+}
+
+// the operands of rows × k of x: x itself where it has them in order, else a copy
+inline Product left_operand(const Kernels& k, const Rows& x, int64_t b, int64_t t, int64_t rows, int64_t from, int64_t count) {
+  if (k.element_size == k.operand_size && x.col == 1) return {x.at(b, t, from), x.row, 1, nullptr, count};
+  char* copy = Scratch::get(Scratch::LEFT, rows * count * k.operand_size);
+  k.to_operand(x.at(b, t, from), x.row, x.col, rows, count, copy, count);
+  return {copy, count, 1, nullptr, count};
+}
+
+// wide out [B,T,cols] = x [B,T,K] · w[s] [K,cols]; `also(b, t, rows, left, from, last)` sees each block while x and out are hot
+template <class Also>
+void shrink(const Kernels& k, const Rows& x, int64_t B, int64_t T, int64_t K, const Sets& w, int64_t S, int64_t cols, char* out,
+            int64_t out_row, const Also& also) {
+  const int64_t parts = std::max<int64_t>(1, ceil_div(K, kBlockK)), step = round_up(std::max<int64_t>(ceil_div(K, parts), 1), 2);
+  char* panels = Scratch::get(Scratch::PANELS, k.panel_size(step, cols) * k.operand_size);
+  for (int64_t s = 0; s < S; ++s) {
+    const Blocks blocks(k, S == 1 ? 0 : s, S == 1 ? B : 1, T);
+    for (int64_t from = 0; from < std::max<int64_t>(K, 1); from += step) {
+      const int64_t count = std::min(step, K - from);
+      pack_panels(k, w, s, from, count, 0, cols, panels);
+      blocks.each([&](int64_t b, int64_t t, int64_t rows) {
+        Product p = left_operand(k, x, b, t, rows, from, count);
+        p.panels = panels;
+        k.multiply_wide(&p, 1, rows, cols, out + (b * T + t) * out_row * k.wide_size, out_row, from > 0);
+        also(b, t, rows, p, from, from + count >= K);
+      });
+    }
+  }
+}
+
+// element y [B,T,N] += Σ_i left_i · w_i[s]; `fill(b, t, rows, products)` makes the left operands of a block (strides and k too)
+template <int parts, class Fill>
+void expand(const Kernels& k, int64_t B, int64_t T, int64_t N, const Sets (&w)[parts], const int64_t (&depth)[parts], int count, int64_t S,
+            char* y, const Fill& fill) {
+  int64_t column = 0;
+  for (int i = 0; i < count; ++i) column += k.panel_size(depth[i], k.panel_cols) / k.panel_cols * k.operand_size;
+  const int64_t wide = std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(column, 1) / k.panel_cols) * k.panel_cols;
+  for (int64_t s = 0; s < S; ++s) {
+    const Blocks blocks(k, S == 1 ? 0 : s, S == 1 ? B : 1, T);
+    for (int64_t col = 0; col < N; col += wide) {
+      const int64_t cols = std::min(wide, N - col);
+      int64_t bytes = 0, begin[parts];
+      for (int i = 0; i < count; ++i) begin[i] = bytes, bytes += round_up(k.panel_size(depth[i], cols) * k.operand_size, 64);
+      char* panels = Scratch::get(Scratch::PANELS, bytes);
+      for (int i = 0; i < count; ++i) pack_panels(k, w[i], w[i].set ? s : 0, 0, depth[i], col, cols, panels + begin[i]);
+      blocks.each([&](int64_t b, int64_t t, int64_t rows) {
+        Product products[parts];
+        fill(b, t, rows, products);
+        for (int i = 0; i < count; ++i) products[i].panels = panels + begin[i];
+        k.multiply_add(products, count, rows, cols, y + ((b * T + t) * N + col) * k.element_size, N);
+      });
+    }
+  }
+}
+
+// wide out [L,cols] = Σ_{b,t} left[b,t,·]ᵀ right[b,t,·] over samples [first, first + samples); every thread owns columns of out,
+// so the order of the sum is that of the rows whatever the number of threads. `left(b, t, rows)` -> wide rows, left_row apart
+template <class Left>
+void reduce(const Kernels& k, int64_t first, int64_t samples, int64_t T, int64_t L, int64_t left_row, const Left& left, const Rows& right,
+            int64_t cols, char* out) {
+  const int64_t fit = kPanelBytes / (kReduceRows * k.operand_size), threads = torch::stable::get_num_threads();
+  const int64_t chunk = round_up(std::min(fit, ceil_div(cols, threads)), k.panel_cols);
+  std::fill(out, out + L * cols * k.wide_size, char(0));
+  if (L == 0 || cols == 0) return;
+  torch::stable::parallel_for(0, ceil_div(cols, chunk), 1, [&](int64_t from, int64_t to) {
+    char* panels = Scratch::get(Scratch::PANELS, k.panel_size(kReduceRows, chunk) * k.operand_size);
+    char* copy = Scratch::get(Scratch::LEFT, (kReduceRows + 1) * L * k.operand_size);
+    for (int64_t i = from; i < to; ++i)
+      for (int64_t b = first; b < first + samples; ++b)
+        for (int64_t t = 0; t < T; t += kReduceRows) {
+          const int64_t rows = std::min(kReduceRows, T - t), col = i * chunk, n = std::min(chunk, cols - col);
+          Product p;
+          k.transposed(left(b, t, rows), left_row, rows, L, copy, &p);
+          k.pack(right.at(b, t, col), right.row, right.col, rows, n, panels);
+          p.panels = panels;
+          k.multiply_wide(&p, 1, L, n, out + col * k.wide_size, cols, true);
+        }
+  });
+}
+
+}  // namespace mole

@@ -1,0 +1,31 @@
+"""The single file: all experts and, when given, the gates between them."""
+
+from __future__ import annotations
+
+import os
+
+from mole_kernels.errors import MoleKeyError
+from mole_kernels.experts.bank import ExpertBank
+from mole_kernels.experts.format import bank_from_tensors, bank_tensors
+from mole_kernels.files.reader import PathLike, read_tensors
+from mole_kernels.files.writer import atomic_save
+from mole_kernels.io.gates import GateFile, gates_from_tensors, gates_to_tensors
+
+
+def save_bank(bank: ExpertBank, path: PathLike, gates: GateFile | None = None) -> None:
+    """Write experts and gates to one safetensors file, bit for bit and atomically."""
+    tensors, metadata = bank_tensors(bank)
+    if gates is not None:
+        if set(gates.expert_names) != set(bank.names):
+            raise MoleKeyError("save_bank", expected=f"gates of the experts {', '.join(bank.names)}", got=", ".join(gates.expert_names))
+        more, said = gates_to_tensors(gates)
+        tensors, metadata = tensors | more, metadata | said
+    atomic_save(tensors, path, metadata)
+
+
+def load_bank(path: PathLike) -> tuple[ExpertBank, GateFile | None]:
+    """The experts and, where the file has them, the gates."""
+    tensors, metadata = read_tensors(path)
+    source = os.fsdecode(path)
+    bank, rest = bank_from_tensors(tensors, metadata, source)
+    return bank, gates_from_tensors(rest, metadata, source)

@@ -1,0 +1,154 @@
+"""One expert from a LoRA file, whoever wrote it, and back into one."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mole_kernels.errors import MoleKeyError, MoleTypeError, MoleWarning, printable
+from mole_kernels.experts.bank import ExpertBank
+from mole_kernels.experts.checks import checked_alpha, checked_lowrank
+from mole_kernels.experts.format import FORMAT, bank_from_tensors
+from mole_kernels.experts.lowrank import Expert, LowRank, flatten
+from mole_kernels.experts.scales import scale_of
+from mole_kernels.files.reader import PathLike, read_tensors
+from mole_kernels.io.adapter_config import AdapterConfig
+from mole_kernels.io.dialects.keys import parse_key, some_keys, unsupported
+from mole_kernels.io.dialects.paths import module_path
+from mole_kernels.io.foreign import convert_with_pipeline, needs_pipeline
+
+HALVES = {"down": "A (down)", "up": "B (up)"}
+
+
+@dataclass
+class _Layer:
+    """What the keys of one layer said so far."""
+
+    path: str
+    keys: dict[str, str] = field(default_factory=dict)
+    dialect: str = ""
+
+
+def load_expert(source: PathLike | Mapping[str, Tensor], *, pipeline: Any = None, alpha: float | None = None) -> Expert:
+    """An expert from a safetensors file or a mapping of tensors; the dialect is detected, nothing in the file is left out in silence.
+
+    source    diffusers or PEFT keys of any age, kohya (SD 1.x, 2.x, SDXL), Mix-of-Show, or a single file of ours with one expert
+    pipeline  a diffusers pipeline or its class: files of other models go through its public `lora_state_dict`
+    alpha     the alpha of a Mix-of-Show file, which does not hold it: its scale is alpha itself (default 1)
+    Scale: alpha/R (kohya, PEFT), alpha/√R where PEFT's metadata says rsLoRA, 1 where there is no alpha.
+    Raises MoleFileError, MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError; warns of alpha 0.
+    """
+    if isinstance(source, Mapping):
+        tensors, metadata, name = dict(source), dict[str, str](), "state dict"
+    elif isinstance(source, str | os.PathLike):
+        tensors, metadata = read_tensors(source)
+        name = os.fsdecode(source)
+    else:
+        raise MoleTypeError("load_expert", expected="a path or a mapping of tensors", got=type(source).__name__)
+    return expert_from_tensors(tensors, metadata, name, pipeline=pipeline, alpha=alpha)
+
+
+def expert_from_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str, *, pipeline: Any = None, alpha: float | None = None
+) -> Expert:
+    """`load_expert` on what was already read."""
+    where = printable(source, 300)
+    if metadata.get("format") == FORMAT:
+        bank = bank_from_tensors(tensors, metadata, source)[0]
+        return _only(bank, where)
+    if not tensors:
+        raise MoleKeyError(where, "holds no tensors")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not (
+            isinstance(tensor, Tensor) or (str(key).endswith(".alpha") and isinstance(tensor, int | float))
+        ):
+            raise MoleTypeError(f"{where}, '{printable(key)}'", expected="a tensor under a str", got=type(tensor).__name__)
+    _refuse_unsupported(tensors, where)
+    if pipeline is not None and needs_pipeline(pipeline):
+        tensors = convert_with_pipeline(tensors, pipeline, where)
+    layers = _collect(tensors, where)
+    config = AdapterConfig.from_metadata(metadata, where)
+    found, dialects = {}, set()
+    for layer in layers:
+        found[layer.path] = _lowrank(layer, tensors, config, where, alpha)
+        dialects.add(layer.dialect)
+    zero = [path for path, layer in found.items() if layer.scale == 0]
+    if zero:
+        warnings.warn(f"{where}: alpha is 0 on {len(zero)} layers, which do nothing: {some_keys(zero)}", MoleWarning, stacklevel=3)
+    return Expert(found, dialect="+".join(sorted(dialects)), source=source, metadata=dict(metadata))
+
+
+def _only(bank: ExpertBank, where: str) -> Expert:
+    if len(bank) != 1:
+        raise MoleKeyError(where, f"holds {len(bank)} experts: {', '.join(bank.names)}", hint="read it with mole_kernels.ExpertBank.load")
+    return bank.experts[bank.names[0]]
+
+
+def _refuse_unsupported(tensors: Mapping[str, Any], where: str) -> None:
+    found = {key: what for key in tensors if (what := unsupported(key))}
+    if found:
+        kinds = ", ".join(sorted(set(found.values())))
+        raise MoleKeyError(
+            where, f"{len(found)} keys belong to {kinds}: {some_keys(found)}", hint="leaving them out would change the result"
+        )
+
+
+def _collect(tensors: Mapping[str, Any], where: str) -> list[_Layer]:
+    """The layers that the keys name, each with both halves."""
+    layers: dict[str, _Layer] = {}
+    strangers = []
+    for key in tensors:
+        part = parse_key(key)
+        if part is None:
+            strangers.append(key)
+            continue
+        module, half, ending = part
+        inner = parse_key(module) if half == "alpha" else None
+        path, dialect = module_path(inner.module if inner else module, inner.dialect if inner else ending)
+        layer = layers.setdefault(flatten(path), _Layer(path))
+        if half in layer.keys:
+            raise MoleKeyError(
+                where,
+                f"'{printable(layer.keys[half])}' and '{printable(key)}' both name the {HALVES.get(half, half)} of {printable(path)}",
+                hint="keep one spelling of each layer",
+            )
+        layer.keys[half] = key
+        if half != "alpha":
+            layer.dialect = dialect
+    if strangers:
+        raise MoleKeyError(
+            where, f"{len(strangers)} of {len(tensors)} keys are not LoRA keys: {some_keys(strangers)}", hint=_hint(strangers)
+        )
+    for half, name in HALVES.items():
+        lacking = [layer for layer in layers.values() if half not in layer.keys]
+        if lacking:
+            present = [next(iter(layer.keys.values())) for layer in lacking]
+            raise MoleKeyError(
+                where, f"{len(lacking)} layers have no {name}: {some_keys(present)} stands alone", hint="the file is incomplete"
+            )
+    return list(layers.values())
+
+
+def _lowrank(layer: _Layer, tensors: Mapping[str, Any], config: AdapterConfig, where: str, alpha: float | None) -> LowRank:
+    at = f"{where}, {printable(layer.path)}"
+    pair = checked_lowrank(at, tensors[layer.keys["down"]].detach(), tensors[layer.keys["up"]].detach())
+    if "alpha" in layer.keys:
+        if config:
+            raise MoleKeyError(where, "has both alpha keys and PEFT metadata", hint="one of them must give the scale")
+        scale = scale_of("kohya", checked_alpha(f"{where}, '{printable(layer.keys['alpha'])}'", tensors[layer.keys["alpha"]]), pair.rank)
+    elif layer.dialect == "mix_of_show":
+        scale = scale_of("mix_of_show", alpha, pair.rank)
+    else:
+        scale = config.scale(layer.path, pair.rank, at)
+    return LowRank(pair.down, pair.up, scale, pair.conv)
+
+
+def _hint(strangers: list[str]) -> str:
+    if any(".softmoe." in key for key in strangers):
+        return "this is a gate file: give it as gates, or read it with mole_kernels.io.load_gates"
+    return "mole-kernels inspect says what the file is"

@@ -1,0 +1,1 @@
+"""What is each paper's own, on top of the one operator."""

@@ -1,0 +1,62 @@
+"""`accelerate`: layers that already hold PEFT LoRAs keep their objects and compute through our operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from mole_kernels.errors import MoleStateError, MoleValueError
+from mole_kernels.patch.targets import roots
+
+
+@dataclass
+class AccelerateHandle:
+    """What `accelerate` did, and its way back.
+
+    layers   path -> PEFT layer that now computes through our operator
+    skipped  path -> why that PEFT layer keeps PEFT's forward
+    """
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def remove(self) -> None:
+        """Give every layer its PEFT class back; nothing else was ever changed."""
+        from mole_kernels.patch.peft_forward import restore
+
+        for layer in self.layers.values():
+            restore(layer)
+        self.layers.clear()
+
+    def __repr__(self) -> str:
+        return f"AccelerateHandle({len(self.layers)} layers accelerated, {len(self.skipped)} skipped)"
+
+
+def accelerate(model: object) -> AccelerateHandle:
+    """Every PEFT LoRA layer in `model` keeps its object, its state and its place, and computes through our operator.
+
+    model  an nn.Module, or a diffusers pipeline (all its components)
+    Calling again is harmless, and needed after new layers came: adapters that target more layers, or an unload and a load.
+    Calls that we cannot compute exactly go through PEFT's own forward; `status()` says how often and why.
+
+    Raises MoleTypeError (neither module nor pipeline), MoleValueError (no PEFT layers in it), MoleStateError (PEFT is absent).
+    """
+    found = roots(model)
+    try:
+        from mole_kernels.patch.peft_forward import is_peft_layer, swap
+    except ImportError as error:
+        raise MoleStateError("accelerate", f"PEFT cannot be imported: {error}", hint="pip install peft") from error
+    handle = AccelerateHandle()
+    for root, component in found.items():
+        for path, module in component.named_modules(prefix=root):
+            if not is_peft_layer(module):
+                continue
+            reason = swap(module)
+            if reason is None:
+                handle.layers[path] = module
+            else:
+                handle.skipped[path] = reason
+    if not handle.layers and not handle.skipped:
+        raise MoleValueError("accelerate", "there is no PEFT LoRA layer in this model", hint="load_lora_weights first, or use mk.patch")
+    return handle

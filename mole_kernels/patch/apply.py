@@ -1,0 +1,74 @@
+"""A plan carried out: everything allocated first, then swapped in as one step that can be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mole_kernels.backends.select import BACKENDS
+from mole_kernels.errors import MoleStateError, MoleValueError
+from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.gates.gate import Gate
+from mole_kernels.layers.attach import attach, reject
+from mole_kernels.patch import guards
+from mole_kernels.patch.gating import make_gate
+from mole_kernels.patch.handle import Handle, Patched, check_weights
+from mole_kernels.patch.pack import pack
+from mole_kernels.patch.plan import Plan, PlannedLayer, Targets, plan
+from mole_kernels.patch.targets import roots
+from mole_kernels.patch.undo import all_or_nothing
+
+
+def patch(
+    model: object,
+    experts: Any,
+    gates: object = None,
+    *,
+    strict: bool = True,
+    targets: Targets | None = None,
+    scales: Mapping[str, float] | None = None,
+    backend: str = "auto",
+    allow_large_rank: bool = False,
+) -> Handle:
+    """Put experts and gates onto the layers they name, all or nothing; `Handle.remove` takes them off bit for bit.
+
+    scales   expert name -> adapter weight to start with (1 where not given)
+    backend  "auto", or the backend that every patched layer shall use
+    The other arguments and the errors are those of `plan`. The base weights of patched layers are frozen until `remove`.
+    Experts and a file's gates come frozen, in the layer's dtype and on its device; fresh gates are trainable, in float32.
+    """
+    made = plan(model, experts, gates, strict=strict, targets=targets, allow_large_rank=allow_large_rank)
+    return apply(made, scales=scales, backend=backend)
+
+
+def apply(made: Plan, *, scales: Mapping[str, float] | None = None, backend: str = "auto") -> Handle:
+    """Carry out a plan. Whatever is raised on the way, Ctrl-C and a full memory included, the model is as it was."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise MoleValueError("backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend))
+    check_weights(scales or {}, made.names)
+    for path, layer in made.layers.items():
+        if reason := reject(layer.module):
+            raise MoleStateError(f"patch, layer {path}", f"it has changed since it was planned: {reason}")
+    # a model patched under inference_mode must still be trainable afterwards
+    with torch.inference_mode(False), torch.no_grad():
+        packed = {path: pack(path, layer.factors, layer.module) for path, layer in made.layers.items()}
+        made_gates = {path: make_gate(made.gates, layer, layer.gates, packed[path]) for path, layer in made.layers.items()}
+    patched = [_record(layer, packed[path], made_gates[path]) for path, layer in made.layers.items()]
+    places = guards.guarded(roots(made.model), {path: layer.parent for path, layer in made.layers.items() if layer.parent is not None})
+    with all_or_nothing([*(p.module for p in patched), *(module for module, _, _ in places)]):
+        for one in patched:
+            for name in one.flags:
+                one.module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+            attach(one.module, one.experts, one.gate, backend)
+        guards.install(places)
+        handle = Handle(patched, made, places)
+        handle.set_scales(scales or {})
+    return handle
+
+
+def _record(layer: PlannedLayer, experts: LayerExperts, gate: Gate | None) -> Patched:
+    flags = {name: p.requires_grad for name, p in layer.module._parameters.items() if p is not None}
+    ranks = dict(zip(experts.names, experts.ranks))
+    return Patched(layer.path, layer.module, experts, gate, flags, ranks)

@@ -1,0 +1,59 @@
+"""Experts and gates read back from patched layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mole_kernels.errors import MoleStateError
+from mole_kernels.experts.bank import ExpertBank
+from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.gates.gate import MoLEGate
+from mole_kernels.io.gates import GateFile, GateTensors
+
+if TYPE_CHECKING:
+    from mole_kernels.patch.handle import Patched
+    from mole_kernels.patch.plan import Plan
+
+
+def collect_bank(patched: Iterable[Patched], made: Plan) -> ExpertBank:
+    """Copies of every expert's factors; columns that a swap to a smaller rank left empty are cut off."""
+    layers: dict[str, dict[str, LowRank]] = {name: {} for name in made.names}
+    for one in patched:
+        for name in one.experts.names:
+            rank = one.ranks.get(name, 0)
+            if rank:
+                whole = one.experts.factor(name)
+                layers[name][one.path] = LowRank(
+                    whole.down[:rank].clone(), whole.up[:, :rank].clone(), whole.scale, conv=isinstance(one.module, nn.Conv2d)
+                )  # fmt: skip
+    experts = {
+        name: Expert(layers[name], dialect="memory", source=made.experts[name].source, metadata=made.experts[name].metadata)
+        for name in made.names
+    }
+    return ExpertBank(experts)
+
+
+def collect_gates(patched: Iterable[Patched], names: Sequence[str]) -> GateFile | None:
+    """Copies of every layer's MoLE gate, one row for each of `names`; rows of experts that a layer lacks are zero and never read."""
+    layers: dict[str, GateTensors] = {}
+    for one in patched:
+        if one.gate is None:
+            continue
+        if not isinstance(one.gate, MoLEGate):
+            raise MoleStateError("gates", f"{one.path} has a {type(one.gate).__name__}; only MoLE gates are kept in files")
+        rows = [list(names).index(name) for name in one.experts.names]
+        gate = one.gate
+        layers[one.path] = GateTensors(*(_spread(t, rows, len(names)) for t in (gate.phi, gate.phi_bias, gate.head, gate.head_bias)))
+    return GateFile(layers, tuple(names), {}) if layers else None
+
+
+def _spread(tensor: Tensor | None, rows: list[int], count: int) -> Tensor | None:
+    if tensor is None:
+        return None
+    whole = torch.zeros(count, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    whole[rows] = tensor.detach()
+    return whole

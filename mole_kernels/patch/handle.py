@@ -1,0 +1,291 @@
+"""The patched model in the caller's hand: change scales and experts, read the gates, switch off, take off, save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.experts.bank import ExpertBank
+from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.gates.gate import Gate
+from mole_kernels.io.bank import save_bank
+from mole_kernels.io.gates import GateFile, save_gates
+from mole_kernels.layers.attach import detach
+from mole_kernels.layers.linear import Gated
+from mole_kernels.patch import guards
+from mole_kernels.patch.collect import collect_bank, collect_gates
+from mole_kernels.patch.swap import swap_expert
+from mole_kernels.patch.undo import all_or_nothing
+from mole_kernels.patch.weights import ScaleWriter
+
+if TYPE_CHECKING:
+    import os
+
+    from mole_kernels.patch.plan import Plan
+    from mole_kernels.patch.sources import Source
+
+
+@dataclass
+class Patched:
+    """One patched layer: its module, what was put on it, its own parameters' requires_grad before, and each expert's rank.
+
+    A rank is smaller than the packed one after a swap to a smaller expert; 0 where the new expert lacks the layer.
+    """
+
+    path: str
+    module: nn.Module
+    experts: LayerExperts
+    gate: Gate | None
+    flags: dict[str, bool]
+    ranks: dict[str, int]
+
+
+class GateMap(NamedTuple):
+    """What the gates of one layer said in its last forward; None where the layer has no such gate.
+
+    token [B,T,E] float32   sample [B,E] float32   given: broadcastable to [B,T,E] (constants, masks)   names: the experts, in E's order
+    """
+
+    token: Tensor | None
+    sample: Tensor | None
+    names: tuple[str, ...]
+    given: Tensor | None = None
+
+
+class Handle:
+    """What `patch` returns. Also a context manager that removes the patch at its end."""
+
+    def __init__(self, patched: Sequence[Patched], made: Plan, places: list[tuple[nn.Module, str, list[str]]]) -> None:
+        self._patched = {one.path: one for one in patched}
+        self._plan = made
+        self._places = places
+        self._names = made.names
+        self._writer = ScaleWriter(made.names)
+        self._scales = dict.fromkeys(made.names, 1.0)
+        self._active = True
+
+    def __repr__(self) -> str:
+        return f"Handle({len(self._patched)} layers, experts {', '.join(self._names)}{'' if self._active else ', removed'})"
+
+    def __enter__(self) -> Handle:
+        self._check_active("with")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._active:
+            self.remove()
+
+    # -- what is there --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts, in the order of the gates' rows."""
+        return self._names
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """path -> patched module."""
+        return {path: one.module for path, one in self._patched.items()}
+
+    @property
+    def model(self) -> object:
+        """The module or pipeline that was patched."""
+        return self._plan.model
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The adapter weights last set."""
+        return dict(self._scales)
+
+    @property
+    def active(self) -> bool:
+        """False after `remove`."""
+        return self._active
+
+    def gate_maps(self) -> dict[str, GateMap]:
+        """path -> what the layer's gates said in its last eager forward; layers that have not run since the patch are left out."""
+        self._check_active("gate_maps")
+        maps = {}
+        for path, one in self._patched.items():
+            last = cast(Gated, one.module).last_gates
+            if last is not None:
+                maps[path] = GateMap(last.token, last.sample, one.experts.names, last.given)
+        if not maps:
+            raise MoleStateError(
+                "gate_maps", "no patched layer has run yet", hint="run the model first, eagerly: a compiled forward keeps no gate maps"
+            )  # fmt: skip
+        return maps
+
+    def expert_parameters(self, name: str | None = None) -> list[nn.Parameter]:
+        """down and up of every layer; with a name, of the layers of that expert, which must hold it alone (they are packed)."""
+        self._check_active("expert_parameters")
+        ones = list(self._patched.values())
+        if name is not None:
+            self._check_names("expert_parameters", [name])
+            ones = [one for one in ones if name in one.experts.names]
+            if any(len(one.experts.names) > 1 for one in ones):
+                raise MoleStateError(
+                    "expert_parameters", f"{name} shares its packed parameters with other experts", hint="train it in a patch of its own"
+                )  # fmt: skip
+        return [p for one in ones for p in (one.experts.down, one.experts.up)]
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Every parameter of every layer's gate."""
+        self._check_active("gate_parameters")
+        return [p for one in self._patched.values() if one.gate is not None for p in one.gate.parameters()]
+
+    def train_experts(self, on: bool = True) -> list[nn.Parameter]:
+        """Switch gradients of the experts on or off; returns their parameters, for an optimiser."""
+        return _require_grad(self.expert_parameters(), on)
+
+    def train_gates(self, on: bool = True) -> list[nn.Parameter]:
+        """Switch gradients of the gates on or off; returns their parameters."""
+        return _require_grad(self.gate_parameters(), on)
+
+    # -- change ---------------------------------------------------------------------------------------------------------------------
+
+    def set_scales(self, scales: Mapping[str, float]) -> None:
+        """Set adapter weights by name; the others keep theirs. A tensor write: no recompile, no allocation."""
+        self._check_active("set_scales")
+        weights = check_weights(scales, self._names)
+        self._scales.update(weights)
+        self._writer.write([one.experts for one in self._patched.values()], self._scales)
+
+    def swap(self, name: str, source: Source, *, strict: bool = True) -> None:
+        """Replace one expert by another, all or nothing; its adapter weight and gate rows stay.
+
+        A rank up to the packed one is written in place, padded with zeros (no shape changes, nothing recompiles). A larger rank packs
+        those layers anew: their parameters are new objects, which an optimiser or a CUDA graph does not know.
+        A layer that the new expert lacks gets none of it. A key that meets no layer of the old expert is an error (strict) or a warning.
+        """
+        self._check_active("swap")
+        self._check_names("swap", [name])
+        expert = swap_expert(self._patched, self._plan, name, source, strict, self._scales)
+        self._plan.experts = {**self._plan.experts, name: expert}
+        # it has staged the old base scales
+        self._writer = ScaleWriter(self._names)
+
+    def enable(self) -> _Switch:
+        """Turn the experts on (again); `with handle.enable():` goes back at its end."""
+        return self._switch(True)
+
+    def disable(self) -> _Switch:
+        """Turn the experts off: the base model's output bit for bit. `with handle.disable():` turns them on at its end."""
+        return self._switch(False)
+
+    def remove(self) -> None:
+        """Take everything off, all or nothing: modules, flags and outputs are bit for bit as they were before the patch.
+
+        Raises MoleStateError the second time, and where a layer meanwhile belongs to another patch.
+        """
+        self._check_active("remove")
+        for path, one in self._patched.items():
+            self._check_ours(path, one)
+        with all_or_nothing([*self.layers.values(), *(module for module, _, _ in self._places)]):
+            for one in self._patched.values():
+                detach(one.module)
+                for name, flag in one.flags.items():
+                    parameter = one.module._parameters.get(name)
+                    if parameter is not None and parameter.requires_grad != flag:
+                        parameter.requires_grad_(flag)
+            guards.uninstall(self._places)
+        self._active = False
+
+    # -- keep -----------------------------------------------------------------------------------------------------------------------
+
+    def bank(self) -> ExpertBank:
+        """The experts as they stand (copies), adapter weights not included."""
+        self._check_active("bank")
+        return collect_bank(self._patched.values(), self._plan)
+
+    def gates(self) -> GateFile | None:
+        """The MoLE gates as they stand (copies); None where no layer has any. Other kinds of gates raise MoleStateError."""
+        self._check_active("gates")
+        return collect_gates(self._patched.values(), self._names)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Experts and gates into one safetensors file, which `patch` and `load_bank` read."""
+        save_bank(self.bank(), path, gates=self.gates())
+
+    def save_gates(
+        self, path: str | os.PathLike[str], dialect: Literal["official", "native"] = "native", dtype: torch.dtype | None = None
+    ) -> None:
+        """The gates alone; "official" is the dialect of MoLE's own files, for a UNet with the experts face and hand."""
+        file = self.gates()
+        if file is None:
+            raise MoleStateError("save_gates", "the patched layers have no gates")
+        save_gates(file, path, dialect=dialect, dtype=dtype)
+
+    # -- checks ---------------------------------------------------------------------------------------------------------------------
+
+    def _check_active(self, what: str) -> None:
+        if not self._active:
+            raise MoleStateError(f"Handle.{what}", "this patch was removed already", hint="mole_kernels.patch makes a new one")
+
+    def _check_names(self, what: str, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self._names:
+                raise MoleValueError(f"Handle.{what}", expected=f"one of the experts {', '.join(self._names)}", got=repr(name))
+
+    def _check_ours(self, path: str, one: Patched) -> None:
+        if not isinstance(one.module, Gated) or one.module.experts is not one.experts:
+            raise MoleStateError(
+                "Handle.remove", f"{path} no longer holds the experts of this patch", hint="remove the other patch of this layer first"
+            )  # fmt: skip
+        if "forward" in one.module.__dict__ and "_old_forward" not in one.module.__dict__:
+            raise MoleStateError(
+                "Handle.remove", f"a hook replaced the forward of {path} after it was patched, and would go on calling the patched one",
+                hint="take that hook (diffusers' offload or layerwise casting) off first",
+            )  # fmt: skip
+
+    def _switch(self, on: bool) -> _Switch:
+        self._check_active("enable" if on else "disable")
+        modules = list(self.layers.values())
+        before = [bool(module.experts_on) for module in modules]
+        for module in modules:
+            module.experts_on = on  # type: ignore[assignment]
+        return _Switch(modules, before)
+
+
+class _Switch:
+    """What `enable` and `disable` return: nothing to do with it, or `with` it to go back at the end."""
+
+    def __init__(self, modules: list[nn.Module], before: list[bool]) -> None:
+        self._modules, self._before = modules, before
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        for module, on in zip(self._modules, self._before):
+            if isinstance(module, Gated):
+                module.experts_on = on
+
+
+def _require_grad(parameters: list[nn.Parameter], on: bool) -> list[nn.Parameter]:
+    for parameter in parameters:
+        parameter.requires_grad_(on)
+    return parameters
+
+
+def check_weights(scales: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Adapter weights as finite floats for experts that exist."""
+    if not isinstance(scales, Mapping):
+        raise MoleTypeError("scales", expected="{expert name: weight}", got=type(scales).__name__)
+    checked = {}
+    for name, weight in scales.items():
+        if name not in names:
+            raise MoleValueError("scales", expected=f"weights for the experts {', '.join(names)}", got=f"one for {name!r}")
+        try:
+            checked[name] = float(weight)
+        except (TypeError, ValueError):
+            raise MoleTypeError(f"scale of expert {name!r}", expected="a number", got=type(weight).__name__) from None
+        if not math.isfinite(checked[name]):
+            raise MoleValueError(f"scale of expert {name!r}", expected="a finite number", got=checked[name])
+    return checked

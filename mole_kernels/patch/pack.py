@@ -1,0 +1,40 @@
+"""The factors of one layer packed in the layer's dtype and on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mole_kernels.errors import MoleValueError
+from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.experts.lowrank import LowRank
+
+
+def pack(path: str, factors: Mapping[str, LowRank], module: nn.Module) -> LayerExperts:
+    """The experts of one layer, in its dtype and on its device (on their own while the layer itself is still on meta)."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    device = next(iter(factors.values())).down.device if weight.is_meta else weight.device
+    experts = LayerExperts.from_factors(factors, dtype=weight.dtype, device=device)
+    for name, factor in factors.items():
+        span = experts.span(name)
+        check_narrowing(name, path, factor, experts.down[:, span], experts.up[:, :, span])
+    return experts
+
+
+def check_narrowing(name: str, path: str, factor: LowRank, down: Tensor, up: Tensor) -> None:
+    """Values that a smaller dtype (float16, above all) cannot hold are an error, not an infinity in every picture.
+
+    down, up  the factors after the cast
+    """
+    # twice: float32 and bfloat16 end at nearly the same number, and a pass over every bfloat16 expert would be for nothing
+    limit = 2 * torch.finfo(down.dtype).max
+    if max(torch.finfo(factor.down.dtype).max, torch.finfo(factor.up.dtype).max) <= limit:
+        return
+    if not (bool(down.isfinite().all()) and bool(up.isfinite().all())):
+        raise MoleValueError(
+            f"expert {name!r}, layer {path}", f"its values do not fit the layer's {str(down.dtype)[6:]}",
+            hint="run the model in bfloat16 or float32",
+        )  # fmt: skip

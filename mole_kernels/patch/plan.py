@@ -1,0 +1,219 @@
+"""What a patch would do to a model, checked to the last shape before anything is touched."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, MoleTypeError, MoleWarning, printable
+from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.io.gates import GateFile, GateTensors
+from mole_kernels.layers.attach import reject
+from mole_kernels.patch.gating import match_gates
+from mole_kernels.patch.names import Names, few, hint_for
+from mole_kernels.patch.sources import GateMaker, Source, read_experts, read_gates
+from mole_kernels.patch.table import plan_table
+from mole_kernels.patch.targets import Scan, scan, sizes
+
+Targets = Iterable[str] | Mapping[str, nn.Module] | Callable[[str, nn.Module], bool]
+
+
+@dataclass
+class PlannedLayer:
+    """One layer to be patched.
+
+    factors  expert name -> its factors here; an expert without this layer is not among them
+    gates    the gate file's tensors for this layer, with a row for each of the file's experts
+    """
+
+    path: str
+    module: nn.Module
+    parent: nn.Module | None
+    factors: dict[str, LowRank] = field(default_factory=dict)
+    gates: GateTensors | None = None
+
+
+@dataclass
+class Plan:
+    """What `patch` would do; `print(plan)` shows it as a table.
+
+    layers     path -> PlannedLayer, in the model's order
+    names      the experts, in order
+    gates      None, "mole" | "local" | "global" | "constant", a GateFile or a callable
+    skipped    path -> why a layer is left out
+    unmatched  expert name -> the keys of its file that are not used
+    gates_unmatched, gates_missing  layers of the gates file that are not patched, patched layers it lacks
+    """
+
+    model: object
+    layers: dict[str, PlannedLayer]
+    names: tuple[str, ...]
+    experts: dict[str, Expert]
+    gates: GateFile | GateMaker | str | None
+    skipped: dict[str, str]
+    unmatched: dict[str, list[str]]
+    gates_unmatched: list[str] = field(default_factory=list)
+    gates_missing: list[str] = field(default_factory=list)
+    allow_large_rank: bool = False
+
+    def __str__(self) -> str:
+        return plan_table(self)
+
+
+def plan(
+    model: object,
+    experts: Mapping[str, Source] | object,
+    gates: object = None,
+    *,
+    strict: bool = True,
+    targets: Targets | None = None,
+    allow_large_rank: bool = False,
+) -> Plan:
+    """What patching `model` would change; nothing is changed, every size is checked.
+
+    model    an nn.Module or a diffusers pipeline
+    experts  {name: path | tensors | Expert}, an ExpertBank, or the path of a file that `Handle.save` wrote
+    gates    None: no gate (or the single file's own) · a path or GateFile · "mole", "local", "global": fresh MoLE gates, trainable ·
+             "constant": one learned constant for each expert · a callable (path, module, layer_experts) -> Gate
+    strict   a key that meets no layer is an error; with False a MoleWarning, and it is listed. No key at all is always an error
+    targets  only these layers: paths or their endings ("attn2.to_k"), a dict such as `mole_targets` gives, or (path, module) -> bool
+    allow_large_rank  take ranks above min(K, N) too
+
+    Raises MoleKeyError, MoleShapeError, MoleValueError, MoleTypeError, MoleStateError (layers already patched), MoleFileError.
+    """
+    by_name, own_gates = read_experts(experts, model)
+    spec = read_gates(gates)
+    spec = own_gates if spec is None else spec
+    found = scan(model)
+    names = Names(found)
+    made = Plan(model, {}, tuple(by_name), by_name, spec, dict(found.skipped), {name: [] for name in by_name})
+    made.allow_large_rank = allow_large_rank
+    wanted = _wanted(targets, found, names)
+    matched = {name: _match(name, expert, names, found, wanted, made) for name, expert in by_name.items()}
+    for name, expert in by_name.items():
+        _check_some_match(name, expert, matched[name], found, names, model)
+    _report(made, names, strict)
+    for path, module in found.layers.items():
+        layer = PlannedLayer(path, module, found.parents.get(path))
+        for name, expert in by_name.items():
+            if path in matched[name]:
+                key, layer.factors[name] = matched[name][path]
+                check_factor(f"{source_of(name, expert)}, {printable(key)}", layer, layer.factors[name], allow_large_rank)
+        if layer.factors:
+            made.layers[path] = layer
+    for name in by_name:
+        if not matched[name]:
+            raise MoleKeyError("targets", f"none of the layers asked for is in {source_of(name, by_name[name])}")
+    _add_gates(made, names, gates, strict)
+    return made
+
+
+def check_factor(where: str, layer: PlannedLayer, factor: LowRank, allow_large_rank: bool) -> None:
+    """One expert's factors fit one layer."""
+    N, K = sizes(layer.module)
+    if factor.conv and isinstance(layer.module, nn.Linear):
+        raise MoleShapeError(where, expected=f"factors of a linear layer, {layer.path} is one", got="factors of a convolution")
+    if (factor.in_features, factor.out_features) != (K, N):
+        raise MoleShapeError(
+            where, expected=f"down [R,{K}] and up [{N},R] for layer {layer.path}",
+            got=f"down {list(factor.down.shape)} and up {list(factor.up.shape)}", hint="the expert was trained on a model of other widths",
+        )  # fmt: skip
+    if factor.rank > min(N, K) and not allow_large_rank:
+        raise MoleShapeError(
+            where, expected=f"a rank of at most min(K, N) = {min(N, K)} for layer {layer.path}", got=factor.rank,
+            hint="such an expert costs more than the layer itself; allow_large_rank=True takes it anyway",
+        )  # fmt: skip
+
+
+def _match(name: str, expert: Expert, names: Names, found: Scan, wanted: set[str] | None, made: Plan) -> dict[str, tuple[str, LowRank]]:
+    """path -> (key, factors); what meets no layer goes to made.unmatched and made.skipped."""
+    where = source_of(name, expert)
+    matched: dict[str, tuple[str, LowRank]] = {}
+    for key, factor in expert.layers.items():
+        path = names.find(key)
+        if path is not None and path in found.patched:
+            raise MoleStateError(
+                where, f"{path} already holds the experts {', '.join(found.patched[path].experts.names)}",
+                hint="handle.remove() the earlier patch first, or give all experts to one patch; handle.swap() exchanges one",
+            )  # fmt: skip
+        if path is None or path not in found.layers:
+            made.unmatched[name].append(key)
+            if path is not None:
+                made.skipped[path] = found.skipped.get(path) or reject(found.others[path]) or "takes no experts"
+        elif path in matched:
+            raise MoleKeyError(where, f"one layer is named twice: {printable(matched[path][0])} and {printable(key)} are both {path}")
+        elif wanted is not None and path not in wanted:
+            made.skipped[path] = "not among the targets asked for"
+        else:
+            matched[path] = (key, factor)
+    return matched
+
+
+def _check_some_match(name: str, expert: Expert, matched: Mapping[str, object], found: Scan, names: Names, model: object) -> None:
+    keys = list(expert.layers)
+    if not keys:
+        raise MoleKeyError(source_of(name, expert), expected="factors of at least one layer", got="none")
+    if not matched and not any(names.find(key) in found.layers for key in keys):
+        raise MoleKeyError(
+            source_of(name, expert), f"none of its {len(keys)} layers is in this {type(model).__name__}: {few(keys)}",
+            hint=hint_for(expert, found, model),
+        )  # fmt: skip
+
+
+def _report(made: Plan, names: Names, strict: bool) -> None:
+    """Unused keys: an error, or a warning where the caller asked for one."""
+    problems = []
+    for name, keys in made.unmatched.items():
+        if not keys:
+            continue
+        expert = made.experts[name]
+        text = f"{len(keys)} of the {len(expert.layers)} layers of {source_of(name, expert)} meet no layer: {few(keys)}"
+        reasons = [f"{printable(key)}: {made.skipped[path]}" for key in keys if (path := names.find(key)) in made.skipped]
+        nearest = names.nearest(keys[0])
+        text += f" ({reasons[0]})" if reasons else f" (nearest: {few(nearest)})" if nearest else ""
+        problems.append(text)
+    if problems and strict:
+        raise MoleKeyError("experts", "; ".join(problems), hint="strict=False goes on without them and lists them in plan.unmatched")
+    for text in problems:
+        warnings.warn(f"mole_kernels: {text}", MoleWarning, stacklevel=4)
+
+
+def _add_gates(made: Plan, names: Names, given: object, strict: bool) -> None:
+    if not isinstance(made.gates, GateFile):
+        return
+    where = f"gates {printable(given)}" if isinstance(given, str) else "gates"
+    match = match_gates(made.gates, names, made.layers, made.names, where)
+    if not match.layers:
+        raise MoleKeyError(where, f"none of its {len(made.gates.layers)} layers is patched: {few(list(made.gates.layers))}")
+    if complaint := match.complaint():
+        if strict:
+            raise MoleKeyError(where, complaint, hint="strict=False goes on; layers without gates then count every expert fully")
+        warnings.warn(f"mole_kernels: {where}: {complaint}", MoleWarning, stacklevel=4)
+    made.gates_unmatched, made.gates_missing = match.unmatched, match.missing
+    for path, tensors in match.layers.items():
+        made.layers[path].gates = tensors
+
+
+def _wanted(targets: Targets | None, found: Scan, names: Names) -> set[str] | None:
+    if targets is None:
+        return None
+    if callable(targets):
+        return {path for path, module in found.layers.items() if targets(path, module)}
+    if isinstance(targets, str) or not isinstance(targets, Iterable):
+        raise MoleTypeError("targets", expected="paths, a dict of layers or a callable", got=repr(targets), hint='targets=["attn2.to_k"]')
+    wanted: set[str] = set()
+    for target in targets:
+        path = names.find(target)
+        hits = [path] if path in found.layers else [p for p in found.layers if p.endswith(f".{target}")]
+        if not hits:
+            hint = f"nearest: {few(nearest)}" if (nearest := names.nearest(target)) else ""
+            raise MoleKeyError("targets", f"{printable(target)} is no layer that can be patched", hint=hint)
+        wanted.update(p for p in hits if p is not None)
+    return wanted
+
+
+def source_of(name: str, expert: Expert) -> str:
+    return f"expert {name!r} ({printable(expert.source)})"

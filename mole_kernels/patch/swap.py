@@ -1,0 +1,119 @@
+"""One expert of a patched model replaced by another, all or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mole_kernels.errors import MoleKeyError, MoleWarning, printable
+from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.patch.names import Names, few
+from mole_kernels.patch.pack import check_narrowing
+from mole_kernels.patch.plan import Plan, PlannedLayer, check_factor, source_of
+from mole_kernels.patch.sources import Source, read_expert
+from mole_kernels.patch.targets import scan
+from mole_kernels.patch.undo import all_or_nothing
+
+if TYPE_CHECKING:
+    from mole_kernels.patch.handle import Patched
+
+
+def swap_expert(
+    patched: Mapping[str, Patched], made: Plan, name: str, source: Source, strict: bool, weights: Mapping[str, float]
+) -> Expert:
+    """Write the expert read from `source` into the place of `name`; returns it. Raises before anything changed.
+
+    weights  the adapter weights, which stay
+    """
+    expert = read_expert(name, source, made.model)
+    held = [one for one in patched.values() if name in one.experts.names]
+    factors = _match(held, made, name, expert, strict)
+    with torch.inference_mode(False), torch.no_grad():
+        larger = [one for one in held if one.path in factors and factors[one.path].rank > _room(one, name)]
+        repacked = {one.path: _repack(one, name, factors[one.path], weights) for one in larger}
+        in_place = [one for one in held if one.path not in repacked]
+        # everything new stands ready in the layer's dtype before the first write
+        writes = [
+            (target, value, target.clone())
+            for one in in_place
+            for target, value in zip(_places(one, name), _stage(one, name, factors.get(one.path), weights[name]))
+        ]
+        with all_or_nothing([one.module for one in held]):
+            try:
+                for target, value, _ in writes:
+                    target.copy_(value)
+                for one in larger:
+                    one.module.experts = repacked[one.path]
+            except BaseException:
+                for target, _, old in writes:
+                    target.copy_(old)
+                raise
+    for one in held:
+        one.experts = repacked.get(one.path, one.experts)
+        one.ranks[name] = factors[one.path].rank if one.path in factors else 0
+    return expert
+
+
+def _match(held: list[Patched], made: Plan, name: str, expert: Expert, strict: bool) -> dict[str, LowRank]:
+    """path -> the new expert's factors on the layers that held the old one."""
+    where = source_of(name, expert)
+    names, layers = Names(scan(made.model)), {one.path: one for one in held}
+    factors: dict[str, LowRank] = {}
+    unmatched = []
+    for key, factor in expert.layers.items():
+        path = names.find(key)
+        if path is None or path not in layers:
+            unmatched.append(key)
+            continue
+        if path in factors:
+            raise MoleKeyError(where, f"one layer is named twice, the second time as {printable(key)}")
+        check_factor(f"{where}, {printable(key)}", PlannedLayer(path, layers[path].module, None), factor, made.allow_large_rank)
+        factors[path] = factor
+    if not factors:
+        raise MoleKeyError(where, f"none of its {len(expert.layers)} layers holds the expert it is to replace: {few(list(expert.layers))}")
+    if unmatched:
+        text = f"{len(unmatched)} of its {len(expert.layers)} layers do not hold the expert it is to replace: {few(unmatched)}"
+        if strict:
+            raise MoleKeyError(where, text, hint="remove() and patch anew to adapt other layers, or strict=False to go on without these")
+        warnings.warn(f"mole_kernels: {where}: {text}", MoleWarning, stacklevel=4)
+    return factors
+
+
+def _room(one: Patched, name: str) -> int:
+    return one.experts.ranks[one.experts.index(name)]
+
+
+def _places(one: Patched, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The places of one expert in a packed layer: rows of down, columns of up, its base scale, its scale."""
+    experts, e, span = one.experts, one.experts.index(name), one.experts.span(name)
+    return experts.down[:, span], experts.up[:, :, span], experts.base_scale[e : e + 1], experts.scale[e : e + 1]
+
+
+def _stage(one: Patched, name: str, factor: LowRank | None, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What goes into those places: the factors padded with zeros to the room there is, or zeros alone."""
+    down, up, base, scale = (torch.zeros_like(place) for place in _places(one, name))
+    if factor is not None:
+        down[:, : factor.rank] = factor.down.detach()
+        up[:, :, : factor.rank] = factor.up.detach()
+        base.fill_(factor.scale)
+        scale.copy_(base * weight)
+        check_narrowing(name, one.path, factor, down, up)
+    return down, up, base, scale
+
+
+def _repack(one: Patched, name: str, factor: LowRank, weights: Mapping[str, float]) -> LayerExperts:
+    """The layer's experts packed anew, with a larger rank for one of them; device, dtype, flags and weights as before."""
+    old = one.experts
+    factors = {other: factor if other == name else old.factor(other) for other in old.names}
+    new = LayerExperts.from_factors(factors, dtype=old.down.dtype, device=old.down.device)
+    span = new.span(name)
+    check_narrowing(name, one.path, factor, new.down[:, span], new.up[:, :, span])
+    new.set_weights({other: weights[other] for other in new.names})
+    new.down.requires_grad_(old.down.requires_grad)
+    new.up.requires_grad_(old.up.requires_grad)
+    return new.train(old.training)

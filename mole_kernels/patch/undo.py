@@ -1,0 +1,48 @@
+"""All or nothing: what a block of code did to modules is taken back when it raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Class, attributes, hooks, parameters and requires_grad flags of `modules` are put back if the block raises anything at all.
+
+    Objects are put back, not values: writes into tensors are the block's own to undo.
+    """
+    before = [_Snapshot(module) for module in modules]
+    try:
+        yield
+    # Ctrl-C and running out of memory must not leave half a patch either
+    except BaseException:
+        for snapshot in before:
+            snapshot.restore()
+        raise
+
+
+# parameters, buffers, children, hooks: the dicts that torch itself keeps on every module
+_TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+
+
+class _Snapshot:
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.cls = module, type(module)
+        self.attributes = dict(module.__dict__)
+        self.tables = {name: dict(self.attributes[name]) for name in _TABLES}
+        self.flags: list[tuple[Tensor, bool]] = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
+
+    def restore(self) -> None:
+        self.module.__class__ = self.cls
+        self.module.__dict__.clear()
+        self.module.__dict__.update(self.attributes)
+        for name, table in self.tables.items():
+            # the same dict object: others may hold it
+            self.attributes[name].clear()
+            self.attributes[name].update(table)
+        for tensor, flag in self.flags:
+            if tensor.requires_grad != flag:
+                tensor.requires_grad_(flag)

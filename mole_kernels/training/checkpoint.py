@@ -1,0 +1,164 @@
+"""Checkpoints of a run: one folder each, complete or not there at all.
+
+    run_dir/step-00000100/   weights.safetensors   the trained tensors
+                             ema.safetensors       their running mean, if kept
+                             optimiser.pt          its state, losses, random state of each process (tensors and plain values)
+                             run.json              step, config, identity of what is trained
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mole_kernels.errors import MoleFileError, MoleStateError, MoleWarning
+
+FORMAT = "mole-kernels-run-1"
+_PREFIX, _UNFINISHED = "step-", ".unfinished-"
+_BROKEN = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+
+
+@dataclass
+class Checkpoint:
+    """All of a run between two steps.
+
+    weights, ema  {name: tensor} of what trains   optimiser  its state_dict   losses  of all steps so far
+    rng           one dict of random states per process   data  `BatchStream.state()`   scaler  that of fp16, else {}
+    config        `TrainConfig.to_dict()`   identity  what the caller says is being trained, e.g. experts and ranks
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    optimiser: dict[str, Any]
+    losses: list[float]
+    rng: list[dict[str, Tensor]]
+    data: dict[str, Any]
+    config: dict[str, Any]
+    identity: dict[str, str]
+    scaler: dict[str, Any] = field(default_factory=dict)
+    ema: dict[str, Tensor] | None = None
+
+    def check_weights(self, parameters: Mapping[str, Tensor]) -> None:
+        """MoleStateError naming the first tensor that differs from `parameters` in name, shape or dtype."""
+        for name in [*self.weights, *parameters]:
+            saved, here = (_describe(tensors.get(name)) for tensors in (self.weights, parameters))
+            if saved != here:
+                hint = "resume with the experts, ranks, gates and model the run began with, or begin another run_dir"
+                raise MoleStateError(f"resume: {name}", expected=f"{saved} as in the checkpoint", got=here, hint=hint)
+
+    def check_identity(self, identity: Mapping[str, str]) -> None:
+        """MoleStateError naming the first thing said of the run that differs."""
+        for key in sorted({*self.identity, *identity}):
+            if self.identity.get(key) != identity.get(key):
+                hint = "resume with what the run began with, or begin another run_dir"
+                raise MoleStateError(f"resume: {key}", expected=repr(self.identity.get(key)), got=repr(identity.get(key)), hint=hint)
+
+
+def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
+    """Writes the checkpoint's folder beside the others, renames it when it is on the disk, then drops the oldest."""
+    final = run_dir / f"{_PREFIX}{checkpoint.step:08d}"
+    draft = run_dir / f"{_UNFINISHED}{final.name}-{os.getpid()}"
+    try:
+        draft.mkdir(parents=True)
+        _write(draft, checkpoint)
+        if final.exists():
+            shutil.rmtree(final)
+        draft.rename(final)
+        _sync(run_dir)
+    # whatever stops the write, Ctrl-C included, leaves no half folder
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError):
+            hint = "earlier checkpoints are untouched"
+            raise MoleFileError(str(final), f"the checkpoint could not be written ({error})", hint=hint) from error
+        raise
+    for _, old in list_checkpoints(run_dir)[:-keep_last]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """[(step, folder)] of the finished checkpoints, oldest first."""
+    found = [(p.name.removeprefix(_PREFIX), p) for p in run_dir.glob(f"{_PREFIX}*") if p.is_dir()]
+    return sorted((int(number), p) for number, p in found if number.isdecimal())
+
+
+def load_latest(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read, with a warning for each one passed over; None where there is none yet."""
+    found = list_checkpoints(run_dir)
+    for _, folder in reversed(found):
+        try:
+            return load_checkpoint(folder)
+        except MoleFileError as error:
+            warnings.warn(f"{error} Trying the one before it.", MoleWarning, stacklevel=2)
+    if found:
+        raise MoleStateError(str(run_dir), f"none of its {len(found)} checkpoints can be read")
+    return None
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Reads one checkpoint's folder; a broken one is a MoleFileError."""
+    try:
+        about = json.loads((folder / "run.json").read_text())
+        if about["format"] != FORMAT:
+            raise ValueError(f"format {about['format']!r}, expected {FORMAT!r}")
+        state = torch.load(folder / "optimiser.pt", map_location="cpu", weights_only=True)
+        ema = load_file(folder / "ema.safetensors") if about["ema"] else None
+        return Checkpoint(
+            step=int(about["step"]),
+            weights=load_file(folder / "weights.safetensors"),
+            config=about["config"],
+            identity=about["identity"],
+            ema=ema,
+            optimiser=state["optimiser"],
+            losses=state["losses"].tolist(),
+            rng=state["rng"],
+            data=state["data"],
+            scaler=state["scaler"],
+        )
+    except _BROKEN as error:
+        raise MoleFileError(str(folder), f"this checkpoint cannot be read ({type(error).__name__}: {error})") from error
+
+
+def clear_unfinished(run_dir: Path) -> None:
+    """Removes what a killed process left half-written."""
+    for draft in run_dir.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write(folder: Path, c: Checkpoint) -> None:
+    save_file({k: v.detach().cpu().contiguous() for k, v in c.weights.items()}, folder / "weights.safetensors")
+    if c.ema is not None:
+        save_file({k: v.detach().cpu().contiguous() for k, v in c.ema.items()}, folder / "ema.safetensors")
+    losses = torch.tensor(c.losses, dtype=torch.float64)
+    state = {"optimiser": c.optimiser, "losses": losses, "rng": c.rng, "data": c.data, "scaler": c.scaler}
+    torch.save(state, folder / "optimiser.pt")
+    about = {"format": FORMAT, "step": c.step, "ema": c.ema is not None, "config": c.config, "identity": c.identity}
+    (folder / "run.json").write_text(json.dumps(about, indent=1))
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Has the file, or the names in the folder, reach the disk before what follows."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
