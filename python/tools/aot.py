@@ -3,7 +3,7 @@
     python python/tools/aot.py                 # the whole table (minutes)
     python python/tools/aot.py --arch 90 --only persistent --json out.json
 
-registers, spills (bytes of stack and of local memory), shared memory, tensor-core and TMA instructions in the SASS, and the
+registers, spills (loads and stores of local memory), stack, shared memory, tensor-core and TMA instructions in the SASS, and the
 instructions of the innermost loop that has tensor-core work in it (the main loop).
 """
 
@@ -16,12 +16,14 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from mole_kernels.kernels.triton.tiles import Tile, fitted
 
 ARCHES = (80, 89, 90, 100, 120)
 # bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities)
@@ -60,27 +62,23 @@ class Row:
     loop: int
     loop_mma: int
     instructions: int
+    spills: int = 0
+    releases: int = 0
+    ordered_releases: int = 0
     error: str = ""
 
 
-FLOAT32 = ("scale", "gate", "phi_bias", "pool", "pool_bias", "token_gate", "sample_gate", "d", "parts", "q", "h32", "partial",
-           "dpool", "dpool_bias", "dphi_bias", "dscale")  # fmt: skip
+FLOAT32 = ("scale", "gate", "phi_bias", "pool", "pool_bias", "token_gate", "sample_gate", "d", "parts", "q", "partial", "dpool",
+           "dpool_bias", "dphi_bias", "dscale")  # fmt: skip
 INT32 = ("cols", "flags", "arrived", "counters")
-TENSORS = ("x", "w", "down", "up", "phi", "bias", "h", "z", "y", "dy", "ddown", "dup", "dphi", "dh", "merged")
+TENSORS = ("x", "w", "down", "up", "phi", "bias", "h", "z", "y", "dy", "ddown", "dup", "dphi", "merged")
 
 
 def kernel_named(name: str):
     """The jit function `name`, from the module that has it."""
-    from mole_kernels.kernels.triton import expand, persistent, shrink
+    from mole_kernels.kernels.triton import expand, gradients, merge, persistent, recompute, shrink
 
-    modules = [shrink, expand, persistent]
-    try:
-        from mole_kernels.kernels.triton import gradients, merge, recompute
-
-        modules += [gradients, merge, recompute]
-    except ImportError:
-        pass
-    return next(getattr(m, name) for m in modules if hasattr(m, name))
+    return next(getattr(m, name) for m in (shrink, expand, persistent, recompute, merge, gradients) if hasattr(m, name))
 
 
 def compile_build(build: Build, arch: int):
@@ -128,6 +126,22 @@ def instructions_of(sass: str) -> tuple[list[str], dict[str, int], list[tuple[in
     return opcodes, labels, branches
 
 
+def releases_of(ptx: str) -> tuple[int, int]:
+    """Releasing atomics, and those with no store between the last barrier and them: a release by one thread covers only what a
+    barrier put before it."""
+    found = ordered = 0
+    stored = False
+    for line in ptx.splitlines():
+        if "bar.sync" in line or "barrier.sync" in line:
+            stored = False
+        elif "st.global" in line:
+            stored = True
+        elif "atom" in line and (".release" in line or ".acq_rel" in line):
+            found += 1
+            ordered += not stored
+    return found, ordered
+
+
 MMA = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCMMA")
 
 
@@ -147,7 +161,8 @@ def read_back(build: Build, arch: int, compiled) -> Row:
     main = max(loops[:2], key=lambda lo: sum(op.startswith(MMA) for op in lo), default=[])
     return Row(
         build.id, arch, registers, stack, local, compiled.metadata.shared, {m: count[m] for m in MMA if count[m]}, count["UTMALDG"],
-        count["LDGSTS"], len(main), sum(op.startswith(MMA) for op in main), len(opcodes),
+        count["LDGSTS"], len(main), sum(op.startswith(MMA) for op in main), len(opcodes), count["LDL"] + count["STL"],
+        *releases_of(compiled.asm["ptx"]),
     )  # fmt: skip
 
 
@@ -157,7 +172,7 @@ def row_of(build: Build, arch: int) -> Row:
         return read_back(build, arch, compile_build(build, arch))
     except Exception as e:
         text = str(e).strip().splitlines()
-        return Row(build.id, arch, 0, 0, 0, 0, {}, 0, 0, 0, 0, 0, f"{type(e).__name__}: {text[-1] if text else ''}"[:300])
+        return Row(build.id, arch, 0, 0, 0, 0, {}, 0, 0, 0, 0, 0, error=f"{type(e).__name__}: {text[-1] if text else ''}"[:300])
 
 
 GATES = {
@@ -165,43 +180,67 @@ GATES = {
     "local": dict(TOKEN=True, GATE=False, POOL=False),
     "both": dict(TOKEN=True, GATE=False, POOL=True),
     "mask": dict(TOKEN=False, GATE=True, POOL=False),
+    "all": dict(TOKEN=True, GATE=True, POOL=True),
 }
-LOOSE = dict(EVEN_K=True, PRECISION="ieee", PHI_BIAS=True, POOL_BIAS=True, BIAS=True, EP=16)
+LOOSE = dict(EVEN_K=True, PRECISION="ieee", PHI_BIAS=True, POOL_BIAS=True, BIAS=True, EP=16, ADD=False, PDL=False, STORE_Z=True, GROUP=8)
+# a tile of y of each size that `tiles.choose` may take, on each kind of GPU
+WHOLE = {80: Tile(stages=3), 89: Tile(stages=2), 90: Tile(tma=True), 100: Tile(tma=True), 120: Tile(stages=2, tma=True)}
+
+
+def _product(kernel: str, arch: int, way: str, gate: str, tile: Tile, suffix: str = "") -> Build:
+    """A forward or backward product at `tile`, as `launch.py` would start it."""
+    backward = way == "bwd"
+    tile = fitted(tile, (arch // 10, arch % 10), backward, sum(GATES[gate].values()))
+    constants = LOOSE | GATES[gate] | dict(
+        BACKWARD=backward, SAVE=not backward, NEED_D=backward and gate != "none", TMA=tile.tma, W_ROWS=not backward,
+        BM=tile.BM, BN=tile.BN, BK=tile.BK, BR=tile.BR, BZ=tile.BZ, PDL=kernel == "expand_kernel" and arch >= 90,
+    )  # fmt: skip
+    # every stride that is 1 in a launch on contiguous tensors
+    unit = ("sxk", "swn", "sdr", "sun", "spk", "sge") if backward else ("sxk", "swk", "sdk", "sur", "spk", "sge")
+    w_block = (tile.BK, tile.BN) if backward else (tile.BN, tile.BK)
+    described = (("x", (tile.BM, tile.BK)), ("w", w_block)) if tile.tma else ()
+    id = f"{kernel.removesuffix('_kernel')}-{way}-{gate}{suffix}"
+    return Build(id, kernel, constants, tile.warps, tile.stages, described=described, unit=unit, arches=(arch,))
+
+
+def _shrink(arch: int, way: str, gate: str) -> Build:
+    tile = fitted(Tile(), (arch // 10, arch % 10), way == "bwd", sum(GATES[gate].values()))
+    b = _product("shrink_kernel", arch, way, gate, replace(tile, tma=False))
+    return replace(b, constants=b.constants | dict(BM=64, BIAS=True, PDL=arch >= 90 and way == "fwd"), warps=tile.warps)
 
 
 def builds() -> list[Build]:
     """What the table has: each kernel as the tiles of `tiles.py` launch it."""
     out = []
-    for gate, flags in GATES.items():
-        for backward in (False, True):
-            if backward and gate == "mask":
-                continue
-            way = "bwd" if backward else "fwd"
-            common = LOOSE | flags | dict(BACKWARD=backward, SAVE=not backward, NEED_D=backward and gate != "none")
-            forward_units = ("sxk", "swk", "sdk", "sur", "spk", "sge")
-            unit = ("sxk", "swn", "sdr", "sun", "spk", "sge") if backward else forward_units
-            out.append(Build(f"shrink-{way}-{gate}", "shrink_kernel", common | dict(STORE_Z=True, PDL=False, BM=64, BR=64, BK=64),
-                             warps=4, unit=unit))  # fmt: skip
-            sizes = dict(GROUP=8, BM=128, BN=128, BK=64, BZ=64)
-            plain = common | sizes | dict(TMA=False, W_ROWS=True)
-            described = (("x", (128, 64)), ("w", (64, 128) if backward else (128, 64)))
-            tma = common | sizes | dict(TMA=True, W_ROWS=not backward)
-            for kernel, more in (("expand_kernel", dict(PDL=False)), ("persistent_kernel", dict(BR=64))):
-                name = kernel.split("_")[0]
-                # 99 KB of shared memory: two stages of 128x128x64, not three
-                out.append(Build(f"{name}-{way}-{gate}", kernel, plain | more, stages=3, unit=unit, arches=(80, 90, 100)))
-                out.append(Build(f"{name}-{way}-{gate}", kernel, plain | more, stages=2, unit=unit, arches=(89, 120)))
-                out.append(Build(f"{name}-{way}-{gate}-tma", kernel, tma | more, unit=unit, described=described, arches=(90, 100)))
+    for arch in ARCHES:
+        for gate in GATES:
+            for way in ("fwd", "bwd"):
+                out.append(_shrink(arch, way, gate))
+                for kernel in ("expand_kernel", "persistent_kernel"):
+                    out.append(_product(kernel, arch, way, gate, WHOLE[arch]))
+                    if arch >= 90 and gate in ("none", "both"):
+                        out.append(_product(kernel, arch, way, gate, replace(WHOLE[arch], tma=False), "-pointers"))
+        for gate in ("none", "local", "mask"):
+            b = _product("recompute_kernel", arch, "fwd", gate, WHOLE[arch])
+            out.append(replace(b, constants=b.constants | dict(BR=32)))
+        merge = dict(GATE=True, PRECISION="ieee", BN=64, BK=64, BZ=64)
+        out.append(Build("merge", "merge_kernel", merge, 8, 2, unit=("swk", "sdk", "sur", "sge"), arches=(arch,)))
+        sums = dict(DOWN=True, UP=True, PHI=True, GATES=True, DPOOL=True, S_MANY=False, TOKEN=True, GATE=False, POOL=True, PRECISION="ieee",
+                    BT=64, BC=128, BR=64, EP=16)  # fmt: skip
+        unit = ("syn", "sxk", "sge")
+        out.append(Build("gradients-both", "gradients_kernel", sums, 8, 2, unit=unit, arches=(arch,)))
+        none = sums | dict(PHI=False, GATES=False, DPOOL=False, TOKEN=False, POOL=False)
+        out.append(Build("gradients-none", "gradients_kernel", none, 8, 2, unit=unit, arches=(arch,)))
     return out
 
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    lines = [f"{'kernel':34} {'arch':>5} {'regs':>5} {'stack':>5} {'local':>5} {'shared':>7} {'tma':>4} {'cp':>4} {'loop':>5} {'mma':>4}  mma"]
+    lines = [f"{'kernel':34} {'arch':>5} {'regs':>5} {'spill':>5} {'stack':>5} {'shared':>7} {'tma':>4} {'cp':>4} {'loop':>5} {'mma':>4}  mma"]
     for r in rows:
         mma = " ".join(f"{k}:{v}" for k, v in r.mma.items())
         lines.append(
-            f"{r.id:34} sm_{r.arch:<3}{r.registers:>4} {r.stack:>5} {r.local:>5} {r.shared:>7} {r.tma:>4} {r.async_copies:>4} "
+            f"{r.id:34} sm_{r.arch:<3}{r.registers:>4} {r.spills:>5} {r.stack:>5} {r.shared:>7} {r.tma:>4} {r.async_copies:>4} "
             f"{r.loop:>5} {r.loop_mma:>4}  {mma}{r.error}"
         )
     return "\n".join(lines)

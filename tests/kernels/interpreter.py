@@ -147,6 +147,8 @@ class Launch:
                 bad = q[(q >= b.legal.size).any(1) | ~b.legal[np.minimum(q, b.legal.size - 1)].all(1)][0, 0]
                 raise Bounds(f"{kind} at byte {bad} of a {b.legal.size}-byte storage, program {self.programs[self.current]}: not in the view")
             inside += int(here.sum())
+            if kind == "read":
+                b.seen[q] = True
             self._order(b, q[:, 0], kind)
         inside += sum(int(((p >= low) & (p + nbytes <= high)).sum()) for low, high in self.ranges)
         if inside != p.size:
@@ -178,7 +180,6 @@ class Launch:
             many = (b.reader[q] == MANY) | ((b.reader[q] >= 0) & (b.reader[q] != me))
             b.reader[q] = np.where(many, MANY, me)
             b.reader_clock[q], b.last_read[me] = mine[me], mine[me]
-            b.seen[q] = True
         elif kind == "write":
             b.writer[q], b.writer_clock[q], b.reader[q] = me, mine[me], -1
         else:

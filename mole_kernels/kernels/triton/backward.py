@@ -149,4 +149,4 @@ def _launch(
         DOWN=made["ddown"], UP=made["dup"], PHI=made["dphi"], GATES=gates, DPOOL=made["dpool"], S_MANY=S > 1,
         TOKEN=f.phi is not None, GATE=f.gate is not None, POOL=f.pool is not None, PRECISION=f.precision, BT=BT, BC=BC, BR=BR, EP=EP,
     )  # fmt: skip
-    _start(gradients_kernel, (jobs + (every if gates else 0),), arguments, replace(tile, warps=4, stages=2))
+    _start(gradients_kernel, (jobs + (every if gates else 0),), arguments, replace(tile, warps=8, stages=2))

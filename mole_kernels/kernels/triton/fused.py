@@ -102,7 +102,8 @@ class Fused:
     @property
     def precision(self) -> str:
         """How float32 products are made: torch's own switch says."""
-        return "tf32" if self.x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        # not allow_tf32: reading that raises where the newer switch was set
+        return "tf32" if self.x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
     def strides(self) -> dict[str, int]:
         """Strides by the kernels' names; 0 where a tensor is absent or its set is shared."""

@@ -56,7 +56,7 @@ def persistent_kernel(
         t = tl.atomic_add(flags, 1, sem="relaxed")
 
     n_p = tl.num_programs(0)
-    for tile in range(t - n_h, n_m * n_n, n_p):
+    for tile in tl.range(t - n_h, n_m * n_n, n_p, disable_licm=True):
         i, i_n = tile_order(tile, n_m, n_n, GROUP)
         b_y = base_tile(
             i, i_n, x, w, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk, TMA, W_ROWS, EVEN_K, PRECISION, BM, BN, BK

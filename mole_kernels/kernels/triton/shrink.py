@@ -53,30 +53,28 @@ def shrink_tile(
     h, z, token_gate = h + m_0 * R, z + m_0 * R, token_gate + m_0 * E
     m_me = m_m[:, None] & m_e[None, :]
     o_c = tl.load(cols + o_r, mask=m_r, other=-1)
+    b_g = tl.zeros((BM, BR), tl.float32)
     if BACKWARD:
-        b_vh = b_h
         if NEED_D:
             b_vh = b_h * tl.load(h + o_mr, mask=m_mr, other=0.0).to(tl.float32)
-        e_0, e_1 = tl.load(cols + r_0), tl.load(cols + tl.minimum(r_0 + BR, R) - 1)
-        b_g = tl.zeros((BM, BR), tl.float32)
-        # without D nothing is asked of the experts outside this tile
-        first, last = e_0, e_1
-        if NEED_D:
-            first, last = e_0 * 0, E - 1
-        for e in range(first, last + 1):
-            b_ge = given_gate(e, o_b, o_t, m_m, scale, gate, sgb, sgt, sge, GATE) + tl.zeros((BM,), tl.float32)
-            if TOKEN:
-                b_ge = b_ge * tl.load(token_gate + o_i * E + e, mask=m_m, other=0.0)
-            if POOL:
-                b_gs = tl.load(sample_gate + o_b * E + e, mask=m_m, other=0.0)
-                b_ge = b_ge * b_gs
-            b_g = tl.where(o_c[None, :] == e, b_ge[:, None], b_g)
-            if NEED_D:
-                b_de = tl.sum(tl.where(o_c[None, :] == e, b_vh, 0.0), 1)
-                tl.store(d + (tl.cast(i_r, tl.int64) * M + m_0) * E + o_i * E + e, b_de, mask=m_m)
+            for e in tl.range(0, E, num_stages=1):
+                b_d = tl.sum(tl.where(o_c[None, :] == e, b_vh, 0.0), 1)
+                tl.store(d + (tl.cast(i_r, tl.int64) * M + m_0) * E + o_i * E + e, b_d, mask=m_m)
                 if POOL:
-                    b_q = tl.sum(tl.where(m_m, b_ge * (1.0 - b_gs) * b_de, 0.0))
-                    tl.store(parts + (i * n_r + i_r) * E + e, b_q)
+                    b_q = given_gate(e, o_b, o_t, m_m, scale, gate, sgb, sgt, sge, GATE) * b_d
+                    if TOKEN:
+                        b_q = b_q * tl.load(token_gate + o_i * E + e, mask=m_m, other=0.0)
+                    # rows of a tile are of one sample here
+                    b_s = tl.load(sample_gate + i_b * E + e)
+                    tl.store(parts + (i * n_r + i_r) * E + e, tl.sum(tl.where(m_m, b_q, 0.0)) * b_s * (1.0 - b_s))
+        if STORE_Z:
+            for e in tl.range(tl.load(cols + r_0), tl.load(cols + tl.minimum(r_0 + BR, R) - 1) + 1, num_stages=1):
+                b_ge = given_gate(e, o_b, o_t, m_m, scale, gate, sgb, sgt, sge, GATE) + tl.zeros((BM,), tl.float32)
+                if TOKEN:
+                    b_ge = b_ge * tl.load(token_gate + o_i * E + e, mask=m_m, other=0.0)
+                if POOL:
+                    b_ge = b_ge * tl.load(sample_gate + i_b * E + e)
+                b_g = tl.where(o_c[None, :] == e, b_ge[:, None], b_g)
     else:
         if SAVE:
             tl.store(h + o_mr, b_h.to(h.dtype.element_ty), mask=m_mr)

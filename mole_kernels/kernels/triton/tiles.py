@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -47,6 +47,7 @@ _RATE = {(128, 256): 1.0, (128, 128): 0.9, (128, 64): 0.7, (64, 128): 0.7, (64, 
 def choose(M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple[int, int], processors: int) -> Tile:
     """The tile with the least predicted time: waves of tiles over the multiprocessors, at the tile's rate."""
     if dtype == torch.float32:
+        # tf32, or no tensor cores at all
         small = M * N <= 64 * 64 * processors
         return Tile(BM=32 if small else 64, BN=64, BK=32, BR=32, BZ=32, BS=32, warps=4, stages=2)
     hopper = capability[0] in (9, 10)
@@ -58,6 +59,25 @@ def choose(M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple
     BM, BN = min(fits, key=predicted)
     warps = 4 if BM * BN <= 64 * 128 else 8
     # consumer Ampere, Ada and Blackwell have 100 KB of shared memory, the data-centre parts 160 or more
-    stages = 3 if capability[0] in (9, 10) or capability == (8, 0) else 2
+    stages = 3 if roomy(capability) else 2
     return Tile(BM=BM, BN=BN, BR=64 if BM == 128 else 32, BS=32 if M < 64 * processors else 64, warps=warps, stages=stages,
                 tma=capability[0] >= 9, pdl=capability[0] >= 9)  # fmt: skip
+
+
+def roomy(capability: tuple[int, int]) -> bool:
+    """Whether a multiprocessor has 160 KB of shared memory or more: the data-centre parts."""
+    return capability == (8, 0) or capability[0] in (9, 10)
+
+
+def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int) -> Tile:
+    """`tile` narrowed until the kernel's registers hold it, as the compiler reports them (`make aot` shows no spill at these).
+
+    gates: how many kinds of gate the call has. Their epilogues add tiles of h and of its gates to what is alive: half as many columns
+    of h at a time; and where the accumulators are in the threads' own registers and not a warp group's (all but Hopper and Blackwell's
+    data-centre parts), half as many columns of y.
+    """
+    if not gates:
+        return tile
+    own = capability[0] not in (9, 10)
+    narrow = own and (backward or gates > 2) and tile.BM * tile.BN >= 128 * 128
+    return replace(tile, BR=min(tile.BR, 32) if backward or own else tile.BR, BN=64 if narrow else tile.BN)
