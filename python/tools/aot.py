@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mole_kernels.kernels.triton.common import COUNTS
 from mole_kernels.kernels.triton.tiles import Tile, fitted
 
 ARCHES = (80, 89, 90, 100, 120)
@@ -91,6 +92,8 @@ def compile_build(build: Build, arch: int):
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name in COUNTS:
+            signature[name] = "i32"
         elif name in build.unit:
             signature[name], constants[name] = "constexpr", 1
         elif name in described:
@@ -101,7 +104,7 @@ def compile_build(build: Build, arch: int):
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-            if name[0] == "s" or name in "MNKRT":
+            if name[0] == "s" or name in "NKR":
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": build.warps, "num_stages": build.stages})
@@ -145,6 +148,14 @@ def releases_of(ptx: str) -> tuple[int, int]:
 MMA = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCMMA")
 
 
+def width_of(opcode: str) -> int:
+    """How wide a tensor-core instruction is (HGMMA.64x128x16 has 128 columns), 0 for any other: the main loop is the densest in it."""
+    if not opcode.startswith(MMA):
+        return 0
+    found = re.search(r"64x(\d+)x", opcode)
+    return int(found[1]) if found else 8
+
+
 def read_back(build: Build, arch: int, compiled) -> Row:
     """Row of a compiled kernel, from its cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -157,8 +168,8 @@ def read_back(build: Build, arch: int, compiled) -> Row:
     opcodes, labels, branches = instructions_of(sass)
     count = collections.Counter(op.split(".")[0] for op in opcodes)
     loops = [opcodes[labels[to] : at + 1] for at, to in branches if labels.get(to, at + 1) <= at]
-    loops = sorted((lo for lo in loops if any(op.startswith(MMA) for op in lo)), key=len)
-    main = max(loops[:2], key=lambda lo: sum(op.startswith(MMA) for op in lo), default=[])
+    loops = [lo for lo in loops if any(op.startswith(MMA) for op in lo)]
+    main = max(loops, key=lambda lo: sum(map(width_of, lo)) / len(lo), default=[])
     return Row(
         build.id, arch, registers, stack, local, compiled.metadata.shared, {m: count[m] for m in MMA if count[m]}, count["UTMALDG"],
         count["LDGSTS"], len(main), sum(op.startswith(MMA) for op in main), len(opcodes), count["LDL"] + count["STL"],
@@ -236,7 +247,9 @@ def builds() -> list[Build]:
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    lines = [f"{'kernel':34} {'arch':>5} {'regs':>5} {'spill':>5} {'stack':>5} {'shared':>7} {'tma':>4} {'cp':>4} {'loop':>5} {'mma':>4}  mma"]
+    lines = [
+        f"{'kernel':34} {'arch':>5} {'regs':>5} {'spill':>5} {'stack':>5} {'shared':>7} {'tma':>4} {'cp':>4} {'loop':>5} {'mma':>4}  mma"
+    ]
     for r in rows:
         mma = " ".join(f"{k}:{v}" for k, v in r.mma.items())
         lines.append(

@@ -18,7 +18,7 @@ def rows(tmp_path_factory):
     # a process of its own: here Triton is its interpreter
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(out.parent)}
     environment.pop("TRITON_INTERPRET", None)
-    wanted = "^(persistent-fwd-both|persistent-bwd-both|expand-fwd-none|shrink-fwd-both)$"
+    wanted = "^(persistent-fwd-both|persistent-bwd-both|expand-fwd-none)$"
     program = [sys.executable, str(TOOL), "--arch", "90", "--arch", "80", "--only", wanted, "--json", str(out)]
     done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -26,7 +26,7 @@ def rows(tmp_path_factory):
 
 
 def test_everything_compiles_and_nothing_spills(rows):
-    assert len(rows) == 8
+    assert len(rows) == 6
     for name, r in rows.items():
         assert not r["error"], name
         assert r["spills"] == 0, name

@@ -103,3 +103,17 @@ def test_tiles_fit_the_shared_memory(capability, shape):
         limit = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) << 10
         assert t.stages * (t.BM + t.BN) * t.BK * size <= limit
         assert t.BM & (t.BM - 1) == 0 and t.BN & (t.BN - 1) == 0
+
+
+def test_captured_launches_never_share_flags(monkeypatch):
+    """Slices of the arena are disjoint and apart; when it is used up, flags of one's own."""
+    from mole_kernels.kernels.triton import workspace
+
+    device = torch.device("cpu")
+    whole = torch.zeros(256, dtype=torch.int32)
+    monkeypatch.setitem(workspace._arena, device, (whole, 0))
+    slices = [workspace._captured(device, n) for n in (5, 33, 100, 64)]
+    starts = [t.data_ptr() - whole.data_ptr() for t in slices[:3]]
+    assert starts == [0, 128, 384] and [t.numel() for t in slices] == [32, 64, 128, 64]
+    assert not 0 <= slices[3].data_ptr() - whole.data_ptr() < 1024
+    assert not any(t.any() for t in slices)

@@ -8,6 +8,7 @@ have any shape that broadcasts to [B,T,E], is summed up by torch from D: a few s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -87,15 +88,15 @@ def _given_gate_gradient(f: Fused, b: Buffers) -> Tensor:
 
 def _chunks(f: Fused, jobs: int, BT: int) -> tuple[int, int]:
     """Tokens of a chunk and chunks of a group: about two jobs for each multiprocessor, each at least four steps long."""
-    wanted = max(1, -(-2 * _processors(f.x) // max(1, jobs * f.groups)))
-    n_c = min(wanted, -(-f.span // (4 * BT)))
-    CH = -(-(-(-f.span // n_c)) // BT) * BT
-    return CH, -(-f.span // CH)
+    wanted = ceil(2 * _processors(f.x) / max(1, jobs * f.groups))
+    n_c = min(wanted, ceil(f.span / (4 * BT)))
+    CH = ceil(f.span / n_c / BT) * BT
+    return CH, ceil(f.span / CH)
 
 
 def _sums(f: Fused, g: Fused, b: Buffers | None, dy: Tensor, need: Need, tile: Tile) -> dict[str, Tensor]:
     """The second launch, with the kinds of jobs that are wanted; none, no launch."""
-    x, E, S = f.x, f.E, f.down.shape[0]
+    x, E = f.x, f.E
     gates = need.phi_bias or need.scale or need.pool_bias
     made = dict(ddown=need.down, dup=need.up, dphi=need.phi, dpool=need.pool)
     like = dict(ddown=f.down, dup=f.up, dphi=f.phi, dpool=f.pool)

@@ -8,6 +8,9 @@ and are cut into n_t tiles of BM; row m = i_b·span + position, sample = m // T,
 import triton
 import triton.language as tl
 
+# sizes that decide nothing about how memory is accessed: a kernel is not compiled anew when one of them is 1 or a multiple of 16
+COUNTS = ["T", "span", "n_t", "n_m", "n_r", "n_b", "M", "E", "sgb", "sgt", "sge", "sps"]
+
 
 @triton.jit
 def rows_of(i, n_t, span, T, BM: tl.constexpr):

@@ -6,7 +6,7 @@ The sample gate enters here, where z is read: forward z ⊙ G, backward z + dq·
 import triton
 import triton.language as tl
 
-from mole_kernels.kernels.triton.common import logit_gradient, rows_of
+from mole_kernels.kernels.triton.common import COUNTS, logit_gradient, rows_of
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def base_tile(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """x·Wᵀ of one tile -> [BM,BN] float32.  With TMA x and w are descriptors; W_ROWS: w's rows are outputs (forward), else inputs."""
-    i_b, m_0, o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
+    i_b, _m_0, _o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
     o_n, o_k = i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     b_y = tl.zeros((BM, BN), tl.float32)
     if TMA:
@@ -94,7 +94,7 @@ def expand_tile(
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def expand_kernel(
     x, w, z, up, phi, bias, cols, scale, gate, pool, q, token_gate, sample_gate, d, y,
     T, span, n_t, n_m, n_r, M, N, K, R, E,
@@ -109,7 +109,7 @@ def expand_kernel(
     """
     i, i_n = tile_order(tl.program_id(0), n_m, tl.cdiv(N, BN), GROUP)
     if ADD:
-        i_b, m_0, o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
+        _i_b, m_0, o_i, _o_b, _o_t, m_m = rows_of(i, n_t, span, T, BM)
         o_j = tl.arange(0, BN)
         p_y = y + m_0 * N + i_n * BN + (o_i[:, None] * N + o_j[None, :])
         b_y = tl.load(p_y, mask=m_m[:, None] & (i_n * BN + o_j < N)[None, :], other=0.0).to(tl.float32)

@@ -113,9 +113,9 @@ class Fused:
         s |= dict(zip(("sds", "sdr", "sdk"), self.down.stride())) | dict(zip(("sus", "sun", "sur"), self.up.stride()))
         s |= {} if many else {"sds": 0, "sus": 0}
         s["spe"], s["spk"] = phi.stride() if phi is not None else (0, 0)
-        s["sgb"], s["sgt"], s["sge"] = (0 if n == 1 and i < 2 else k for i, (n, k) in enumerate(zip(gate.shape, gate.stride()))) if (
-            gate is not None
-        ) else (0, 0, 0)
+        s["sgb"], s["sgt"], s["sge"] = (
+            (0 if n == 1 and i < 2 else k for i, (n, k) in enumerate(zip(gate.shape, gate.stride()))) if (gate is not None) else (0, 0, 0)
+        )
         s["sps"] = pool.stride(0) if pool is not None and many else 0
         return s
 

@@ -8,10 +8,14 @@ Chunks: a group (all tokens, or one sample) is cut into n_c chunks of CH tokens.
 tile belongs to one sample and has n_c chunks; where they share one set, it has those of all groups.
 """
 
+# a compile-time condition stays a statement of its own: the compiler drops what it excludes
+# ruff: noqa: SIM102
 import triton
 import triton.language as tl
 
-from mole_kernels.kernels.triton.common import given_gates, logit_gradient
+from mole_kernels.kernels.triton.common import COUNTS, given_gates, logit_gradient
+
+JOBS = [*COUNTS, "B", "S", "CH", "n_c", "n_g", "n_down", "n_up", "n_phi", "n_pool", "o_up", "o_phi", "o_gate", "o_pool"]
 
 
 @triton.jit
@@ -224,7 +228,7 @@ def pool_job(
         tl.store(dpool + (tile // n_r) * R + o_r, b_s, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=JOBS)
 def gradients_kernel(
     dy, x, cols, scale, gate, pool, h, z, token_gate, sample_gate, d, q,
     ddown, dup, dphi, dphi_bias, dscale, dpool, dpool_bias, partial, counters,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ from mole_kernels.kernels.triton.shrink import shrink_kernel
 from mole_kernels.kernels.triton.tiles import Tile, next_power
 
 
-def _start(kernel, grid: tuple[int, ...], arguments: dict[str, object], tile: Tile, **options: object) -> None:
+def _start(kernel, grid: tuple[int, ...], arguments: Mapping[str, object], tile: Tile, **options: object) -> None:
     """Launch with those of `arguments` that the kernel names."""
     device = arguments["cols"].device  # type: ignore[attr-defined]
     named = {name: arguments[name] for name in kernel.arg_names}

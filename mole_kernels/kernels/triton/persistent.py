@@ -19,11 +19,12 @@ graph can be replayed. Two launches that may overlap must not share flags (`work
 import triton
 import triton.language as tl
 
+from mole_kernels.kernels.triton.common import COUNTS
 from mole_kernels.kernels.triton.expand import base_tile, expand_tile, tile_order
 from mole_kernels.kernels.triton.shrink import finish_sample, shrink_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def persistent_kernel(
     x, w, down, up, phi, phi_bias, bias, cols, scale, gate, pool, pool_bias, sample_gate, h, z, token_gate, d, parts, q, y, flags,
     T, span, n_t, n_m, n_r, n_b, M, N, K, R, E,
@@ -58,9 +59,7 @@ def persistent_kernel(
     n_p = tl.num_programs(0)
     for tile in tl.range(t - n_h, n_m * n_n, n_p, disable_licm=True):
         i, i_n = tile_order(tile, n_m, n_n, GROUP)
-        b_y = base_tile(
-            i, i_n, x, w, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk, TMA, W_ROWS, EVEN_K, PRECISION, BM, BN, BK
-        )
+        b_y = base_tile(i, i_n, x, w, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk, TMA, W_ROWS, EVEN_K, PRECISION, BM, BN, BK)
         if POOL:
             while tl.atomic_add(ready + i // n_t, 0, sem="acquire") == 0:
                 pass

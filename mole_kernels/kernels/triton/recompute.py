@@ -4,14 +4,16 @@ Costs R/BN of the base product more than the others, so it is for small R on sma
 saved, the first column tile writes it. A sample gate needs all rows of a sample, so there is none here.
 """
 
+# a compile-time condition stays a statement of its own: the compiler drops what it excludes
+# ruff: noqa: SIM102
 import triton
 import triton.language as tl
 
-from mole_kernels.kernels.triton.common import column_gates, rows_of
+from mole_kernels.kernels.triton.common import COUNTS, column_gates, rows_of
 from mole_kernels.kernels.triton.expand import tile_order
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def recompute_kernel(
     x, w, down, up, phi, phi_bias, bias, cols, scale, gate, h, token_gate, y,
     T, span, n_t, n_m, M, N, K, R, E, sxb, sxt, sxk, swn, swk, sds, sdr, sdk, sus, sun, sur, spe, spk, sgb, sgt, sge,

@@ -9,7 +9,7 @@ The sample gate needs all tiles of a sample: the last one to arrive adds the par
 import triton
 import triton.language as tl
 
-from mole_kernels.kernels.triton.common import column_gates, given_gate, rows_of
+from mole_kernels.kernels.triton.common import COUNTS, column_gates, given_gate, rows_of
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def finish_sample(
     return is_last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def shrink_kernel(
     x, down, phi, phi_bias, cols, scale, gate, pool, pool_bias, sample_gate, h, z, token_gate, d, parts, q, arrived,
     T, span, n_t, n_r, M, K, R, E, sxb, sxt, sxk, sds, sdr, sdk, spe, spk, sgb, sgt, sge, sps,

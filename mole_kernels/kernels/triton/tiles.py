@@ -48,7 +48,7 @@ def choose(M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple
     """The tile with the least predicted time: waves of tiles over the multiprocessors, at the tile's rate."""
     if dtype == torch.float32:
         # tf32, or no tensor cores at all
-        small = M * N <= 64 * 64 * processors
+        small = 64 * 64 * processors >= M * N
         return Tile(BM=32 if small else 64, BN=64, BK=32, BR=32, BZ=32, BS=32, warps=4, stages=2)
     hopper = capability[0] in (9, 10)
     fits = [t for t in _RATE if hopper or t != (128, 256)]
@@ -60,7 +60,7 @@ def choose(M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple
     warps = 4 if BM * BN <= 64 * 128 else 8
     # consumer Ampere, Ada and Blackwell have 100 KB of shared memory, the data-centre parts 160 or more
     stages = 3 if roomy(capability) else 2
-    return Tile(BM=BM, BN=BN, BR=64 if BM == 128 else 32, BS=32 if M < 64 * processors else 64, warps=warps, stages=stages,
+    return Tile(BM=BM, BN=BN, BR=64 if BM == 128 else 32, BS=32 if 64 * processors > M else 64, warps=warps, stages=stages,
                 tma=capability[0] >= 9, pdl=capability[0] >= 9)  # fmt: skip
 
 
@@ -73,11 +73,12 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int) 
     """`tile` narrowed until the kernel's registers hold it, as the compiler reports them (`make aot` shows no spill at these).
 
     gates: how many kinds of gate the call has. Their epilogues add tiles of h and of its gates to what is alive: half as many columns
-    of h at a time; and where the accumulators are in the threads' own registers and not a warp group's (all but Hopper and Blackwell's
+    of h at a time (Hopper's forward excepted, which holds them); and where the accumulators are in the threads' own registers and not a warp group's (all but Hopper and Blackwell's
     data-centre parts), half as many columns of y.
     """
     if not gates:
         return tile
     own = capability[0] not in (9, 10)
     narrow = own and (backward or gates > 2) and tile.BM * tile.BN >= 128 * 128
-    return replace(tile, BR=min(tile.BR, 32) if backward or own else tile.BR, BN=64 if narrow else tile.BN)
+    wide = capability[0] == 9 and not backward
+    return replace(tile, BR=tile.BR if wide else min(tile.BR, 32), BN=64 if narrow else tile.BN)
