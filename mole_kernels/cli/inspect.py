@@ -179,7 +179,8 @@ def _match(console: Any, name: str, experts: dict[str, Expert], gates: GateFile 
         if keys:
             more = [f"… and {len(keys) - UNMATCHED_SHOWN} more"] if len(keys) > UNMATCHED_SHOWN else []
             shown = [f"  {printable(text, 300)}" for text in [*keys[:UNMATCHED_SHOWN], *more]]
-            console.print("", Text("\n".join([f"{printable(label)}, not matched", *shown])), soft_wrap=True)
+            console.print()
+            console.print(Text("\n".join([f"{printable(label)}, not matched", *shown])), soft_wrap=True)
     if problems:
         raise problems[0]
 
