@@ -144,10 +144,10 @@ struct Of {
   }
 
   static void multiply_wide(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row, bool accumulate) {
-    multiply<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, true, accumulate});
+    tiles<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, true, accumulate, nullptr});
   }
-  static void multiply_add(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row) {
-    multiply<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, same<T, W>, true});
+  static void multiply(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row, bool accumulate, const void* bias) {
+    tiles<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, same<T, W>, accumulate, static_cast<const W*>(bias)});
   }
 
   // L accumulators: L/2 rows times two experts, summed across lanes by one transposition
@@ -304,7 +304,7 @@ struct Of {
 
   static constexpr Kernels table{
       int64_t(sizeof(T)), int64_t(sizeof(O)), int64_t(sizeof(W)), kTileRows[kPanelVectors] * 2, panel_size, panel_cols, pack, to_operand, transposed,
-      multiply_wide, multiply_add, row_dots, sigmoid, gate, column_sums, expert_dots, narrow, widen};
+      multiply_wide, multiply, row_dots, sigmoid, gate, column_sums, expert_dots, narrow, widen};
 };
 
 const Kernels& table(Element type) {
