@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ EMBEDDINGS = "new_concept_embedding"
 def load_mix_of_show(path: PathLike, *, alpha: float | None = None) -> tuple[Expert, dict[str, Tensor]]:
     """(expert, concept embeddings by token) of a Mix-of-Show `.pth`; alpha is its scale itself, which the file does not hold."""
     where = printable(path, 300)
-    with open_regular(path, pickles=True) as file:
+    with open_regular(path, pickles=True) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
         try:
             found = torch.load(file, map_location="cpu", weights_only=True)
         # torch raises many kinds for a broken file; none of them ran anything of it
