@@ -115,15 +115,23 @@ struct Backward {
   // dx = dy·W + [dh | dlogit]·[A ; Φ]
   Tensor input_gradient(const Tensor& dh) const {
     Tensor dx = empty({c.B, c.T, c.K}, c.type);
-    base_product(dx, dy, c.weight, std::nullopt, c.B, c.T);
-    if (none(dx)) return dx;
     const Tensor& phi = c.phi ? *c.phi : c.weight;
-    const Sets w[2] = {c.down_r(), {static_cast<const char*>(data(phi)), k.element_size, 0, phi.stride(0), phi.stride(1)}};
-    const int64_t depth[2] = {c.R, c.E};
-    expand(k, c.B, c.T, c.K, w, depth, c.phi ? 2 : 1, c.S, static_cast<char*>(data(dx)), [&](int64_t b, int64_t t, int64_t rows, Product* p) {
+    const Sets w[3] = {c.weight_n(), c.down_r(), {static_cast<const char*>(data(phi)), k.element_size, 0, phi.stride(0), phi.stride(1)}};
+    const int64_t depth[3] = {c.N, c.R, c.E};
+    const auto fill = [&](int64_t b, int64_t t, int64_t rows, Product* p) {
       p[0] = operands(at<W>(dh) + row(b, t) * c.R, c.R, rows, Scratch::GATED);
       if (c.phi) p[1] = operands(at<W>(gates.dlogit) + row(b, t) * c.E, c.E, rows, Scratch::LEFT);
-    });
+    };
+    const int thin = c.phi ? 2 : 1;
+    char* out = static_cast<char*>(data(dx));
+    if (none(dx)) return dx;
+    if (fuses_base(c, dy)) {
+      fused(k, c.rows(dy), c.B, c.T, c.K, w, depth, thin + 1, c.S, out, nullptr,
+            [&](int64_t b, int64_t t, int64_t rows, Product* p) { fill(b, t, rows, p + 1); });
+    } else {
+      base_product(dx, dy, c.weight, std::nullopt, c.B, c.T);
+      expand(k, c.B, c.T, c.K, {w[1], w[2]}, {depth[1], depth[2]}, thin, c.S, out, true, nullptr, fill);
+    }
     return dx;
   }
 

@@ -3,7 +3,7 @@
 namespace mole {
 namespace {
 
-Element element(ScalarType type) {
+Element element_of(ScalarType type) {
   switch (type) {
     case ScalarType::Float: return F32;
     case ScalarType::Double: return F64;
@@ -26,7 +26,8 @@ Call::Call(const Tensor& x, const Tensor& weight, const Tensor& down, const Tens
            const Maybe& gate, const Maybe& phi, const Maybe& pool)
     : type(x.scalar_type()),
       wide_type(type == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
-      k(kernels(element(type))),
+      element(element_of(type)),
+      k(kernels(element)),
       x(x),
       weight(weight),
       down(down),
@@ -52,6 +53,23 @@ Call::Call(const Tensor& x, const Tensor& weight, const Tensor& down, const Tens
     STD_TORCH_CHECK(g.dim() == 3 && (g.size(0) == 1 || g.size(0) == B) && (g.size(1) == 1 || g.size(1) == T) && g.size(2) == E,
                     "mole_cpu: expected gate [B|1,T|1,E]");
   }
+}
+
+bool fuses_base(const Call& c, const Tensor& left) {
+  const int64_t rows = c.S == 1 ? c.B * c.T : c.T;
+  return beats_torch(c.element) && left.stride(2) == 1 && rows >= kFewRows && c.K > 0 && c.N > 0;
+}
+
+Tensor wide_bias(const Call& c, const Maybe& bias) {
+  if (!bias) return empty({0}, c.wide_type);
+  STD_TORCH_CHECK(bias->numel() == c.N && bias->scalar_type() == c.type, "mole_cpu: expected bias [N] of x's dtype");
+  const int64_t padded = round_up(c.N, c.k.panel_cols);
+  Tensor out = empty({padded}, c.wide_type);
+  char* at = static_cast<char*>(data(out));
+  std::fill(at + c.N * c.k.wide_size, at + padded * c.k.wide_size, char(0));
+  const Tensor from = dense(*bias);
+  c.k.widen(data(from), c.N, 1, c.N, at, c.N);
+  return out;
 }
 
 void base_product(const Tensor& y, const Tensor& x, const Tensor& w, const Maybe& bias, int64_t B, int64_t T) {

@@ -29,6 +29,7 @@ struct Call {
   int64_t B, T, K, N, R, S, E;
   std::vector<int64_t> starts;   // [E+1]
   ScalarType type, wide_type;
+  Element element;
   const Kernels& k;
   Tensor x, weight, down, up, scale;
   GivenGate gate;
@@ -46,6 +47,9 @@ struct Call {
   Sets down_r() const { return {static_cast<const char*>(data(down)), k.element_size, S == 1 ? 0 : down.stride(0), down.stride(1), down.stride(2)}; }
   // B as [R,N]: what γh is multiplied with; and as [N,R], what dy is
   Sets up_r() const { return {static_cast<const char*>(data(up)), k.element_size, S == 1 ? 0 : up.stride(0), up.stride(2), up.stride(1)}; }
+  // W as [K,N] and as [N,K]
+  Sets weight_k() const { return {static_cast<const char*>(data(weight)), k.element_size, 0, weight.stride(1), weight.stride(0)}; }
+  Sets weight_n() const { return {static_cast<const char*>(data(weight)), k.element_size, 0, weight.stride(0), weight.stride(1)}; }
   Sets up_n() const { return {static_cast<const char*>(data(up)), k.element_size, S == 1 ? 0 : up.stride(0), up.stride(1), up.stride(2)}; }
 
   // the gates of rows t… of sample b; token [B,T,E] and sample [B,E] wide or null
@@ -54,6 +58,12 @@ struct Call {
             sample ? sample + b * E * k.wide_size : nullptr, starts.data(), E};
   }
 };
+
+// whether our products make the base as well: they are faster here, x needs no copy, and the rows pay for packing W
+bool fuses_base(const Call& c, const Tensor& left);
+
+// wide bias, padded with zeros to whole panels; empty where there is none
+Tensor wide_bias(const Call& c, const Maybe& bias);
 
 // y [B,T,N] = x [B,T,K] · w [K,N] (+ bias): torch's own product, sample by sample where x is no matrix
 void base_product(const Tensor& y, const Tensor& x, const Tensor& w, const Maybe& bias, int64_t B, int64_t T);

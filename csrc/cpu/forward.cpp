@@ -1,7 +1,8 @@
-// y = x Wᵀ + b + (γ ⊙ x Aᵀ) Bᵀ: torch's product for the base, then ours, which never write an expert's output.
+// y = x Wᵀ + b + (γ ⊙ x Aᵀ) Bᵀ without an expert's output ever being written.
 //
 //   shrink   h = x Aᵀ, kept wide (M × R), token logits from the same block of x while it is hot, column sums for the sample gate
-//   expand   γ ⊙ h of a block, rounded once, times Bᵀ, added to y in registers
+//   expand   γ ⊙ h of a block, rounded once, times Bᵀ: added to torch's base in registers, or, where our products are faster
+//            than torch's, summed with x Wᵀ + b in the same registers, so that y is written once and rounded once
 #include <cmath>
 
 #include "cpu/call.h"
@@ -57,7 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   STD_TORCH_CHECK(!sample_bias || sample_bias->numel() == c.E, "mole_cpu: expected pool_bias [E]");
 
   Tensor y = empty({c.B, c.T, c.N}, c.type);
-  base_product(y, x, matrix(weight, c.K, c.N, weight.stride(1), weight.stride(0)), bias, c.B, c.T);
+  const bool fuse = fuses_base(c, x);
+  if (!fuse) base_product(y, x, matrix(weight, c.K, c.N, weight.stride(1), weight.stride(0)), bias, c.B, c.T);
 
   const bool h_is_wide = c.type == c.wide_type;
   Tensor wide = empty({c.B, c.T, c.R}, c.wide_type);
@@ -89,13 +91,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   }
 
   const char *token_at = phi ? out_token : nullptr, *sample_at = pool ? static_cast<char*>(data(sample)) : nullptr;
-  const Sets w[1] = {c.up_r()};
-  const int64_t depth[1] = {c.R};
-  expand(k, c.B, c.T, c.N, w, depth, 1, c.S, static_cast<char*>(data(y)), [&](int64_t b, int64_t t, int64_t rows, Product* p) {
-    char* gated = Scratch::get(Scratch::GATED, rows * c.R * k.operand_size);
-    k.gate(rows_h + (b * c.T + t) * c.R * k.wide_size, c.R, rows, c.gates(b, t, token_at, sample_at), nullptr, gated, c.R, false);
-    p[0] = {gated, c.R, 1, nullptr, c.R};
-  });
+  const auto gated = [&](int64_t b, int64_t t, int64_t rows) {
+    char* out = Scratch::get(Scratch::GATED, rows * c.R * k.operand_size);
+    k.gate(rows_h + (b * c.T + t) * c.R * k.wide_size, c.R, rows, c.gates(b, t, token_at, sample_at), nullptr, out, c.R, false);
+    return Product{out, c.R, 1, nullptr, c.R};
+  };
+  char* out_y = static_cast<char*>(data(y));
+  if (fuse) {
+    const Tensor wide_b = wide_bias(c, bias);
+    const Sets w[2] = {c.weight_k(), c.up_r()};
+    const int64_t depth[2] = {c.K, c.R};
+    fused(k, c.x_rows(), c.B, c.T, c.N, w, depth, 2, c.S, out_y, bias ? static_cast<char*>(data(wide_b)) : nullptr,
+          [&](int64_t b, int64_t t, int64_t rows, Product* p) { p[1] = gated(b, t, rows); });
+  } else {
+    const Sets w[1] = {c.up_r()};
+    const int64_t depth[1] = {c.R};
+    expand(k, c.B, c.T, c.N, w, depth, 1, c.S, out_y, true, nullptr, [&](int64_t b, int64_t t, int64_t rows, Product* p) { p[0] = gated(b, t, rows); });
+  }
   return {y, h, token, sample};
 }
 

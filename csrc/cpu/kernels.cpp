@@ -75,14 +75,16 @@ struct Of {
     for (int64_t col = 0; col < cols; col += panel_cols) {
       const int64_t left = cols - col, vectors = left >= panel_cols ? kPanelVectors : (left + L - 1) / L;
       O* out = static_cast<O*>(panels) + col * padded(k);
-      const int64_t out_step = vectors * L * step;
-      for (int64_t v = 0; v < vectors; ++v, out += L * step) {
+      const int64_t out_step = vectors * L * step, whole = left / L < vectors ? left / L : vectors;
+      int64_t done = 0;
+      if (b_col == 1) done = pack_rows(b + col, b_k, k, whole, out, out_step);
+      for (int64_t v = 0; v < vectors; ++v) {
         const T* from = b + (col + v * L) * b_col;
-        const int64_t n = left - v * L < L ? left - v * L : L;
-        int64_t p = n == L && b_k == 1 ? pack_transposed(from, b_col, k, out, out_step) : 0;
-        if (n == L && b_col == 1) p = pack_rows(from, b_k, k, out, out_step);
+        const int64_t n = v < whole ? L : left - v * L;
+        int64_t p = v < whole ? done : 0;
+        if (v < whole && b_k == 1) p = pack_transposed(from, b_col, k, out + v * L * step, out_step);
         for (; p < k; p += step) {
-          O* at = out + p / step * out_step;
+          O* at = out + v * L * step + p / step * out_step;
           for (int64_t c = 0; c < L; ++c) {
             if (c < n) cell(from + c * b_col, b_k, p, k, at + c * step);
             else for (int s = 0; s < step; ++s) at[c * step + s] = O{};
@@ -92,21 +94,27 @@ struct Of {
     }
   }
 
-  // L columns side by side in b
-  static int64_t pack_rows(const T* b, int64_t b_k, int64_t k, O* out, int64_t out_step) {
+  // whole vectors of columns that lie side by side in b
+  static int64_t pack_rows(const T* b, int64_t b_k, int64_t k, int64_t vectors, O* out, int64_t out_step) {
     int64_t p = 0;
-    for (; p + step <= k; p += step) {
-      O* at = out + p / step * out_step;
-      const T* from = b + p * b_k;
-      if constexpr (step == 2) {
-        for (int c = 0; c < L; ++c) at[2 * c] = from[c], at[2 * c + 1] = from[b_k + c];
-      } else if constexpr (same<T, O>) {
-        std::memcpy(at, from, L * sizeof(O));
-      } else {
-        widen_row<T, W>(from, at, L);
+    for (; p + step <= k; p += step)
+      for (int64_t v = 0; v < vectors; ++v) {
+        O* at = out + p / step * out_step + v * L * step;
+        const T* from = b + p * b_k + v * L;
+        if constexpr (step == 2) pair_rows(from, from + b_k, at);
+        else if constexpr (same<T, O>) std::memcpy(at, from, L * sizeof(O));
+        else widen_row<T, W>(from, at, L);
       }
-    }
     return p;
+  }
+
+  // L elements of two rows, interleaved
+  static MOLE_INLINE void pair_rows(const O* one, const O* two, O* out) {
+#if MOLE_ISA_AVX512BF16
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(one)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(two)));
+    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#endif
   }
 
   static void to_operand(const void* source, int64_t a_row, int64_t a_k, int64_t rows, int64_t k, void* target, int64_t out_row) {
@@ -144,10 +152,10 @@ struct Of {
   }
 
   static void multiply_wide(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row, bool accumulate) {
-    multiply<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, true, accumulate});
+    tiles<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, true, accumulate, nullptr});
   }
-  static void multiply_add(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row) {
-    multiply<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, same<T, W>, true});
+  static void multiply(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row, bool accumulate, const void* bias) {
+    tiles<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, same<T, W>, accumulate, static_cast<const W*>(bias)});
   }
 
   // L accumulators: L/2 rows times two experts, summed across lanes by one transposition
@@ -304,7 +312,7 @@ struct Of {
 
   static constexpr Kernels table{
       int64_t(sizeof(T)), int64_t(sizeof(O)), int64_t(sizeof(W)), kTileRows[kPanelVectors] * 2, panel_size, panel_cols, pack, to_operand, transposed,
-      multiply_wide, multiply_add, row_dots, sigmoid, gate, column_sums, expert_dots, narrow, widen};
+      multiply_wide, multiply, row_dots, sigmoid, gate, column_sums, expert_dots, narrow, widen};
 };
 
 const Kernels& table(Element type) {

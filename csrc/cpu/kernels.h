@@ -48,8 +48,8 @@ struct Kernels {
 
   // wide c [rows,cols] = (or +=) Σ products
   void (*multiply_wide)(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row, bool accumulate);
-  // element c [rows,cols] += Σ products, rounded once
-  void (*multiply_add)(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row);
+  // element c [rows,cols] = (or +=) bias + Σ products, rounded once; wide bias, padded to whole vectors, or null
+  void (*multiply)(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row, bool accumulate, const void* bias);
   // wide logits [rows,experts] = (or +=) operand a [rows,k] · operand phi [experts,k]ᵀ
   void (*row_dots)(const void* a, int64_t a_row, int64_t rows, int64_t k, const void* phi, int64_t phi_row, int64_t experts, void* logits, bool accumulate);
 
@@ -66,7 +66,8 @@ struct Kernels {
   void (*widen)(const void* in, int64_t in_row, int64_t rows, int64_t cols, void* out, int64_t out_row);
 };
 
-const Kernels& kernels(Element type);  // of the best instruction set this CPU has
+const Kernels& kernels(Element type);  // of the best instruction set this CPU has, or of MOLE_INSTRUCTION_SET
 const char* instruction_set();         // its name
+bool beats_torch(Element type);        // whether these kernels are faster than torch's own product here
 
 }  // namespace mole

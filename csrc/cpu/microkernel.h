@@ -74,29 +74,50 @@ struct Operand<bfloat> {
 };
 #endif
 
-// where a tile's result goes: wide (= or +=), or elements (+=, rounded once)
+// where a tile's result goes: wide or elements, = or +=, rounded once
 template <class T, class W>
 struct Target {
   void* c;
   int64_t c_row;
   bool wide, accumulate;
+  const W* bias;  // added to every row, or null
 
   MOLE_INLINE W* wide_at(int64_t row, int64_t col) const { return static_cast<W*>(c) + row * c_row + col; }
   MOLE_INLINE T* element_at(int64_t row, int64_t col) const { return static_cast<T*>(c) + row * c_row + col; }
 
-  static MOLE_INLINE void add_elements(T* out, Vec<W> acc) {
+  // one vector of the result, all lanes of it inside the matrix
+  template <bool to_wide_c, bool add>
+  MOLE_INLINE void put_vector(Vec<W> v, int64_t row, int64_t col) const {
     constexpr int L = lanes<W>;
-    W values[L];
-    widen_row<T, W>(out, values, L);
-    store(values, Vec<W>(load(values) + acc));
-    narrow_row<T, W>(values, out, L);
+    if constexpr (to_wide_c) {
+      W* out = wide_at(row, col);
+      store(out, add ? Vec<W>(load(out) + v) : v);
+    } else {
+      T* out = element_at(row, col);
+      W values[L];
+      if (add) {
+        widen_row<T, W>(out, values, L);
+        v += load(values);
+      }
+      store(values, v);
+      narrow_row<T, W>(values, out, L);
+    }
   }
 
-  // n < L: the last columns of a matrix, or anything not worth its own copy of the code
+  template <bool to_wide_c, bool add, int MR, int NV>
+  MOLE_INLINE void put_all(const Vec<W> (&acc)[MR][NV], int64_t row, int64_t col) const {
+    MOLE_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      MOLE_UNROLL
+      for (int j = 0; j < NV; ++j) put_vector<to_wide_c, add>(acc[i][j], row + i, col + j * lanes<W>);
+    }
+  }
+
+  // the first n columns of a tile at the right edge: not worth its own copy of the code
   __attribute__((noinline)) void put_some(const W* values, int64_t row, int64_t col, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) {
       if (wide) *wide_at(row, col + i) = accumulate ? *wide_at(row, col + i) + values[i] : values[i];
-      else *element_at(row, col + i) = from_wide<T>(to_wide(*element_at(row, col + i)) + values[i]);
+      else *element_at(row, col + i) = from_wide<T>(accumulate ? to_wide(*element_at(row, col + i)) + values[i] : values[i]);
     }
   }
 
@@ -111,24 +132,12 @@ struct Target {
         for (int j = 0; j < NV; ++j) store(values[i] + j * L, acc[i][j]);
       }
       for (int i = 0; i < MR; ++i) put_some(values[i], row + i, col, n);
-    } else if (!wide) {
-      MOLE_UNROLL
-      for (int i = 0; i < MR; ++i) {
-        MOLE_UNROLL
-        for (int j = 0; j < NV; ++j) add_elements(element_at(row + i, col + j * L), acc[i][j]);
-      }
-    } else if (accumulate) {
-      MOLE_UNROLL
-      for (int i = 0; i < MR; ++i) {
-        MOLE_UNROLL
-        for (int j = 0; j < NV; ++j) store(wide_at(row + i, col + j * L), Vec<W>(load(wide_at(row + i, col + j * L)) + acc[i][j]));
-      }
+    } else if (wide) {
+      if (accumulate) put_all<true, true>(acc, row, col);
+      else put_all<true, false>(acc, row, col);
     } else {
-      MOLE_UNROLL
-      for (int i = 0; i < MR; ++i) {
-        MOLE_UNROLL
-        for (int j = 0; j < NV; ++j) store(wide_at(row + i, col + j * L), acc[i][j]);
-      }
+      if (accumulate) put_all<false, true>(acc, row, col);
+      else put_all<false, false>(acc, row, col);
     }
   }
 };
@@ -140,9 +149,10 @@ __attribute__((noinline)) void tile(const Product* products, int count, int64_t 
   constexpr int step = Operand<O>::step;
   Vec<W> acc[MR][NV];
   MOLE_UNROLL
-  for (int i = 0; i < MR; ++i) {
+  for (int j = 0; j < NV; ++j) {
+    const Vec<W> first = target.bias ? load(target.bias + col + j * lanes<W>) : Vec<W>{};
     MOLE_UNROLL
-    for (int j = 0; j < NV; ++j) acc[i][j] = Vec<W>{};
+    for (int i = 0; i < MR; ++i) acc[i][j] = first;
   }
   for (int s = 0; s < count; ++s) {
     const Product& p = products[s];
@@ -154,19 +164,26 @@ __attribute__((noinline)) void tile(const Product* products, int count, int64_t 
   target.put(acc, row, col, cols - col);
 }
 
-// all rows of one panel; leftover rows in tiles of 4, 2 and 1
+// the rows that are left of a panel, in one tile of just their number
+template <class T, class O, int MR, int NV>
+MOLE_INLINE void last_tile(const Product* products, int count, int64_t rows, int64_t row, int64_t col, int64_t cols,
+                           const Target<T, typename Operand<O>::Wide>& target) {
+  if constexpr (MR > 0) {
+    if (rows == MR) tile<T, O, MR, NV>(products, count, row, col, cols, target);
+    else last_tile<T, O, MR - 1, NV>(products, count, rows, row, col, cols, target);
+  }
+}
+
 template <class T, class O, int NV>
 void panel(const Product* products, int count, int64_t rows, int64_t col, int64_t cols, const Target<T, typename Operand<O>::Wide>& target) {
   constexpr int MR = kTileRows[NV];
   int64_t i = 0;
   for (; i + MR <= rows; i += MR) tile<T, O, MR, NV>(products, count, i, col, cols, target);
-  for (; i + 4 <= rows; i += 4) tile<T, O, 4, NV>(products, count, i, col, cols, target);
-  if (i + 2 <= rows) tile<T, O, 2, NV>(products, count, i, col, cols, target), i += 2;
-  if (i < rows) tile<T, O, 1, NV>(products, count, i, col, cols, target);
+  last_tile<T, O, MR - 1, NV>(products, count, rows - i, i, col, cols, target);
 }
 
 template <class T, class O>
-void multiply(const Product* products, int count, int64_t rows, int64_t cols, const Target<T, typename Operand<O>::Wide>& target) {
+void tiles(const Product* products, int count, int64_t rows, int64_t cols, const Target<T, typename Operand<O>::Wide>& target) {
   constexpr int64_t L = lanes<typename Operand<O>::Wide>;
   for (int64_t col = 0; col < cols; col += kPanelVectors * L) {
     const int64_t vectors = (cols - col + L - 1) / L;

@@ -19,6 +19,7 @@ constexpr int64_t kBlockRows = 96;           // a block of x and its h stay in L
 constexpr int64_t kBlockK = 640;             // so does a block of k of x, beside one panel
 constexpr int64_t kPanelBytes = 384 << 10;   // packed columns that are reused by all rows of a block: part of L2
 constexpr int64_t kReduceRows = 256;
+constexpr int64_t kFewRows = 64;             // below, packing the base's weight costs too much
 
 // elements [B,T,cols] anywhere in memory; byte addresses from strides in elements
 struct Rows {
@@ -128,10 +129,11 @@ void shrink(const Kernels& k, const Rows& x, int64_t B, int64_t T, int64_t K, co
   }
 }
 
-// element y [B,T,N] += Σ_i left_i · w_i[s]; `fill(b, t, rows, products)` makes the left operands of a block (strides and k too)
+// element y [B,T,N] = (or +=) bias + Σ_i left_i · w_i[s], summed in registers and rounded once.
+// `fill(b, t, rows, products)` makes the left operands of a block; wide bias, padded to whole panels, or null
 template <int parts, class Fill>
 void expand(const Kernels& k, int64_t B, int64_t T, int64_t N, const Sets (&w)[parts], const int64_t (&depth)[parts], int count, int64_t S,
-            char* y, const Fill& fill) {
+            char* y, bool accumulate, const char* bias, const Fill& fill) {
   int64_t column = 0;
   for (int i = 0; i < count; ++i) column += k.panel_size(depth[i], k.panel_cols) / k.panel_cols * k.operand_size;
   const int64_t wide = std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(column, 1) / k.panel_cols) * k.panel_cols;
@@ -147,9 +149,30 @@ void expand(const Kernels& k, int64_t B, int64_t T, int64_t N, const Sets (&w)[p
         Product products[parts];
         fill(b, t, rows, products);
         for (int i = 0; i < count; ++i) products[i].panels = panels + begin[i];
-        k.multiply_add(products, count, rows, cols, y + ((b * T + t) * N + col) * k.element_size, N);
+        char* out = y + ((b * T + t) * N + col) * k.element_size;
+        k.multiply(products, count, rows, cols, out, N, accumulate, bias ? bias + col * k.wide_size : nullptr);
       });
     }
+  }
+}
+
+// element y [B,T,N] = bias + x · w + Σ_i left_i · w_i[s]: the base and the thin products in one pass over y.
+// `fill` makes the left operands from products[1] on; w[0] and depth[0] are w and K
+template <int parts, class Fill>
+void fused(const Kernels& k, const Rows& x, int64_t B, int64_t T, int64_t N, const Sets (&w)[parts], const int64_t (&depth)[parts], int count,
+           int64_t S, char* y, const char* bias, const Fill& fill) {
+  // wide sums may rest in y between two blocks of k; others stay in registers for all of it
+  const int64_t K = depth[0], step = k.element_size == k.wide_size ? round_up(ceil_div(K, ceil_div(K, kBlockK)), 2) : K;
+  for (int64_t from = 0; from < K; from += step) {
+    const bool last = from + step >= K;
+    Sets some[parts];
+    int64_t deep[parts];
+    for (int i = 0; i < count; ++i) some[i] = w[i], deep[i] = depth[i];
+    some[0].data = static_cast<const char*>(w[0].at(0, from, 0)), deep[0] = std::min(step, K - from);
+    expand(k, B, T, N, some, deep, last ? count : 1, S, y, from > 0, from > 0 ? nullptr : bias, [&](int64_t b, int64_t t, int64_t rows, Product* p) {
+      p[0] = left_operand(k, x, b, t, rows, from, deep[0]);
+      if (last) fill(b, t, rows, p);
+    });
   }
 }
 

@@ -82,10 +82,10 @@ class LowRank:
         """ΔW [N,K]."""
         return self.scale * (self.up.to(dtype) @ self.down.to(dtype))
 
-    def norm(self) -> float:
-        """‖ΔW‖ (Frobenius), as |scale| · √Σ(AAᵀ ⊙ BᵀB): R×R products only, ΔW is never formed."""
-        down, up = self.down.detach().double(), self.up.detach().double()
-        squared = ((down @ down.T) * (up.T @ up)).sum().item()
+    def norm(self, dtype: torch.dtype = torch.float64) -> float:
+        """‖ΔW‖ (Frobenius), as |scale| · √Σ(AAᵀ ⊙ BᵀB): R×R products only, in `dtype`; ΔW is never formed."""
+        down, up = self.down.detach().to(dtype), self.up.detach().to(dtype)
+        squared = ((down @ down.T).double() * (up.T @ up).double()).sum().item()
         return abs(self.scale) * max(squared, 0.0) ** 0.5
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None, where: str = "LowRank.to") -> LowRank:

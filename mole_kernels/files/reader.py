@@ -145,13 +145,13 @@ class SafetensorsFile:
         return buffer.view(entry.dtype).reshape(entry.shape)
 
 
-def open_regular(path: PathLike, *, root: PathLike | None = None) -> FileIO:
-    """A handle on a regular, readable file; never blocks on a FIFO and never touches a device."""
+def open_regular(path: PathLike, *, root: PathLike | None = None, pickles: bool = False) -> FileIO:
+    """A handle on a regular, readable file; never blocks on a FIFO and never touches a device; pickle suffixes only where asked for."""
     if not isinstance(path, str | os.PathLike):
         raise MoleTypeError("file", expected="a path", got=type(path).__name__)
     name = os.fsdecode(path)
     where = printable(name, 300)
-    if name.lower().endswith(PICKLES):
+    if name.lower().endswith(PICKLES) and not pickles:
         raise MoleFileError(where, "pickle-based files can run code and are not read", hint=CONVERTER)
     try:
         if root is not None:

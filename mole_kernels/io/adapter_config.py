@@ -105,6 +105,6 @@ def _pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """PEFT's rule: the first key that is the path or, without a leading ^, its dotted ending."""
     for key, value in (pattern or {}).items():
         name = key.replace("\\", "").removesuffix("$")
-        if path == name.removeprefix("^") or (not name.startswith("^") and path.endswith(f".{name}")):
+        if path == name.removeprefix("^") or path.endswith(f".{name}"):
             return value
     return default

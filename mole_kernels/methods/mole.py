@@ -63,15 +63,15 @@ def _paper(expert_accumulation: int, gate_accumulation: int, resolution: int) ->
 
 # sd15, sdxl: rank, alphas, lr, steps, accumulation and precision are those of the official code (JiePKU/MoLE); weight decay 0.01,
 # a constant rate, no warm-up and clipping at 1 are this package's choice, as are bf16 in stage 3 and the checkpoints' interval.
-# demo: this package's own, for a UNet of about a million parameters on a CPU, from a first experiment at that size.
-_DEMO_EXPERT = TrainConfig(steps=350, lr=1e-3, warmup=30, schedule="cosine", weight_decay=0.0)
+# demo: this package's own, as the demo on digits trains its small UNet on a CPU; a learned constant there wants three times the gates' lr.
+_DEMO_EXPERT = TrainConfig(steps=350, lr=2e-3, warmup=23, schedule="cosine", weight_decay=0.0, cond_dropout=0.1)
 PRESETS: Mapping[str, Preset] = {
     "sd15": _paper(4, 6, 512),
     "sdxl": _paper(16, 12, 1024),
     "demo": Preset(
         rank=16,
         experts={"low": ExpertPreset(16.0, _DEMO_EXPERT), "high": ExpertPreset(16.0, _DEMO_EXPERT)},
-        gates=TrainConfig(steps=170, lr=2e-2, warmup=30, schedule="cosine", weight_decay=0.0),
+        gates=TrainConfig(steps=120, lr=2e-2, warmup=8, schedule="cosine", weight_decay=0.0, cond_dropout=0.1),
         resolution=32,
     ),
 }

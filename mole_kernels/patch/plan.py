@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
@@ -101,7 +102,7 @@ def plan(
         for name, expert in by_name.items():
             if path in matched[name]:
                 key, layer.factors[name] = matched[name][path]
-                check_factor(f"{source_of(name, expert)}, {printable(key)}", layer, layer.factors[name], allow_large_rank)
+                check_factor(partial(where_in, name, expert, key), layer, layer.factors[name], allow_large_rank)
         if layer.factors:
             made.layers[path] = layer
     for name in by_name:
@@ -111,19 +112,19 @@ def plan(
     return made
 
 
-def check_factor(where: str, layer: PlannedLayer, factor: LowRank, allow_large_rank: bool) -> None:
-    """One expert's factors fit one layer."""
+def check_factor(where: Callable[[], str], layer: PlannedLayer, factor: LowRank, allow_large_rank: bool) -> None:
+    """One expert's factors fit one layer. `where` makes the start of a message, and only for one: this runs thousands of times."""
     N, K = sizes(layer.module)
     if factor.conv and isinstance(layer.module, nn.Linear):
-        raise MoleShapeError(where, expected=f"factors of a linear layer, {layer.path} is one", got="factors of a convolution")
+        raise MoleShapeError(where(), expected=f"factors of a linear layer, {layer.path} is one", got="factors of a convolution")
     if (factor.in_features, factor.out_features) != (K, N):
         raise MoleShapeError(
-            where, expected=f"down [R,{K}] and up [{N},R] for layer {layer.path}",
+            where(), expected=f"down [R,{K}] and up [{N},R] for layer {layer.path}",
             got=f"down {list(factor.down.shape)} and up {list(factor.up.shape)}", hint="the expert was trained on a model of other widths",
         )  # fmt: skip
     if factor.rank > min(N, K) and not allow_large_rank:
         raise MoleShapeError(
-            where, expected=f"a rank of at most min(K, N) = {min(N, K)} for layer {layer.path}", got=factor.rank,
+            where(), expected=f"a rank of at most min(K, N) = {min(N, K)} for layer {layer.path}", got=factor.rank,
             hint="such an expert costs more than the layer itself; allow_large_rank=True takes it anyway",
         )  # fmt: skip
 
@@ -213,6 +214,10 @@ def _wanted(targets: Targets | None, found: Scan, names: Names) -> set[str] | No
             raise MoleKeyError("targets", f"{printable(target)} is no layer that can be patched", hint=hint)
         wanted.update(p for p in hits if p is not None)
     return wanted
+
+
+def where_in(name: str, expert: Expert, key: str) -> str:
+    return f"{source_of(name, expert)}, {printable(key)}"
 
 
 def source_of(name: str, expert: Expert) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.patch.names import Names, few
 from mole_kernels.patch.pack import check_narrowing
-from mole_kernels.patch.plan import Plan, PlannedLayer, check_factor, source_of
+from mole_kernels.patch.plan import Plan, PlannedLayer, check_factor, source_of, where_in
 from mole_kernels.patch.sources import Source, read_expert
 from mole_kernels.patch.targets import scan
 from mole_kernels.patch.undo import all_or_nothing
@@ -72,7 +73,8 @@ def _match(held: list[Patched], made: Plan, name: str, expert: Expert, strict: b
             continue
         if path in factors:
             raise MoleKeyError(where, f"one layer is named twice, the second time as {printable(key)}")
-        check_factor(f"{where}, {printable(key)}", PlannedLayer(path, layers[path].module, None), factor, made.allow_large_rank)
+        layer = PlannedLayer(path, layers[path].module, None)
+        check_factor(partial(where_in, name, expert, key), layer, factor, made.allow_large_rank)
         factors[path] = factor
     if not factors:
         raise MoleKeyError(where, f"none of its {len(expert.layers)} layers holds the expert it is to replace: {few(list(expert.layers))}")

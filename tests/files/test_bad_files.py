@@ -235,6 +235,17 @@ def test_26_folder_fifo_and_device_do_not_block(tmp_path: Path):
             read_tensors(path)
 
 
+def test_26_fifo_put_in_place_after_the_look_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    regular, fifo = write(tmp_path, raw({"a": entry()}, FOUR)), tmp_path / "fifo"
+    os.mkfifo(fifo)
+    looked, real, flags = os.stat(regular), os.open, []
+    monkeypatch.setattr(reader.os, "stat", lambda path: looked)
+    monkeypatch.setattr(reader.os, "open", lambda path, how: (flags.append(how), real(path, how | os.O_NONBLOCK))[1])
+    with pytest.raises(MoleFileError, match="a FIFO"):
+        read_tensors(fifo)
+    assert flags[0] & os.O_NONBLOCK
+
+
 @pytest.fixture
 def inside(tmp_path: Path) -> Path:
     folder = tmp_path / "inside"

@@ -222,11 +222,38 @@ def test_ldm_table_covers_every_module_of_sdxl(skeletons: dict[str, dict[str, nn
         assert name == ours
 
 
-def test_ldm_samplers():
-    table = {"input_blocks_3_0_op": "down_blocks_0_downsamplers_0_conv", "output_blocks_5_2_conv": "up_blocks_1_upsamplers_0_conv"}
-    for there, here in table.items():
-        assert ldm.to_diffusers(there) == here
-    assert ldm.to_diffusers("input_blocks_99_1_x") == "input_blocks_99_1_x"
+LDM_NAMES = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+    "input_blocks_1_0_in_layers_2": "down_blocks_0_resnets_0_conv1",
+    "input_blocks_5_0_out_layers_3": "down_blocks_1_resnets_1_conv2",
+    "middle_block_2_emb_layers_1": "mid_block_resnets_1_time_emb_proj",
+    "output_blocks_3_0_skip_connection": "up_blocks_1_resnets_0_conv_shortcut",
+    "input_blocks_3_0_op": "down_blocks_0_downsamplers_0_conv",
+    "output_blocks_5_2_conv": "up_blocks_1_upsamplers_0_conv",
+    "output_blocks_2_1_conv": "up_blocks_0_upsamplers_0_conv",
+    "output_blocks_2_1_transformer_blocks_9_ff_net_0_proj": "up_blocks_0_attentions_2_transformer_blocks_9_ff_net_0_proj",
+    "input_blocks_99_1_x": "input_blocks_99_1_x",
+}
+
+
+@pytest.mark.parametrize("name", LDM_NAMES)
+def test_ldm_names(name: str):
+    assert ldm.to_diffusers(name) == LDM_NAMES[name]
+    if name.endswith(("_op", "_conv", "_x")):
+        return
+    assert ldm.to_ldm(LDM_NAMES[name]) == name
+    from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key, _maybe_map_sgm_blocks_to_diffusers
+
+    class Config:
+        layers_per_block = 2
+
+    (theirs,) = _maybe_map_sgm_blocks_to_diffusers({f"lora_unet_{name}.lora_down.weight": 0}, Config)
+    assert flatten(_convert_unet_lora_key(theirs)) == f"{LDM_NAMES[name]}_lora_down_weight"
 
 
 def test_unflatten_is_the_inverse_of_flatten(layers: Layers):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from mole_kernels.patch.targets import mole_targets, sizes
 from tests.patch.conftest import Mlp, State, make_expert, run_unet
 from tests.patch.test_plan import PATHS, gate_file
 
+ROOT = Path(__file__).parents[2]
 GATES = ["none", "local", "global", "both"]
 
 
@@ -214,22 +218,18 @@ FAULTS = [RuntimeError("no"), MemoryError(), KeyboardInterrupt(), torch.OutOfMem
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 @pytest.mark.parametrize("place", ["pack", "make_gate", "attach", "late attach", "guards", "handle"])
-def test_67_68_a_fault_half_way_changes_nothing(unet, monkeypatch, fault, place):
-    state = State(unet, lambda: run_unet(unet))
-    calls = 0
+def test_67_68_a_fault_half_way_changes_nothing(mlp, x, monkeypatch, fault, place):
+    check_fault(mlp, lambda: mlp(x), monkeypatch, fault, place, at=1 if place in ("guards", "handle") else 2)
 
-    def failing(original):
-        def call(*args):
-            nonlocal calls
-            calls += 1
-            if calls == (1 if place in ("guards", "handle") else 20):
-                if place == "late attach":
-                    original(*args)
-                raise fault
-            return original(*args)
 
-        return call
+@pytest.mark.parametrize("place", ["attach", "guards"])
+def test_67_a_fault_half_way_through_a_unet(unet, monkeypatch, place):
+    check_fault(unet, lambda: run_unet(unet), monkeypatch, KeyboardInterrupt(), place, at=1 if place == "guards" else 20)
 
+
+def check_fault(model: nn.Module, run, monkeypatch, fault: BaseException, place: str, at: int) -> None:
+    """Patch with `fault` raised by call `at` of one step (after that call's work, for "late"), then patch for good."""
+    state = State(model, run)
     owner, name = {
         "pack": (apply_module, "pack"),
         "make_gate": (apply_module, "make_gate"),
@@ -238,14 +238,25 @@ def test_67_68_a_fault_half_way_changes_nothing(unet, monkeypatch, fault, place)
         "guards": (apply_module.guards, "install"),
         "handle": (apply_module, "Handle"),
     }[place]
-    monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    original, calls = getattr(owner, name), 0
+
+    def failing(*args):
+        nonlocal calls
+        calls += 1
+        if calls != at:
+            return original(*args)
+        if place == "late attach":
+            original(*args)
+        raise fault
+
+    monkeypatch.setattr(owner, name, failing)
     with pytest.raises(type(fault)):
-        patch(unet, {"a": make_expert(unet)}, "mole")
-    assert calls > 0
+        patch(model, {"a": make_expert(model)}, "mole")
+    assert calls == at
     monkeypatch.undo()
     state.assert_unchanged()
-    with patch(unet, {"a": make_expert(unet)}, "mole"):
-        pass
+    with patch(model, {"a": make_expert(model)}, "mole"):
+        assert not torch.equal(run(), state.output)
     state.assert_unchanged()
 
 
@@ -365,3 +376,38 @@ def test_a_hook_that_captured_the_patched_forward_is_named(mlp, x):
     assert torch.equal(mlp(x), patched)
     del mlp.first.forward
     handle.remove()
+
+
+# -- from outside ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["mk.plan", "mk.patch", "import mole_kernels.patch.targets", "from mole_kernels.patch import apply"])
+def test_the_function_is_callable_whatever_was_imported_first(first):
+    program = (
+        f"import mole_kernels as mk\n{first}\n"
+        "from torch import nn\n"
+        "model = nn.Sequential(nn.Linear(4, 4))\n"
+        "bank = mk.ExpertBank.new({'0': (4, 4)}, ['a'], 2)\n"
+        "mk.plan(model, bank)\n"
+        "print(mk.patch(model, bank))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert out.stdout.strip() == "Handle(1 layers, experts a)", out.stderr
+
+
+def test_69_accelerates_offload_goes_on_under_a_patch(mlp, x):
+    from accelerate import cpu_offload
+
+    experts = {"a": make_expert(mlp, PATHS)}
+    with patch(mlp, experts, gate_file(mlp, ("a",))):
+        want = mlp(x)
+    base = mlp(x)
+    cpu_offload(mlp, torch.device("cpu"))
+    assert mlp.first.weight.is_meta
+    with patch(mlp, experts, gate_file(mlp, ("a",))):
+        assert torch.equal(mlp(x), want)
+        assert mlp.first.weight.is_meta
+    assert torch.equal(mlp(x), base)
+    handle = patch(mlp, experts)
+    handle.remove()
+    assert torch.equal(mlp(x), base)

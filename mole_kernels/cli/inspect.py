@@ -1,0 +1,194 @@
+"""What is in a file, and what it would match in a model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.text import Text
+
+from mole_kernels.cli.screen import facts, number, out, table
+from mole_kernels.errors import MoleError, MoleWarning, printable
+from mole_kernels.experts.lowrank import Expert, LowRank, split_component
+from mole_kernels.files.reader import printable_metadata, read_header
+from mole_kernels.io.bank import load_bank
+from mole_kernels.io.convert import kind_of
+from mole_kernels.io.experts import load_expert
+from mole_kernels.io.gates import GateFile, load_gates
+
+METADATA_SHOWN = 12
+UNMATCHED_SHOWN = 10
+# what the tables above already say
+NOT_SHOWN = ("experts", "gates", "lora_adapter_metadata", "format", "format_version")
+# the part of a path that says what kind of layer it is: all that follows the last numbered block
+_BLOCK = re.compile(r"^.*(?:blocks|layers|attentions|resnets|samplers)[._]\d+[._]")
+
+
+def show(path: Path, model: str | None, layers: bool) -> None:
+    """Print all there is to say of a file; raises MoleError where it is broken or fits the model nowhere."""
+    kind = kind_of(path)
+    experts: dict[str, Expert] = {}
+    gates: GateFile | None = None
+    if kind == "bank":
+        bank, gates = load_bank(path)
+        experts = bank.experts
+    elif kind == "gates":
+        gates = load_gates(path)
+    else:
+        experts = {path.name.removesuffix(".safetensors"): load_expert(path)}
+    console = out()
+    console.print(facts(_summary(path, kind, experts, gates)), "")
+    for part in _tables(experts, gates, layers):
+        console.print(part, "")
+    _metadata(console, path)
+    if model is not None:
+        _match(console, model, experts, gates)
+
+
+def _summary(path: Path, kind: str, experts: dict[str, Expert], gates: GateFile | None) -> Iterable[tuple[str, object]]:
+    header = read_header(path)
+    dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in header.entries.values()})
+    size = sum(entry.end - entry.begin for entry in header.entries.values())
+    what = {"bank": "single file of mole_kernels", "gates": "gates of MoLE", "expert": "one expert (LoRA)"}[kind]
+    yield "file", path
+    yield "is", what
+    yield "holds", f"{len(header.entries):,} tensors, {size / 2**20:,.1f} MiB, {', '.join(dtypes)}"
+    if experts:
+        origins = ", ".join(dict.fromkeys(expert.dialect for expert in experts.values()))
+        yield "dialect", f"native; experts from {origins}" if kind == "bank" else origins
+    elif gates is not None:
+        yield "dialect", "native" if header.metadata.get("format") == "mole_kernels" else "official (JiePKU/MoLE)"
+
+
+def _tables(experts: dict[str, Expert], gates: GateFile | None, every: bool) -> Iterable[Group]:
+    numbers = ("layers", "rank", "scale", "‖ΔW‖", "parameters")
+    if experts:
+        rows = [[name, *_totals(expert)] for name, expert in experts.items()]
+        yield table("Experts", ("expert", "layers", "in", "rank", "scale", "‖ΔW‖", "parameters"), rows, numbers)
+    for name, expert in experts.items():
+        title = f"Layers of {name}" if len(experts) > 1 else "Layers"
+        rows = [[path, *_figures([layer])] for path, layer in expert.layers.items()] if every else _by_kind(expert)
+        columns = ("layer", "K → N", "rank", "scale", "‖ΔW‖") if every else ("layer", "layers", "K → N", "rank", "scale", "‖ΔW‖")
+        yield table(title, columns, rows, numbers)
+    if gates is not None:
+        yield table("Gates", ("expert", "layers", "token gate", "sample gate", "l at x = 0", "G at h = 0"), _gate_rows(gates))
+        if every:
+            halves = [
+                (path, ", ".join(f"{name} {list(t.shape)}" for name, t in layer.present().items())) for path, layer in gates.layers.items()
+            ]
+            yield table("Layers of the gates", ("layer", "tensors"), halves)
+
+
+def _totals(expert: Expert) -> list[object]:
+    components = ", ".join(sorted({component or "(no prefix)" for component in expert.components()}))
+    layers = list(expert.layers.values())
+    parameters = sum(layer.down.numel() + layer.up.numel() for layer in layers)
+    _, rank, scale, norm = _figures(layers)
+    return [f"{len(layers):,}", components, rank, scale, norm, f"{parameters:,}"]
+
+
+def _by_kind(expert: Expert) -> list[list[object]]:
+    kinds: dict[str, list[LowRank]] = {}
+    for path, layer in expert.layers.items():
+        component, rest = split_component(path)
+        kinds.setdefault(f"{component + ' ' if component else ''}…{_BLOCK.sub('', rest)}", []).append(layer)
+    return [[kind, f"{len(layers):,}", *_figures(layers)] for kind, layers in kinds.items()]
+
+
+def _figures(layers: list[LowRank]) -> list[str]:
+    """[sizes, ranks, scales, ‖ΔW‖ over all of them]."""
+    sizes = sorted({(layer.in_features, layer.out_features) for layer in layers})
+    return [
+        _few(f"{k} → {n}" for k, n in sizes),
+        _few(str(rank) for rank in sorted({layer.rank for layer in layers})),
+        _few(number(scale) for scale in sorted({layer.scale for layer in layers})),
+        # four digits are shown; float64 would take seconds at MoLE's ranks
+        number(sum(layer.norm(torch.float32) ** 2 for layer in layers) ** 0.5),
+    ]
+
+
+def _few(texts: Iterable[str], most: int = 3) -> str:
+    texts = list(dict.fromkeys(texts))
+    return ", ".join(texts[:most]) + (f" … {texts[-1]}" if len(texts) > most else "")
+
+
+def _gate_rows(gates: GateFile) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for e, name in enumerate(gates.expert_names):
+        row: list[object] = [name, f"{len(gates.layers):,}"]
+        opens = []
+        for weight, bias in (("phi", "phi_bias"), ("head", "head_bias")):
+            present = [
+                (getattr(layer, weight), getattr(layer, bias)) for layer in gates.layers.values() if getattr(layer, weight) is not None
+            ]
+            norm = sum(w[e].double().norm().item() ** 2 for w, _ in present) ** 0.5
+            row.append(f"{len(present):,}, ‖{'Φ' if weight == 'phi' else 'w'}‖ {number(norm)}" if present else "none")
+            open_ = torch.stack([b[e].double() for _, b in present]).sigmoid() if present else None
+            opens.append("—" if open_ is None else f"{open_.mean():.2f} ({open_.min():.2f} to {open_.max():.2f})")
+        rows.append([*row, *opens])
+    return rows
+
+
+def _metadata(console: Any, path: Path) -> None:
+    said = printable_metadata(read_header(path).metadata)
+    said = {key: value for key, value in said.items() if key not in NOT_SHOWN}
+    if not said:
+        return
+    rows = list(said.items())[:METADATA_SHOWN]
+    if len(said) > METADATA_SHOWN:
+        rows.append(("…", f"{len(said) - METADATA_SHOWN} more"))
+    console.print(table("Metadata, as the file says it", ("key", "value"), rows), "")
+
+
+def _match(console: Any, name: str, experts: dict[str, Expert], gates: GateFile | None) -> None:
+    """Plan a patch of the model's skeleton, expert by expert, and say what meets what."""
+    from mole_kernels.cli.models import skeleton
+    from mole_kernels.patch.names import Names
+    from mole_kernels.patch.plan import plan
+    from mole_kernels.patch.targets import scan, sizes
+
+    model = skeleton(name)
+    rows: list[list[object]] = []
+    problems: list[MoleError] = []
+    left: dict[str, list[str]] = {}
+    for label, expert in experts.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", MoleWarning)
+                left[label] = plan(model, {"expert": expert}, strict=False).unmatched["expert"]
+        except MoleError as error:
+            rows.append([label, f"0 of {len(expert.layers)}", Text("does not fit", style="red")])
+            problems.append(error)
+        else:
+            rows.append([label, *_score(len(expert.layers), left[label])])
+    if gates is not None:
+        found = scan(model)
+        names = Names(found)
+        paths = {path: names.find(path) for path in gates.layers}
+        left["gates"] = [
+            p for p, at in paths.items() if at not in found.layers or not _gate_fits(gates.layers[p], *sizes(found.layers[at]))
+        ]
+        rows.append(["gates", *_score(len(paths), left["gates"])])
+    console.print(table(f"In {name}", ("what", "layers", "matched"), rows))
+    for label, keys in left.items():
+        if keys:
+            more = [f"… and {len(keys) - UNMATCHED_SHOWN} more"] if len(keys) > UNMATCHED_SHOWN else []
+            shown = [f"  {printable(text, 300)}" for text in [*keys[:UNMATCHED_SHOWN], *more]]
+            console.print()
+            console.print(Text("\n".join([f"{printable(label)}, not matched", *shown])), soft_wrap=True)
+    if problems:
+        raise problems[0]
+
+
+def _score(count: int, left: list[str]) -> list[object]:
+    verdict = Text(f"all but {len(left)}", style="yellow") if left else Text("all", style="green")
+    return [f"{count - len(left)} of {count}", verdict]
+
+
+def _gate_fits(layer: Any, N: int, K: int) -> bool:
+    return (layer.phi is None or layer.phi.shape[1] == K) and (layer.head is None or layer.head.shape[1] == N)
