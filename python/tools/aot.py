@@ -195,7 +195,7 @@ GATES = {
 }
 LOOSE = dict(EVEN_K=True, PRECISION="ieee", PHI_BIAS=True, POOL_BIAS=True, BIAS=True, EP=16, ADD=False, PDL=False, STORE_Z=True, GROUP=8)
 # a tile of y of each size that `tiles.choose` may take, on each kind of GPU
-WHOLE = {80: Tile(stages=3), 89: Tile(stages=2), 90: Tile(tma=True), 100: Tile(tma=True), 120: Tile(stages=2, tma=True)}
+WHOLE = {80: Tile(stages=3), 89: Tile(stages=2), 90: Tile(tma=True), 100: Tile(tma=True), 120: Tile(stages=2)}
 
 
 def _product(kernel: str, arch: int, way: str, gate: str, tile: Tile, suffix: str = "") -> Build:
@@ -229,7 +229,7 @@ def builds() -> list[Build]:
                 out.append(_shrink(arch, way, gate))
                 for kernel in ("expand_kernel", "persistent_kernel"):
                     out.append(_product(kernel, arch, way, gate, WHOLE[arch]))
-                    if arch >= 90 and gate in ("none", "both"):
+                    if WHOLE[arch].tma and gate in ("none", "both"):
                         out.append(_product(kernel, arch, way, gate, replace(WHOLE[arch], tma=False), "-pointers"))
         for gate in ("none", "local", "mask"):
             b = _product("recompute_kernel", arch, "fwd", gate, WHOLE[arch])

@@ -77,7 +77,7 @@ def logit_gradient(
     o_me = o_i[:, None] * E + o_e[None, :]
     b_d = tl.zeros((BM, EP), tl.float32)
     for j in range(n_r):
-        b_d += tl.load(d + (tl.cast(j, tl.int64) * M + m_0) * E + o_me, mask=m_me, other=0.0)
+        b_d += tl.load(d + (tl.cast(j, tl.int64) * M + m_0) * E + o_me, mask=m_me, other=0.0, cache_modifier=".cg")
     b_l = tl.load(token_gate + m_0 * E + o_me, mask=m_me, other=0.0)
     b_g = given_gates(o_e, m_e, o_b, o_t, m_m, scale, gate, sgb, sgt, sge, GATE, True) * b_l * (1.0 - b_l)
     if POOL:

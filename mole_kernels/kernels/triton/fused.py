@@ -113,9 +113,7 @@ class Fused:
         s |= dict(zip(("sds", "sdr", "sdk"), self.down.stride())) | dict(zip(("sus", "sun", "sur"), self.up.stride()))
         s |= {} if many else {"sds": 0, "sus": 0}
         s["spe"], s["spk"] = phi.stride() if phi is not None else (0, 0)
-        s["sgb"], s["sgt"], s["sge"] = (
-            (0 if n == 1 and i < 2 else k for i, (n, k) in enumerate(zip(gate.shape, gate.stride()))) if (gate is not None) else (0, 0, 0)
-        )
+        s["sgb"], s["sgt"], s["sge"] = (0 if n == 1 else k for n, k in zip(gate.shape, gate.stride())) if (gate is not None) else (0, 0, 0)
         s["sps"] = pool.stride(0) if pool is not None and many else 0
         return s
 
@@ -156,12 +154,13 @@ def buffers(f: Fused, tile: Tile, BM: int, y: bool = True) -> Buffers:
         y=new(f.B, f.T, f.N, dtype=x.dtype, wanted=y),
         h=f.h if f.h is not None else new(f.B, f.T, f.R, dtype=x.dtype, wanted=f.save),
         # with a sample gate z is gated once more where it is read, so it is rounded only then
-        z=new(f.M, f.R, dtype=torch.float32 if pool else x.dtype, wanted=f.store_z),
+        z=new(f.M, f.R, dtype=torch.float32 if pool else x.dtype) if f.store_z else f.scale,
         token_gate=f.token_gate if f.token_gate is not None else new(f.B, f.T, f.E, wanted=token),
         sample_gate=f.sample_gate if f.sample_gate is not None else new(f.B, f.E, wanted=pool),
-        d=new(n_r, f.M, f.E, wanted=f.need_d),
-        parts=new(f.B * n_t * n_r, f.E, wanted=pool),
-        q=new(f.B, f.E, wanted=pool and f.backward),
+        # never returned, so any tensor stands in for what a call has no use for
+        d=new(n_r, f.M, f.E) if f.need_d else f.scale,
+        parts=new(f.B * n_t * n_r, f.E) if pool else f.scale,
+        q=new(f.B, f.E) if pool and f.backward else f.scale,
         flags=flags(x.device, n_flags),
     )
 

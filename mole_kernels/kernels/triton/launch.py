@@ -75,7 +75,8 @@ def persistent(f: Fused, tile: Tile) -> Buffers:
     n_m = f.groups * n_t
     n_tiles = n_m * -(-f.N // tile.BN)
     arguments = _product_arguments(f, b, tile) | dict(n_t=n_t, n_m=n_m, n_r=n_r, n_b=f.groups, BR=BR, flags=b.flags)
-    programs = tile.programs or _processors(f.x)
+    # a program of four warps leaves room for a second one; more programs than the GPU holds would be right too
+    programs = tile.programs or _processors(f.x) * max(1, 8 // tile.warps)
     _start(persistent_kernel, (min(programs, max(n_tiles, n_m * n_r)),), arguments, tile)
     return b
 

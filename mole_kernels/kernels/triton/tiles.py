@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 
 import torch
@@ -23,7 +24,7 @@ class Tile:
     group       row tiles that share columns of W in time
     tma         load x and w by tensor descriptors (Hopper and later) where their layout allows
     pdl         programmatic dependent launch between shrink and expand (Hopper and later)
-    programs    of the persistent kernel; 0: as many as the GPU has multiprocessors
+    programs    of the persistent kernel; 0: eight warps of them for each multiprocessor
     """
 
     BM: int = 128
@@ -44,6 +45,7 @@ class Tile:
 _RATE = {(128, 256): 1.0, (128, 128): 0.9, (128, 64): 0.7, (64, 128): 0.7, (64, 64): 0.5}
 
 
+@lru_cache(maxsize=4096)
 def choose(M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple[int, int], processors: int) -> Tile:
     """The tile with the least predicted time: waves of tiles over the multiprocessors, at the tile's rate."""
     if dtype == torch.float32:
@@ -60,8 +62,9 @@ def choose(M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple
     warps = 4 if BM * BN <= 64 * 128 else 8
     # consumer Ampere, Ada and Blackwell have 100 KB of shared memory, the data-centre parts 160 or more
     stages = 3 if roomy(capability) else 2
+    # not on consumer Blackwell: as compiled there, descriptors make the main loop longer (207 instructions, 185 by pointers)
     return Tile(BM=BM, BN=BN, BR=64 if BM == 128 else 32, BS=32 if 64 * processors > M else 64, warps=warps, stages=stages,
-                tma=capability[0] >= 9, pdl=capability[0] >= 9)  # fmt: skip
+                tma=capability[0] in (9, 10), pdl=capability[0] >= 9)  # fmt: skip
 
 
 def roomy(capability: tuple[int, int]) -> bool:
@@ -73,8 +76,8 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int) 
     """`tile` narrowed until the kernel's registers hold it, as the compiler reports them (`make aot` shows no spill at these).
 
     gates: how many kinds of gate the call has. Their epilogues add tiles of h and of its gates to what is alive: half as many columns
-    of h at a time (Hopper's forward excepted, which holds them); and where the accumulators are in the threads' own registers and not a warp group's (all but Hopper and Blackwell's
-    data-centre parts), half as many columns of y.
+    of h at a time (Hopper's forward excepted, which holds them); and where the accumulators are in the threads' own registers and not
+    a warp group's (all but Hopper and Blackwell's data-centre parts), half as many columns of y.
     """
     if not gates:
         return tile
