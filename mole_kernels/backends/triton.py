@@ -104,10 +104,15 @@ def forward(
         # nothing for a kernel to do
         return stacked.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
     from mole_kernels.kernels.triton.strategies import WAYS, default
+    from mole_kernels.kernels.triton.tiles import for_recompute
 
     f = _call(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
     tile = tile or _tile(f)
-    b = WAYS[way or default(f, tile, _device(x.device.index)[1])](f, tile)
+    capability, processors = _device(x.device.index)
+    way = way or default(f, tile, processors)
+    if way == "recompute":
+        tile = for_recompute(tile, capability, sum(g is not None for g in (gate, phi)))
+    b = WAYS[way](f, tile)
     none = x.new_empty(0)
     return b.y, b.h if save else none, b.token_gate, b.sample_gate
 
