@@ -205,6 +205,7 @@ class BuildExtension(build_ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         report: dict[str, object] = {"built": False, "torch": torch.version, "target": TARGET_VERSION}
+        out.unlink(missing_ok=True)  # an older library must not pass for this build's
         tools = find_toolchain(os.environ)
         if isinstance(tools, str):
             self.give_up(tools, report)
