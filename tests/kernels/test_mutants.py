@@ -90,7 +90,7 @@ def test_a_backward_mutant_is_killed(name, tmp_path, monkeypatch):
     made = mutant(tmp_path, module, old, new)
     call = Case(T=150, K=24, N=20, ranks=(6, 5)).make(torch.float32)
     dy = seed_of(call)
-    truth, terms = call.truth_grads(dy)
+    truth, _ = call.truth_grads(dy)
 
     def judge():
         got, _ = gradients(call, Need(*[n in ("down", "up", "phi") for n in NAMES]), dy, resident=3)
