@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format bench gpu clean build diffusers-tests
+.PHONY: demo test lint format bench aot gpu clean build diffusers-tests
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
@@ -41,6 +41,10 @@ bench: $(STAMP)
 # diffusers' own LoRA tests with acceleration switched on; SOURCE is a checkout of diffusers
 diffusers-tests: $(STAMP)
 	$(BIN)/python python/tools/diffusers_suite.py $(if $(SOURCE),--source $(SOURCE))
+
+# kernels compiled for GPUs that are not here: registers, spills, tensor-core instructions
+aot: $(STAMP)
+	PYTHONPATH=. $(BIN)/python python/tools/aot.py
 
 gpu: $(STAMP)
 	$(BIN)/python benchmarks/run.py --suite gpu

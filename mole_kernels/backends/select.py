@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mole_kernels.backends import cpu, reference, stacked
+from mole_kernels.backends import cpu, reference, stacked, triton
 from mole_kernels.errors import MoleBackendError, MoleValueError, MoleWarning
 from mole_kernels.problem import Problem
 
@@ -27,7 +27,10 @@ class Backend(Protocol):
 
 
 # in the order of preference; a compiled backend before plain torch
-BACKENDS: dict[str, Backend] = {b.name: b for b in (cpu, stacked, reference)}  # type: ignore[misc]
+BACKENDS: dict[str, Backend] = {b.name: b for b in (triton, cpu, stacked, reference)}  # type: ignore[misc]
+
+# the compiled backend of each device type: passing it over is worth a warning
+COMPILED = {"cpu": "cpu", "cuda": "triton"}
 
 # (backend, reason) -> how often "auto" passed it over for that reason
 refusals: Counter[tuple[str, str]] = Counter()
@@ -51,7 +54,7 @@ def select(problem: Problem, backend: str = "auto") -> Backend:
         if reason is None:
             return candidate
         refusals[candidate.name, reason] += 1
-        if candidate.name == problem.device and refusals[candidate.name, reason] == 1:
+        if candidate.name == COMPILED.get(problem.device) and refusals[candidate.name, reason] == 1:
             warnings.warn(f"mole_kernels: backend {candidate.name!r} is passed over: {reason}", MoleWarning, stacklevel=3)
     every = "; ".join(f"{b.name}: {b.reject(problem)}" for b in BACKENDS.values())
     raise MoleBackendError("backend 'auto'", f"nothing takes {problem}: {every}")

@@ -1,0 +1,153 @@
+"""The whole backward: dX (and V, D, dq) by the fused product with the roles swapped, then every sum over tokens in one launch.
+
+Two launches where both are wanted; only the first where x alone wants a gradient, only the second where `up` alone does. Gates-only
+training makes V and D by the shrink kernel (no base product at all), then the gates' sums. A given gate's own gradient, which may
+have any shape that broadcasts to [B,T,E], is summed up by torch from D: a few small launches more, and only when it is wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from mole_kernels.kernels.triton.fused import Buffers, Fused, buffers, expert_of_column
+from mole_kernels.kernels.triton.gradients import gradients_kernel
+from mole_kernels.kernels.triton.launch import _processors, _start, expand, persistent, shrink
+from mole_kernels.kernels.triton.tiles import Tile, next_power
+from mole_kernels.kernels.triton.workspace import flags
+
+
+@dataclass(frozen=True)
+class Need:
+    """Which gradients are wanted, in the order of the operator's contract."""
+
+    x: bool
+    down: bool
+    up: bool
+    scale: bool
+    gate: bool
+    phi: bool
+    phi_bias: bool
+    pool: bool
+    pool_bias: bool
+
+    def of(self, f: Fused) -> Need:
+        """Without those of operands that the call does not have."""
+        token, pooled = f.phi is not None, f.pool is not None
+        return replace(self, gate=self.gate and f.gate is not None, phi=self.phi and token, phi_bias=self.phi_bias and token,
+                       pool=self.pool and pooled, pool_bias=self.pool_bias and pooled)  # fmt: skip
+
+    def d(self, f: Fused) -> bool:
+        """Whether D is needed: for a gate's gradient, or for what flows through a gate into x or h."""
+        through_token = f.phi is not None and (self.x or self.phi or self.phi_bias)
+        through_pool = f.pool is not None and (self.x or self.down or self.pool or self.pool_bias)
+        return self.scale or self.gate or through_token or through_pool
+
+
+def swapped(dy: Tensor, weight: Tensor, down: Tensor, up: Tensor, f: Fused) -> Fused:
+    """The backward's fused product: dY for x, Wᵀ for W, Bᵀ for A, Aᵀ for B."""
+    return replace(f, x=dy, w=weight.mT, bias=None, down=up.mT, up=down.mT, phi_bias=None, pool_bias=None, save=False, backward=True)
+
+
+def backward(f: Fused, dy: Tensor, need: Need, tile: Tile, one_launch: bool = True) -> tuple[Tensor, ...]:
+    """dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias; an empty tensor where not wanted.
+
+    f   the forward call with h [B,T,R], token_gate [B,T,E], sample_gate [B,E] as it left them
+    dy  [B,T,N] in any strides
+    """
+    need = need.of(f)
+    g = replace(swapped(dy, f.w, f.down, f.up, f), need_d=need.d(f), store_z=need.x or need.down)
+    b: Buffers | None = None
+    if need.x and one_launch:
+        b = persistent(g, tile)
+    elif need.x or g.store_z or g.need_d:
+        b = buffers(g, tile, tile.BS, y=need.x)
+        shrink(g, b, tile)
+        if need.x:
+            expand(g, b, tile)
+    sums = _sums(f, g, b, dy, need, tile)
+    empty = f.x.new_empty(0)
+    dgate = _given_gate_gradient(f, b) if need.gate and b is not None else empty
+    return (b.y if need.x and b is not None else empty, sums["ddown"], sums["dup"], sums["dscale"], dgate,
+            sums["dphi"], sums["dphi_bias"], sums["dpool"], sums["dpool_bias"])  # fmt: skip
+
+
+def _given_gate_gradient(f: Fused, b: Buffers) -> Tensor:
+    gate = f.gate
+    assert gate is not None
+    terms = b.d.sum(0).view(f.B, f.T, f.E) * f.scale.float()
+    if f.phi is not None:
+        terms = terms * b.token_gate
+    if f.pool is not None:
+        terms = terms * b.sample_gate[:, None]
+    return terms.sum_to_size(gate.shape).to(gate.dtype)
+
+
+def _chunks(f: Fused, jobs: int, BT: int) -> tuple[int, int]:
+    """Tokens of a chunk and chunks of a group: about two jobs for each multiprocessor, each at least four steps long."""
+    wanted = ceil(2 * _processors(f.x) / max(1, jobs * f.groups))
+    n_c = min(wanted, ceil(f.span / (4 * BT)))
+    CH = ceil(f.span / n_c / BT) * BT
+    return CH, ceil(f.span / CH)
+
+
+def _sums(f: Fused, g: Fused, b: Buffers | None, dy: Tensor, need: Need, tile: Tile) -> dict[str, Tensor]:
+    """The second launch, with the kinds of jobs that are wanted; none, no launch."""
+    x, E = f.x, f.E
+    gates = need.phi_bias or need.scale or need.pool_bias
+    made = dict(ddown=need.down, dup=need.up, dphi=need.phi, dpool=need.pool)
+    like = dict(ddown=f.down, dup=f.up, dphi=f.phi, dpool=f.pool)
+    out = {name: torch.empty(like[name].shape if on else 0, dtype=like[name].dtype if on else x.dtype, device=x.device)  # type: ignore[union-attr]
+           for name, on in made.items()}  # fmt: skip
+    vectors = torch.empty(3 * E if gates else 0, dtype=torch.float32, device=x.device)
+    small = dict(zip(("dscale", "dphi_bias", "dpool_bias"), vectors.split(E) if gates else (vectors,) * 3))
+    if any(made.values()) or gates:
+        _launch(f, g, b, dy, tile, out, small, made, gates)
+    wanted = dict(dscale=need.scale, dphi_bias=need.phi_bias, dpool_bias=need.pool_bias)
+    kept = {name: small[name] if on else x.new_empty(0) for name, on in wanted.items()}
+    if need.scale and f.scale.dtype != torch.float32:
+        kept["dscale"] = kept["dscale"].to(f.scale.dtype)
+    return out | kept
+
+
+def _launch(
+    f: Fused, g: Fused, b: Buffers | None, dy: Tensor, tile: Tile, out: dict[str, Tensor], small: dict[str, Tensor],
+    made: dict[str, bool], gates: bool,
+) -> None:  # fmt: skip
+    x, E, EP, S = f.x, f.E, f.EP, f.down.shape[0]
+    wide = x.dtype == torch.float32
+    BT, BC, BR = (32, 32, 32) if wide else (64, 128, 64)
+    if x.device.type != "cuda":
+        BT, BC, BR = min(BT, tile.BM), min(BC, tile.BN), min(BR, tile.BR)
+    BR = min(BR, next_power(f.R))
+    n_r = -(-f.R // BR)
+    tiles = dict(
+        down=S * n_r * -(-f.K // BC) * made["ddown"], up=S * n_r * -(-f.N // BC) * made["dup"], phi=-(-f.K // BC) * made["dphi"],
+        pool=S * n_r * made["dpool"],
+    )  # fmt: skip
+    CH, n_c = _chunks(f, sum(tiles.values()) // S + gates, BT)
+    every = n_c * f.groups
+    per_tile = every // S
+    sizes = dict(down=BR * BC, up=BR * BC, phi=EP * BC, pool=BR)
+    slots, at, jobs = {}, 0, 0
+    for kind, size in sizes.items():
+        of_tile = every if kind == "phi" else per_tile
+        slots[kind], at, jobs = at, at + tiles[kind] * of_tile * size, jobs + tiles[kind] * of_tile
+    total = at + (every * 2 * EP if gates else 0)
+    absent = f.scale
+    strides = g.strides() | dict(zip(("syb", "syt", "syn"), dy.stride())) | dict(zip(("sxb", "sxt", "sxk"), x.stride()))
+    arguments = strides | out | small | dict(
+        dy=dy, x=x, cols=expert_of_column(f.ranks, x.device), scale=f.scale, gate=absent if f.gate is None else f.gate,
+        pool=absent if f.pool is None else f.pool, h=f.h, z=b.z if b else absent, d=b.d if b else absent, q=b.q if b else absent,
+        token_gate=f.token_gate, sample_gate=f.sample_gate,
+        partial=torch.empty(total, dtype=torch.float32, device=x.device), counters=flags(x.device, sum(tiles.values()) + 1),
+        n_down=tiles["down"], n_up=tiles["up"], n_phi=tiles["phi"], n_pool=tiles["pool"],
+        o_up=slots["up"], o_phi=slots["phi"], o_pool=slots["pool"], o_gate=at,
+        B=f.B, T=f.T, span=f.span, CH=CH, n_c=n_c, n_g=f.groups, n_r=g.columns(tile)[1], S=S, M=f.M, N=f.N, K=f.K, R=f.R, E=E,
+        DOWN=made["ddown"], UP=made["dup"], PHI=made["dphi"], GATES=gates, DPOOL=made["dpool"], S_MANY=S > 1,
+        TOKEN=f.phi is not None, GATE=f.gate is not None, POOL=f.pool is not None, PRECISION=f.precision, BT=BT, BC=BC, BR=BR, EP=EP,
+    )  # fmt: skip
+    _start(gradients_kernel, (jobs + (every if gates else 0),), arguments, replace(tile, warps=8, stages=2))

@@ -1,0 +1,124 @@
+"""The wide half: y = x·Wᵀ + z·Bᵀ + b in one accumulator, over K and then over R; with the roles swapped, dX = dY·W + dh·A + dlogit·Φ.
+
+The sample gate enters here, where z is read: forward z ⊙ G, backward z + dq·p/T (every token of a sample gets the same vector).
+"""
+
+import triton
+import triton.language as tl
+
+from mole_kernels.kernels.triton.common import COUNTS, logit_gradient, rows_of
+
+
+@triton.jit
+def tile_order(tile, n_m, n_n, GROUP: tl.constexpr):
+    """tile -> (row tile, column tile), GROUP rows at a time, so that neighbours in time share columns of W in L2."""
+    width = GROUP * n_n
+    first = (tile // width) * GROUP
+    height = tl.minimum(n_m - first, GROUP)
+    return first + (tile % width) % height, (tile % width) // height
+
+
+@triton.jit
+def base_tile(
+    i, i_n, x, w, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk,
+    TMA: tl.constexpr, W_ROWS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """x·Wᵀ of one tile -> [BM,BN] float32.  With TMA x and w are descriptors; W_ROWS: w's rows are outputs (forward), else inputs."""
+    i_b, _m_0, _o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
+    o_n, o_k = i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    b_y = tl.zeros((BM, BN), tl.float32)
+    if TMA:
+        for k in range(0, K, BK):
+            b_x = x.load([i_b * span + (i % n_t) * BM, k])
+            if W_ROWS:
+                b_w = w.load([i_n * BN, k]).T
+            else:
+                b_w = w.load([k, i_n * BN])
+            b_y = tl.dot(b_x, b_w, b_y, input_precision=PRECISION)
+    else:
+        p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :] * sxk
+        p_w = w + tl.cast(i_n * BN, tl.int64) * swn + (tl.arange(0, BN)[None, :] * swn + o_k[:, None] * swk)
+        m_n = o_n < N
+        for k in range(0, K, BK):
+            m_k = (k + o_k < K) | EVEN_K
+            b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0)
+            b_w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
+            b_y = tl.dot(b_x, b_w, b_y, input_precision=PRECISION)
+            p_x += BK * sxk
+            p_w += BK * swk
+    return b_y
+
+
+@triton.jit
+def expand_tile(
+    b_y, i, i_n, z, up, phi, bias, cols, scale, gate, pool, q, token_gate, sample_gate, d, y,
+    T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
+    BACKWARD: tl.constexpr, TOKEN: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BZ: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """Add the low-rank part and the bias to a base tile and store it.  q [B,E]: G forward, dq backward; y [M,N]"""
+    i_b, m_0, o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
+    o_j = tl.arange(0, BN)
+    o_n = i_n * BN + o_j
+    m_n = o_n < N
+    for r in range(0, R, BZ):
+        o_r = r + tl.arange(0, BZ)
+        m_r = o_r < R
+        p_u = up + tl.cast(i_b, tl.int64) * sus + tl.cast(i_n * BN, tl.int64) * sun + (o_j[None, :] * sun + o_r[:, None] * sur)
+        b_u = tl.load(p_u, mask=m_r[:, None] & m_n[None, :], other=0.0)
+        # past the first-level cache: another program wrote z, maybe a moment ago
+        b_z = tl.load(z + m_0 * R + (o_i[:, None] * R + o_r[None, :]), mask=m_m[:, None] & m_r[None, :], other=0.0, cache_modifier=".cg")
+        if POOL:
+            o_c = tl.load(cols + o_r, mask=m_r, other=0)
+            b_q = tl.load(q + i_b * E + o_c, mask=m_r, other=0.0, cache_modifier=".cg")
+            if BACKWARD:
+                b_c = b_q * tl.load(pool + tl.cast(i_b, tl.int64) * sps + o_r, mask=m_r, other=0.0).to(tl.float32) / T
+                b_z = (b_z + b_c[None, :]).to(up.dtype.element_ty)
+            else:
+                b_z = (b_z * b_q[None, :]).to(up.dtype.element_ty)
+        b_y = tl.dot(b_z, b_u, b_y, input_precision=PRECISION)
+    if BACKWARD and TOKEN:
+        o_e = tl.arange(0, EP)
+        m_e = o_e < E
+        b_t = logit_gradient(
+            o_e, m_e, m_0, o_i, o_b, o_t, m_m, d, token_gate, sample_gate,
+            scale, gate, sgb, sgt, sge, M, E, n_r, GATE, POOL, BM, EP,
+        )  # fmt: skip
+        p_p = phi + (o_e[:, None] * spe + o_n[None, :] * spk)
+        b_p = tl.load(p_p, mask=m_e[:, None] & m_n[None, :], other=0.0)
+        b_y = tl.dot(b_t.to(b_p.dtype), b_p, b_y, input_precision=PRECISION)
+    if BIAS:
+        b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    p_y = y + m_0 * N + i_n * BN + (o_i[:, None] * N + o_j[None, :])
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def expand_kernel(
+    x, w, z, up, phi, bias, cols, scale, gate, pool, q, token_gate, sample_gate, d, y,
+    T, span, n_t, n_m, n_r, M, N, K, R, E,
+    sxb, sxt, sxk, swn, swk, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
+    BACKWARD: tl.constexpr, TOKEN: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
+    TMA: tl.constexpr, W_ROWS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, ADD: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BZ: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """One output tile a program: base over K, then the low-rank part that `shrink_kernel` left in z.  grid (tiles,)
+
+    ADD: the base is in y already (a library's product, or a quantised layer's); only the low-rank part is added.
+    """
+    i, i_n = tile_order(tl.program_id(0), n_m, tl.cdiv(N, BN), GROUP)
+    if ADD:
+        _i_b, m_0, o_i, _o_b, _o_t, m_m = rows_of(i, n_t, span, T, BM)
+        o_j = tl.arange(0, BN)
+        p_y = y + m_0 * N + i_n * BN + (o_i[:, None] * N + o_j[None, :])
+        b_y = tl.load(p_y, mask=m_m[:, None] & (i_n * BN + o_j < N)[None, :], other=0.0).to(tl.float32)
+    else:
+        b_y = base_tile(i, i_n, x, w, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk, TMA, W_ROWS, EVEN_K, PRECISION, BM, BN, BK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    expand_tile(
+        b_y, i, i_n, z, up, phi, bias, cols, scale, gate, pool, q, token_gate, sample_gate, d, y,
+        T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
+        BACKWARD, TOKEN, GATE, POOL, BIAS, PRECISION, BM, BN, BZ, EP,
+    )  # fmt: skip

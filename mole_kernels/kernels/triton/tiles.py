@@ -1,0 +1,94 @@
+"""Tile sizes: which, and why. A choice here is a prediction from a cost model until a table of measurements replaces it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil
+
+import torch
+
+
+def next_power(n: int, low: int = 16) -> int:
+    """The smallest power of two that is at least n and at least `low`."""
+    return max(low, 1 << max(n - 1, 0).bit_length())
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one launch.
+
+    BM, BN, BK  rows, columns and depth of a base tile
+    BR          most columns of h in one tile; BZ depth of a step of the expand
+    BS          rows of a tile of the shrink kernel, where it is a launch of its own
+    group       row tiles that share columns of W in time
+    tma         load x and w by tensor descriptors (Hopper and later) where their layout allows
+    pdl         programmatic dependent launch between shrink and expand (Hopper and later)
+    programs    of the persistent kernel; 0: eight warps of them for each multiprocessor
+    """
+
+    BM: int = 128
+    BN: int = 128
+    BK: int = 64
+    BR: int = 64
+    BZ: int = 64
+    BS: int = 64
+    warps: int = 8
+    stages: int = 3
+    group: int = 8
+    tma: bool = False
+    pdl: bool = False
+    programs: int = 0
+
+
+# relative rate of the tensor cores at a tile's size, from published H100 GEMMs; a start for the tables
+_RATE = {(128, 256): 1.0, (128, 128): 0.9, (128, 64): 0.7, (64, 128): 0.7, (64, 64): 0.5}
+
+
+@lru_cache(maxsize=4096)
+def choose(M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple[int, int], processors: int) -> Tile:
+    """The tile with the least predicted time: waves of tiles over the multiprocessors, at the tile's rate."""
+    if dtype == torch.float32:
+        # tf32, or no tensor cores at all
+        small = 64 * 64 * processors >= M * N
+        return Tile(BM=32 if small else 64, BN=64, BK=32, BR=32, BZ=32, BS=32, warps=4, stages=2)
+    hopper = capability[0] in (9, 10)
+    fits = [t for t in _RATE if hopper or t != (128, 256)]
+
+    def predicted(t: tuple[int, int]) -> float:
+        return ceil(ceil(M / t[0]) * ceil(N / t[1]) / processors) * t[0] * t[1] / _RATE[t]
+
+    BM, BN = min(fits, key=predicted)
+    warps = 4 if BM * BN <= 64 * 128 else 8
+    # consumer Ampere, Ada and Blackwell have 100 KB of shared memory, the data-centre parts 160 or more
+    stages = 3 if roomy(capability) else 2
+    # not on consumer Blackwell: as compiled there, descriptors make the main loop longer (207 instructions, 185 by pointers)
+    return Tile(BM=BM, BN=BN, BR=64 if BM == 128 else 32, BS=32 if 64 * processors > M else 64, warps=warps, stages=stages,
+                tma=capability[0] in (9, 10), pdl=capability[0] >= 9)  # fmt: skip
+
+
+def roomy(capability: tuple[int, int]) -> bool:
+    """Whether a multiprocessor has 160 KB of shared memory or more: the data-centre parts."""
+    return capability == (8, 0) or capability[0] in (9, 10)
+
+
+def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int) -> Tile:
+    """`tile` narrowed until the kernel's registers hold it, as the compiler reports them (`make aot` shows no spill at these).
+
+    gates: how many kinds of gate the call has. Their epilogues add tiles of h and of its gates to what is alive: half as many columns
+    of h at a time (Hopper's forward excepted, which holds them); and where the accumulators are in the threads' own registers and not
+    a warp group's (all but Hopper and Blackwell's data-centre parts), half as many columns of y.
+    """
+    if not gates:
+        return tile
+    own = capability[0] not in (9, 10)
+    narrow = own and (backward or gates > 2) and tile.BM * tile.BN >= 128 * 128
+    wide = capability[0] == 9 and not backward
+    BR, BZ = (n if wide else min(n, 32) for n in (tile.BR, tile.BZ))
+    return replace(tile, BR=BR, BZ=BZ if own else tile.BZ, BN=64 if narrow else tile.BN)
+
+
+def for_recompute(tile: Tile, capability: tuple[int, int], gates: int) -> Tile:
+    """`tile` for a kernel that holds y's and h's accumulators at once, narrowed as `fitted` does."""
+    narrow = capability[0] not in (9, 10) and gates > 0
+    return replace(tile, BN=min(tile.BN, 64) if narrow else tile.BN)
