@@ -151,7 +151,7 @@ def ninja_escape(text: str) -> str:
 def ninja_file(torch: Torch, tools: Toolchain, out: Path, env: Mapping[str, str], machine: str) -> str:
     """The text of build.ninja: one object per source and instruction set, then one library."""
     include = [f"-I{p}" for p in torch.include]
-    shared = [f"-I{ROOT / 'csrc'}", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-std=c++17", "-O2"]
+    shared = [f"-I{ROOT / 'csrc'}", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-std=c++17", "-O3"]
     # maybe-uninitialized: gcc 12 says it of its own _mm512_undefined
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
     cxx = [*shared, "-fPIC", "-fvisibility=hidden", *warnings, *env.get("CXXFLAGS", "").split()]

@@ -283,8 +283,20 @@ struct Of {
   static void column_sums(const void* h_, int64_t h_row, int64_t rows, int64_t cols, void* sums_) {
     const W* h = static_cast<const W*>(h_);
     W* sums = static_cast<W*>(sums_);
+    int64_t r = 0;
+    for (; r + 4 * L <= cols; r += 4 * L) {
+      Vec<W> s[4];
+      MOLE_UNROLL
+      for (int j = 0; j < 4; ++j) s[j] = load(sums + r + j * L);
+      for (int64_t i = 0; i < rows; ++i) {
+        MOLE_UNROLL
+        for (int j = 0; j < 4; ++j) s[j] += load(h + i * h_row + r + j * L);
+      }
+      MOLE_UNROLL
+      for (int j = 0; j < 4; ++j) store(sums + r + j * L, s[j]);
+    }
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t r = 0; r < cols; ++r) sums[r] += h[i * h_row + r];
+      for (int64_t c = r; c < cols; ++c) sums[c] += h[i * h_row + c];
   }
 
   static void expert_dots(const void* v_, int64_t v_row, const void* h_, int64_t h_row, int64_t rows, const int64_t* starts, int64_t experts, void* d_) {

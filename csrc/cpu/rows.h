@@ -17,7 +17,7 @@ namespace mole {
 
 constexpr int64_t kBlockRows = 96;           // a block of x and its h stay in L2
 constexpr int64_t kBlockK = 640;             // so does a block of k of x, beside one panel
-constexpr int64_t kPanelBytes = 384 << 10;   // packed columns that are reused by all rows of a block: part of L2
+constexpr int64_t kPanelBytes = 576 << 10;   // packed columns that are reused by all rows of a block: part of L2
 constexpr int64_t kReduceRows = 256;
 constexpr int64_t kFewRows = 64;             // below, packing the base's weight costs too much
 
