@@ -11,6 +11,8 @@ from peers import Layer, factors, methods
 from timing import Budget, Times, paired
 from torch import Tensor, nn
 
+from mole_kernels.backends import cpu
+
 # relative error that a method of this dtype may have; ours is held to less by the tests
 ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}
 
@@ -82,8 +84,26 @@ def backward(case: Case, layer: Layer, seconds: float) -> list[dict[str, Any]]:
     for mine, theirs in list(zip(ours, peers))[:3]:
         if error(mine, theirs.double()) > allowed:
             raise SystemExit(f"{case}: a gradient is off by {error(mine, theirs.double()):.1e} from the eager layer's; nothing is timed")
-    times = paired({"plain": runs["plain"], "plain again": runs["plain"], "ours": runs["ours"], "eager": runs["eager"]}, Budget(seconds))
+    runs["operator"] = operator_backward(layer, dy)
+    order = {"plain": runs["plain"], "plain again": runs["plain"]} | {n: runs[n] for n in ("ours", "operator", "eager")}
+    times = paired(order, Budget(seconds))
     return [row(case, name, t, None) for name, t in times.items()]
+
+
+def operator_backward(layer: Layer, dy: Tensor) -> Callable[[], object]:
+    """The same gradients from the compiled operator alone, without autograd."""
+    with torch.no_grad():
+        e, g = layer.experts.operands(), layer.gate.operands(layer.experts)
+        x, weight = layer.x.detach(), layer.base.weight
+        saved = cpu.forward(x, weight, layer.base.bias, e.down, e.up, e.scale, e.ranks, *g, True)[1:]
+        need = [True, True, True, False, False, True, True, True, True]
+        args = (dy, x, weight, e.down.detach(), e.up.detach(), e.scale, e.ranks, None, g.phi.detach(), g.pool.detach(), *saved, need)
+
+    def run() -> object:
+        with torch.no_grad():
+            return cpu.backward(*args)
+
+    return run
 
 
 def eager_output(layer: Layer, x: Tensor) -> Tensor:

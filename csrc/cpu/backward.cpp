@@ -160,10 +160,8 @@ struct Backward {
       return static_cast<const W*>(gated);
     }, c.rows(dy), c.N);
     Tensor out = empty({c.S, c.N, c.R}, c.type);
-    for (int64_t s = 0; s < c.S; ++s) {
-      Tensor turned = matrix(out, c.R, c.N, 1, c.R, s * c.N * c.R);
-      torch::stable::copy_(turned, matrix(t, c.R, c.N, c.N, 1, s * c.R * c.N));
-    }
+    for (int64_t s = 0; s < c.S; ++s)
+      k.narrow_turned(at<W>(t) + s * c.R * c.N, c.N, c.R, c.N, static_cast<char*>(data(out)) + s * c.N * c.R * k.element_size, c.R);
     return out;
   }
 

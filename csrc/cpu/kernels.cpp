@@ -318,13 +318,34 @@ struct Of {
   static void narrow(const void* in, int64_t in_row, int64_t rows, int64_t cols, void* out, int64_t out_row) {
     for (int64_t i = 0; i < rows; ++i) narrow_row<T, W>(static_cast<const W*>(in) + i * in_row, static_cast<T*>(out) + i * out_row, cols);
   }
+  static void narrow_turned(const void* in_, int64_t in_row, int64_t rows, int64_t cols, void* out_, int64_t out_row) {
+    const W* in = static_cast<const W*>(in_);
+    T* out = static_cast<T*>(out_);
+    for (int64_t r = 0; r < rows; r += L)
+      for (int64_t c = 0; c < cols; c += L) {
+        const int64_t high = rows - r < L ? rows - r : L, wide = cols - c < L ? cols - c : L;
+        if (high == L && wide == L) {
+          Vec<W> v[L];
+          MOLE_UNROLL
+          for (int i = 0; i < L; ++i) v[i] = load(in + (r + i) * in_row + c);
+          transpose(v);
+          W line[L][L];
+          MOLE_UNROLL
+          for (int i = 0; i < L; ++i) store(line[i], v[i]);
+          for (int i = 0; i < L; ++i) narrow_row<T, W>(line[i], out + (c + i) * out_row + r, L);
+        } else {
+          for (int64_t i = 0; i < wide; ++i)
+            for (int64_t j = 0; j < high; ++j) out[(c + i) * out_row + r + j] = from_wide<T>(in[(r + j) * in_row + c + i]);
+        }
+      }
+  }
   static void widen(const void* in, int64_t in_row, int64_t rows, int64_t cols, void* out, int64_t out_row) {
     for (int64_t i = 0; i < rows; ++i) widen_row<T, W>(static_cast<const T*>(in) + i * in_row, static_cast<W*>(out) + i * out_row, cols);
   }
 
   static constexpr Kernels table{
       int64_t(sizeof(T)), int64_t(sizeof(O)), int64_t(sizeof(W)), kTileRows[kPanelVectors] * 2, panel_size, panel_cols, pack, to_operand, transposed,
-      multiply_wide, multiply, row_dots, sigmoid, gate, column_sums, expert_dots, narrow, widen};
+      multiply_wide, multiply, row_dots, sigmoid, gate, column_sums, expert_dots, narrow, narrow_turned, widen};
 };
 
 const Kernels& table(Element type) {

@@ -63,6 +63,8 @@ struct Kernels {
   void (*expert_dots)(const void* v, int64_t v_row, const void* h, int64_t h_row, int64_t rows, const int64_t* starts, int64_t experts, void* d);
   // element out = wide in, rounded; wide out = element in
   void (*narrow)(const void* in, int64_t in_row, int64_t rows, int64_t cols, void* out, int64_t out_row);
+  // element out [cols,rows] = wide inᵀ, rounded
+  void (*narrow_turned)(const void* in, int64_t in_row, int64_t rows, int64_t cols, void* out, int64_t out_row);
   void (*widen)(const void* in, int64_t in_row, int64_t rows, int64_t cols, void* out, int64_t out_row);
 };
 
