@@ -105,7 +105,7 @@ def _read(layer: lora.Linear, x: Tensor, args: tuple, kwargs: dict) -> Read | st
     base, downs, ups = modules["base_layer"], modules["lora_A"]._modules, modules["lora_B"]._modules
     dropouts = modules["lora_dropout"]._modules
     if type(base) is not nn.Linear:
-        return f"the base layer is a {type(base).__name__}"
+        return f"the base layer is a {type(base).__module__.partition('.')[0]}.{type(base).__name__}"
     if _hooked(base):
         return "hooks on the base layer"
     own: Any = base._parameters

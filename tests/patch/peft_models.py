@@ -1,4 +1,4 @@
-"""Tiny models of four families with PEFT adapters on them, as they are and accelerated."""
+"""One PEFT layer, and tiny models of four families with adapters on them, as they are and accelerated."""
 
 from __future__ import annotations
 
@@ -7,12 +7,44 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mole_kernels as mk
 from tests.patch.conftest import run_flux, run_unet, tiny_flux, tiny_unet
 
+K, N = 24, 40
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def make(ranks: tuple[int, ...] = (4,), dtype: torch.dtype = torch.float32, bias: bool = True, **config: Any) -> nn.Sequential:
+    """One PEFT layer with an adapter "a0", "a1", … for every rank, all active, scalings 0.3, 0.55, 0.8, …"""
+    import peft
+
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(K, N, bias=bias))
+    for i, rank in enumerate(ranks):
+        made = peft.LoraConfig(r=rank, lora_alpha=rank * (0.3 + 0.25 * i), target_modules=["0"], init_lora_weights=False, **config)
+        model = peft.inject_adapter_in_model(made, model, f"a{i}")
+    model[0].set_adapter([f"a{i}" for i in range(len(ranks))])
+    return model.to(dtype)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def twins(*args: Any, **kwargs: Any) -> tuple[nn.Sequential, nn.Sequential]:
+    """The same model twice: PEFT's own, and accelerated."""
+    plain = make(*args, **kwargs)
+    fast = copy.deepcopy(plain)
+    handle = mk.accelerate(fast)
+    assert list(handle.layers) == ["0"] and not handle.skipped
+    return plain, fast
+
+
+def calls() -> tuple[int, dict[str, int]]:
+    report: Any = mk.status()
+    return report["accelerated"], report["fallbacks"]
 
 
 def tiny_sd3() -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,11 +14,10 @@ from torch import Tensor, nn
 
 import mole_kernels as mk
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
+from tests.patch.peft_models import K, N, calls, draw, make, twins
 
 peft = pytest.importorskip("peft")
 lora = pytest.importorskip("peft.tuners.lora")
-
-K, N = 24, 40
 
 
 @pytest.fixture(autouse=True)
@@ -27,30 +25,6 @@ def fresh_counts() -> Iterator[None]:
     mk.status(reset=True)
     yield
     mk.status(reset=True)
-
-
-def make(ranks: tuple[int, ...] = (4,), dtype: torch.dtype = torch.float32, bias: bool = True, **config: Any) -> nn.Sequential:
-    """One PEFT layer with an adapter "a0", "a1", … for every rank, all active, scalings 0.3, 0.55, 0.8, …"""
-    torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Linear(K, N, bias=bias))
-    for i, rank in enumerate(ranks):
-        made = peft.LoraConfig(r=rank, lora_alpha=rank * (0.3 + 0.25 * i), target_modules=["0"], init_lora_weights=False, **config)
-        model = peft.inject_adapter_in_model(made, model, f"a{i}")
-    model[0].set_adapter([f"a{i}" for i in range(len(ranks))])
-    return model.to(dtype)
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def twins(*args: Any, **kwargs: Any) -> tuple[nn.Sequential, nn.Sequential]:
-    """The same model twice: PEFT's own, and accelerated."""
-    plain = make(*args, **kwargs)
-    fast = copy.deepcopy(plain)
-    handle = mk.accelerate(fast)
-    assert list(handle.layers) == ["0"] and not handle.skipped
-    return plain, fast
 
 
 def error(got: Tensor, truth: Tensor) -> float:
@@ -62,11 +36,6 @@ def assert_as_right(got: Tensor, theirs: Tensor, truth: Tensor) -> None:
     floor = 2 * torch.finfo(got.dtype).eps
     assert got.dtype == theirs.dtype and got.shape == theirs.shape
     assert error(got, truth) <= max(1.5 * error(theirs, truth), floor)
-
-
-def calls() -> tuple[int, dict[str, int]]:
-    report: Any = mk.status()
-    return report["accelerated"], report["fallbacks"]
 
 
 @pytest.mark.parametrize("base", [True, False], ids=["with-base", "low-rank-alone"])
@@ -177,149 +146,6 @@ def test_autocast(adapter: torch.dtype):
     assert calls() == (1, {})
 
 
-def half_adapter(layer: Any) -> None:
-    layer.lora_A.half(), layer.lora_B.half()
-
-
-def offload_hook(child: str) -> Callable[[Any], None]:
-    def put(layer: Any) -> None:
-        from accelerate.hooks import ModelHook, add_hook_to_module
-
-        add_hook_to_module(layer.base_layer if child == "base" else layer.lora_B["a0"], ModelHook())
-
-    return put
-
-
-def casting_hooks(layer: Any) -> None:
-    """What `enable_layerwise_casting` does, adapters included: weights in float8 between calls, PEFT told not to cast the input."""
-    from diffusers.hooks import apply_layerwise_casting
-
-    apply_layerwise_casting(layer, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=())
-
-
-class Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def other_base(layer: Any) -> None:
-    doubled = Doubled(K, N)
-    doubled.load_state_dict(layer.base_layer.state_dict())
-    layer.base_layer = doubled
-
-
-@dataclass(frozen=True)
-class Aside:
-    """A state or call that must go through PEFT's own forward."""
-
-    id: str
-    reason: str
-    change: Callable[[Any], object] = lambda layer: None
-    kwargs: dict[str, Any] | None = None
-    config: dict[str, Any] | None = None
-
-    def __str__(self) -> str:
-        return self.id
-
-
-ON_ADAPTER = "hooks on lora_A, lora_B or lora_dropout"
-ASIDES = [
-    Aside("disabled", "adapters are disabled", lambda layer: layer.enable_adapters(False)),
-    Aside("merged", "adapters are merged into the weight", lambda layer: layer.merge()),
-    Aside("adapter_names", "adapter_names were given", kwargs={"adapter_names": ["a0", "__base__", "a1"]}),
-    Aside("none-active", "no adapter is active", lambda layer: layer.set_adapter([])),
-    Aside("dora", "a LoRA variant (DoRA and its like)", config={"use_dora": True}),
-    Aside("lora-bias", "lora_bias", config={"lora_bias": True}),
-    Aside("base-subclass", "the base layer is a Doubled", other_base),
-    Aside("forward-hook", "hooks on the base layer", lambda layer: layer.base_layer.register_forward_hook(lambda m, a, y: y * 2)),
-    Aside("pre-hook", ON_ADAPTER, lambda layer: layer.lora_A["a1"].register_forward_pre_hook(lambda m, a: a[0] * 2)),
-    Aside("backward-hook", ON_ADAPTER, lambda layer: layer.lora_B["a0"].register_full_backward_hook(lambda *a: None)),
-    Aside("accelerate-base", "hooks on the base layer", offload_hook("base")),
-    Aside("accelerate-up", ON_ADAPTER, offload_hook("up")),
-    Aside("layerwise-casting", "hooks on the base layer", casting_hooks),
-    Aside("mixed-dtypes", "weights and input of different dtypes", half_adapter),
-    Aside("trainable-base", "the base layer wants a gradient", lambda layer: layer.base_layer.requires_grad_(True)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", ASIDES, ids=str)
-def test_steps_aside(case: Aside):
-    plain, fast = twins((4, 2), **(case.config or {}))
-    for model in (plain, fast):
-        case.change(model[0])
-    x = draw(3, K)
-    kwargs = case.kwargs or {}
-    assert torch.equal(fast[0](x, **kwargs), plain[0](x, **kwargs))
-    assert calls() == (0, {case.reason: 1})
-
-
-def test_dropout_only_counts_in_training():
-    plain, fast = twins((4,), lora_dropout=0.5)
-    x = draw(3, K)
-    for model in (plain, fast):
-        model.train()
-    torch.manual_seed(0)
-    theirs = plain(x)
-    torch.manual_seed(0)
-    assert torch.equal(fast(x), theirs)
-    assert calls() == (0, {"dropout in training": 1})
-    torch.testing.assert_close(fast.eval()(x), plain.eval()(x), rtol=1e-5, atol=1e-5)
-    assert calls()[0] == 1
-
-
-def test_double_input_to_a_float_layer_fails_as_in_peft():
-    plain, fast = twins()
-    with pytest.raises(RuntimeError) as theirs:
-        plain(draw(3, K, dtype=torch.float64))
-    with pytest.raises(RuntimeError) as ours:
-        fast(draw(3, K, dtype=torch.float64))
-    assert str(ours.value) == str(theirs.value)
-
-
-def test_global_hooks_and_function_transforms_step_aside():
-    plain, fast = twins()
-    x = draw(3, K)
-    seen: list[nn.Module] = []
-    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, a, y: seen.append(module))
-    try:
-        fast(x)
-    finally:
-        hook.remove()
-    assert fast[0].base_layer in seen
-    ours, theirs = (torch.func.vmap(model)(draw(2, 3, K)) for model in (fast, plain))
-    torch.testing.assert_close(ours, theirs)
-    assert calls()[1] == {"global module hooks": 1, "function transforms or forward-mode derivatives": 1}
-
-
-def test_removed_hooks_leave_nothing_behind():
-    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-
-    _, fast = twins()
-    for module in (fast[0].base_layer, fast[0].lora_A["a0"]):
-        add_hook_to_module(module, ModelHook())
-        remove_hook_from_module(module)
-    fast(draw(3, K))
-    assert calls() == (1, {})
-
-
-def test_hook_on_the_layer_itself_outlives_remove():
-    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-
-    plain, fast = twins()
-    x = draw(3, K)
-    handle = mk.accelerate(fast)
-    add_hook_to_module(fast[0], ModelHook())
-    fast(x)
-    assert calls() == (1, {})
-    handle.remove()
-    assert torch.equal(fast(x), plain(x)) and calls() == (1, {})
-    assert "replaced on the instance" in mk.accelerate(fast).skipped["0"]
-    remove_hook_from_module(fast[0])
-    assert mk.accelerate(fast).skipped == {}
-    fast(x)
-    assert calls() == (2, {})
-
-
 def test_remove_gives_everything_back():
     plain, fast = twins((4, 2))
     x = draw(3, K)
@@ -346,65 +172,6 @@ def test_copies_and_pickles_stay_accelerated():
     for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), torch.load(buffer, weights_only=False)):
         assert torch.equal(copied(x), fast(x))
     assert calls() == (6, {})
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_to_one_graph(backend: str):
-    torch.compiler.reset()
-    plain, fast = twins((4, 2))
-    graphs: list[torch.fx.GraphModule] = []
-
-    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend(backend)(graph, inputs)
-
-    compiled = torch.compile(fast, fullgraph=True, backend=compiler)
-    x = draw(2, 5, K)
-    for seed in (1, 2):
-        torch.testing.assert_close(compiled(draw(2, 5, K, seed=seed)), plain(draw(2, 5, K, seed=seed)), rtol=1e-5, atol=1e-5)
-    assert len(graphs) == 1 and "gated_lora_fwd" in graphs[0].code
-    assert calls() == (0, {})
-    compiled(x).sum().backward()
-    plain(x).sum().backward()
-    for theirs, ours in zip(plain.parameters(), fast.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
-    torch.compiler.reset()
-
-
-def test_compiled_graph_with_tensor_scaling_serves_every_weight():
-    torch.compiler.reset()
-    plain, fast = twins((4, 2))
-    for model in (plain, fast):
-        for name in ("a0", "a1"):
-            model[0].scaling[name] = torch.tensor(0.5)
-    compiled = torch.compile(fast, fullgraph=True, backend="eager")
-    x = draw(2, 5, K)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for weight in (0.5, 0.25, 2.0):
-            for model in (plain, fast):
-                model[0].scaling["a1"].fill_(weight)
-            torch.testing.assert_close(compiled(x), plain(x), rtol=1e-5, atol=1e-5)
-    torch.compiler.reset()
-
-
-def test_acceleration_reaches_a_compiled_model_and_leaves_it():
-    torch.compiler.reset()
-    plain = make((4, 2))
-    graphs: list[str] = []
-
-    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(graph.code)
-        return graph
-
-    compiled = torch.compile(plain, fullgraph=True, backend=compiler)
-    x = draw(2, 5, K)
-    first = compiled(x)
-    handle = mk.accelerate(compiled)
-    compiled(x)
-    handle.remove()
-    assert torch.equal(compiled(x), first)
-    assert ["gated_lora_fwd" in code for code in graphs[:2]] == [False, True]
-    torch.compiler.reset()
 
 
 def test_which_layers_keep_their_own_forward():
