@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format bench aot gpu clean build diffusers-tests
+.PHONY: demo test lint format bench aot gpu clean build diffusers-tests peft-tests
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
@@ -46,8 +46,12 @@ diffusers-tests: $(STAMP)
 aot: $(STAMP)
 	PYTHONPATH=. $(BIN)/python python/tools/aot.py
 
+# PEFT's own LoRA tests, from its source distribution
+peft-tests: $(STAMP)
+	$(BIN)/python python/tools/diffusers_suite.py --suite peft
+
 gpu: $(STAMP)
-	$(BIN)/python benchmarks/run.py --suite gpu
+	$(BIN)/python python/tools/gpu_check.py
 
 clean:
 	rm -rf build dist *.egg-info demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
