@@ -93,13 +93,14 @@ def scenes(digits: Digits, n: int, generator: Generator, weak: float = 0.0, misl
 
 
 def closeups(digits: Digits, n: int, generator: Generator, half: int) -> Pictures:
-    """n close-ups [B,3,24,24] of one digit of a half (0 low, 1 high), at the scenes' scale; the card fills the picture."""
-    labels = torch.randint(0, 5, (n,), generator=generator) + 5 * half
-    ink, _ = _paste(_choose(digits, labels, generator), _uniform(n, 16.0, 21.0, generator), 2.0, generator)
-    pixels = _colour(ink, labels, generator)
-    boxes = torch.zeros(n, 2, SLOT, SLOT)
-    boxes[:, half] = 1.0
-    return Pictures(pixels * 2 - 1, labels[:, None], boxes, [WORDS[k] for k in labels.tolist()])
+    """n close-ups [B,3,24,24] of one digit of a half (0 low, 1 high): its slot cut out of a scene that is blank but for it."""
+    place = torch.randint(0, SLOTS, (n,), generator=generator)
+    digit = torch.randint(0, 5, (n,), generator=generator) + 5 * half
+    labels = torch.full((n, SLOTS), -1).scatter(1, place[:, None], digit[:, None])
+    pixels, boxes = draw_cards(digits, digit, generator, 0.0, 0.0, _uniform(n, 17.0, 20.0, generator))
+    ground = backgrounds(n, HEIGHT, WIDTH, generator).unflatten(-1, (SLOTS, SLOT))[torch.arange(n), :, :, place]
+    pixels = torch.where(boxes.amax(1, keepdim=True) > 0, pixels, ground)
+    return Pictures(pixels * 2 - 1, labels, boxes, [caption_of(row) for row in labels.tolist()])
 
 
 def draw_labels(n: int, generator: Generator) -> Tensor:
@@ -110,9 +111,7 @@ def draw_labels(n: int, generator: Generator) -> Tensor:
     return torch.where(rank < count[:, None], labels, torch.full_like(labels, -1))
 
 
-def draw_cards(
-    digits: Digits, labels: Tensor, generator: Generator, weak: float, mislabel: float, side: Tensor
-) -> tuple[Tensor, Tensor]:
+def draw_cards(digits: Digits, labels: Tensor, generator: Generator, weak: float, mislabel: float, side: Tensor) -> tuple[Tensor, Tensor]:
     """One slot per label [n]: pixels [n,3,24,24] in 0..1 and card boxes [n,2,24,24]; label -1 gives an empty box."""
     n = len(labels)
     shown = labels.clamp_min(0)
@@ -126,8 +125,8 @@ def draw_cards(
 
 
 def out_of_focus(scans: Tensor) -> Tensor:
-    """Scans [n,8,8] averaged down to 4x4 cells and back: a smudge that hints at its digit."""
-    small = F.avg_pool2d(scans[:, None], 2)
+    """Scans [n,8,8] averaged down to 4x4 overlapping cells and back: a smudge that hints at its digit."""
+    small = F.avg_pool2d(scans[:, None], 3, 2, 1)
     return F.interpolate(small, size=8, mode="bilinear", align_corners=False)[:, 0]
 
 

@@ -17,7 +17,7 @@ from mole_kernels.demo.model import FACTOR, LATENT_CHANNELS, Pipeline
 
 TIMES = (50, 150, 300, 500, 750)
 REGIONS = ("all", "low", "high", "background")
-STEPS, GUIDANCE = 25, 3.0
+STEPS, GUIDANCE = 20, 4.0
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def gate_auc(maps: Sequence[Mapping[str, Tensor]], boxes: Tensor) -> dict[str, d
 
 
 def kind_of(path: str) -> str:
-    """"…transformer_blocks.0.attn1.to_q" -> "attn1.to_q"; "…proj_in" -> "proj_in"."""
+    """ "…transformer_blocks.0.attn1.to_q" -> "attn1.to_q"; "…proj_in" -> "proj_in"."""
     return path.rpartition("transformer_blocks.0.")[2] if "transformer_blocks" in path else path.rpartition(".")[2]
 
 
@@ -170,4 +170,3 @@ def _scores(maps: Tensor, boxes: Tensor) -> list[tuple[float, float]]:
         score, own = maps[:, e].flatten(), cover[:, e].flatten()
         out.append((auc(score, own), auc(score[on_cards], own[on_cards])))
     return out
-

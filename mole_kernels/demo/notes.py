@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mole_kernels.demo.evaluate import GUIDANCE
+
 
 def notes_of(result: Mapping[str, Any]) -> list[str]:
     """Plain statements, the disappointing ones included."""
@@ -59,6 +61,6 @@ def settings_of(result: Mapping[str, Any]) -> list[str]:
         f"Base: {base.get('base_steps', '?')} steps; in its training {100 * base['weak']:.0f} % of the digits were out of focus and "
         f"{100 * base['mislabel']:.0f} % captioned as another digit of their half.",
         f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}. Loss on {made['held_out']} held-out scenes at five timesteps; digits read in "
-        f"{made['captions']} pictures per variant and seed, {made['steps']} DDIM steps, guidance 3.",
+        f"{made['captions']} pictures per variant and seed, {made['steps']} DDIM steps, guidance {GUIDANCE:g}.",
         f"torch {result['machine']['torch']} on {result['machine']['processors']} processors.",
     ]

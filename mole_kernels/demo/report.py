@@ -48,7 +48,7 @@ def make_report(metrics: Mapping, grid: str, maps: str) -> str:
 
 GRID_TEXT = (
     "Columns differ only in what is added to the frozen base. Below each slot stands what a separately trained classifier reads there: "
-    'green where it agrees with the caption, - for a blank slot.'
+    "green where it agrees with the caption, - for a blank slot."
 )
 READ_TEXT = "Share of slots in which the classifier reads what the caption asks for. Mean ± standard deviation over seeds."
 MAP_TEXT = (

@@ -16,7 +16,6 @@ from mole_kernels.demo.model import ASSETS, Pipeline, load_pipeline
 from mole_kernels.patch.apply import patch
 
 if TYPE_CHECKING:
-
     from mole_kernels.experts.bank import ExpertBank
     from mole_kernels.io import GateFile
     from mole_kernels.patch.handle import Handle
@@ -34,6 +33,8 @@ SHOWN_CAPTIONS = (
     "six zero four",
 )
 MAP_TIME = 300
+# whose pictures are drawn and read; the other kinds of gates are compared by their losses
+DRAWN = ("base", "low expert", "high expert", "sum", "learned constant", "both")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Job:
     plan: stages.Plan
     assets: Path = ASSETS
     held_out: int = 64
-    captions: int = 64
+    captions: int = 48
     steps: int = 20
     pictures: bool = False
 
@@ -89,7 +90,7 @@ def plain_task(job: Job, bank: ExpertBank | None = None) -> dict[str, Any]:
     begun, pipe = time.time(), load_pipeline(job.assets)
     held, low, high = evaluate.make_held_out(pipe, job.held_out), *data.HALVES
     out: dict[str, Any] = {}
-    with patch(pipe.unet, bank or bank_of(job)) as handle:
+    with patch(pipe, bank or bank_of(job)) as handle:
         for name, scales in {"low expert": (1.0, 0.0), "high expert": (0.0, 1.0), "sum": (1.0, 1.0)}.items():
             handle.set_scales({low: scales[0], high: scales[1]})
             merge(out, _measure(job, pipe, held, name))
@@ -103,7 +104,7 @@ def gates_task(job: Job, kind: str) -> dict[str, Any]:
     """Stage 3 with one kind of gates, then everything that is measured on the result."""
     begun, pipe = time.time(), load_pipeline(job.assets)
     torch.manual_seed(1000 * job.seed + 7)
-    with patch(pipe.unet, bank_of(job), gates=kind) as handle:
+    with patch(pipe, bank_of(job), gates=kind) as handle:
         losses = stages.train_gates(pipe, handle, kind, stages.sharp_scenes(job.plan, job.seed), job.plan, job.seed)
         if kind == "mole":
             handle.save(mixture_path(job))
@@ -116,7 +117,7 @@ def gates_task(job: Job, kind: str) -> dict[str, Any]:
 def shipped_task(job: Job, bank: ExpertBank, gates: GateFile) -> dict[str, Any]:
     """The shipped experts with their shipped gates."""
     begun, pipe = time.time(), load_pipeline(job.assets)
-    with patch(pipe.unet, bank, gates=gates) as handle:
+    with patch(pipe, bank, gates=gates) as handle:
         out = measure_gated(job, pipe, handle, "both")
     return out | {"seconds": {"both": time.time() - begun}}
 
@@ -128,19 +129,20 @@ def measure_gated(job: Job, pipe: Pipeline, handle: Handle, variant: str) -> dic
     if variant in ("local", "both"):
         maps = evaluate.collect_maps(pipe, handle, held)
         out["gates"] = {variant: evaluate.gate_auc(maps, held.boxes)}
-        if job.pictures:
+        if job.pictures and variant in DRAWN:
             out["maps"] = {variant: _maps_of(pipe, handle, out["pictures"][variant])}
     return out
 
 
 def _measure(job: Job, pipe: Pipeline, held: evaluate.HeldOut, variant: str) -> dict[str, Any]:
     out = _losses(pipe, held, variant)
+    if variant not in DRAWN:
+        return out
     # one list of captions for all variants and seeds; the noise differs by seed
     labels = data.draw_labels(job.captions, Generator().manual_seed(4242))
     captions = [data.caption_of(row) for row in labels.tolist()]
-    reader = load_reader(job.assets)
     pixels = evaluate.generate(pipe, captions, 100 + job.seed, job.steps)
-    out["reading"] = {variant: evaluate.read_back(reader, pixels, captions)}
+    out["reading"] = {variant: evaluate.read_back(load_reader(job.assets), pixels, captions)}
     if job.pictures:
         out["pictures"] = {variant: evaluate.generate(pipe, SHOWN_CAPTIONS, job.seed, job.steps)}
     return out

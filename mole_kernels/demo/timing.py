@@ -31,9 +31,7 @@ class EagerMoLE(nn.Module):
         self.downs = nn.ParameterList([f.down.to(dtype) for f in factors.values()])
         self.ups = nn.ParameterList([f.up.to(dtype) for f in factors.values()])
         self.scales = [f.scale for f in factors.values()]
-        self.phi, self.phi_bias, self.head, self.head_bias = (
-            t.to(dtype) for t in (gates.phi, gates.phi_bias, gates.head, gates.head_bias)
-        )
+        self.phi, self.phi_bias, self.head, self.head_bias = (t.to(dtype) for t in (gates.phi, gates.phi_bias, gates.head, gates.head_bias))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
@@ -54,8 +52,8 @@ def eager_unet(unet: nn.Module, bank: ExpertBank, gates: GateFile) -> nn.Module:
     """A copy of the UNet with every adapted layer wrapped in EagerMoLE."""
     unet = copy.deepcopy(unet)
     for path in bank.paths():
-        parent, _, name = path.rpartition(".")
-        layer = EagerMoLE(unet.get_submodule(path), bank.layer(path), gates.layers[path])
+        parent, _, name = inside(path).rpartition(".")
+        layer = EagerMoLE(unet.get_submodule(inside(path)), bank.layer(path), gates.layers[path])
         setattr(unet.get_submodule(parent), name, layer)
     return unet.requires_grad_(False).eval()
 
@@ -68,10 +66,10 @@ def peft_unet(unet: nn.Module, bank: ExpertBank) -> nn.Module:
     unet = copy.deepcopy(unet)
     for name, expert in bank.experts.items():
         rank = next(iter(expert.layers.values())).down.shape[0]
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(expert.layers), init_lora_weights=False)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[inside(path) for path in expert.layers], init_lora_weights=False)
         inject_adapter_in_model(config, unet, adapter_name=name)
     for path in bank.paths():
-        layer = unet.get_submodule(path)
+        layer = unet.get_submodule(inside(path))
         assert isinstance(layer, LoraLayer)
         for name, factor in bank.layer(path).items():
             for part, factors in ((layer.lora_A, factor.down), (layer.lora_B, factor.up * factor.scale)):
@@ -80,6 +78,11 @@ def peft_unet(unet: nn.Module, bank: ExpertBank) -> nn.Module:
                 weight.data.copy_(factors.reshape(weight.shape))
         layer.set_adapter(list(bank.names))
     return unet.requires_grad_(False).eval()
+
+
+def inside(path: str) -> str:
+    """A path of the pipeline as one of its UNet."""
+    return path.removeprefix("unet.")
 
 
 def step_input(pictures: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,7 +41,7 @@ def make_mixture(assets: Path, plan: stages.Plan, seed: int) -> dict:
         print(name, losses[name], flush=True)
     bank = ExpertBank(experts)
     torch.manual_seed(seed)
-    with patch(pipe.unet, bank, gates="mole") as handle:
+    with patch(pipe, bank, gates="mole") as handle:
         found = stages.train_gates(pipe, handle, "mole", stages.sharp_scenes(plan, seed), plan, seed)
         losses["gates"] = [round(value, 5) for value in stages.ends(found)]
         gates = handle.gates()

@@ -46,6 +46,7 @@ def test_each_kind_of_gates_is_trained_and_measured(trained, kind):
         assert found["maps"][name].shape == (len(tasks.SHOWN_CAPTIONS), 2, 6, 18)
         bank, gates = load_bank(tasks.mixture_path(trained))
         assert bank.names == ("low", "high") and len(gates.layers) == len(bank.paths()) == 84
+        assert all(path.startswith("unet.") for path in bank.paths())
 
 
 def test_experts_without_gates_are_measured_alone_summed_and_scaled(trained):
