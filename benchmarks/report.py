@@ -52,12 +52,14 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
+    again = sorted(abs(row["ratio"]["plain"] - 1) for row in result["cases"] if row["method"] == "plain again")
+    noise = f"|A/A − 1|: median {again[len(again) // 2]:.3f}, largest {again[-1]:.3f}" if again else ""
     host, soft = result["host"], ", ".join(f"{k} {v}" for k, v in result["software"].items())
     text = [
         f"# {host}",
         "",
         f"{result['utc']}, commit {result['commit']}{' with changes' if result['dirty'] else ''}; {soft}; {result['threads']} thread(s), "
-        f"clock: {result['clock']}. Ceilings: {result['ceilings']}. Largest |A/A − 1|: {result['aa_spread']:.3f}.",
+        f"clock: {result['clock']}. Ceilings: {result['ceilings']}. {noise}.",
         "",
         "Ratios are medians of paired, interleaved runs to the plain `nn.Linear` of the same shape; means are geometric. E = 2 experts,",
         "local and global gates (PEFT: the same adapters without gates). The flop ratio is what the mathematics needs.",

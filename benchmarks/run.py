@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=("cpu",), default="cpu", help="what to measure (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two shapes only; writes nothing unless --out is given")
-    parser.add_argument("--seconds", type=float, default=4.0, help="wall time for each case (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="wall time for each case (default: %(default)s)")
     parser.add_argument("--gflop", type=float, default=3.4, help="halve the rows until the plain layer is below (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
