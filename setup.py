@@ -152,7 +152,9 @@ def ninja_file(torch: Torch, tools: Toolchain, out: Path, env: Mapping[str, str]
     """The text of build.ninja: one object per source and instruction set, then one library."""
     include = [f"-I{p}" for p in torch.include]
     shared = [f"-I{ROOT / 'csrc'}", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-std=c++17", "-O2"]
-    cxx = [*shared, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized", *env.get("CXXFLAGS", "").split()]
+    # maybe-uninitialized: gcc 12 says it of its own _mm512_undefined
+    warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
+    cxx = [*shared, "-fPIC", "-fvisibility=hidden", *warnings, *env.get("CXXFLAGS", "").split()]
     lines = [
         "rule cxx",
         "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
@@ -203,6 +205,7 @@ class BuildExtension(build_ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         report: dict[str, object] = {"built": False, "torch": torch.version, "target": TARGET_VERSION}
+        out.unlink(missing_ok=True)  # an older library must not pass for this build's
         tools = find_toolchain(os.environ)
         if isinstance(tools, str):
             self.give_up(tools, report)

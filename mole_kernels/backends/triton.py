@@ -134,9 +134,13 @@ def forward(
     if way == "stacked":
         return stacked.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
     from mole_kernels.kernels.triton.strategies import WAYS
+    from mole_kernels.kernels.triton.tiles import for_recompute
 
     f = _call(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
-    b = WAYS[way](f, tile or _tile(f))
+    tile = tile or _tile(f)
+    if way == "recompute":
+        tile = for_recompute(tile, _device(x.device.index).capability, sum(g is not None for g in (gate, phi)))
+    b = WAYS[way](f, tile)
     none = x.new_empty(0)
     return b.y, b.h if save else none, b.token_gate, b.sample_gate
 

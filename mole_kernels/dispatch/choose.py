@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mole_kernels.dispatch import cost
 from mole_kernels.dispatch.device import Device
 from mole_kernels.dispatch.tables import Row, Table
-from mole_kernels.dispatch.work import Loop, Use, ours, work
+from mole_kernels.dispatch.work import Use, ours, work
 from mole_kernels.kernels.triton.limits import LAUNCHES, impossible
 from mole_kernels.problem import Problem
 
@@ -68,8 +68,7 @@ def choose(problem: Problem, device: Device, table: Table | None = None, use: Us
 
     A candidate that the row did not measure cannot win there: measured and predicted times are not compared with each other.
     """
-    loop = ours(problem, device, use)
-    predicted = {name: cost.predict(name, problem, device, use, loop) for name in (*CANDIDATES, "plain")}
+    predicted = {name: cost.predict(name, problem, device, use) for name in (*CANDIDATES, "plain")}
     refused = {name: reason for name in CANDIDATES if (reason := refusal(name, problem, use)) is not None}
     row = table.nearest(problem, use) if table is not None else None
     times = predicted if row is None else row.us
@@ -81,7 +80,7 @@ def choose(problem: Problem, device: Device, table: Table | None = None, use: Us
         if lost is None and name not in running:
             lost = "not measured near this shape"
         elif lost is None and name != best:
-            why = _why(name, problem, device, use, loop, predicted) if row is None else "measured"
+            why = _why(name, problem, device, use, predicted) if row is None else "measured"
             lost = f"{_slower(running[name], running[best])}: {why}"
         measured = row.us.get(name) if row is not None else None
         made.append(Candidate(name, predicted[name], measured, launches(name, problem, use), lost, name not in refused))
@@ -117,10 +116,10 @@ def _slower(time: float, best: float) -> str:
     return f"{percent:.0f} % slower" if percent >= 1 else "less than 1 % slower"
 
 
-def _why(name: str, problem: Problem, device: Device, use: Use, loop: Loop, predicted: dict[str, float]) -> str:
+def _why(name: str, problem: Problem, device: Device, use: Use, predicted: dict[str, float]) -> str:
     """What a candidate spends most of its extra time on, by the model."""
+    w, loop = work(problem, device, use), ours(problem, device, use, name)
     if name in ("persistent", "two_pass", "recompute"):
-        w = work(problem, device, use)
         base, library = cost.product(w, loop, w.K, w.N), cost.plain(w)
         if base - library > 0.5 * (predicted[name] - library):
             rows, columns = loop.tiles[0]
@@ -128,7 +127,6 @@ def _why(name: str, problem: Problem, device: Device, use: Use, loop: Loop, pred
     if name == "recompute":
         return f"h is made again for every {loop.tiles[0][1]} columns of y"
     if name == "merge":
-        w = work(problem, device, use)
         return "W is read and written once more" + (f" for each of {w.many} samples" if w.many > 1 else "")
     if name == "stacked":
         return f"{launches(name, problem, use)} launches, y read and written once more"

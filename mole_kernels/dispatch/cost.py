@@ -204,5 +204,5 @@ def predict(candidate: str, problem: Problem, device: Device, use: Use = Use(), 
     if candidate == "stacked":
         time = stacked(w, small_launches(problem, use))
         return time + GAP + stacked_sums(w) if use.backward else time
-    time = WAYS[candidate](w, loop or ours(problem, device, use))
+    time = WAYS[candidate](w, loop or ours(problem, device, use, candidate))
     return time + GAP + sums(w) if use.backward else time

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mole_kernels.dispatch.device import Device
-from mole_kernels.kernels.triton.tiles import choose, fitted, next_power
+from mole_kernels.kernels.triton.tiles import choose, fitted, for_recompute, next_power
 from mole_kernels.problem import Problem
 
 
@@ -51,12 +51,14 @@ class Loop:
 LIBRARY = Loop()
 
 
-def ours(problem: Problem, device: Device, use: Use) -> Loop:
-    """The one tile that our kernels take for this call (`kernels/triton/tiles.py`); K is never split."""
+def ours(problem: Problem, device: Device, use: Use, candidate: str = "persistent") -> Loop:
+    """The one tile that our kernel takes for this call (`kernels/triton/tiles.py`); K is never split."""
     K, N = (problem.N, problem.K) if use.backward else (problem.K, problem.N)
     gates = problem.token_gate + problem.sample_gate + problem.given_gate + use.backward
     tile = choose(problem.M, K, N, problem.R, problem.dtype, device.capability, device.processors)
     tile = fitted(tile, device.capability, use.backward, gates)
+    if candidate == "recompute":
+        tile = for_recompute(tile, device.capability, problem.token_gate + problem.given_gate)
     return Loop(((tile.BM, tile.BN),), tile.BR, (1,), (1,), ticket=True)
 
 

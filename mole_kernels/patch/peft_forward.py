@@ -7,12 +7,13 @@ version, so nothing derived from them can be kept.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from mole_kernels.errors import MoleBackendError
@@ -25,6 +26,16 @@ _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 
+class Read(NamedTuple):
+    """One layer's tensors at one call: base weight [N,K], bias [N], and A_a [r,K], B_a [N,r], scaling of each active adapter."""
+
+    weight: Tensor
+    bias: Tensor | None
+    down: list[Tensor]
+    up: list[Tensor]
+    scaling: list[Any]
+
+
 class AcceleratedLoraLinear(lora.Linear):
     """PEFT's lora.Linear with the same state: y = x Wᵀ + b + Σ_a scaling_a (x A_aᵀ) B_aᵀ over the active adapters, in one call."""
 
@@ -32,17 +43,16 @@ class AcceleratedLoraLinear(lora.Linear):
         # a hook put on while accelerated keeps this function after `remove` has given the class back
         if type(self) is not AcceleratedLoraLinear:
             return lora.Linear.forward(self, x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        reason = refusal(self, x, names, args, kwargs)
-        if reason is None:
+        read = _read(self, x, args, kwargs)
+        if not isinstance(read, str):
             try:
-                y = _mixture(self, x, names)
+                y = _mixture(x, read)
             except MoleBackendError:
-                reason = "no backend takes the problem"
+                read = "no backend takes the problem"
             else:
                 _count(status.accelerated, "linear")
                 return y
-        _count(status.fallbacks, reason)
+        _count(status.fallbacks, read)
         return lora.Linear.forward(self, x, *args, **kwargs)
 
     def _get_name(self) -> str:
@@ -82,37 +92,49 @@ def _count(counter: Any, key: str) -> None:
         counter[key] += 1
 
 
-def refusal(layer: lora.Linear, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> str | None:
-    """Why this call must go through PEFT's forward; None where our operator computes the same thing."""
+def _read(layer: lora.Linear, x: Tensor, args: tuple, kwargs: dict) -> Read | str:
+    """The tensors of this call, or why it must go through PEFT's forward."""
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
         return "adapters are merged into the weight"
     if args or kwargs:
         return "adapter_names were given" if kwargs.get("adapter_names") is not None else "extra arguments were given"
-    if not names:
-        return "no adapter is active"
-    return _layer_refusal(layer, names) or _tensor_refusal(layer, x, names) or _mode_refusal()
-
-
-def _layer_refusal(layer: lora.Linear, names: list[str]) -> str | None:
-    base = layer.base_layer
+    # the dictionaries behind the attributes: nn.Module's own look-up is several times dearer, and this runs at every call
+    modules: Any = layer._modules
+    base, downs, ups = modules["base_layer"], modules["lora_A"]._modules, modules["lora_B"]._modules
+    dropouts = modules["lora_dropout"]._modules
     if type(base) is not nn.Linear:
         return f"the base layer is a {type(base).__name__}"
     if _hooked(base):
         return "hooks on the base layer"
-    for name in names:
+    own: Any = base._parameters
+    read = Read(own["weight"], own["bias"], [], [], [])
+    for name in layer.active_adapters:
+        if name not in downs:
+            continue
+        reason = _adapter_refusal(downs[name], ups[name], dropouts[name])
         if name in layer.lora_variant or layer.use_dora.get(name):
-            return "a LoRA variant (DoRA and its like)"
-        down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        if type(down) is not nn.Linear or type(up) is not nn.Linear:
-            return "lora_A or lora_B is not a plain nn.Linear"
-        if _hooked(down) or _hooked(up) or _hooked(dropout):
-            return "hooks on lora_A, lora_B or lora_dropout"
-        if down.bias is not None or up.bias is not None:
-            return "lora_bias"
-        if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0)):
-            return "dropout in training"
+            reason = "a LoRA variant (DoRA and its like)"
+        if reason is not None:
+            return reason
+        read.down.append(downs[name]._parameters["weight"])
+        read.up.append(ups[name]._parameters["weight"])
+        read.scaling.append(layer.scaling[name])
+    if not read.down:
+        return "no adapter is active"
+    return _tensor_refusal(x, read) or _mode_refusal() or read
+
+
+def _adapter_refusal(down: nn.Module, up: nn.Module, dropout: nn.Module) -> str | None:
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return "lora_A or lora_B is not a plain nn.Linear"
+    if _hooked(down) or _hooked(up) or _hooked(dropout):
+        return "hooks on lora_A, lora_B or lora_dropout"
+    if down._parameters["bias"] is not None or up._parameters["bias"] is not None:
+        return "lora_bias"
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0)):
+        return "dropout in training"
     return None
 
 
@@ -125,25 +147,22 @@ def _hooked(module: nn.Module) -> bool:
     return own is not None and (getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module)
 
 
-def _tensor_refusal(layer: lora.Linear, x: Tensor, names: list[str]) -> str | None:
-    base: Any = layer.base_layer
-    weight, bias = base.weight, base.bias
+def _tensor_refusal(x: Tensor, read: Read) -> str | None:
+    weight, bias, down, up, _ = read
     if type(x) not in _PLAIN_TENSORS or x.dtype not in _COMPUTE_DTYPES:
         return "the input is not a plain float tensor"
     if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
         return "the input's shape does not fit"
-    tensors = [weight] if bias is None else [weight, bias]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return "the base layer wants a gradient"
-    for name in names:
-        tensors += (layer.lora_A[name].weight, layer.lora_B[name].weight)
-    autocast = x.dtype != torch.float64 and autocast_dtype(x.device.type) is not None
-    for tensor in tensors:
+    dtype, device = x.dtype, x.device
+    autocast = dtype != torch.float64 and autocast_dtype(device.type) is not None
+    for tensor in (weight, *down, *up) if bias is None else (weight, bias, *down, *up):
         if type(tensor) not in _PLAIN_TENSORS:
             return "a weight is a tensor subclass"
-        if tensor.device != x.device:
+        if tensor.device != device:
             return "weights and input on different devices"
-        if tensor.dtype != x.dtype and not (autocast and tensor.dtype in _COMPUTE_DTYPES[:3]):
+        if tensor.dtype != dtype and not (autocast and tensor.dtype in _COMPUTE_DTYPES[:3]):
             return "weights and input of different dtypes"
     return None
 
@@ -160,23 +179,18 @@ def _mode_refusal() -> str | None:
     return "tracing" if torch.jit.is_tracing() else None
 
 
-def _mixture(layer: lora.Linear, x: Tensor, names: list[str]) -> Tensor:
-    base: Any = layer.base_layer
-    scaling = [layer.scaling[name] for name in names]
-    down: list[Any] = [layer.lora_A[name].weight for name in names]
-    up: list[Any] = [layer.lora_B[name].weight for name in names]
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (*down, *up))):
+def _mixture(x: Tensor, read: Read) -> Tensor:
+    weight, bias, down, up, scaling = read
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*down, *up)):
         # an adapter of weight zero costs nothing; while it trains, it still gets its zero gradients
         kept = [i for i, s in enumerate(scaling) if isinstance(s, Tensor) or s != 0]
         if not kept:
-            return base(x)
-        if len(kept) < len(names):
-            scaling, down, up = ([values[i] for i in kept] for values in (scaling, down, up))
-    ranks = tuple(d.shape[0] for d in down)
-    stacked = down[0] if len(down) == 1 else torch.cat(down)
-    beside = up[0] if len(up) == 1 else torch.cat(up, 1)
-    experts = Experts(stacked[None], beside[None], _scale(scaling, x), ranks)
-    return gated_lora_linear(x, base.weight, base.bias, experts)
+            return F.linear(x, weight, bias)
+        if len(kept) < len(scaling):
+            down, up, scaling = ([values[i] for i in kept] for values in (down, up, scaling))
+    ranks = tuple([d.shape[0] for d in down])
+    stacked, beside = (down[0], up[0]) if len(down) == 1 else (torch.cat(down), torch.cat(up, 1))
+    return gated_lora_linear(x, weight, bias, Experts(stacked[None], beside[None], _scale(scaling, x), ranks))
 
 
 def _scale(scaling: list[float | Tensor], x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Checkpoints of a run: one folder each, complete or not there at all.
 
-    run_dir/step-00000100/   weights.safetensors   the trained tensors
-                             ema.safetensors       their running mean, if kept
-                             optimiser.pt          its state, losses, random state of each process (tensors and plain values)
-                             run.json              step, config, identity of what is trained
+run_dir/step-00000100/   weights.safetensors   the trained tensors
+                         ema.safetensors       their running mean, if kept
+                         optimiser.pt          its state, losses, random state of each process (tensors and plain values)
+                         run.json              step, config, identity of what is trained
 """
 
 from __future__ import annotations

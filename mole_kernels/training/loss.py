@@ -118,9 +118,7 @@ class DenoisingLoss:
         dropped = (torch.rand(n, generator=generator) < self.cond_dropout).to(latents.device)
         conditions = {key: self._drop(key, batch[key], dropped) for key in CONDITIONS if key in batch}
         text = conditions.pop("encoder_hidden_states")
-        return denoising_loss(
-            model, self.scheduler, latents, timesteps, noise, text, conditions or None, self.snr_gamma, batch.get("mask")
-        )
+        return denoising_loss(model, self.scheduler, latents, timesteps, noise, text, conditions or None, self.snr_gamma, batch.get("mask"))
 
     def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
         if not isinstance(batch, Mapping):

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mole_kernels.kernels.triton.common import COUNTS
-from mole_kernels.kernels.triton.tiles import Tile, fitted
+from mole_kernels.kernels.triton.tiles import Tile, fitted, for_recompute
 
 ARCHES = (80, 89, 90, 100, 120)
 # bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities)
@@ -232,7 +232,8 @@ def builds() -> list[Build]:
                     if WHOLE[arch].tma and gate in ("none", "both"):
                         out.append(_product(kernel, arch, way, gate, replace(WHOLE[arch], tma=False), "-pointers"))
         for gate in ("none", "local", "mask"):
-            b = _product("recompute_kernel", arch, "fwd", gate, WHOLE[arch])
+            tile = for_recompute(WHOLE[arch], (arch // 10, arch % 10), sum(GATES[gate].values()))
+            b = _product("recompute_kernel", arch, "fwd", gate, tile)
             out.append(replace(b, constants=b.constants | dict(BR=32)))
         merge = dict(GATE=True, PRECISION="ieee", BN=64, BK=64, BZ=64)
         out.append(Build("merge", "merge_kernel", merge, 8, 2, unit=("swk", "sdk", "sur", "sge"), arches=(arch,)))

@@ -29,7 +29,8 @@ if torch.ops.mole_cpu.instruction_set() != sys.argv[1]:
     sys.exit(77)
 LIMIT = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.004}
 CASES = [Case(), Case(T=97, K=65, N=67, ranks=(5, 28), gate="mask+both"), Case(T=100, K=1283, N=130, ranks=(64, 3), S=2),
-         Case(T=70, K=33, N=70, layout="transposed"), Case(T=33, K=32, N=16, ranks=(1,) * 5, gate="local"), Case(T=130, K=31, N=64, layout="sliced")]
+         Case(T=70, K=33, N=70, layout="transposed"), Case(T=33, K=32, N=16, ranks=(1,) * 5, gate="local"),
+         Case(T=130, K=31, N=64, layout="sliced")]
 for case in CASES:
     for dtype in LIMIT:
         call = case.make(dtype)
@@ -60,7 +61,8 @@ for case in CASES:
 @pytest.mark.parametrize("name", ("base", "avx2", "avx512", "avx512bf16"))
 def test_every_instruction_set(name):
     env = {**os.environ, "MOLE_INSTRUCTION_SET": name, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", EVERY_INSTRUCTION_SET, name], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", EVERY_INSTRUCTION_SET, name]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if run.returncode == 77:
         pytest.skip(f"this CPU or this build has no {name}")
     assert run.returncode == 0, run.stderr[-2000:]
@@ -68,9 +70,7 @@ def test_every_instruction_set(name):
 
 def run(call, save=False):
     g, e = call.gates, call.experts
-    return cpu.forward(
-        call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias, save
-    )
+    return cpu.forward(call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias, save)
 
 
 @needs_library
@@ -183,7 +183,7 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def test_a_library_that_was_not_built_says_why(elsewhere):
-    (elsewhere / "libmole_kernels.json").write_text('{"built": false, "reason": "no C++ compiler was found when the package was installed"}')
+    (elsewhere / "libmole_kernels.json").write_text('{"built": false, "reason": "no C++ compiler was found when it was installed"}')
     assert "no C++ compiler was found" in extension.why_not() and "--no-build-isolation" in extension.why_not()
     assert extension.describe()["usable"] is False
 

@@ -59,7 +59,7 @@ def test_skip_cuda(build, programs):
 
 def test_force_cuda_without_nvcc_is_an_error(build, programs, monkeypatch):
     monkeypatch.setattr(build, "find_nvcc", lambda env: None)
-    with pytest.raises(build.BuildProblem, match="MOLE_FORCE_CUDA.*\n.*CUDA_HOME"):
+    with pytest.raises(build.BuildProblem, match=r"MOLE_FORCE_CUDA.*\n.*CUDA_HOME"):
         build.choose_nvcc({"PATH": programs(), "MOLE_FORCE_CUDA": "1"})
     assert build.choose_nvcc({"PATH": programs()})[0] is None
 
@@ -82,7 +82,7 @@ def test_arch_list(build):
 
 def test_no_torch_says_what_to_type(build, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(build.BuildProblem, match="pip install torch\n    pip install --no-build-isolation ."):
+    with pytest.raises(build.BuildProblem, match=r"pip install torch\n    pip install --no-build-isolation \."):
         build.find_torch()
 
 

@@ -120,7 +120,11 @@ def _refuse_bf16(name: str):
 # ---- memory
 
 
-def _load(self, ptrs, mask, other, cache, evict, volatile):
+# what follows a value or a mask differs between versions of Triton and means nothing here: passed on as it came
+
+
+def _load(self, ptrs, mask, other, *rest, **named):
+    mask = _as_handle(mask)
     element = ptrs.get_element_ty()
     kind = I._get_np_dtype(element)
     if _Settings.launch is not None:
@@ -128,22 +132,19 @@ def _load(self, ptrs, mask, other, cache, evict, volatile):
     if other is None:
         poison = 0xFFFF if element == tl.bfloat16 else np.nan if kind.kind == "f" else True if kind.kind == "b" else np.iinfo(kind).max
         other = I.TensorHandle(np.full(ptrs.data.shape, poison, kind), element)
-    return _masked_load(self, ptrs, mask, other, cache, evict, volatile)
+    return _masked_load(self, ptrs, mask, other, *rest, **named)
 
 
-def _descriptor_mask(self, ptrs, mask):
+def _as_handle(mask):
+    # a descriptor's mask comes as a bare array
     return I.TensorHandle(mask, tl.int1) if isinstance(mask, np.ndarray) else mask
 
 
-def _store(self, ptrs, value, mask, cache, evict):
-    mask = _descriptor_mask(self, ptrs, mask)
+def _store(self, ptrs, value, mask, *rest, **named):
+    mask = _as_handle(mask)
     if _Settings.launch is not None:
         _Settings.launch.touch(ptrs.data, mask.data, I._get_np_dtype(ptrs.get_element_ty()).itemsize, "write")
-    return _masked_store(self, ptrs, value, mask, cache, evict)
-
-
-def _load_any_mask(self, ptrs, mask, other, cache_modifier=None, eviction_policy=None, is_volatile=False):
-    return _load(self, ptrs, _descriptor_mask(self, ptrs, mask), other, cache_modifier, eviction_policy, is_volatile)
+    return _masked_store(self, ptrs, value, mask, *rest, **named)
 
 
 def _rmw(self, op, ptr, val, mask, sem, scope):
@@ -236,7 +237,7 @@ def install() -> None:
     for name in (*arithmetic.split(), *comparisons):
         if hasattr(Builder, f"create_{name}"):
             setattr(Builder, f"create_{name}", _refuse_bf16(f"create_{name}"))
-    Builder.create_masked_load, Builder.create_masked_store = _load_any_mask, _store
+    Builder.create_masked_load, Builder.create_masked_store = _load, _store
     Builder.create_atomic_rmw, Builder.create_barrier = _rmw, _barrier
     I.GridExecutor.__call__ = _execute
     I.InterpretedFunction.__call__ = _device_call

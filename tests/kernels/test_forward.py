@@ -196,3 +196,27 @@ def test_the_allowance_notices_planted_faults(fault):
         y = launch.two_pass(forward_of(broken), SMALL).y
     with pytest.raises(AssertionError):
         assert_close_to_truth(y, call.truth(), BF16, 2)
+
+
+@pytest.mark.parametrize("way", ["two_pass", "persistent"])
+def test_a_batch_of_two_is_two_batches_of_one(way):
+    """Bit for bit, each with its own experts and its own sample gate: nothing of one sample reaches the other."""
+    call = Case(T=21, K=32, S=2).make(BF16)
+    with run(resident=2), poisoned():
+        both = WAYS[way](forward_of(call), SMALL)
+        for b in range(2):
+            experts = call.experts._replace(down=call.experts.down[b : b + 1], up=call.experts.up[b : b + 1])
+            gates = call.gates._replace(pool=call.gates.pool[b : b + 1])
+            one = WAYS[way](forward_of(replace(call, x=call.x[b : b + 1], experts=experts, gates=gates)), SMALL)
+            assert torch.equal(one.y[0], both.y[b])
+
+
+@pytest.mark.parametrize("way", ["two_pass", "persistent", "recompute"])
+def test_gates_of_zero_give_the_base_layer(way):
+    """Bit for bit what the same tiles give with no experts at all (up = 0)."""
+    call = Case(T=21, K=48, gate="mask").make(BF16)
+    zero = replace(call, gates=call.gates._replace(gate=torch.zeros_like(call.gates.gate)))
+    none = replace(call, experts=call.experts._replace(up=torch.zeros_like(call.experts.up)))
+    with run(), poisoned():
+        a, b = (WAYS[way](forward_of(c), SMALL).y for c in (zero, none))
+    assert torch.equal(a, b)

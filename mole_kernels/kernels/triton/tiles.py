@@ -84,4 +84,11 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int) 
     own = capability[0] not in (9, 10)
     narrow = own and (backward or gates > 2) and tile.BM * tile.BN >= 128 * 128
     wide = capability[0] == 9 and not backward
-    return replace(tile, BR=tile.BR if wide else min(tile.BR, 32), BN=64 if narrow else tile.BN)
+    BR, BZ = (n if wide else min(n, 32) for n in (tile.BR, tile.BZ))
+    return replace(tile, BR=BR, BZ=BZ if own else tile.BZ, BN=64 if narrow else tile.BN)
+
+
+def for_recompute(tile: Tile, capability: tuple[int, int], gates: int) -> Tile:
+    """`tile` for a kernel that holds y's and h's accumulators at once, narrowed as `fitted` does."""
+    narrow = capability[0] not in (9, 10) and gates > 0
+    return replace(tile, BN=min(tile.BN, 64) if narrow else tile.BN)

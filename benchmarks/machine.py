@@ -1,0 +1,77 @@
+"""What a result must say of where it was made: software, processor (no host name), commit, and the rates that bound it."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Budget, paired
+
+SCHEMA = 1
+
+
+def processor() -> str:
+    """The model's name and the instruction set in use; never the host's name."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.*)$", info.read_text(), re.MULTILINE))
+        name = f"{fields.get('model name', name)} family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+    return f"{name} {torch.ops.mole_cpu.instruction_set()}"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> tuple[str, bool]:
+    def git(*words: str) -> str:
+        run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return run.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../mole_kernels", ".")
+    return git("rev-parse", "--short", "HEAD"), bool(changed)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "peft", "diffusers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def ceilings() -> dict[str, float]:
+    """The best rates seen here: torch's square products, and a copy out of cache."""
+    rates = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(768, 768).to(dtype)
+        rates[f"{name}_gflops"] = 2e-3 * 768**3 / paired({"": lambda a=a: a @ a}, Budget(1.0, least=10))[""].us[0]
+    x, y = torch.randn(32 << 20), torch.empty(32 << 20)
+    rates["copy_gb_s"] = 8e-3 * x.numel() / paired({"": lambda: y.copy_(x)}, Budget(1.0, least=5))[""].us[0]
+    return {name: round(rate, 1) for name, rate in rates.items()}
+
+
+def environment(threads: int) -> dict[str, Any]:
+    revision, dirty = commit()
+    return {
+        "schema": SCHEMA,
+        "commit": revision,
+        "dirty": dirty,
+        "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": processor(),
+        "gpu": None,
+        "threads": threads,
+        "clock": "cpu time of the thread" if threads == 1 else "wall",
+        "software": versions(),
+        "ceilings": ceilings(),
+        "proxies": [],
+    }
