@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def show(problem: Problem, use: Use, gpu: str, file: Path | None, as_json: bool)
         print(json.dumps(as_data(choice, problem, device, use), indent=2))
         return
     console = out()
-    call = f"{str(problem).removesuffix(', cuda')}, {use.direction}"
+    gates, dtype = tables.gate_kind(problem, use), "tf32" if use.tf32 else str(problem.dtype)[6:]
+    size = f"x [{problem.B},{problem.T},{problem.K}] → {problem.N}, ranks {','.join(map(str, problem.ranks))}, S={problem.S}"
+    call = f"{size}, gates {gates}, {dtype}, {use.direction}"
     rows: list[tuple[str, object]] = [("call", call), ("gpu", device.name + (f"  ({assumed})" if assumed else ""))]
     rows += [("plain layer", f"{number(choice.plain)} µs"), ("taken", _taken(choice))]
     console.print(facts([*rows, ("by", _source(choice, path))]), "")
@@ -91,7 +94,8 @@ def show(problem: Problem, use: Use, gpu: str, file: Path | None, as_json: bool)
 
 
 def _time(c: Candidate, choice: Choice) -> float:
-    return c.predicted if choice.source == "model" else (c.measured if c.measured is not None else 1e12)
+    time = c.predicted if choice.source == "model" else c.measured
+    return inf if time is None else time
 
 
 def _taken(choice: Choice) -> Text:
@@ -115,8 +119,8 @@ def _line(c: Candidate, choice: Choice) -> list[Text]:
     style = "bold green" if c.name == choice.name else "" if c.possible else "dim"
     percent = added(c, choice)
     launches = "–" if c.launches is None else str(c.launches)
-    measured = "–" if c.measured is None else f"{c.measured:.1f}"
-    cells = (c.name, launches, f"{c.predicted:.1f}", measured, "–" if percent is None else f"{percent:+.0f}", c.lost or "taken")
+    predicted, measured = ("–" if time is None else f"{time:.1f}" for time in (c.predicted, c.measured))
+    cells = (c.name, launches, predicted, measured, "–" if percent is None else f"{percent:+.0f}", c.lost or "taken")
     return [Text(cell, style=style) for cell in cells]
 
 

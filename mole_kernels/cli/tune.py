@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,9 +19,10 @@ from mole_kernels.dispatch.choose import CANDIDATES, choose, refusal
 from mole_kernels.dispatch.device import Device, known, present
 from mole_kernels.dispatch.suite import Call, suite
 from mole_kernels.dispatch.tables import Row, Table, key_of
-from mole_kernels.errors import MoleStateError
+from mole_kernels.errors import MoleFileError, MoleStateError, printable
 from mole_kernels.files.writer import atomic_write
 
+ELSEWHERE = "--out FOLDER/<gpu>.json writes elsewhere; MOLE_TABLES=FOLDER reads from there"
 # candidate -> microseconds, candidate -> why it has none
 Measured = tuple[dict[str, float], dict[str, str]]
 
@@ -39,7 +41,7 @@ def tune(gpu: str, quick: bool, out_file: Path | None) -> None:
     reason = why_not_triton() or why_not_device()
     if reason is not None:
         raise MoleStateError("tune", f"the Triton backend cannot run here: {reason}")
-    path = out_file or tables.SHIPPED / f"{device.key}.json"
+    path = destination(device, out_file)
     calls = list(suite(quick))
     made, failed = collect(calls, device, measure)
     if not made.rows:
@@ -53,6 +55,18 @@ def tune(gpu: str, quick: bool, out_file: Path | None) -> None:
     summary(calls, made, device)
     for line in failed[:20]:
         remark(line)
+
+
+def destination(device: Device, out_file: Path | None) -> Path:
+    """Where the table goes; refused before minutes of measuring, not after. Raises MoleFileError."""
+    path = out_file or tables.SHIPPED / f"{device.key}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MoleFileError(printable(path, 300), f"its folder cannot be made ({error.strerror})", hint=ELSEWHERE) from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise MoleFileError(printable(path, 300), expected="a file in a folder that can be written to", hint=ELSEWHERE)
+    return path
 
 
 def collect(calls: list[Call], device: Device, measure: Callable[[Call, list[str]], Measured]) -> tuple[Table, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from mole_kernels.dispatch import cost
 from mole_kernels.dispatch.device import Device
@@ -28,14 +29,14 @@ MEANING = {
 class Candidate:
     """One way to compute the call.
 
-    predicted, measured  microseconds, None where there are none
+    predicted, measured  microseconds; None where it cannot be, where it was not measured
     launches             in one call, None where there is no kernel
     lost                 why it was not taken, None for the one that was
     possible             it could have been taken
     """
 
     name: str
-    predicted: float
+    predicted: float | None
     measured: float | None
     launches: int | None
     lost: str | None
@@ -83,7 +84,8 @@ def choose(problem: Problem, device: Device, table: Table | None = None, use: Us
             why = _why(name, problem, device, use, predicted) if row is None else "measured"
             lost = f"{_slower(running[name], running[best])}: {why}"
         measured = row.us.get(name) if row is not None else None
-        made.append(Candidate(name, predicted[name], measured, launches(name, problem, use), lost, name not in refused))
+        finite = predicted[name] if predicted[name] < inf else None
+        made.append(Candidate(name, finite, measured, launches(name, problem, use), lost, name not in refused))
     measured = row.us[best] if row is not None else None
     return Choice(best, "model" if row is None else "table", times["plain"], predicted[best], measured, tuple(made), row)
 

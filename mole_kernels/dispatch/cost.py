@@ -86,7 +86,7 @@ def two_pass(w: Work, loop: Loop) -> float:
 
 
 def recompute(w: Work, loop: Loop) -> float:
-    """Every tile of y makes all of its rows' h: R more columns."""
+    """Every tile of y makes all of its rows' h: R more columns; infinite where no tile has the registers for them."""
     best, wide = inf, (next_power(w.R) if loop.ticket else w.R) + w.token
     for rows, columns in loop.tiles:
         if rows * (columns + wide) > REGISTERS:

@@ -16,6 +16,7 @@ from mole_kernels.dispatch.choose import CANDIDATES
 from mole_kernels.dispatch.device import known
 from mole_kernels.dispatch.suite import suite
 from mole_kernels.dispatch.tables import dumps, key_of, load
+from mole_kernels.errors import MoleFileError
 
 CALL = ("explain", "--shape", "2048,1280,1280", "--ranks", "64,64", "--gate", "mole", "--gpu", "h200")
 
@@ -58,6 +59,15 @@ def test_explain_as_json_agrees(cli):
     assert found["call"]["ranks"] == [64, 64] and found["call"]["token_gate"] and found["call"]["sample_gate"]
     back = json.loads(cli(*CALL, "--json", "--backward")[1])
     assert back["plain_us"] > 0 and {c["name"] for c in back["considered"] if c["possible"]} == {"persistent", "two_pass", "stacked"}
+
+
+def test_what_no_tile_can_hold_has_no_time(cli):
+    """A rank whose recomputation no tile has registers for: a dash on the screen, null in the JSON, never Infinity."""
+    large = (*CALL[:3], "--ranks", "256,256", "--gate", "mask", "--gpu", "a100")
+    found = json.loads(cli(*large, "--json")[1], parse_constant=pytest.fail)
+    assert next(c["predicted"] for c in found["considered"] if c["name"] == "recompute") is None
+    line = next(line for line in cli(*large)[1].splitlines() if line.startswith("recompute"))
+    assert line.split()[1:5] == ["1", "–", "–", "–"] and "R = 512 > 32" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -115,6 +125,16 @@ def test_tune_without_a_gpu_says_so_and_writes_nothing(cli, tmp_path):
     code, out, err = cli("tune", "--quick", "--out", tmp_path / "t.json")
     assert code == 2 and not out and not list(tmp_path.iterdir())
     assert err.startswith("tune: torch sees no NVIDIA GPU on this machine") and "Hint: mole-kernels explain predicts without one" in err
+
+
+def test_a_table_that_could_not_be_written_is_refused_first(tmp_path, monkeypatch):
+    h200 = known("h200")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "t.json"):
+        with pytest.raises(MoleFileError, match="MOLE_TABLES"):
+            tune.destination(h200, path)
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "new" / "folder")
+    assert tune.destination(h200, None) == tmp_path / "new" / "folder" / "h200.json" and (tmp_path / "new" / "folder").is_dir()
 
 
 def test_what_is_measured_becomes_a_table(tmp_path):

@@ -59,7 +59,7 @@ def test_never_slower_than_stacked_and_every_loser_says_why():
             assert taken.possible and taken.lost is None and taken.predicted == choice.predicted
             assert choice.predicted <= choice.of("stacked").predicted
             assert all(c.lost for c in choice.considered if c is not taken)
-            assert all(c.predicted >= choice.predicted for c in choice.considered if c.possible)
+            assert all(c.predicted is not None and c.predicted >= choice.predicted for c in choice.considered if c.possible)
 
 
 def test_the_chosen_time_grows_with_rows():
