@@ -12,8 +12,8 @@ import mole_kernels
 PACKAGE = Path(mole_kernels.__file__).parent
 # from the bottom up, as in docs/design.md section 2
 ROOMS = [
-    *"errors settings precision operands problem reference extension kernels backends ops functional".split(),
-    *"files experts gates layers io patch training methods demo cli".split(),
+    *"errors settings precision files operands problem reference extension kernels dispatch backends ops functional".split(),
+    *"experts gates layers io patch training methods demo cli".split(),
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The operator in Triton, for NVIDIA GPUs from Ampere on: forward in one launch, backward in two.
 
-Importing this module does not import Triton; the first call does. Which kernel computes a call: `kernels/triton/strategies.py`.
+Importing this module does not import Triton; the first call does. Which way computes a call: `dispatch/choose.py`, asked once for
+every kind of call; nothing is measured at run time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 from mole_kernels.backends import stacked
+from mole_kernels.dispatch import device as devices
+from mole_kernels.dispatch.choose import choose
+from mole_kernels.dispatch.tables import for_device
+from mole_kernels.dispatch.work import Use
 from mole_kernels.problem import Problem
 
 name = "triton"
@@ -77,21 +82,43 @@ def _call(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, po
 
 
 @lru_cache(maxsize=16)
-def _device(index: int | None) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors; without a GPU (tests only) those of an A100."""
-    if not torch.cuda.is_available():
-        return (8, 0), 108
-    properties = torch.cuda.get_device_properties(index)
-    return (properties.major, properties.minor), properties.multi_processor_count
+def _device(index: int | None) -> devices.Device:
+    """The GPU; without one (tests only) an A100."""
+    return devices.present(index) if torch.cuda.is_available() else devices.KNOWN["a100"]
+
+
+@lru_cache(maxsize=4096)
+def _chosen(
+    index: int | None, B: int, T: int, K: int, N: int, ranks: tuple[int, ...], S: int, dtype: torch.dtype, token: bool, sample: bool,
+    gate: tuple[bool, bool] | None, save: bool, backward: bool, tf32: bool,
+) -> str:  # fmt: skip
+    """The way for a kind of call; gate: whether the given one varies by sample and by token."""
+    problem = Problem(B, T, K, N, ranks, S, dtype, "cuda", token, sample, gate is not None)
+    by_sample, by_token = gate or (False, False)
+    device = _device(index)
+    return choose(problem, device, for_device(device), Use(backward, save, by_token, by_sample, tf32)).name
+
+
+def way_of(x, weight, down, ranks, gate, phi, pool, save: bool, backward: bool = False) -> str:
+    """What `choose` says for the call that these tensors make: a name in `strategies.WAYS`, or "stacked"."""
+    # not allow_tf32: reading that raises where the newer switch was set
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    varies = None if gate is None else (gate.shape[0] > 1, gate.shape[1] > 1)
+    return _chosen(
+        x.device.index, *x.shape, weight.shape[0], tuple(ranks), down.shape[0], x.dtype, phi is not None, pool is not None, varies, save,
+        backward, tf32,
+    )  # fmt: skip
 
 
 def _tile(f):
-    from mole_kernels.kernels.triton.tiles import choose, fitted
+    from mole_kernels.kernels.triton.tiles import choose as tile_for
+    from mole_kernels.kernels.triton.tiles import fitted
 
-    capability, processors = _device(f.x.device.index)
+    device = _device(f.x.device.index)
     gates = sum(g is not None for g in (f.phi, f.pool, f.gate))
     # D is made for a scale's gradient too
-    return fitted(choose(f.M, f.K, f.N, f.R, f.x.dtype, capability, processors), capability, f.backward, gates + f.backward)
+    tile = tile_for(f.M, f.K, f.N, f.R, f.x.dtype, device.capability, device.processors)
+    return fitted(tile, device.capability, f.backward, gates + f.backward)
 
 
 def forward(
@@ -103,15 +130,16 @@ def forward(
     if 0 in (x.numel(), weight.shape[0], down.shape[1]):
         # nothing for a kernel to do
         return stacked.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
-    from mole_kernels.kernels.triton.strategies import WAYS, default
+    way = way or way_of(x, weight, down, ranks, gate, phi, pool, save)
+    if way == "stacked":
+        return stacked.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
+    from mole_kernels.kernels.triton.strategies import WAYS
     from mole_kernels.kernels.triton.tiles import for_recompute
 
     f = _call(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
     tile = tile or _tile(f)
-    capability, processors = _device(x.device.index)
-    way = way or default(f, tile, processors)
     if way == "recompute":
-        tile = for_recompute(tile, capability, sum(g is not None for g in (gate, phi)))
+        tile = for_recompute(tile, _device(x.device.index).capability, sum(g is not None for g in (gate, phi)))
     b = WAYS[way](f, tile)
     none = x.new_empty(0)
     return b.y, b.h if save else none, b.token_gate, b.sample_gate
@@ -120,10 +148,16 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: Tensor, ranks: tuple[int, ...],
     gate: Tensor | None, phi: Tensor | None, pool: Tensor | None, h: Tensor, token_gate: Tensor, sample_gate: Tensor,
-    need: list[bool], one_launch: bool = True, tile=None,
+    need: list[bool], way: str | None = None, tile=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The nine gradients; what nobody needs is empty. Deterministic: two runs are bit-equal."""
-    if 0 in (x.numel(), weight.shape[0], down.shape[1]):
+    """The nine gradients; what nobody needs is empty. Deterministic: two runs are bit-equal.
+
+    `way` ("persistent", "two_pass", "stacked") and `tile` override the choice, which only dX leaves open.
+    """
+    empty = 0 in (x.numel(), weight.shape[0], down.shape[1])
+    if way is None and not empty and need[0]:
+        way = way_of(x, weight, down, ranks, gate, phi, pool, False, backward=True)
+    if empty or way == "stacked":
         return stacked.backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need)
     from dataclasses import replace
 
@@ -133,4 +167,4 @@ def backward(
     f = _call(x, weight, None, down, up, scale, ranks, gate, phi, None, pool, None, False)
     f = replace(f, h=h.contiguous(), token_gate=token_gate, sample_gate=sample_gate)
     dy = _tame(dy)
-    return run(f, dy, Need(*need), tile or _tile(swapped(dy, f.w, f.down, f.up, f)), one_launch)
+    return run(f, dy, Need(*need), tile or _tile(swapped(dy, f.w, f.down, f.up, f)), way != "two_pass")

@@ -1,4 +1,4 @@
-"""`mole-kernels`: look into files, say what this machine can do, convert, show the demo.
+"""`mole-kernels`: look into files, say what this machine can do, convert, show the demo, explain and tune the choice of kernels.
 
 Torch and diffusers are imported by the commands that need them, so that `--help` is immediate.
 """
@@ -100,6 +100,39 @@ def demo(
 
         raise MoleStateError("demo", f"needs {error.name}", hint='pip install "mole-kernels[demo]"') from error
     run_demo(out=out, quick=quick, seeds=seeds)
+
+
+@app.command()
+def explain(
+    shape: Annotated[str, typer.Option(help="M,K,N: rows (tokens times samples), inputs, outputs.")],
+    ranks: Annotated[str, typer.Option(help="The rank of each expert, as in 64,64.")],
+    gate: Annotated[str, typer.Option(help="none, constant, mask, local, global, mole; joined by '+'.")] = "none",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or tf32.")] = "bf16",
+    gpu: Annotated[str, typer.Option(help="h200, h100, a100, rtx4090, b200, rtx5090; auto: the one here.")] = "auto",
+    batch: Annotated[int, typer.Option(help="How many samples the rows are of.")] = 1,
+    per_sample: Annotated[bool, typer.Option("--per-sample", help="Every sample has its own experts.")] = False,
+    backward: Annotated[bool, typer.Option("--backward", help="The backward instead of the forward.")] = False,
+    training: Annotated[bool, typer.Option("--training", help="A forward that keeps what its backward needs.")] = False,
+    table: Annotated[Optional[Path], typer.Option(help="A table of measurements, instead of the installed one.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for machines.")] = False,
+) -> None:
+    """Which kernels would compute a layer on a GPU, in what time, and why not the others; needs no GPU."""
+    from mole_kernels.cli.explain import question, show
+
+    problem, use = question(shape, ranks, gate, dtype, batch, per_sample, backward, training)
+    show(problem, use, gpu, table, as_json)
+
+
+@app.command()
+def tune(
+    gpu: Annotated[str, typer.Option(help="auto, or the GPU that this machine must have.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="A few layers and ranks only.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="The file to write; without it the installed table.")] = None,  # noqa: UP045
+) -> None:
+    """Measure every candidate on this machine's GPU and write the table that later choices are made by."""
+    from mole_kernels.cli.tune import tune as run
+
+    run(gpu, quick, out)
 
 
 def main() -> None:

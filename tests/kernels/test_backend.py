@@ -7,8 +7,8 @@ import torch
 
 from mole_kernels.backends import stacked
 from mole_kernels.backends import triton as backend
-from mole_kernels.kernels.triton.strategies import default, refusal
-from mole_kernels.kernels.triton.tiles import Tile, choose, fitted
+from mole_kernels.kernels.triton.strategies import refusal
+from mole_kernels.kernels.triton.tiles import choose, fitted
 from mole_kernels.problem import Problem
 from tests.kernels.interpreter import run
 from tests.kernels.support import SMALL, forward_of
@@ -30,7 +30,7 @@ def test_forward_and_backward_keep_the_contract(case):
     e, g = call.experts, call.gates
     for save in (False, True):
         with run(resident=2):
-            got = backend.forward(*arguments(call, save), tile=SMALL)
+            got = backend.forward(*arguments(call, save), way="persistent", tile=SMALL)
         want = stacked.forward(*arguments(call, save))
         for name, a, b in zip(("y", "h", "token_gate", "sample_gate"), got, want):
             assert a.shape == b.shape and a.dtype == b.dtype, name
@@ -39,17 +39,17 @@ def test_forward_and_backward_keep_the_contract(case):
     for need in ([True] * 9, [False] * 9, [True] + [False] * 8):
         rest = (dy, call.x, call.weight, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.pool, *want[1:], need)
         with run(resident=2):
-            grads = backend.backward(*rest, tile=SMALL)
+            grads = backend.backward(*rest, way="persistent", tile=SMALL)
         for name, a, b in zip("x down up scale gate phi phi_bias pool pool_bias".split(), grads, stacked.backward(*rest)):
             assert a.shape == b.shape and (a.dtype == b.dtype or not a.numel()), name
             assert torch.allclose(a.float(), b.float(), atol=0.1 * (1 + b.abs().max().item() if b.numel() else 1)), name
 
 
-def test_the_default_choice_runs():
-    """The tiles and the way that a GPU of Ampere's kind would get."""
+def test_the_chosen_tiles_run():
+    """Those that a GPU of Ampere's kind would get."""
     call = Case(B=1, T=70, K=64, N=72, ranks=(16, 40)).make(torch.bfloat16)
     with run():
-        y = backend.forward(*arguments(call, False))[0]
+        y = backend.forward(*arguments(call, False), way="persistent")[0]
     assert torch.allclose(y.float(), stacked.forward(*arguments(call, False))[0].float(), atol=0.1, rtol=0.05)
 
 
@@ -89,7 +89,6 @@ def test_ways_refuse_with_a_reason():
     assert "varies by token" in refusal("merge", fused("mask"))
     assert "to be saved" in refusal("merge", fused("none", save=True))
     assert refusal("persistent", fused("both")) is None
-    assert default(fused("none"), Tile(), 132) == "recompute" and default(fused("both"), Tile(), 132) == "persistent"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])

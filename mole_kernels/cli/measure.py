@@ -1,0 +1,124 @@
+"""Times of the candidates of one call on the GPU of this machine: verified first, then interleaved replays of captured graphs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mole_kernels.backends import stacked, triton
+from mole_kernels.dispatch.suite import Call
+from mole_kernels.errors import printable
+
+# calls in one graph, replays of each: interleaved, in alternating order
+CALLS, ROUNDS, WARM = 10, 9, 3
+# of the whole result against the stacked backend's: wrong code is off by far more, a 16-bit rounding by far less
+TOLERANCE = 0.05
+
+
+def measure(call: Call, names: list[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """Microseconds of "plain" and of each of `names`; and why one has none."""
+    failed: dict[str, str] = {}
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    try:
+        runs = programs(call, names)
+        truth = [t.float() for t in runs["stacked"]()]
+    except RuntimeError as reason:
+        return {}, {"stacked": _short(reason)}
+    for name, run in runs.items():
+        try:
+            if name != "plain" and (wrong := error(run(), truth)) > TOLERANCE:
+                failed[name] = f"wrong by {wrong:.1%} against the stacked backend"
+                continue
+            graphs[name] = captured(run)
+        except Exception as reason:
+            # whatever a compiler or a launch raises: one candidate must not cost the others their times
+            failed[name] = _short(reason)
+    return timed(graphs), failed
+
+
+def _short(reason: Exception) -> str:
+    return f"{type(reason).__name__}: {printable(str(reason).partition(chr(10))[0], 200)}"
+
+
+def programs(call: Call, names: list[str]) -> dict[str, Callable[[], list[Tensor]]]:
+    """What to run for the plain layer and for each candidate, on the same random inputs."""
+    p, device = call.problem, call.problem.device
+    draw = torch.Generator(device).manual_seed(0)
+
+    def new(*shape: int, dtype: torch.dtype = p.dtype, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=draw, device=device) * scale).to(dtype)
+
+    x, weight, bias = new(p.B, p.T, p.K), new(p.N, p.K, scale=p.K**-0.5), new(p.N)
+    down, up = new(p.S, p.R, p.K, scale=p.K**-0.5), new(p.S, p.N, p.R, scale=p.R**-0.5)
+    scale = torch.ones(p.E, device=device)
+    given = (p.B, p.T, p.E) if call.use.by_token else (1, 1, p.E)
+    gate = torch.rand(*given, generator=draw, device=device) if p.given_gate else None
+    phi, phi_bias = (new(p.E, p.K, scale=p.K**-0.5), new(p.E)) if p.token_gate else (None, None)
+    pool = new(p.S, p.R, dtype=torch.float32) if p.sample_gate else None
+    pool_bias = new(p.E, dtype=torch.float32) if p.sample_gate else None
+    operands = (x, weight, bias, down, up, scale, p.ranks, gate, phi, phi_bias, pool, pool_bias)
+    if not call.use.backward:
+        save = call.use.save
+        runs: dict[str, Callable[[], list[Tensor]]] = {"plain": lambda: [F.linear(x, weight, bias)]}
+        for name in names:
+            one = stacked.forward if name == "stacked" else _way(name)
+            runs[name] = lambda one=one: list(one(*operands, save))  # type: ignore[misc]
+        return runs
+    dy = new(p.B, p.T, p.N)
+    _, h, token_gate, sample_gate = stacked.forward(*operands, True)
+    # what training experts and MoLE's gates asks for; given gates and scales are constants there
+    need = [True, True, True, False, False, p.token_gate, p.token_gate, p.sample_gate, p.sample_gate]
+    rest = (dy, x, weight, down, up, scale, p.ranks, gate, phi, pool, h, token_gate, sample_gate, need)
+    runs = {"plain": lambda: [dy @ weight]}
+    for name in names:
+        runs[name] = lambda name=name: list(triton.backward(*rest, way=name))  # type: ignore[misc]
+    return runs
+
+
+def _way(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda *operands: triton.forward(*operands, way=name)  # type: ignore[misc]
+
+
+def error(got: list[Tensor], truth: list[Tensor]) -> float:
+    """Largest relative error of an output; NaN counts as infinite."""
+    worst = 0.0
+    for a, b in zip(got, truth):
+        if b.numel():
+            off = ((a.float() - b).norm() / b.norm().clamp_min(1e-30)).item()
+            worst = max(worst, off if off == off else float("inf"))
+    return worst
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """CALLS calls in one graph, after warming up on a stream of their own."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            run()
+    return graph
+
+
+def timed(graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
+    """Median microseconds of a call; the graphs take turns, every second round backwards."""
+    taken: dict[str, list[float]] = {name: [] for name in graphs}
+    for i in range(ROUNDS + 1):
+        for name in graphs if i % 2 == 0 else reversed(graphs):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graphs[name].replay()
+            end.record()
+            end.synchronize()
+            if i:
+                # the first round warms clocks and caches
+                taken[name].append(begin.elapsed_time(end) * 1e3 / CALLS)
+    return {name: statistics.median(times) for name, times in taken.items()}

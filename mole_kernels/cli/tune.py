@@ -1,0 +1,124 @@
+"""`mole-kernels tune`: measure every candidate on the GPU of this machine and write its table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mole_kernels.cli.screen import done, out, remark, table
+from mole_kernels.dispatch import tables
+from mole_kernels.dispatch.choose import CANDIDATES, choose, refusal
+from mole_kernels.dispatch.device import Device, known, present
+from mole_kernels.dispatch.suite import Call, suite
+from mole_kernels.dispatch.tables import Row, Table, key_of
+from mole_kernels.errors import MoleFileError, MoleStateError, printable
+from mole_kernels.files.writer import atomic_write
+
+ELSEWHERE = "--out FOLDER/<gpu>.json writes elsewhere; MOLE_TABLES=FOLDER reads from there"
+# candidate -> microseconds, candidate -> why it has none
+Measured = tuple[dict[str, float], dict[str, str]]
+
+
+def tune(gpu: str, quick: bool, out_file: Path | None) -> None:
+    """Measure the suite and write the table. Raises MoleStateError where there is no such GPU here."""
+    if not torch.cuda.is_available():
+        raise MoleStateError("tune", "torch sees no NVIDIA GPU on this machine, and a table is measured on the GPU it is for",
+                             hint="mole-kernels explain predicts without one")  # fmt: skip
+    device = present()
+    if gpu != "auto" and known(gpu).key != device.key:
+        raise MoleStateError("tune", expected=f"a {known(gpu).name}", got=device.name, hint="a table is measured on the GPU it is for")
+    from mole_kernels.backends.triton import why_not_device, why_not_triton
+    from mole_kernels.cli.measure import measure
+
+    reason = why_not_triton() or why_not_device()
+    if reason is not None:
+        raise MoleStateError("tune", f"the Triton backend cannot run here: {reason}")
+    path = destination(device, out_file)
+    calls = list(suite(quick))
+    made, failed = collect(calls, device, measure)
+    if not made.rows:
+        raise MoleStateError("tune", "no call could be measured", hint=next(iter(failed), ""))
+
+    def write(file: BinaryIO) -> None:
+        file.write(tables.dumps(made).encode())
+
+    atomic_write(path, write)
+    done(str(path), f"{len(made.rows)} rows")
+    summary(calls, made, device)
+    for line in failed[:20]:
+        remark(line)
+
+
+def destination(device: Device, out_file: Path | None) -> Path:
+    """Where the table goes; refused before minutes of measuring, not after. Raises MoleFileError."""
+    path = out_file or tables.SHIPPED / f"{device.key}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MoleFileError(printable(path, 300), f"its folder cannot be made ({error.strerror})", hint=ELSEWHERE) from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise MoleFileError(printable(path, 300), expected="a file in a folder that can be written to", hint=ELSEWHERE)
+    return path
+
+
+def collect(calls: list[Call], device: Device, measure: Callable[[Call, list[str]], Measured]) -> tuple[Table, list[str]]:
+    """The table of `calls`, and a line for each candidate that failed; a failure costs its own time only."""
+    rows: list[Row] = []
+    failed: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("measuring", total=len(calls))
+        for call in calls:
+            bar.update(task, description=f"{call.model} {call.problem.M}×{call.problem.K}×{call.problem.N} R={call.problem.R}")
+            names = [name for name in CANDIDATES if refusal(name, call.problem, call.use) is None]
+            us, without = measure(call, names)
+            failed += [f"{call.problem}, {call.use.direction}: {name}: {why}" for name, why in without.items()]
+            if {"plain", "stacked"} <= set(us):
+                asked = key_of(call.problem, call.use)
+                rows.append(Row(asked.M, asked.K, asked.N, asked.ranks, asked.sets, asked.dtype, asked.gate, asked.direction, us))
+            bar.advance(task)
+    software = {name: _version(name) for name in ("torch", "triton")} | {"cuda": str(torch.version.cuda)}
+    utc = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return Table(device.name, device.key, device.capability, device.processors, software, utc, tuple(rows)), failed
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def summary(calls: list[Call], made: Table, device: Device) -> None:
+    """How often each candidate was fastest, how often the model would have said so, and what its other choices would have cost."""
+    found = regret(calls, made, device)
+    rows = []
+    for name in CANDIDATES:
+        guesses = [loss for guess, _, loss in found if guess == name]
+        first = sum(best == name for _, best, _ in found)
+        if first or guesses:
+            worst = f"{(max(guesses) - 1) * 100:.0f}" if guesses else "–"
+            rows.append((name, str(first), str(len(guesses)), worst))
+    columns = ("candidate", "fastest", "the model's choice", "then slower by at most %")
+    out().print(table(f"{len(found)} calls", columns, rows, numbers=columns[1:]))
+
+
+def regret(calls: list[Call], made: Table, device: Device) -> list[tuple[str, str, float]]:
+    """(the model's choice, the fastest, time of the first over the second) for each measured call whose choice was measured."""
+    found = []
+    rows = {row: row for row in made.rows}
+    for call in calls:
+        row = rows.get(key_of(call.problem, call.use))
+        guess = choose(call.problem, device, None, call.use).name
+        if row is not None and guess in row.us:
+            best = min((name for name in CANDIDATES if name in row.us), key=row.us.__getitem__)
+            found.append((guess, best, row.us[guess] / row.us[best]))
+    return found

@@ -1,0 +1,139 @@
+"""The choice: every candidate with its predicted or measured time, the fastest possible one, and why each other one lost. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+from mole_kernels.dispatch import cost
+from mole_kernels.dispatch.device import Device
+from mole_kernels.dispatch.tables import Row, Table
+from mole_kernels.dispatch.work import Use, ours, work
+from mole_kernels.kernels.triton.limits import LAUNCHES, impossible
+from mole_kernels.problem import Problem
+
+# in the order of preference where times are equal; stacked (plain torch) is always possible, so no choice is slower than it
+CANDIDATES = ("persistent", "recompute", "two_pass", "merge", "added", "stacked", "dense")
+MEANING = {
+    "persistent": "one launch: tiles of h first, then tiles of y",
+    "recompute": "one launch: every tile of y makes its own h",
+    "two_pass": "shrink, then base and expand",
+    "merge": "W with the experts merged in, then a library's product",
+    "added": "shrink, base by a library, our expand on top",
+    "stacked": "plain torch with stacked A and B",
+    "dense": "x times W and every ΔW",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute the call.
+
+    predicted, measured  microseconds; None where it cannot be, where it was not measured
+    launches             in one call, None where there is no kernel
+    lost                 why it was not taken, None for the one that was
+    possible             it could have been taken
+    """
+
+    name: str
+    predicted: float | None
+    measured: float | None
+    launches: int | None
+    lost: str | None
+    possible: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is taken, and all that was considered.
+
+    source             "model" or "table"
+    plain              microseconds of the layer without experts by that source
+    bucket             the row of the table that spoke for the call
+    """
+
+    name: str
+    source: str
+    plain: float
+    predicted: float
+    measured: float | None
+    considered: tuple[Candidate, ...]
+    bucket: Row | None = None
+
+    def of(self, name: str) -> Candidate:
+        return next(c for c in self.considered if c.name == name)
+
+
+def choose(problem: Problem, device: Device, table: Table | None = None, use: Use = Use()) -> Choice:  # noqa: B008
+    """The fastest possible candidate: by the table's nearest row, else by the model. Never slower than stacked by the same source.
+
+    A candidate that the row did not measure cannot win there: measured and predicted times are not compared with each other.
+    """
+    predicted = {name: cost.predict(name, problem, device, use) for name in (*CANDIDATES, "plain")}
+    refused = {name: reason for name in CANDIDATES if (reason := refusal(name, problem, use)) is not None}
+    row = table.nearest(problem, use) if table is not None else None
+    times = predicted if row is None else row.us
+    running = {name: times[name] for name in CANDIDATES if name not in refused and name in times}
+    best = min(running, key=lambda name: running[name])
+    made = []
+    for name in CANDIDATES:
+        lost = refused.get(name)
+        if lost is None and name not in running:
+            lost = "not measured near this shape"
+        elif lost is None and name != best:
+            why = _why(name, problem, device, use, predicted) if row is None else "measured"
+            lost = f"{_slower(running[name], running[best])}: {why}"
+        measured = row.us.get(name) if row is not None else None
+        finite = predicted[name] if predicted[name] < inf else None
+        made.append(Candidate(name, finite, measured, launches(name, problem, use), lost, name not in refused))
+    measured = row.us[best] if row is not None else None
+    return Choice(best, "model" if row is None else "table", times["plain"], predicted[best], measured, tuple(made), row)
+
+
+def refusal(name: str, problem: Problem, use: Use) -> str | None:
+    """Why a candidate cannot compute the call, or None."""
+    if name == "stacked":
+        return None
+    if name == "dense":
+        if use.backward:
+            return "has no backward"
+        return "every sample has its own experts: each would need its own ΔW" if problem.S > 1 else "there is no kernel for it yet"
+    mask = problem.given_gate and use.by_token
+    return impossible(
+        name, problem.R, token=problem.token_gate, sample=problem.sample_gate, mask=mask, save=use.save, backward=use.backward
+    )
+
+
+def launches(name: str, problem: Problem, use: Use) -> int | None:
+    """Launches of one call, torch's included; of a backward, with the sums over tokens."""
+    if name == "dense":
+        return None
+    if name == "stacked":
+        return cost.small_launches(problem, use) + (5 if use.backward else 3)
+    return LAUNCHES[name] + use.backward
+
+
+def _slower(time: float, best: float) -> str:
+    percent = (time / best - 1) * 100
+    return f"{percent:.0f} % slower" if percent >= 1 else "less than 1 % slower"
+
+
+def _why(name: str, problem: Problem, device: Device, use: Use, predicted: dict[str, float]) -> str:
+    """What a candidate spends most of its extra time on, by the model."""
+    w, loop = work(problem, device, use), ours(problem, device, use, name)
+    if name in ("persistent", "two_pass", "recompute"):
+        base, library = cost.product(w, loop, w.K, w.N), cost.plain(w)
+        if base - library > 0.5 * (predicted[name] - library):
+            rows, columns = loop.tiles[0]
+            return f"our {rows}×{columns} tiles alone take {base:.1f} µs for the base, a library {library:.1f}"
+    if name == "recompute":
+        return f"h is made again for every {loop.tiles[0][1]} columns of y"
+    if name == "merge":
+        return "W is read and written once more" + (f" for each of {w.many} samples" if w.many > 1 else "")
+    if name == "stacked":
+        return f"{launches(name, problem, use)} launches, y read and written once more"
+    return {
+        "persistent": "tiles of y wait for tiles of h in the first wave",
+        "two_pass": "a second launch, and x is read again for h",
+        "added": "three launches, y read and written once more",
+    }[name]
