@@ -160,9 +160,6 @@ MOLE_INLINE void narrow_row<bfloat, float>(const float* in, bfloat* out, int64_t
 #endif
 
 // r[i][j] -> r[j][i]: log2(n) rounds of a perfect shuffle of the rows' halves
-template <int n, class V>
-MOLE_INLINE V interleave(V a, V b, bool high);
-
 template <class V, int... I>
 struct Interleave {
   static MOLE_INLINE V low(V a, V b) { return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * int(sizeof...(I)))...); }
