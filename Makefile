@@ -56,4 +56,4 @@ gpu: $(STAMP)
 clean:
 	rm -rf build dist *.egg-info demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f mole_kernels/*.so
+	rm -f mole_kernels/*.so mole_kernels/libmole_kernels.json
