@@ -19,9 +19,9 @@ from torch import nn
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.io.gates import GateFile, GateTensors
-from mole_kernels.patch.apply import patch
-from mole_kernels.patch.plan import plan
-from mole_kernels.patch.targets import mole_targets, sizes
+from mole_kernels.patching.apply import patch
+from mole_kernels.patching.plan import plan
+from mole_kernels.patching.targets import mole_targets, sizes
 
 SDXL = {
     "block_out_channels": (320, 640, 1280),

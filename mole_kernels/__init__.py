@@ -13,10 +13,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "patch": "mole_kernels.patch.apply",
-    "plan": "mole_kernels.patch.plan",
-    "accelerate": "mole_kernels.patch.accelerate",
-    "status": "mole_kernels.patch.status",
+    "patch": "mole_kernels.patching.apply",
+    "plan": "mole_kernels.patching.plan",
+    "accelerate": "mole_kernels.patching.accelerate",
+    "status": "mole_kernels.patching.status",
     "gated_lora_linear": "mole_kernels.functional",
     "Experts": "mole_kernels.operands",
     "Gates": "mole_kernels.operands",

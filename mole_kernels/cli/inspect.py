@@ -148,9 +148,9 @@ def _metadata(console: Any, path: Path) -> None:
 def _match(console: Any, name: str, experts: dict[str, Expert], gates: GateFile | None) -> None:
     """Plan a patch of the model's skeleton, expert by expert, and say what meets what."""
     from mole_kernels.cli.models import skeleton
-    from mole_kernels.patch.names import Names
-    from mole_kernels.patch.plan import plan
-    from mole_kernels.patch.targets import scan, sizes
+    from mole_kernels.patching.names import Names
+    from mole_kernels.patching.plan import plan
+    from mole_kernels.patching.targets import scan, sizes
 
     model = skeleton(name)
     rows: list[list[object]] = []

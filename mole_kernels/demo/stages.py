@@ -16,7 +16,7 @@ from mole_kernels.training.data import TensorBatches
 
 if TYPE_CHECKING:
     from mole_kernels.experts.lowrank import Expert
-    from mole_kernels.patch.handle import Handle
+    from mole_kernels.patching.handle import Handle
 
 GATE_KINDS = ("constant", "local", "global", "mole")
 

@@ -13,12 +13,12 @@ from torch import Generator, Tensor
 from mole_kernels.demo import data, evaluate, stages
 from mole_kernels.demo.classifier import load_reader
 from mole_kernels.demo.model import ASSETS, Pipeline, load_pipeline
-from mole_kernels.patch.apply import patch
+from mole_kernels.patching.apply import patch
 
 if TYPE_CHECKING:
     from mole_kernels.experts.bank import ExpertBank
     from mole_kernels.io import GateFile
-    from mole_kernels.patch.handle import Handle
+    from mole_kernels.patching.handle import Handle
 
 CONSTANTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 GATED = {"constant": "learned constant", "local": "local", "global": "global", "mole": "both"}

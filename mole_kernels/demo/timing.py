@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mole_kernels.demo import data
 from mole_kernels.demo.model import CAPTION_TOKENS, FACTOR, LATENT_CHANNELS, TEXT_WIDTH
-from mole_kernels.patch.apply import patch
+from mole_kernels.patching.apply import patch
 
 if TYPE_CHECKING:
     from mole_kernels.experts.bank import ExpertBank

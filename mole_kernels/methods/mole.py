@@ -18,9 +18,9 @@ from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.layers.linear import Gated
-from mole_kernels.patch.apply import patch
-from mole_kernels.patch.handle import Handle
-from mole_kernels.patch.targets import mole_targets, sizes
+from mole_kernels.patching.apply import patch
+from mole_kernels.patching.handle import Handle
+from mole_kernels.patching.targets import mole_targets, sizes
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.data import counted_generator
 from mole_kernels.training.loop import RunOptions, TrainResult, fit

@@ -18,7 +18,7 @@ from mole_kernels.demo.run import MIXTURE
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.io import GateFile, GateTensors, save_bank
-from mole_kernels.patch.apply import patch
+from mole_kernels.patching.apply import patch
 
 
 def halved(expert: Expert) -> Expert:

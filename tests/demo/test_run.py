@@ -18,7 +18,7 @@ from mole_kernels.demo.run import MIXTURE, SHOWN, run_demo
 from mole_kernels.demo.timing import eager_unet, peft_unet, step_input
 from mole_kernels.errors import MoleValueError
 from mole_kernels.io import load_bank
-from mole_kernels.patch.apply import patch
+from mole_kernels.patching.apply import patch
 
 TINY = stages.Plan(rank=2, closeups=32, expert_steps=2, expert_batch=4, scenes=32, gate_steps=2, gate_batch=4)
 

@@ -50,7 +50,7 @@ def _stand_in(package: str, *names: str) -> None:
 def _accelerate_every_layer() -> None:
     from peft.tuners import lora
 
-    from mole_kernels.patch.peft_forward import swap
+    from mole_kernels.patching.peft_forward import swap
 
     make = lora.Linear.__init__
 
@@ -76,7 +76,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    from mole_kernels.patch.status import status
+    from mole_kernels.patching.status import status
 
     config = session.config
     on = not config.getoption("--mole-off")

@@ -11,8 +11,8 @@ from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.gates.gate import ConstantGate, MoLEGate
 from mole_kernels.methods.mole import PRESETS, train_expert, train_gates
-from mole_kernels.patch.apply import patch
-from mole_kernels.patch.targets import mole_targets, sizes
+from mole_kernels.patching.apply import patch
+from mole_kernels.patching.targets import mole_targets, sizes
 from mole_kernels.training.checkpoint import list_checkpoints
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.data import TensorBatches

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from mole_kernels.errors import MoleStateError
-from mole_kernels.patch.targets import uncompiled
+from mole_kernels.patching.targets import uncompiled
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 _ATTENTION_METHOD, _MODEL_METHOD = "fuse_projections", "fuse_qkv_projections"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_kernels.experts.lowrank import Expert, LowRank
-from mole_kernels.patch.targets import mole_targets, scan, sizes
+from mole_kernels.patching.targets import mole_targets, scan, sizes
 
 TEXT_WIDTH = 12
 

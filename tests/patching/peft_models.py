@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mole_kernels as mk
-from tests.patch.conftest import run_flux, run_unet, tiny_flux, tiny_unet
+from tests.patching.conftest import run_flux, run_unet, tiny_flux, tiny_unet
 
 K, N = 24, 40
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from mole_kernels.errors import printable
 from mole_kernels.experts.lowrank import Expert, flatten, split_component
-from mole_kernels.patch.targets import Scan, denoiser
+from mole_kernels.patching.targets import Scan, denoiser
 
 # a text encoder holds this level in some versions of transformers and not in others
 _OPTIONAL_LEVEL = "text_model_"

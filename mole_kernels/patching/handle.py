@@ -18,17 +18,17 @@ from mole_kernels.io.bank import save_bank
 from mole_kernels.io.gates import GateFile, save_gates
 from mole_kernels.layers.attach import detach
 from mole_kernels.layers.linear import Gated
-from mole_kernels.patch import guards
-from mole_kernels.patch.collect import collect_bank, collect_gates
-from mole_kernels.patch.swap import swap_expert
-from mole_kernels.patch.undo import all_or_nothing
-from mole_kernels.patch.weights import ScaleWriter
+from mole_kernels.patching import guards
+from mole_kernels.patching.collect import collect_bank, collect_gates
+from mole_kernels.patching.swap import swap_expert
+from mole_kernels.patching.undo import all_or_nothing
+from mole_kernels.patching.weights import ScaleWriter
 
 if TYPE_CHECKING:
     import os
 
-    from mole_kernels.patch.plan import Plan
-    from mole_kernels.patch.sources import Source
+    from mole_kernels.patching.plan import Plan
+    from mole_kernels.patching.sources import Source
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from mole_kernels.errors import MoleStateError, MoleValueError
-from mole_kernels.patch.targets import roots
+from mole_kernels.patching.targets import roots
 
 
 @dataclass
@@ -23,7 +23,7 @@ class AccelerateHandle:
 
     def remove(self) -> None:
         """Give every layer its PEFT class back; nothing else was ever changed."""
-        from mole_kernels.patch.peft_forward import restore
+        from mole_kernels.patching.peft_forward import restore
 
         for layer in self.layers.values():
             restore(layer)
@@ -44,7 +44,7 @@ def accelerate(model: object) -> AccelerateHandle:
     """
     found = roots(model)
     try:
-        from mole_kernels.patch.peft_forward import is_peft_layer, swap
+        from mole_kernels.patching.peft_forward import is_peft_layer, swap
     except ImportError as error:
         raise MoleStateError("accelerate", f"PEFT cannot be imported: {error}", hint="pip install peft") from error
     handle = AccelerateHandle()

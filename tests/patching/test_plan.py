@@ -12,10 +12,10 @@ from mole_kernels.errors import MoleFileError, MoleKeyError, MoleShapeError, Mol
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert, LowRank, flatten
 from mole_kernels.io.gates import GateFile, GateTensors
-from mole_kernels.patch.apply import patch
-from mole_kernels.patch.plan import plan
-from mole_kernels.patch.targets import mole_targets, scan
-from tests.patch.conftest import make_expert
+from mole_kernels.patching.apply import patch
+from mole_kernels.patching.plan import plan
+from mole_kernels.patching.targets import mole_targets, scan
+from tests.patching.conftest import make_expert
 
 PATHS = ["first", "second", "mix"]
 

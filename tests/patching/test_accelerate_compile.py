@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mole_kernels as mk
-from tests.patch.peft_models import K, calls, draw, make, twins
+from tests.patching.peft_models import K, calls, draw, make, twins
 
 peft = pytest.importorskip("peft")
 

@@ -13,11 +13,11 @@ from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, Mo
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.io.gates import GateFile, GateTensors
 from mole_kernels.layers.attach import reject
-from mole_kernels.patch.gating import match_gates
-from mole_kernels.patch.names import Names, few, hint_for
-from mole_kernels.patch.sources import GateMaker, Source, read_experts, read_gates
-from mole_kernels.patch.table import plan_table
-from mole_kernels.patch.targets import Scan, scan, sizes
+from mole_kernels.patching.gating import match_gates
+from mole_kernels.patching.names import Names, few, hint_for
+from mole_kernels.patching.sources import GateMaker, Source, read_experts, read_gates
+from mole_kernels.patching.table import plan_table
+from mole_kernels.patching.targets import Scan, scan, sizes
 
 Targets = Iterable[str] | Mapping[str, nn.Module] | Callable[[str, nn.Module], bool]
 

@@ -15,8 +15,8 @@ from mole_kernels.gates.gate import MoLEGate
 from mole_kernels.io.gates import GateFile, GateTensors
 
 if TYPE_CHECKING:
-    from mole_kernels.patch.handle import Patched
-    from mole_kernels.patch.plan import Plan
+    from mole_kernels.patching.handle import Patched
+    from mole_kernels.patching.plan import Plan
 
 
 def collect_bank(patched: Iterable[Patched], made: Plan) -> ExpertBank:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mole_kernels as mk
-from tests.patch.peft_models import K, N, calls, draw, twins
+from tests.patching.peft_models import K, N, calls, draw, twins
 
 peft = pytest.importorskip("peft")
 

@@ -16,8 +16,8 @@ import mole_kernels as mk
 pytest.importorskip("peft")
 pytest.importorskip("diffusers")
 
-from tests.patch.conftest import tiny_pipeline
-from tests.patch.peft_models import FAMILIES, Pair, lora_config
+from tests.patching.conftest import tiny_pipeline
+from tests.patching.peft_models import FAMILIES, Pair, lora_config
 
 DISABLED, MERGED = "adapters are disabled", "adapters are merged into the weight"
 VARIANT, BASE_HOOKS = "a LoRA variant (DoRA and its like)", "hooks on the base layer"

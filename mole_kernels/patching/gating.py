@@ -13,12 +13,12 @@ from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, pri
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.gate import ConstantGate, Gate, MoLEGate
 from mole_kernels.io.gates import GateFile, GateTensors
-from mole_kernels.patch.names import Names, few
-from mole_kernels.patch.targets import sizes
+from mole_kernels.patching.names import Names, few
+from mole_kernels.patching.targets import sizes
 
 if TYPE_CHECKING:
-    from mole_kernels.patch.plan import PlannedLayer
-    from mole_kernels.patch.sources import GateMaker
+    from mole_kernels.patching.plan import PlannedLayer
+    from mole_kernels.patching.sources import GateMaker
 
 
 @dataclass

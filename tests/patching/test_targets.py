@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize, weight_norm
 
 from mole_kernels.errors import MoleTypeError
-from mole_kernels.patch.targets import mole_targets, scan
+from mole_kernels.patching.targets import mole_targets, scan
 
 SD15 = {"cross_attention_dim": 768}
 SDXL = {

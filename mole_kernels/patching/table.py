@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from mole_kernels.errors import printable
 from mole_kernels.io.gates import GateFile
-from mole_kernels.patch.targets import sizes
+from mole_kernels.patching.targets import sizes
 
 if TYPE_CHECKING:
-    from mole_kernels.patch.plan import Plan, PlannedLayer
+    from mole_kernels.patching.plan import Plan, PlannedLayer
 
 _MOST_ROWS = 60
 

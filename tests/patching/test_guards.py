@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mole_kernels.errors import MoleStateError
-from mole_kernels.patch.apply import patch
-from tests.patch.conftest import State, make_expert, run_flux, run_unet
+from mole_kernels.patching.apply import patch
+from tests.patching.conftest import State, make_expert, run_flux, run_unet
 
 MODELS = {"unet": run_unet, "flux": run_flux}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mole_kernels as mk
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
-from tests.patch.peft_models import K, N, calls, draw, make, twins
+from tests.patching.peft_models import K, N, calls, draw, make, twins
 
 peft = pytest.importorskip("peft")
 lora = pytest.importorskip("peft.tuners.lora")
@@ -206,7 +206,7 @@ def test_bad_targets():
 def test_without_peft(monkeypatch: pytest.MonkeyPatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "mole_kernels.patch.peft_forward", None)
+    monkeypatch.setitem(sys.modules, "mole_kernels.patching.peft_forward", None)
     with pytest.raises(MoleStateError, match="PEFT cannot be imported"):
         mk.accelerate(make())
 

@@ -20,12 +20,12 @@ from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.gates.gate import ConstantGate, MoLEGate
 from mole_kernels.io.gates import GateFile, GateTensors
 from mole_kernels.layers.attach import detach
-from mole_kernels.patch import apply as apply_module
-from mole_kernels.patch.apply import apply, patch
-from mole_kernels.patch.plan import plan
-from mole_kernels.patch.targets import mole_targets, sizes
-from tests.patch.conftest import Mlp, State, make_expert, run_unet
-from tests.patch.test_plan import PATHS, gate_file
+from mole_kernels.patching import apply as apply_module
+from mole_kernels.patching.apply import apply, patch
+from mole_kernels.patching.plan import plan
+from mole_kernels.patching.targets import mole_targets, sizes
+from tests.patching.conftest import Mlp, State, make_expert, run_unet
+from tests.patching.test_plan import PATHS, gate_file
 
 ROOT = Path(__file__).parents[2]
 GATES = ["none", "local", "global", "both"]
@@ -337,7 +337,7 @@ def test_two_handles_on_different_layers_are_independent(mlp, x):
 
 @pytest.mark.parametrize("fault", [RuntimeError("no"), KeyboardInterrupt()], ids=lambda fault: type(fault).__name__)
 def test_a_removal_that_fails_leaves_the_patch_whole(mlp, x, monkeypatch, fault):
-    from mole_kernels.patch import handle as handle_module
+    from mole_kernels.patching import handle as handle_module
 
     state = State(mlp, lambda: mlp(x))
     handle = patch(mlp, {"a": make_expert(mlp, PATHS)})
@@ -381,7 +381,9 @@ def test_a_hook_that_captured_the_patched_forward_is_named(mlp, x):
 # -- from outside ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", ["mk.plan", "mk.patch", "import mole_kernels.patch.targets", "from mole_kernels.patch import apply"])
+@pytest.mark.parametrize(
+    "first", ["mk.plan", "mk.patch", "import mole_kernels.patching.targets", "from mole_kernels.patching import apply"]
+)
 def test_the_function_is_callable_whatever_was_imported_first(first):
     program = (
         f"import mole_kernels as mk\n{first}\n"

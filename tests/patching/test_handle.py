@@ -14,11 +14,11 @@ from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.gates.gate import MaskGate
 from mole_kernels.io.gates import load_gates
-from mole_kernels.patch import swap as swap_module
-from mole_kernels.patch.apply import patch
-from mole_kernels.patch.handle import Handle
-from tests.patch.conftest import Mlp, State, make_expert, run_unet
-from tests.patch.test_plan import PATHS, gate_file
+from mole_kernels.patching import swap as swap_module
+from mole_kernels.patching.apply import patch
+from mole_kernels.patching.handle import Handle
+from tests.patching.conftest import Mlp, State, make_expert, run_unet
+from tests.patching.test_plan import PATHS, gate_file
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from mole_kernels.errors import MoleBackendError
 from mole_kernels.functional import gated_lora_linear
 from mole_kernels.operands import Experts
-from mole_kernels.patch import status
+from mole_kernels.patching import status
 from mole_kernels.precision import autocast_dtype, gate_dtype
 
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -13,15 +13,15 @@ from torch import Tensor
 from mole_kernels.errors import MoleKeyError, MoleWarning, printable
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import Expert, LowRank
-from mole_kernels.patch.names import Names, few
-from mole_kernels.patch.pack import check_narrowing
-from mole_kernels.patch.plan import Plan, PlannedLayer, check_factor, source_of, where_in
-from mole_kernels.patch.sources import Source, read_expert
-from mole_kernels.patch.targets import scan
-from mole_kernels.patch.undo import all_or_nothing
+from mole_kernels.patching.names import Names, few
+from mole_kernels.patching.pack import check_narrowing
+from mole_kernels.patching.plan import Plan, PlannedLayer, check_factor, source_of, where_in
+from mole_kernels.patching.sources import Source, read_expert
+from mole_kernels.patching.targets import scan
+from mole_kernels.patching.undo import all_or_nothing
 
 if TYPE_CHECKING:
-    from mole_kernels.patch.handle import Patched
+    from mole_kernels.patching.handle import Patched
 
 
 def swap_expert(

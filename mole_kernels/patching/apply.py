@@ -12,13 +12,13 @@ from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.gate import Gate
 from mole_kernels.layers.attach import attach, reject
-from mole_kernels.patch import guards
-from mole_kernels.patch.gating import make_gate
-from mole_kernels.patch.handle import Handle, Patched, check_weights
-from mole_kernels.patch.pack import pack
-from mole_kernels.patch.plan import Plan, PlannedLayer, Targets, plan
-from mole_kernels.patch.targets import roots
-from mole_kernels.patch.undo import all_or_nothing
+from mole_kernels.patching import guards
+from mole_kernels.patching.gating import make_gate
+from mole_kernels.patching.handle import Handle, Patched, check_weights
+from mole_kernels.patching.pack import pack
+from mole_kernels.patching.plan import Plan, PlannedLayer, Targets, plan
+from mole_kernels.patching.targets import roots
+from mole_kernels.patching.undo import all_or_nothing
 
 
 def patch(

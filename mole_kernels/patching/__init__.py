@@ -1,0 +1,1 @@
+"""From plan to patched model and back, and PEFT layers accelerated."""
