@@ -66,11 +66,12 @@ def test_low_cards_are_dark_and_high_cards_light():
     assert low < -0.1 < 0.1 < high
 
 
-def test_out_of_focus_scans_lose_detail_and_keep_ink():
+def test_out_of_focus_scans_lose_detail_and_keep_most_of_their_ink():
     scans = data.load_split("train").images[:200]
     weak = data.out_of_focus(scans)
     assert weak.var((1, 2)).mean() < 0.6 * scans.var((1, 2)).mean()
-    assert torch.allclose(weak.mean(), scans.mean(), atol=0.02)
+    # cells at the edge are averaged with the empty paper beyond it
+    assert 0.85 * scans.mean() < weak.mean() < scans.mean()
 
 
 def test_mislabelled_digits_stay_in_their_half():
@@ -84,6 +85,8 @@ def test_mislabelled_digits_stay_in_their_half():
 def test_closeups_show_one_digit_of_their_half(half):
     made = data.closeups(data.load_split("train"), 40, Generator().manual_seed(0), half)
     assert made.pixels.shape == (40, 3, data.SLOT, data.SLOT)
-    assert set(made.labels.flatten().tolist()) == set(range(5 * half, 5 * half + 5))
-    assert made.captions == [data.WORDS[k] for k in made.labels.flatten().tolist()]
-    assert bool(made.boxes[:, half].all()) and not bool(made.boxes[:, 1 - half].any())
+    assert (made.labels >= 0).sum(1).tolist() == [1] * 40
+    assert set(made.labels.amax(1).tolist()) == set(range(5 * half, 5 * half + 5))
+    assert made.captions == [data.caption_of(row) for row in made.labels.tolist()]
+    area = made.boxes[:, half].sum((1, 2))
+    assert bool((area >= 16**2).all()) and bool((area <= 20**2).all()) and not bool(made.boxes[:, 1 - half].any())
