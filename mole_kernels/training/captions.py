@@ -1,0 +1,61 @@
+"""Captions of a folder of pictures: `metadata.jsonl` as Hugging Face's imagefolder has it, or a `.txt` beside each picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from mole_kernels.errors import printable
+
+METADATA = "metadata.jsonl"
+
+
+def read_captions(root: Path, column: str = "text") -> tuple[dict[str, str], dict[str, str]]:
+    """({picture: caption}, {line: what is wrong with it}) of every metadata.jsonl below root; names relative to root, in posix form.
+
+    A line is {"file_name": …, column: …}; file_name is relative to the folder that its metadata.jsonl lies in.
+    """
+    captions: dict[str, str] = {}
+    bad: dict[str, str] = {}
+    for path in sorted(root.rglob(METADATA)):
+        name = path.relative_to(root).as_posix()
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            bad[name] = f"cannot be read as text ({type(error).__name__})"
+            continue
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            found = _parse(line, column, root, path.parent)
+            if isinstance(found, str):
+                bad[f"{name} line {number}"] = found
+            elif captions.setdefault(found[0], found[1]) != found[1]:
+                bad[f"{name} line {number}"] = f"a second caption for {printable(found[0])}"
+    return captions, bad
+
+
+def read_beside(picture: Path) -> str | None:
+    """The text of the .txt beside a picture, None where there is none. Raises OSError, UnicodeDecodeError."""
+    path = picture.with_suffix(".txt")
+    return path.read_text("utf-8").strip() if path.is_file() else None
+
+
+def _parse(line: str, column: str, root: Path, folder: Path) -> tuple[str, str] | str:
+    """(picture, caption) of a line, or what is wrong with it."""
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):
+        return "is not JSON"
+    if not isinstance(said, dict) or not isinstance(said.get("file_name"), str) or not said["file_name"]:
+        return 'has no "file_name"'
+    if not isinstance(said.get(column), str):
+        return f'has no "{column}" for {printable(said["file_name"])}'
+    # by its letters: a link to elsewhere is the owner's affair (Hugging Face's cache is made of them), a name that climbs out is not
+    name = os.path.normpath(os.path.join(folder.relative_to(root).as_posix(), said["file_name"])).replace(os.sep, "/")
+    if name.startswith(("../", "/")) or "\0" in name:
+        return f"names a file outside the folder: {printable(said['file_name'])}"
+    if not (root / name).is_file():
+        return f"names a file that is not there: {printable(said['file_name'])}"
+    return name, said[column].strip()
