@@ -95,7 +95,7 @@ def operator_backward(layer: Layer, dy: Tensor) -> Callable[[], object]:
     with torch.no_grad():
         e, g = layer.experts.operands(), layer.gate.operands(layer.experts)
         x, weight = layer.x.detach(), layer.base.weight
-        saved = cpu.forward(x, weight, layer.base.bias, e.down, e.up, e.scale, e.ranks, *g, True)[1:]
+        saved = cpu.forward(x, weight, layer.base.bias, e.down, e.up, e.scale, e.ranks, *g[:5], True)[1:]
         need = [True, True, True, False, False, True, True, True, True]
         args = (dy, x, weight, e.down.detach(), e.up.detach(), e.scale, e.ranks, None, g.phi.detach(), g.pool.detach(), *saved, need)
 

@@ -21,7 +21,6 @@ from mole_kernels.backends import cpu
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.gate import MoLEGate
 from mole_kernels.layers.linear import GatedLoRALinear
-from mole_kernels.operands import Gates
 from mole_kernels.reference import gated_lora_ref
 
 
@@ -48,7 +47,7 @@ class Layer:
 
     def truth(self) -> Tensor:
         """y in float64, from the reference."""
-        gates = Gates(*(None if t is None else t.double() for t in self.gate.operands(self.experts)))
+        gates = self.gate.operands(self.experts).map(torch.Tensor.double)
         e = self.experts.operands()
         wide = e._replace(down=e.down.double(), up=e.up.double(), scale=e.scale.double())
         bias = None if self.base.bias is None else self.base.bias.double()
@@ -109,7 +108,7 @@ class Operator(nn.Module):
     def __init__(self, layer: Layer) -> None:
         super().__init__()
         e = layer.experts.operands()
-        self.args = (layer.base.weight, layer.base.bias, e.down, e.up, e.scale, e.ranks, *layer.gate.operands(layer.experts), False)
+        self.args = (layer.base.weight, layer.base.bias, e.down, e.up, e.scale, e.ranks, *layer.gate.operands(layer.experts)[:5], False)
 
     def forward(self, x: Tensor) -> Tensor:
         return cpu.forward(x, *self.args)[0]

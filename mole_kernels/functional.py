@@ -21,14 +21,17 @@ def gated_lora_linear(
 
     x        [..., K] float     first dimension is the sample, the last K, all between are tokens; [M,K] is one sample
     weight   [N,K], bias [N]    frozen: no gradient is made for them
-    experts  down [S,R,K], up [S,N,R], scale [E], ranks; S = 1 or the number of samples
-    gates    `Gates`; absent parts count as 1. A NaN in a gate makes NaN of the outputs it touches; gates need not sum to one
+    experts  down [S,R,K], up [S,N,R], scale [E], ranks; S = 1 or the number of samples; any S with an assignment [B] of each sample's set
+    gates    `Gates`; absent parts count as 1; with top_k the token gate is a softmax over each token's k largest logits.
+             A NaN in a gate makes NaN of the outputs it touches; gates need not sum to one
     backend  "auto", or a backend by name
     Returns y [..., N] in x's dtype (autocast's where that is on). Low-precision inputs accumulate in float32.
     Gradients: x, down, up, scale and every part of gates.
 
-    Raises MoleShapeError, MoleTypeError (dtypes, devices), MoleValueError (ranks, backend name), MoleStateError (weight wants a
-    gradient), MoleBackendError (the backend named refuses).
+    An assignment is checked to lie in −1 … S−1 on the CPU; on a GPU that would wait for the device, so there it is the caller's to hold.
+
+    Raises MoleShapeError, MoleTypeError (dtypes, devices), MoleValueError (ranks, assignment, top_k, backend name), MoleStateError
+    (weight wants a gradient), MoleBackendError (the backend named refuses).
     """
     return gated_lora_linear_with_gates(x, weight, bias, experts, gates, backend=backend)[0]
 
@@ -66,6 +69,8 @@ def gated_lora_linear_with_gates(
         gates.pool,
         gates.pool_bias,
         save,
+        experts.assignment,
+        gates.top_k,
         backend,
     )
     y = y.reshape(*x.shape[:-1], weight.shape[0])
@@ -82,7 +87,7 @@ def _as_samples(x: Tensor) -> Tensor:
 
 
 def _wants_grad(x: Tensor, experts: Experts, gates: Gates) -> bool:
-    return any(t is not None and t.requires_grad for t in (x, experts.down, experts.up, experts.scale, *gates))
+    return any(t is not None and t.requires_grad for t in (x, experts.down, experts.up, experts.scale, *gates[:5]))
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, phi: Tensor | None):
@@ -100,7 +105,7 @@ def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Expert
         ("down", experts.down),
         ("up", experts.up),
         ("scale", experts.scale),
-        *gates._asdict().items(),
+        *gates.tensors().items(),
     )
     for name, tensor in named:
         if tensor is None:
@@ -129,7 +134,9 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Exper
     if down.dim() != 3 or tuple(down.shape) != (S, R, K):
         hint = "down looks transposed; down-projections are stored [R,K]" if down.dim() == 3 and tuple(down.shape[1:]) == (K, R) else ""
         raise MoleShapeError(OP, expected=f"down [S,R,K] = [S, {R}, {K}] (from ranks and x)", got=tuple(down.shape), hint=hint)
-    if S not in (1, B):
+    if experts.assignment is not None:
+        _check_assignment(experts.assignment, B, S, x.device)
+    elif S not in (1, B):
         raise MoleShapeError(OP, expected=f"down [S,R,K] with S = 1 or the number of samples B = {B}", got=tuple(down.shape))
     if tuple(up.shape) != (S, N, R):
         hint = "up looks transposed; up-projections are stored [N,R]" if up.dim() == 3 and tuple(up.shape) == (S, R, N) else ""
@@ -139,8 +146,23 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Exper
     _check_gates(gates, B, T, K, E, R, S)
 
 
+def _check_assignment(assignment: Tensor, B: int, S: int, device: torch.device) -> None:
+    if assignment.dtype != torch.int64 or assignment.device != device:
+        raise MoleTypeError(OP, expected=f"assignment int64 on x's device {device}", got=f"{assignment.dtype} on {assignment.device}")
+    if tuple(assignment.shape) != (B,):
+        raise MoleShapeError(OP, expected=f"assignment [B] = [{B}], one set for each sample", got=tuple(assignment.shape))
+    if torch.compiler.is_compiling() or device.type != "cpu" or assignment.is_meta or not B:
+        return
+    wrong = ((assignment < -1) | (assignment >= S)).nonzero()
+    if wrong.numel():
+        b = int(wrong[0])
+        raise MoleValueError(OP, expected=f"assignment between -1 and {S - 1} (S = {S} sets)", got=f"{int(assignment[b])} for sample {b}")
+
+
 def _check_gates(gates: Gates, B: int, T: int, K: int, E: int, R: int, S: int) -> None:
     gate = gates.gate
+    if gates.top_k < 0 or (gates.top_k and gates.phi is None):
+        raise MoleValueError(OP, expected="top_k = 0, or k ≥ 1 with phi", got=gates.top_k)
     if gate is not None and (gate.dim() != 3 or gate.shape[0] not in (1, B) or gate.shape[1] not in (1, T) or gate.shape[2] != E):
         raise MoleShapeError(
             OP, expected=f"gate broadcastable to [B,T,E] = [{B}, {T}, {E}], three dimensions, E whole", got=tuple(gate.shape)

@@ -11,10 +11,12 @@ import torch
 class Problem:
     """Sizes, ranks, dtype, device and gate kind of one call of the operator.
 
-    B samples of T tokens, K in, N out, S adapter sets (1 or B); ranks of each expert
+    B samples of T tokens, K in, N out, S adapter sets (1 or B, any with an assignment); ranks of each expert
     dtype      of x, weight, down and up
     device     the device's type: "cpu", "cuda", …
     token_gate, sample_gate, given_gate  which gates the call has
+    top_k      0: the token gate is a sigmoid; k: a softmax over each token's k largest logits
+    assigned   the samples name their sets
     """
 
     B: int
@@ -28,6 +30,12 @@ class Problem:
     token_gate: bool = False
     sample_gate: bool = False
     given_gate: bool = False
+    top_k: int = 0
+    assigned: bool = False
+
+    @property
+    def token_kind(self) -> str:
+        return "token" if self.top_k == 0 else "softmax" if self.top_k >= self.E else f"top-{self.top_k}"
 
     @property
     def M(self) -> int:
@@ -58,7 +66,7 @@ class Problem:
         return elements * torch.empty((), dtype=self.dtype).element_size()
 
     def __str__(self) -> str:
-        kinds = (("given", self.given_gate), ("token", self.token_gate), ("sample", self.sample_gate))
+        kinds = (("given", self.given_gate), (self.token_kind, self.token_gate), ("sample", self.sample_gate))
         gates = "+".join(name for name, on in kinds if on) or "none"
         size = f"x [{self.B},{self.T},{self.K}] → {self.N}, ranks {','.join(map(str, self.ranks))}, S={self.S}"
-        return f"{size}, gates {gates}, {str(self.dtype)[6:]}, {self.device}"
+        return f"{size}{' by assignment' if self.assigned else ''}, gates {gates}, {str(self.dtype)[6:]}, {self.device}"

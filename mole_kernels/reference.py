@@ -13,11 +13,30 @@ from mole_kernels.operands import Experts, Gates
 
 
 def token_gate_ref(x: Tensor, gates: Gates) -> Tensor | None:
-    """l = sigmoid(x phiᵀ + phi_bias).  x [B,T,K] -> [B,T,E], or None where the call has no token gate."""
+    """l = sigmoid(logits), or softmax over the top_k; logits = x phiᵀ + phi_bias.  x [B,T,K] -> [B,T,E], or None without a token gate."""
     if gates.phi is None:
         return None
     logits = x @ gates.phi.to(x.dtype).mT
-    return torch.sigmoid(logits if gates.phi_bias is None else logits + gates.phi_bias.to(x.dtype))
+    logits = logits if gates.phi_bias is None else logits + gates.phi_bias.to(x.dtype)
+    return softmax_of_largest(logits, gates.top_k) if gates.top_k else torch.sigmoid(logits)
+
+
+def softmax_of_largest(logits: Tensor, k: int) -> Tensor:
+    """Softmax over the k largest of the last dimension, 0 elsewhere; of equal ones the first counts as the larger.  [..., E] -> [..., E]"""
+    if k >= logits.shape[-1]:
+        return torch.softmax(logits, -1)
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+    return torch.softmax(logits.masked_fill(~chosen, -torch.inf), -1)
+
+
+def sets_of(experts: Experts) -> Experts:
+    """Every sample its own set, gathered by the assignment: down [B,R,K], up [B,N,R], zeros where it is −1."""
+    if experts.assignment is None:
+        return experts
+    taken, index = experts.assignment >= 0, experts.assignment.clamp_min(0)
+    down, up = (torch.where(taken[:, None, None], t[index], 0) for t in (experts.down, experts.up))
+    return Experts(down, up, experts.scale, experts.ranks)
 
 
 def sample_gate_ref(h: Tensor, e: int, span: slice, gates: Gates) -> Tensor | None:
@@ -34,11 +53,15 @@ def gated_lora_ref(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = x Wᵀ + b + Σ_e s_e·gate_e·l_e·G_e·(x A_eᵀ) B_eᵀ.
 
-    x [B,T,K], weight [N,K], bias [N]; experts and gates as in `operands`.
+    x [B,T,K], weight [N,K], bias [N]; experts and gates as in `operands`; with an assignment, A and B are those of the sample's set.
     Returns y [B,T,N], the token gate l [B,T,E] and the sample gate G [B,E] (None where the call has none).
     """
     y = F.linear(x, weight, bias)
     local = token_gate_ref(x, gates)
+    if experts.assignment is not None:
+        if gates.pool is not None:
+            gates = gates._replace(pool=gates.pool[experts.assignment.clamp_min(0)])
+        experts = sets_of(experts)
     sample_gates = []
     start = 0
     for e, rank in enumerate(experts.ranks):

@@ -20,7 +20,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Case:
-    """One problem and its seed; `gate` is any of local, pooled, both, none, constant, mask, onehot joined by '+'."""
+    """One problem and its seed; `gate` is any of local, pooled, both, none, constant, mask, onehot, softmax, top1, top2 joined by '+'.
+
+    softmax and top… make the token gate one over the experts; S < 0 means |S| sets named by an assignment, −1 (none) among them.
+    """
 
     B: int = 2
     T: int = 15
@@ -39,7 +42,7 @@ class Case:
             f"B{self.B}T{self.T}K{self.K}N{self.N}",
             "r" + "-".join(map(str, self.ranks)) if len(self.ranks) < 8 else f"E{len(self.ranks)}",
         ]
-        parts += [f"S{self.S}"] if self.S > 1 else []
+        parts += [f"S{self.S}"] if self.S > 1 else [f"pool{-self.S}"] if self.S < 0 else []
         parts += [self.gate] + ([] if self.bias else ["nobias"]) + ([self.layout] if self.layout != "plain" else [])
         return "-".join(parts)
 
@@ -51,14 +54,27 @@ class Case:
     def R(self) -> int:
         return sum(self.ranks)
 
+    @property
+    def top_k(self) -> int:
+        return self.E if "softmax" in self.gate else next((k for k in (1, 2) if f"top{k}" in self.gate), 0)
+
+    @property
+    def local(self) -> bool:
+        return self.top_k > 0 or "local" in self.gate or "both" in self.gate
+
+    def assignment(self) -> Tensor | None:
+        """Sample b takes set b−1 (mod |S|), the first none: repeated sets, and a sample without any."""
+        return torch.tensor([b % (1 - self.S) - 1 for b in range(self.B)]) if self.S < 0 else None
+
     def alone(self) -> Case:
         """The low-rank part alone."""
         return replace(self, base=False)
 
     def problem(self, dtype: torch.dtype) -> Problem:
-        local, pooled = (w in self.gate or "both" in self.gate for w in ("local", "pooled"))
+        local, pooled = self.local, "pooled" in self.gate or "both" in self.gate
         given = any(w in self.gate for w in ("constant", "mask", "onehot"))
-        return Problem(self.B, self.T, self.K, self.N, self.ranks, self.S, dtype, "cpu", local, pooled, given)
+        size = self.B, self.T, self.K, self.N, self.ranks, abs(self.S)
+        return Problem(*size, dtype, "cpu", local, pooled, given, self.top_k, self.S < 0)
 
     def make(self, dtype: torch.dtype, integers: bool = False) -> Call:
         g = torch.Generator().manual_seed(self.seed)
@@ -68,30 +84,30 @@ class Case:
                 return torch.randint(-2, 3, shape, generator=g).to(dtype)
             return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
 
-        x = _laid_out(draw, self)
+        x, sets = _laid_out(draw, self), abs(self.S)
         weight = draw(self.N, self.K, scale=self.K**-0.5) * (1 if self.base else 0)
         bias = draw(self.N) * (1 if self.base else 0) if self.bias else None
-        down, up = draw(self.S, self.R, self.K, scale=self.K**-0.5), draw(self.S, self.N, self.R, scale=self.R**-0.5)
+        down, up = draw(sets, self.R, self.K, scale=self.K**-0.5), draw(sets, self.N, self.R, scale=self.R**-0.5)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scale = torch.linspace(0.5, 1.5, self.E, dtype=wide) if not integers else torch.ones(self.E)
-        return Call(x, weight, bias, Experts(down, up, scale, self.ranks), self._gates(g, dtype, wide), self)
+        return Call(x, weight, bias, Experts(down, up, scale, self.ranks, self.assignment()), self._gates(g, dtype, wide), self)
 
     def _gates(self, g: torch.Generator, dtype: torch.dtype, wide: torch.dtype) -> Gates:
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.randn(*shape, generator=g, dtype=torch.float64) * scale
 
         gate = phi = phi_bias = pool = pool_bias = None
-        if "local" in self.gate or "both" in self.gate:
+        if self.local:
             phi, phi_bias = draw(self.E, self.K, scale=self.K**-0.5).to(dtype), draw(self.E).to(dtype)
         if "pooled" in self.gate or "both" in self.gate:
-            pool, pool_bias = draw(self.S, self.R, scale=self.R**-0.5).to(wide), draw(self.E).to(wide)
+            pool, pool_bias = draw(abs(self.S), self.R, scale=self.R**-0.5).to(wide), draw(self.E).to(wide)
         if "constant" in self.gate:
             gate = torch.rand(1, 1, self.E, generator=g).to(wide)
         if "mask" in self.gate:
             gate = torch.rand(1, self.T, self.E, generator=g).to(wide)
         if "onehot" in self.gate:
             gate = torch.eye(self.E)[torch.arange(self.B) % self.E][:, None].to(wide)
-        return Gates(gate, phi, phi_bias, pool, pool_bias)
+        return Gates(gate, phi, phi_bias, pool, pool_bias, self.top_k)
 
 
 def _laid_out(draw, case: Case) -> Tensor:
@@ -117,12 +133,12 @@ class Call:
 
     def tensors(self) -> dict[str, Tensor]:
         """The differentiable operands by name."""
-        named = {"x": self.x, "down": self.experts.down, "up": self.experts.up, "scale": self.experts.scale, **self.gates._asdict()}
-        return {name: t for name, t in named.items() if t is not None}
+        named = {"x": self.x, "down": self.experts.down, "up": self.experts.up, "scale": self.experts.scale, **self.gates.tensors()}
+        return named
 
     def with_tensors(self, new: dict[str, Tensor]) -> Call:
-        experts = Experts(new["down"], new["up"], new["scale"], self.experts.ranks)
-        return replace(self, x=new["x"], experts=experts, gates=Gates(*(new.get(name) for name in Gates._fields)))
+        experts = self.experts._replace(down=new["down"], up=new["up"], scale=new["scale"])
+        return replace(self, x=new["x"], experts=experts, gates=self.gates._replace(**{name: new[name] for name in self.gates.tensors()}))
 
     def double(self) -> Call:
         wide = self.with_tensors({name: t.double() for name, t in self.tensors().items()})

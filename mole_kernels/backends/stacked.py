@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mole_kernels.backends import sets
 from mole_kernels.backends.columns import sum_columns, sum_to, widen
 from mole_kernels.precision import gate_dtype
 from mole_kernels.problem import Problem
+from mole_kernels.reference import softmax_of_largest
 
 name = "stacked"
 
@@ -76,14 +78,19 @@ def forward(
     pool: Tensor | None,
     pool_bias: Tensor | None,
     save: bool,
+    assignment: Tensor | None = None,
+    top_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, h, l, G by the formulas of docs/design.md section 1; h is empty unless `save`."""
+    """y, h, l, G by the formulas of docs/design.md section 1; h is empty unless `save`. An assignment gathers the sets."""
     dtype = gate_dtype(x.dtype)
+    if assignment is not None:
+        down, up, pool = sets.gather(assignment, down), sets.gather(assignment, up), None if pool is None else sets.gather(assignment, pool)
     token_gate = sample_gate = None
     h, logits = _shrink(x, down, phi)
     if logits is not None:
         logits = logits.to(dtype)
-        token_gate = torch.sigmoid(logits if phi_bias is None else logits + phi_bias.to(dtype))
+        logits = logits if phi_bias is None else logits + phi_bias.to(dtype)
+        token_gate = softmax_of_largest(logits, top_k) if top_k else torch.sigmoid(logits)
     if pool is not None:
         sample_gate = _sample_gate(h, pool, pool_bias, ranks, dtype)
     z = (h * widen(_gamma(scale, gate, token_gate, sample_gate, dtype), ranks)).to(x.dtype)
@@ -109,9 +116,16 @@ def backward(
     token_gate: Tensor,
     sample_gate: Tensor,
     need: list[bool],
+    assignment: Tensor | None = None,
+    top_k: int = 0,
 ) -> tuple[Tensor, ...]:
     """dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias; an empty tensor where `need` says no."""
     n_x, n_down, n_up, n_scale, n_gate, n_phi, n_phi_bias, n_pool, n_pool_bias = need
+    if assignment is not None:
+        own = sets.gather(assignment, down), sets.gather(assignment, up), None if pool is None else sets.gather(assignment, pool)
+        grads = backward(dy, x, weight, own[0], own[1], scale, ranks, gate, phi, own[2], h, token_gate, sample_gate, need, None, top_k)
+        pooled_sets = (1, 2, 7)
+        return tuple(sets.scatter(assignment, g, down.shape[0]) if i in pooled_sets and need[i] else g for i, g in enumerate(grads))
     dtype, T = gate_dtype(x.dtype), max(x.shape[1], 1)
     empty = x.new_empty(0)
     dx = ddown = dup = dscale = dgate = dphi = dphi_bias = dpool = dpool_bias = empty
@@ -135,7 +149,8 @@ def backward(
         if n_gate and gate is not None:
             dgate = sum_to(d_gamma * _gamma(scale, None, local, pooled, dtype), gate)
         if local is not None:
-            dlogit = gamma * (1 - local) * d_gamma
+            through = gamma * d_gamma
+            dlogit = through - local * (through.sum(-1, keepdim=True) if top_k else through)
         if pooled is not None and pool is not None:
             dq = (gamma * d_gamma).sum(1) * (1 - pooled)
             wide_dq = widen(dq, ranks)

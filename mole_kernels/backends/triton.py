@@ -62,6 +62,8 @@ def reject(problem: Problem) -> str | None:
         return f"takes at most {MOST_EXPERTS} experts, the call has {problem.E}"
     if max(problem.K, problem.N) > WIDEST or problem.M >= 1 << 31:
         return f"takes K and N up to {WIDEST} and fewer than 2^31 rows"
+    if problem.top_k or problem.assigned:
+        return "has no softmax gates and no assignment of sets yet"
     return why_not_triton() or why_not_device()
 
 
@@ -124,7 +126,7 @@ def _tile(f):
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: Tensor, ranks: tuple[int, ...],
     gate: Tensor | None, phi: Tensor | None, phi_bias: Tensor | None, pool: Tensor | None, pool_bias: Tensor | None, save: bool,
-    way: str | None = None, tile=None,
+    assignment: Tensor | None = None, top_k: int = 0, way: str | None = None, tile=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, h, l, G; see docs/design.md section 3. `way` and `tile` override the choice."""
     if 0 in (x.numel(), weight.shape[0], down.shape[1]):
@@ -148,7 +150,7 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: Tensor, ranks: tuple[int, ...],
     gate: Tensor | None, phi: Tensor | None, pool: Tensor | None, h: Tensor, token_gate: Tensor, sample_gate: Tensor,
-    need: list[bool], way: str | None = None, tile=None,
+    need: list[bool], assignment: Tensor | None = None, top_k: int = 0, way: str | None = None, tile=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The nine gradients; what nobody needs is empty. Deterministic: two runs are bit-equal.
 

@@ -15,42 +15,45 @@ from mole_kernels.problem import Problem
 library = torch.library.Library("mole", "DEF")
 library.define(
     "gated_lora_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, "
-    "Tensor? gate, Tensor? phi, Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, bool save, str backend) "
+    "Tensor? gate, Tensor? phi, Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, bool save, Tensor? assignment, int top_k, str backend) "
     "-> (Tensor y, Tensor h, Tensor token_gate, Tensor sample_gate)"
 )
 library.define(
     "gated_lora_bwd(Tensor dy, Tensor x, Tensor weight, Tensor down, Tensor up, Tensor scale, int[] ranks, "
-    "Tensor? gate, Tensor? phi, Tensor? pool, Tensor h, Tensor token_gate, Tensor sample_gate, bool[9] need, str backend) "
+    "Tensor? gate, Tensor? phi, Tensor? pool, Tensor h, Tensor token_gate, Tensor sample_gate, bool[9] need, "
+    "Tensor? assignment, int top_k, str backend) "
     "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dscale, Tensor dgate, Tensor dphi, Tensor dphi_bias, Tensor dpool, Tensor dpool_bias)"
 )
 
 
 def problem_of(
-    x: Tensor, weight: Tensor, down: Tensor, ranks: tuple[int, ...], gate: Tensor | None, phi: Tensor | None, pool: Tensor | None
-) -> Problem:
+    x: Tensor, weight: Tensor, down: Tensor, ranks: tuple[int, ...], gate: Tensor | None, phi: Tensor | None, pool: Tensor | None,
+    assignment: Tensor | None, top_k: int,
+) -> Problem:  # fmt: skip
     """The Problem that these tensors pose.  x [B,T,K], weight [N,K], down [S,R,K]"""
     B, T, K = x.shape
     return Problem(
-        B, T, K, weight.shape[0], ranks, down.shape[0], x.dtype, x.device.type, phi is not None, pool is not None, gate is not None
-    )
+        B, T, K, weight.shape[0], ranks, down.shape[0], x.dtype, x.device.type, phi is not None, pool is not None, gate is not None,
+        top_k if phi is not None else 0, assignment is not None,
+    )  # fmt: skip
 
 
-def _forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, backend):
+def _forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k, backend):
     ranks = tuple(ranks)
-    chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool), backend)
+    chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool, assignment, top_k), backend)
     # operands are already in the compute dtype, and the gates' float32 must stay float32
     with no_autocast(x.device.type):
-        return chosen.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
+        return chosen.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k)
 
 
-def _backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, backend):
+def _backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k, backend):
     ranks = tuple(ranks)
-    chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool), backend)
+    chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool, assignment, top_k), backend)
     with no_autocast(x.device.type):
-        return chosen.backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need)
+        return chosen.backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k)
 
 
-def _forward_fake(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, backend):
+def _forward_fake(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k, backend):
     B, T, _ = x.shape
     E, wide = len(ranks), gate_dtype(x.dtype)
     return (
@@ -61,7 +64,7 @@ def _forward_fake(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, 
     )
 
 
-def _backward_fake(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, backend):
+def _backward_fake(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k, backend):
     wide, E = gate_dtype(x.dtype), len(ranks)
     bias_like = x.new_empty(E, dtype=wide)
     like = (x, down, up, scale, gate, phi, bias_like, pool, bias_like)
@@ -69,28 +72,28 @@ def _backward_fake(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, to
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, _, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, backend = inputs
+    x, weight, _, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, _, assignment, top_k, backend = inputs
     _, h, token_gate, sample_gate = output
     ctx.mark_non_differentiable(h, token_gate, sample_gate)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, down, up, scale, gate, phi, pool, h, token_gate, sample_gate)
-    ctx.ranks, ctx.backend, ctx.saved = ranks, backend, save
+    ctx.save_for_backward(x, weight, down, up, scale, gate, phi, pool, h, token_gate, sample_gate, assignment)
+    ctx.ranks, ctx.backend, ctx.top_k = ranks, backend, top_k
     ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (phi_bias, pool_bias))
 
 
-# positions of x, down, up, scale, gate, phi, phi_bias, pool, pool_bias among the fourteen inputs
+# positions of x, down, up, scale, gate, phi, phi_bias, pool, pool_bias among the sixteen inputs
 _DIFFERENTIABLE = (0, 3, 4, 5, 7, 8, 9, 10, 11)
 
 
 def _grad(ctx, dy, *_unused):
     if dy is None:
-        return (None,) * 14
-    x, weight, down, up, scale, gate, phi, pool, h, token_gate, sample_gate = ctx.saved_tensors
+        return (None,) * 16
+    x, weight, down, up, scale, gate, phi, pool, h, token_gate, sample_gate, assignment = ctx.saved_tensors
     need = [bool(ctx.needs_input_grad[i]) for i in _DIFFERENTIABLE]
     grads = torch.ops.mole.gated_lora_bwd(
-        dy, x, weight, down, up, scale, ctx.ranks, gate, phi, pool, h, token_gate, sample_gate, need, ctx.backend
+        dy, x, weight, down, up, scale, ctx.ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, ctx.top_k, ctx.backend
     )
-    out: list[Tensor | None] = [None] * 14
+    out: list[Tensor | None] = [None] * 16
     for i, wanted, g in zip(_DIFFERENTIABLE, need, grads):
         if wanted:
             out[i] = g

@@ -20,7 +20,7 @@ CASES += [Case(T=0), Case(B=0), Case(S=2, T=9)]
 
 def arguments(call, save):
     e, g = call.experts, call.gates
-    return (call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, *g, save)
+    return (call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, *g[:5], save)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

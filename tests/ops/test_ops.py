@@ -18,13 +18,16 @@ SMALL = [
     Case(T=3, K=4, N=5, ranks=(2,), gate="onehot+local"),
     Case(T=0, K=4, N=5, ranks=(2, 2)),
     Case(T=2, K=4, N=5, ranks=(2, 2), gate="constant", bias=False),
+    Case(T=3, K=4, N=5, ranks=(2, 1, 2), gate="softmax+pooled"),
+    Case(B=3, T=3, K=4, N=5, ranks=(2, 1, 2), S=-2, gate="top2+pooled"),
 ]
 
 
 def op_args(call, save, backend="auto"):
     e, g = call.experts, call.gates
     return (
-        call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias, save, backend
+        call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias, save,
+        e.assignment, g.top_k, backend,
     )  # fmt: skip
 
 
