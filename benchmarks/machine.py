@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Budget, paired
+
+from benchmarks.timing import Budget, paired
 
 SCHEMA = 1
 

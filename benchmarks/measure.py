@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import Case
-from peers import Layer, factors, methods
-from timing import Budget, Times, paired
 from torch import Tensor, nn
 
+from benchmarks.cases import Case
+from benchmarks.layer import Layer
+from benchmarks.peers import methods
+from benchmarks.timing import Budget, Times, paired
 from mole_kernels.backends import cpu
 
 # relative error that a method of this dtype may have; ours is held to less by the tests
@@ -26,24 +27,15 @@ def verify(case: Case, layer: Layer, modules: dict[str, nn.Module]) -> dict[str,
     truth, errors = layer.truth(), {}
     for name, module in modules.items():
         if name == "plain":
-            right = nn.functional.linear(*(None if t is None else t.double() for t in (layer.x, layer.base.weight, layer.base.bias)))
+            right = layer.plain_truth()
         elif name == "peft":
-            right = ungated(layer)
+            right = layer.ungated_truth()
         else:
             right = truth
         errors[name] = error(module(layer.x), right)
         if not errors[name] <= ALLOWED[case.dtype]:
             raise SystemExit(f"{case}: {name} is wrong: relative error {errors[name]:.2e} > {ALLOWED[case.dtype]:.0e}; nothing is timed")
     return errors
-
-
-def ungated(layer: Layer) -> Tensor:
-    x, w, b = (None if t is None else t.double() for t in (layer.x, layer.base.weight, layer.base.bias))
-    y = nn.functional.linear(x, w, b)
-    for i in range(layer.case.E):
-        down, up, scale = factors(layer, i)
-        y = y + scale * (x @ down.double().mT @ up.double().mT)
-    return y
 
 
 def measure(case: Case, seconds: float) -> list[dict[str, Any]]:

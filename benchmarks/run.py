@@ -12,14 +12,17 @@ import sys
 from pathlib import Path
 
 import torch
-from cases import Case, suite
-from machine import environment, slug
-from measure import measure
-from report import summary, write
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# run as a script from anywhere, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.cases import Case, suite
+from benchmarks.machine import environment, slug
+from benchmarks.measure import measure
+from benchmarks.report import summary, write
 from mole_kernels import extension
 
 RESULTS = Path(__file__).with_name("results")

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from cases import suite
-from measure import ALLOWED, error, verify
-from peers import Layer, methods
+
+from benchmarks.cases import suite
+from benchmarks.layer import Layer
+from benchmarks.measure import ALLOWED, error, verify
+from benchmarks.peers import methods
 
 CASES = [c for c in suite() if c.mode == "forward" and c.M == 154 and c.K == 768 and c.N == 320]
 

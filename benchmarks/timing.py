@@ -45,21 +45,35 @@ def spread(values: list[float]) -> list[float]:
     return [deciles[1], statistics.median(values), deciles[7]]
 
 
+def interleaved(
+    methods: dict[str, Callable[[], object]], budget: Budget, elapsed: Callable[[Callable[[], object]], float]
+) -> dict[str, list[float]]:
+    """Samples of each method, one a round, the rounds in alternating order (ABBA); `elapsed` runs one and says how long it took."""
+    taken: dict[str, list[float]] = {name: [] for name in methods}
+    until, rounds = time.perf_counter() + budget.seconds, 0
+    while rounds < budget.least or (rounds < budget.most and time.perf_counter() < until):
+        for name in methods if rounds % 2 == 0 else reversed(methods):
+            taken[name].append(elapsed(methods[name]))
+        rounds += 1
+    return taken
+
+
+def ratio(mine: list[float], other: list[float]) -> list[float]:
+    """p20, p50, p80 of the ratios of each round's two samples."""
+    return spread([a / b for a, b in zip(mine, other)])
+
+
 def paired(methods: dict[str, Callable[[], object]], budget: Budget) -> dict[str, Times]:
     """Times of all methods; the first is what the ratios refer to."""
-    names = list(methods)
     for run in methods.values():
         run()
         run()
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    until, rounds = time.perf_counter() + budget.seconds, 0
-    while rounds < budget.least or (rounds < budget.most and time.perf_counter() < until):
-        for name in names if rounds % 2 == 0 else reversed(names):
-            begin = budget.clock()
-            methods[name]()
-            taken[name].append(budget.clock() - begin)
-        rounds += 1
-    first = taken[names[0]]
-    return {
-        name: Times([t * 1e6 for t in spread(mine)], spread([a / b for a, b in zip(mine, first)]), rounds) for name, mine in taken.items()
-    }
+
+    def elapsed(run: Callable[[], object]) -> float:
+        begin = budget.clock()
+        run()
+        return budget.clock() - begin
+
+    taken = interleaved(methods, budget, elapsed)
+    first = next(iter(taken.values()))
+    return {name: Times([t * 1e6 for t in spread(mine)], ratio(mine, first), len(mine)) for name, mine in taken.items()}
