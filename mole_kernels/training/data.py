@@ -60,6 +60,7 @@ class TensorBatches:
 class BatchStream:
     """The batches of one process out of P: numbers p, p+P, p+2P, … of what `batches` yields, over again when it ends.
 
+    A source with `batch(number)` is asked for this process's batches alone; any other is iterated, and the others' are dropped.
     A source with `state_dict` and `load_state_dict` is put back by its own state when a run resumes; any other is
     counted, and as many batches are drawn and dropped, so it must yield the same ones in the same order each time.
     The source may describe its batches by a method `signature()`; else the first batch's keys, dtypes and shapes
@@ -81,10 +82,18 @@ class BatchStream:
 
     def draw(self) -> tuple[int, Mapping[str, Tensor]]:
         """(number of the batch, the batch) that is next for this process."""
-        drawn = [self._next() for _ in range(self.processes)]
         number = self.position + self.process
+        if hasattr(self.source, "batch"):
+            batch = self._checked(self.source.batch(number))
+        else:
+            batch = [self._next() for _ in range(self.processes)][self.process]
         self.position += self.processes
-        return number, drawn[self.process]
+        return number, batch
+
+    def describe(self, number: int) -> str:
+        """What the source says a batch is made of, for messages; "" where it says nothing."""
+        said = getattr(self.source, "describe", None)
+        return str(said(number)) if callable(said) else ""
 
     def state(self) -> dict[str, Any]:
         own = self.source.state_dict() if self.stateful else None  # type: ignore[attr-defined]
@@ -111,9 +120,7 @@ class BatchStream:
         batch = next(self._iterator, None)
         if batch is None:
             batch = self._again()
-        if self.signature is None or self._expected is not None:
-            self._check(batch)
-        return batch
+        return self._checked(batch)
 
     def _again(self) -> Mapping[str, Tensor]:
         """The first batch of the next round through the source."""
@@ -124,12 +131,16 @@ class BatchStream:
             raise MoleStateError("batches", f"ended after {self.position} batches and cannot start over", hint=hint)
         return batch
 
-    def _check(self, batch: Mapping[str, Tensor]) -> None:
+    def _checked(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The batch, the first of a run after a look at its keys and shapes."""
+        if self.signature is not None and self._expected is None:
+            return batch
         own = getattr(self.source, "signature", None)
         self.signature = own() if callable(own) else signature(batch)
         if self._expected is not None and self.signature != self._expected:
             raise MoleStateError("resume: batches", expected=f"{self._expected} as when the run began", got=self.signature)
         self._expected = None
+        return batch
 
 
 def signature(batch: Mapping[str, Tensor]) -> Signature:

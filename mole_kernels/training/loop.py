@@ -92,7 +92,7 @@ def fit(
         with line, _CtrlC(folder is not None, enabled) as ctrl_c:
             while run.step < config.steps:
                 loss = run.advance()
-                line.update(run.step, loss)
+                line.update(run.step, loss, run.samples)
                 if on_step is not None:
                     on_step(run.step, loss)
                 stopped = run.anywhere(ctrl_c.pressed)
@@ -163,7 +163,8 @@ class _Run:
             raise MoleTypeError("fit: loss_fn", expected="a scalar that depends on what trains", got=got)
         value = float(self.accelerator.reduce(loss.detach().clone().float(), "mean"))
         if not math.isfinite(value):
-            self._stop(f"the loss is {value} (batch {number})")
+            names = self.stream.describe(number)
+            self._stop(f"the loss is {value} (batch {number}{': ' + names if names else ''})")
         return value
 
     def _clip(self) -> None:

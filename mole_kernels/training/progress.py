@@ -9,13 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressLine:
-    """Step, mean loss of late steps, steps per second and time left; writes to stderr, nothing when `enabled` is false."""
+    """Steps, mean loss of late steps, steps and samples per second, time left; writes to stderr, nothing when `enabled` is false."""
 
     def __init__(self, title: str, total: int, start: int, log_every: int, enabled: bool) -> None:
         self.title, self.total, self.start, self.log_every, self.enabled = title, total, start, log_every, enabled
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._mean: float | None = None
+        self._logged = start
         self._began = time.perf_counter()
 
     def __enter__(self) -> ProgressLine:
@@ -30,17 +31,22 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, loss: float) -> None:
-        """`step` steps are done, the last with this loss."""
+    def update(self, step: int, loss: float | None = None, samples: int = 0) -> None:
+        """`step` steps are done, the last with this loss; so many samples went through since the start."""
         if not self.enabled:
             return
-        self._mean = loss if self._mean is None else 0.95 * self._mean + 0.05 * loss
-        rate = (step - self.start) / max(1e-9, time.perf_counter() - self._began)
-        figures = f"loss {self._mean:.4f}  {rate:.2f} it/s"
+        seconds = max(1e-9, time.perf_counter() - self._began)
+        rate = (step - self.start) / seconds
+        figures = f"{samples / seconds:.1f} samples/s"
+        if loss is not None:
+            self._mean = loss if self._mean is None else 0.95 * self._mean + 0.05 * loss
+            figures = f"loss {self._mean:.4f}  {rate:.2f} it/s  {figures}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
-        elif step % self.log_every == 0 or step == self.total:
-            left = (self.total - step) / rate
+        # a step may be of several units, so a multiple of log_every may be stepped over
+        elif step // self.log_every > self._logged // self.log_every or step == self.total:
+            self._logged = step
+            left = (self.total - step) / max(rate, 1e-9)
             self.say(f"{self.title} {step}/{self.total}  {figures}  left {int(left // 60)}:{int(left % 60):02d}")
 
     def say(self, text: str) -> None:
