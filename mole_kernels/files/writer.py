@@ -23,7 +23,7 @@ def atomic_save(tensors: Mapping[str, Tensor], path: PathLike, metadata: Mapping
     What the reader would refuse is refused here, before anything is written.
     """
     where = printable(path, 300)
-    header, order = _header(tensors, metadata or {}, where)
+    header, order = header_of(tensors, metadata or {}, where)
 
     def write(file: BinaryIO) -> None:
         file.write(header)
@@ -64,7 +64,7 @@ def atomic_write(path: PathLike, write: Callable[[BinaryIO], None]) -> None:
         ) from error
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> tuple[bytes, list[str]]:
+def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> tuple[bytes, list[str]]:
     """The file's bytes up to the data, and the keys in the order of their data."""
     if len(tensors) > MAX_TENSORS:
         raise MoleFileError(where, expected=f"at most {MAX_TENSORS:,} tensors", got=f"{len(tensors):,}")

@@ -20,6 +20,7 @@ from mole_kernels.io.experts import load_expert
 from mole_kernels.io.gates import OFFICIAL_MIDDLE, GateFile, load_gates, save_gates
 from mole_kernels.io.mix_of_show import load_mix_of_show
 from mole_kernels.io.save import save_expert
+from mole_kernels.io.stream import name_of
 
 Dialect = Literal["diffusers", "kohya", "native", "official"]
 Kind = Literal["expert", "bank", "gates"]
@@ -84,7 +85,7 @@ def _expert(found: Expert, target: PathLike, to: Dialect, dtype: torch.dtype | N
             printable(found.source, 300), "is an expert; the official dialect is for gates", hint="--to diffusers, kohya or native"
         )
     if to == "native":
-        save_bank(_cast(ExpertBank({name or _name_of(found.source): found}), dtype), target)
+        save_bank(_cast(ExpertBank({name or name_of(found.source): found}), dtype), target)
     else:
         save_expert(found, target, to, dtype, sdxl=sdxl)
     return Converted({os.fsdecode(target): f"{len(found.layers)} layers, {found.dialect} → {to}"})
@@ -131,9 +132,3 @@ def _cast(bank: ExpertBank, dtype: torch.dtype | None) -> ExpertBank:
             for name, expert in bank.experts.items()
         }
     )
-
-
-def _name_of(source: str) -> str:
-    """An expert's name from its file's: printable, without dots."""
-    stem = "".join(c if c.isprintable() and c != "." else "_" for c in Path(source).name.split(".safetensors")[0])
-    return stem[:128] or "expert"

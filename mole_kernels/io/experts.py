@@ -26,7 +26,7 @@ HALVES = {"down": "A (down)", "up": "B (up)"}
 
 
 @dataclass
-class _Layer:
+class LayerKeys:
     """What the keys of one layer said so far."""
 
     path: str
@@ -68,14 +68,14 @@ def expert_from_tensors(
             isinstance(tensor, Tensor) or (str(key).endswith(".alpha") and isinstance(tensor, int | float))
         ):
             raise MoleTypeError(f"{where}, '{printable(key)}'", expected="a tensor under a str", got=type(tensor).__name__)
-    _refuse_unsupported(tensors, where)
+    refuse_unsupported(tensors, where)
     if pipeline is not None and needs_pipeline(pipeline):
         tensors = convert_with_pipeline(tensors, pipeline, where)
-    layers = _collect(tensors, where)
+    layers = collect_layers(tensors, where)
     config = AdapterConfig.from_metadata(metadata, where)
     found, dialects = {}, set()
     for layer in layers:
-        found[layer.path] = _lowrank(layer, tensors, config, where, alpha)
+        found[layer.path] = layer_of(layer, tensors, config, where, alpha)
         dialects.add(layer.dialect)
     zero = [path for path, layer in found.items() if layer.scale == 0]
     if zero:
@@ -89,7 +89,7 @@ def _only(bank: ExpertBank, where: str) -> Expert:
     return bank.experts[bank.names[0]]
 
 
-def _refuse_unsupported(tensors: Mapping[str, Any], where: str) -> None:
+def refuse_unsupported(tensors: Mapping[str, Any], where: str) -> None:
     found = {key: what for key in tensors if (what := unsupported(key))}
     if found:
         kinds = ", ".join(sorted(set(found.values())))
@@ -98,9 +98,9 @@ def _refuse_unsupported(tensors: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _collect(tensors: Mapping[str, Any], where: str) -> list[_Layer]:
+def collect_layers(tensors: Mapping[str, Any], where: str) -> list[LayerKeys]:
     """The layers that the keys name, each with both halves."""
-    layers: dict[str, _Layer] = {}
+    layers: dict[str, LayerKeys] = {}
     strangers = []
     for key in tensors:
         part = parse_key(key)
@@ -110,7 +110,7 @@ def _collect(tensors: Mapping[str, Any], where: str) -> list[_Layer]:
         module, half, ending = part
         inner = parse_key(module) if half == "alpha" else None
         path, dialect = module_path(inner.module if inner else module, inner.dialect if inner else ending)
-        layer = layers.setdefault(flatten(path), _Layer(path))
+        layer = layers.setdefault(flatten(path), LayerKeys(path))
         if half in layer.keys:
             raise MoleKeyError(
                 where,
@@ -134,7 +134,7 @@ def _collect(tensors: Mapping[str, Any], where: str) -> list[_Layer]:
     return list(layers.values())
 
 
-def _lowrank(layer: _Layer, tensors: Mapping[str, Any], config: AdapterConfig, where: str, alpha: float | None) -> LowRank:
+def layer_of(layer: LayerKeys, tensors: Mapping[str, Any], config: AdapterConfig, where: str, alpha: float | None) -> LowRank:
     at = f"{where}, {printable(layer.path)}"
     pair = checked_lowrank(at, tensors[layer.keys["down"]].detach(), tensors[layer.keys["up"]].detach())
     if "alpha" in layer.keys:

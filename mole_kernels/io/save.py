@@ -31,14 +31,22 @@ def save_expert(
     dtype    of the factors, None keeps theirs; a value that would overflow is refused
     sdxl     kohya only: LDM block names, as kohya's tools want for SDXL; None decides by the layers
     """
+    tensors, metadata = expert_tensors(expert, dialect, dtype, looks_like_sdxl(expert.layers) if sdxl is None else sdxl)
+    atomic_save(tensors, path, metadata)
+
+
+def expert_tensors(
+    expert: Expert, dialect: Literal["diffusers", "kohya"], dtype: torch.dtype | None, sdxl: bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of the file that `save_expert` writes."""
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise MoleTypeError("save_expert", expected=f"dtype {', '.join(DTYPE_NAMES.values())}", got=dtype)
     writers = {"diffusers": _diffusers, "kohya": _kohya}
     if dialect not in writers:
         raise MoleValueError("save_expert", expected=f"dialect {' or '.join(writers)}", got=repr(dialect))
     kept = {key: value for key, value in expert.metadata.items() if key != adapter_config.KEY}
-    tensors, metadata = writers[dialect](expert, dtype, looks_like_sdxl(expert.layers) if sdxl is None else sdxl)
-    atomic_save(tensors, path, kept | {"format": "pt"} | metadata)
+    tensors, metadata = writers[dialect](expert, dtype, sdxl)
+    return tensors, kept | {"format": "pt"} | metadata
 
 
 def _diffusers(expert: Expert, dtype: torch.dtype | None, sdxl: bool) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,0 +1,276 @@
+"""Experts of a smaller rank: truncated SVD of each layer from its factors, with the error bounded beforehand and measured after.
+
+    smaller, report = compress(expert, energy=0.99)
+
+For ΔW = s·B·A with singular values σ_1 ≥ σ_2 ≥ …, keeping r of them is the best that rank r can do (Eckart and Young):
+‖ΔW − ΔW'‖₂ = σ_{r+1} and ‖ΔW − ΔW'‖_F = (Σ_{i>r} σ_i²)^½. Storing the new factors in fewer bits adds rounding; the bound holds both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mole_kernels.dispatch.choose import choose
+from mole_kernels.dispatch.device import KNOWN
+from mole_kernels.errors import MoleTypeError, MoleValueError, printable
+from mole_kernels.experts.bank import ExpertBank
+from mole_kernels.experts.compress_svd import Svd, difference, singular_values, svd, truncate
+from mole_kernels.experts.lazy import stored_dtype
+from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.problem import Problem
+
+
+@dataclass(frozen=True)
+class Target:
+    """What decides each layer's rank: exactly one of the three.
+
+    rank       at most this
+    energy     the smallest rank that keeps this part of Σσ², in (0, 1]
+    max_error  the smallest rank with ‖ΔW − ΔW'‖₂ ≤ max_error · ‖ΔW‖₂, as stored: no input's output moves by more than that
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    max_error: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if len(given) != 1:
+            raise MoleValueError("compress", expected="exactly one of rank, energy and max_error", got=", ".join(given) or "none")
+        name, value = given.popitem()
+        if name == "rank" and (type(value) is not int or value < 1):
+            raise MoleValueError("compress, rank", expected="a whole number >= 1", got=printable(value))
+        if name != "rank":
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            right = number and (0 < value <= 1 if name == "energy" else 0 <= value < 1)
+            if not right:
+                raise MoleValueError(f"compress, {name}", expected="(0, 1]" if name == "energy" else "[0, 1)", got=printable(value))
+
+    def ranks(self, values: Tensor, stored: float = 0.0) -> int:
+        """The rank for these singular values, 1 at least; `stored` is what rounding already takes of max_error."""
+        if self.rank is not None:
+            return min(self.rank, len(values))
+        values = values.double()
+        if self.energy is not None:
+            squares = values.square()
+            # from the small end, where no large sum swallows them
+            tails = squares.flip(0).cumsum(0).flip(0)
+            enough = tails <= (1 - self.energy) * tails[0]
+        else:
+            assert self.max_error is not None
+            enough = values <= max(self.max_error - stored, 0.0) * values[0]
+        found = torch.nonzero(enough)
+        return max(int(found[0]) if len(found) else len(values), 1)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer before and after. Norms and errors are of ΔW, scale included: Frobenius, and spectral (‖·‖₂, the worst case over inputs).
+
+    bound_*   what the error cannot exceed: the singular values left out plus the rounding of the stored factors
+    error_*   measured in float64 on the factors as they are stored
+    flops     of the expert for one token: 2·R·(K+N)
+    layer_us  predicted microseconds of the whole layer on `device` (base and expert), by the dispatcher's cost model; never measured
+    """
+
+    path: str
+    N: int
+    K: int
+    rank_before: int
+    rank_after: int
+    frobenius: float
+    spectral: float
+    bound_frobenius: float
+    bound_spectral: float
+    error_frobenius: float
+    error_spectral: float
+    flops_before: int
+    flops_after: int
+    layer_us_before: float
+    layer_us_after: float
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The call that the predictions are for: one sample of `tokens` tokens of `dtype` on a known GPU."""
+
+    device: str = "h200"
+    tokens: int = 4096
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if self.device not in KNOWN:
+            raise MoleValueError("compress, device", expected=f"one of {', '.join(KNOWN)}", got=repr(printable(self.device)))
+        if type(self.tokens) is not int or self.tokens < 1:
+            raise MoleValueError("compress, tokens", expected="a whole number >= 1", got=printable(self.tokens))
+
+
+NOMINAL = Predicted()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All layers of one expert."""
+
+    layers: tuple[LayerReport, ...]
+    predicted: Predicted = NOMINAL
+
+    def total(self) -> dict[str, float]:
+        """The whole expert: its largest ranks, relative errors over all layers together, predicted speed-up of the layers in a row."""
+        norm = math.fsum(layer.frobenius**2 for layer in self.layers) ** 0.5 or 1.0
+        error = math.fsum(layer.error_frobenius**2 for layer in self.layers) ** 0.5
+        worst = max((layer.error_spectral / (layer.spectral or 1.0) for layer in self.layers), default=0.0)
+        before, after = (sum(getattr(layer, f"layer_us_{when}") for layer in self.layers) for when in ("before", "after"))
+        return {
+            "layers": len(self.layers),
+            "rank_before": max((layer.rank_before for layer in self.layers), default=0),
+            "rank_after": max((layer.rank_after for layer in self.layers), default=0),
+            "parameters_before": sum(layer.rank_before * (layer.N + layer.K) for layer in self.layers),
+            "parameters_after": sum(layer.rank_after * (layer.N + layer.K) for layer in self.layers),
+            "relative_error_frobenius": error / norm,
+            "worst_relative_error_spectral": worst,
+            "predicted_us_before": before,
+            "predicted_us_after": after,
+            "predicted_speedup": before / after if after else 1.0,
+        }
+
+    def to_json(self) -> str:
+        predicted = {"device": self.predicted.device, "tokens": self.predicted.tokens, "dtype": str(self.predicted.dtype)[6:]}
+        found: dict[str, Any] = {"total": self.total(), "predicted_for": predicted, "layers": [asdict(layer) for layer in self.layers]}
+        return json.dumps(found, indent=1)
+
+
+class Compressed(NamedTuple):
+    """What `compress` returns: the same kind of thing smaller, and a report for each expert (by name for a bank)."""
+
+    result: Any
+    report: Any
+
+
+def compress(
+    experts: Expert | ExpertBank,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    dtype: torch.dtype | None = None,
+    predicted: Predicted = NOMINAL,
+) -> Compressed:
+    """(result, report): the best experts of smaller rank, by exactly one of rank, energy and max_error (see `Target`).
+
+    experts  an Expert -> (Expert, Report); an ExpertBank -> (ExpertBank, {name: Report})
+    dtype    of the result; None: the input's
+    A layer whose rank is already small enough keeps its factors bit for bit. Raises MoleValueError, MoleTypeError.
+    """
+    target = Target(rank, energy, max_error)
+    if isinstance(experts, ExpertBank):
+        made = {name: _compress_expert(expert, target, dtype, predicted) for name, expert in experts.experts.items()}
+        return Compressed(ExpertBank({name: one for name, (one, _) in made.items()}), {name: said for name, (_, said) in made.items()})
+    if not isinstance(experts, Expert):
+        raise MoleTypeError("compress", expected="an Expert or an ExpertBank", got=type(experts).__name__)
+    return Compressed(*_compress_expert(experts, target, dtype, predicted))
+
+
+def _compress_expert(expert: Expert, target: Target, dtype: torch.dtype | None, predicted: Predicted) -> tuple[Expert, Report]:
+    layers, reports = {}, []
+    for path, layer, report in compress_layers(expert.layers, target, dtype, predicted):
+        layers[path] = layer
+        reports.append(report)
+    return Expert(layers, expert.dialect, expert.source, expert.metadata), Report(tuple(reports), predicted)
+
+
+def compress_layers(
+    layers: Mapping[str, LowRank],
+    target: Target,
+    dtype: torch.dtype | None = None,
+    predicted: Predicted = NOMINAL,
+) -> Iterator[tuple[str, LowRank, LayerReport]]:
+    """(path, smaller layer, report), one layer at a time."""
+    for path in layers:
+        smaller, report = compress_layer(path, layers[path], target, dtype, predicted)
+        yield path, smaller, report
+
+
+def compress_layer(
+    path: str,
+    layer: LowRank,
+    target: Target,
+    dtype: torch.dtype | None = None,
+    predicted: Predicted = NOMINAL,
+) -> tuple[LowRank, LayerReport]:
+    """One layer's (smaller LowRank, report)."""
+    kept = dtype or stored_dtype([layer.down.dtype, layer.up.dtype])
+    parts = svd(layer)
+    values = parts.values.double() * abs(layer.scale)
+    made = _stored(path, layer, parts, target.ranks(values), kept)
+    errors = _errors(layer, made)
+    if target.max_error is not None and errors[1] > target.max_error * values[0].item():
+        # what rounding adds must come out of the truncation's share; a little over, as the two add up otherwise at another rank
+        left_out = _at(values, made.rank)
+        rounding = 1.25 * (errors[1] - left_out) / values[0].item()
+        made = _stored(path, layer, parts, target.ranks(values, stored=rounding), kept)
+        errors = _errors(layer, made)
+        if errors[1] > target.max_error * values[0].item():
+            raise MoleValueError(
+                f"compress, layer {printable(path)}", expected=f"a relative spectral error of at most {target.max_error:g}",
+                got=f"{errors[1] / values[0].item():.3g} at rank {made.rank} stored in {str(kept)[6:]}", hint="give a wider dtype",
+            )  # fmt: skip
+    return made, _report(path, layer, made, values, errors, predicted)
+
+
+def _stored(path: str, layer: LowRank, parts: Svd, rank: int, dtype: torch.dtype) -> LowRank:
+    """Truncated to `rank` and cast; what needs no truncation keeps its factors."""
+    made = layer if rank >= layer.rank else truncate(layer, rank, parts)
+    return made.to(dtype, where=f"compress, layer {printable(path)}")
+
+
+def _errors(layer: LowRank, made: LowRank) -> tuple[float, float]:
+    """(Frobenius, spectral) of ΔW − ΔW' as stored, in float64."""
+    if made.rank == layer.rank and torch.equal(made.down, layer.down) and torch.equal(made.up, layer.up):
+        return 0.0, 0.0
+    apart = singular_values(difference(layer, made))
+    return apart.norm().item(), apart[0].item()
+
+
+def _rounding(layer: LowRank, made: LowRank, values: Tensor) -> float:
+    """How far storing and the SVD's own arithmetic can move ΔW' (Frobenius).
+
+    Storing: ‖δB‖‖A'‖ + ‖B'‖‖δA‖ with |δ| ≤ u|·| + half the smallest subnormal. The arithmetic: a small multiple of its own u, of σ_1.
+    """
+    info = torch.finfo(made.up.dtype)
+    half = info.eps / 2
+    down, up = (t.detach().double().norm().item() for t in (made.down, made.up))
+    tiny = info.smallest_normal * info.eps / 2
+    moved = sum((half * size + tiny * math.sqrt(t.numel())) * other for size, t, other in ((down, made.down, up), (up, made.up, down)))
+    work = torch.finfo(torch.float64 if layer.up.dtype == torch.float64 else torch.float32).eps
+    return abs(layer.scale) * moved * (1 + half) + 8 * work * math.sqrt(len(values)) * values[0].item() * math.sqrt(layer.rank)
+
+
+def _report(path: str, layer: LowRank, made: LowRank, values: Tensor, errors: tuple[float, float], predicted: Predicted) -> LayerReport:
+    N, K, same = layer.out_features, layer.in_features, errors == (0.0, 0.0)
+    rounding = 0.0 if same else _rounding(layer, made, values)
+    us = [predicted_us(N, K, one.rank, predicted) for one in (layer, made)]
+    return LayerReport(
+        path, N, K, layer.rank, made.rank, values.norm().item(), values[0].item(),
+        0.0 if same else values[made.rank :].norm().item() + rounding, 0.0 if same else _at(values, made.rank) + rounding,
+        *errors, 2 * layer.rank * (K + N), 2 * made.rank * (K + N), *us,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def predicted_us(N: int, K: int, rank: int, predicted: Predicted) -> float:
+    """Microseconds of the whole layer with one ungated expert, by the dispatcher's cost model."""
+    problem = Problem(1, predicted.tokens, K, N, (rank,), 1, predicted.dtype, "cuda")
+    return choose(problem, KNOWN[predicted.device]).predicted
+
+
+def _at(values: Tensor, i: int) -> float:
+    return values[i].item() if i < len(values) else 0.0

@@ -1,0 +1,51 @@
+"""The spectrum of every layer of an expert: where it could be compressed; the data that a plot draws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mole_kernels.experts.compress import Target
+from mole_kernels.experts.compress_svd import singular_values
+from mole_kernels.experts.lowrank import LowRank
+
+ENERGIES = (0.9, 0.99, 0.999)
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """One layer: its singular values, falling, and the ranks that keep 90, 99 and 99.9 % of Σσ².
+
+    effective  exp(−Σ p ln p) with p = σ²/Σσ²: the rank that so even a spectrum would have (Roy and Vetterli, 2007)
+    """
+
+    path: str
+    N: int
+    K: int
+    rank: int
+    values: tuple[float, ...]
+    ranks: tuple[int, ...]
+    effective: float
+
+
+def spectrum(path: str, layer: LowRank, dtype: torch.dtype = torch.float64) -> LayerSpectrum:
+    """The spectrum of one layer's ΔW, scale included."""
+    values = singular_values(layer, dtype).double()
+    share = values.square() / values.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+    effective = torch.special.entr(share).sum().exp().item() if values[0] > 0 else 0.0
+    ranks = tuple(Target(energy=energy).ranks(values) for energy in ENERGIES)
+    return LayerSpectrum(path, layer.out_features, layer.in_features, layer.rank, tuple(values.tolist()), ranks, effective)
+
+
+def spectra(layers: Mapping[str, LowRank], dtype: torch.dtype = torch.float32) -> list[LayerSpectrum]:
+    """Every layer's spectrum, in the expert's order; one layer at a time, ΔW is never formed."""
+    return [spectrum(path, layers[path], dtype) for path in layers]
+
+
+def to_json(found: list[LayerSpectrum]) -> str:
+    """{energies, layers: [{path, N, K, rank, values, ranks, effective}]}"""
+    layers = [{**vars(one), "values": [float(f"{value:.6g}") for value in one.values]} for one in found]
+    return json.dumps({"energies": ENERGIES, "layers": layers})
