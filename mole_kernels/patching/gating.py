@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, printable
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.gate import ConstantGate, Gate, MoLEGate
+from mole_kernels.gates.softmax import SoftmaxGate
 from mole_kernels.io.gates import GateFile, GateTensors
 from mole_kernels.patching.names import Names, few
 from mole_kernels.patching.targets import sizes
@@ -85,6 +86,10 @@ def make_gate(
         return None if tensors is None else _from_tensors(tensors, rows, N, K, experts.down.dtype, dtype, device)
     if spec == "constant":
         return ConstantGate(E, learned=True, device=device)
+    if isinstance(spec, str) and spec.startswith(("softmax", "top-")):
+        # one expert alone has a softmax of 1: a gate that says nothing
+        top_k = None if spec == "softmax" else min(int(spec.removeprefix("top-")), E)
+        return SoftmaxGate(K, E, top_k=top_k, device=device, dtype=dtype)
     if isinstance(spec, str):
         return MoLEGate(K, N, E, local=spec != "global", pooled=spec != "local", device=device, dtype=dtype)
     gate = spec(layer.path, layer.module, experts)

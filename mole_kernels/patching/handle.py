@@ -138,7 +138,8 @@ class Handle:
     def gate_parameters(self) -> list[nn.Parameter]:
         """Every parameter of every layer's gate."""
         self._check_active("gate_parameters")
-        return [p for one in self._patched.values() if one.gate is not None for p in one.gate.parameters()]
+        # gates of one block may share their router
+        return list(dict.fromkeys(p for one in self._patched.values() if one.gate is not None for p in one.gate.parameters()))
 
     def train_experts(self, on: bool = True) -> list[nn.Parameter]:
         """Switch gradients of the experts on or off; returns their parameters, for an optimiser."""

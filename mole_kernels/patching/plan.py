@@ -43,7 +43,7 @@ class Plan:
 
     layers     path -> PlannedLayer, in the model's order
     names      the experts, in order
-    gates      None, "mole" | "local" | "global" | "constant", a GateFile or a callable
+    gates      None, the word for a fresh gate, a GateFile or a callable
     skipped    path -> why a layer is left out
     unmatched  expert name -> the keys of its file that are not used
     gates_unmatched, gates_missing  layers of the gates file that are not patched, patched layers it lacks
@@ -78,7 +78,8 @@ def plan(
     model    an nn.Module or a diffusers pipeline
     experts  {name: path | tensors | Expert}, an ExpertBank, or the path of a file that `Handle.save` wrote
     gates    None: no gate (or the single file's own) · a path or GateFile · "mole", "local", "global": fresh MoLE gates, trainable ·
-             "constant": one learned constant for each expert · a callable (path, module, layer_experts) -> Gate
+             "constant": one learned constant for each expert · "softmax", "top-1", "top-2": a softmax over the experts per token ·
+             a callable (path, module, layer_experts) -> Gate
     strict   a key that meets no layer is an error; with False a MoleWarning, and it is listed. No key at all is always an error
     targets  only these layers: paths or their endings ("attn2.to_k"), a dict such as `mole_targets` gives, or (path, module) -> bool
     allow_large_rank  take ranks above min(K, N) too

@@ -20,7 +20,7 @@ from mole_kernels.io.gates import GateFile, load_gates
 Path: TypeAlias = str | os.PathLike[str]
 Source: TypeAlias = Path | Mapping[str, Tensor] | Expert
 GateMaker: TypeAlias = Callable[[str, nn.Module, LayerExperts], Gate | None]
-FRESH_GATES = ("mole", "local", "global", "constant")
+FRESH_GATES = ("mole", "local", "global", "constant", "softmax", "top-1", "top-2")
 
 
 def read_experts(experts: object, model: object) -> tuple[dict[str, Expert], GateFile | None]:
