@@ -14,7 +14,7 @@ from mole_kernels.gates.gate import Gate
 from mole_kernels.layers.attach import attach, reject
 from mole_kernels.patching import guards
 from mole_kernels.patching.gating import make_gate
-from mole_kernels.patching.handle import Handle, Patched, check_weights
+from mole_kernels.patching.handle import Handle, Patched, Scale, check_weights
 from mole_kernels.patching.pack import pack
 from mole_kernels.patching.plan import Plan, PlannedLayer, Targets, plan
 from mole_kernels.patching.targets import roots
@@ -28,13 +28,13 @@ def patch(
     *,
     strict: bool = True,
     targets: Targets | None = None,
-    scales: Mapping[str, float] | None = None,
+    scales: Mapping[str, Scale] | None = None,
     backend: str = "auto",
     allow_large_rank: bool = False,
 ) -> Handle:
     """Put experts and gates onto the layers they name, all or nothing; `Handle.remove` takes them off bit for bit.
 
-    scales   expert name -> adapter weight to start with (1 where not given)
+    scales   expert name -> adapter weight to start with (1 where not given), see `Handle.set_scales`
     backend  "auto", or the backend that every patched layer shall use
     The other arguments and the errors are those of `plan`. The base weights of patched layers are frozen until `remove`.
     Experts and a file's gates come frozen, in the layer's dtype and on its device; fresh gates are trainable, in float32.
@@ -43,7 +43,7 @@ def patch(
     return apply(made, scales=scales, backend=backend)
 
 
-def apply(made: Plan, *, scales: Mapping[str, float] | None = None, backend: str = "auto") -> Handle:
+def apply(made: Plan, *, scales: Mapping[str, Scale] | None = None, backend: str = "auto") -> Handle:
     """Carry out a plan. Whatever is raised on the way, Ctrl-C and a full memory included, the model is as it was."""
     if backend != "auto" and backend not in BACKENDS:
         raise MoleValueError("backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,14 @@ from mole_kernels.io.gates import GateFile, save_gates
 from mole_kernels.layers.attach import detach
 from mole_kernels.layers.linear import Gated
 from mole_kernels.patching import guards
+from mole_kernels.patching.blocks import Weight, by_layer, check_weight
 from mole_kernels.patching.collect import collect_bank, collect_gates
 from mole_kernels.patching.swap import swap_expert
 from mole_kernels.patching.undo import all_or_nothing
 from mole_kernels.patching.weights import ScaleWriter
+
+# a number, or block weights as diffusers' set_adapters takes them
+Scale: TypeAlias = float | Mapping[str, Any]
 
 if TYPE_CHECKING:
     import os
@@ -67,7 +70,8 @@ class Handle:
         self._places = places
         self._names = made.names
         self._writer = ScaleWriter(made.names)
-        self._scales = dict.fromkeys(made.names, 1.0)
+        self._scales: dict[str, Scale] = dict.fromkeys(made.names, 1.0)
+        self._weights: dict[str, Weight] = dict.fromkeys(made.names, 1.0)
         self._active = True
 
     def __repr__(self) -> str:
@@ -99,8 +103,8 @@ class Handle:
         return self._plan.model
 
     @property
-    def scales(self) -> dict[str, float]:
-        """The adapter weights last set."""
+    def scales(self) -> dict[str, Scale]:
+        """The adapter weights last set, as they were given."""
         return dict(self._scales)
 
     @property
@@ -151,12 +155,18 @@ class Handle:
 
     # -- change ---------------------------------------------------------------------------------------------------------------------
 
-    def set_scales(self, scales: Mapping[str, float]) -> None:
-        """Set adapter weights by name; the others keep theirs. A tensor write: no recompile, no allocation."""
+    def set_scales(self, scales: Mapping[str, Scale]) -> None:
+        """Set adapter weights by name; the others keep theirs. A tensor write: nothing recompiles.
+
+        A weight is a number, or a number for each block of a UNet as diffusers' `set_adapters` takes them:
+        {"down": 0.5, "mid": 1.0, "up": {"block_0": 0.2, "block_1": [0.4, 0.8, 1.0]}}, blocks left out count 1.
+        """
         self._check_active("set_scales")
-        weights = check_weights(scales, self._names)
-        self._scales.update(weights)
-        self._writer.write([one.experts for one in self._patched.values()], self._scales)
+        checked = check_weights(scales, self._names)
+        weights = {n: by_layer(n, s, self.model, self._patched) if isinstance(s, Mapping) else s for n, s in checked.items()}
+        self._scales.update(checked)
+        self._weights.update(weights)
+        self._writer.write({path: one.experts for path, one in self._patched.items()}, self._weights)
 
     def swap(self, name: str, source: Source, *, strict: bool = True) -> None:
         """Replace one expert by another, all or nothing; its adapter weight and gate rows stay.
@@ -167,7 +177,7 @@ class Handle:
         """
         self._check_active("swap")
         self._check_names("swap", [name])
-        expert = swap_expert(self._patched, self._plan, name, source, strict, self._scales)
+        expert = swap_expert(self._patched, self._plan, name, source, strict, self._weights)
         self._plan.experts = {**self._plan.experts, name: expert}
         # it has staged the old base scales
         self._writer = ScaleWriter(self._names)
@@ -275,18 +285,14 @@ def _require_grad(parameters: list[nn.Parameter], on: bool) -> list[nn.Parameter
     return parameters
 
 
-def check_weights(scales: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Adapter weights as finite floats for experts that exist."""
+def check_weights(scales: Mapping[str, Scale], names: Sequence[str]) -> dict[str, Scale]:
+    """Adapter weights as finite floats, or block weights of such, for experts that exist."""
     if not isinstance(scales, Mapping):
         raise MoleTypeError("scales", expected="{expert name: weight}", got=type(scales).__name__)
-    checked = {}
     for name, weight in scales.items():
         if name not in names:
             raise MoleValueError("scales", expected=f"weights for the experts {', '.join(names)}", got=f"one for {name!r}")
-        try:
-            checked[name] = float(weight)
-        except (TypeError, ValueError):
-            raise MoleTypeError(f"scale of expert {name!r}", expected="a number", got=type(weight).__name__) from None
-        if not math.isfinite(checked[name]):
-            raise MoleValueError(f"scale of expert {name!r}", expected="a finite number", got=checked[name])
-    return checked
+        if isinstance(weight, list | tuple):
+            raise MoleTypeError(f"scale of expert {name!r}", expected="a number, or block weights", got=type(weight).__name__)
+        check_weight(name, weight)
+    return {name: dict(weight) if isinstance(weight, Mapping) else float(weight) for name, weight in scales.items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 from mole_kernels.errors import MoleKeyError, MoleWarning, printable
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.patching.blocks import Weight, weight_at
 from mole_kernels.patching.names import Names, few
 from mole_kernels.patching.pack import check_narrowing
 from mole_kernels.patching.plan import Plan, PlannedLayer, check_factor, source_of, where_in
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def swap_expert(
-    patched: Mapping[str, Patched], made: Plan, name: str, source: Source, strict: bool, weights: Mapping[str, float]
+    patched: Mapping[str, Patched], made: Plan, name: str, source: Source, strict: bool, weights: Mapping[str, Weight]
 ) -> Expert:
     """Write the expert read from `source` into the place of `name`; returns it. Raises before anything changed.
 
@@ -42,7 +43,7 @@ def swap_expert(
         writes = [
             (target, value, target.clone())
             for one in in_place
-            for target, value in zip(_places(one, name), _stage(one, name, factors.get(one.path), weights[name]))
+            for target, value in zip(_places(one, name), _stage(one, name, factors.get(one.path), weight_at(weights[name], one.path)))
         ]
         with all_or_nothing([one.module for one in held]):
             try:
@@ -108,14 +109,14 @@ def _stage(one: Patched, name: str, factor: LowRank | None, weight: float) -> tu
     return down, up, base, scale
 
 
-def _repack(one: Patched, name: str, factor: LowRank, weights: Mapping[str, float]) -> LayerExperts:
+def _repack(one: Patched, name: str, factor: LowRank, weights: Mapping[str, Weight]) -> LayerExperts:
     """The layer's experts packed anew, with a larger rank for one of them; device, dtype, flags and weights as before."""
     old = one.experts
     factors = {other: factor if other == name else old.factor(other) for other in old.names}
     new = LayerExperts.from_factors(factors, dtype=old.down.dtype, device=old.down.device)
     span = new.span(name)
     check_narrowing(name, one.path, factor, new.down[:, span], new.up[:, :, span])
-    new.set_weights({other: weights[other] for other in new.names})
+    new.set_weights({other: weight_at(weights[other], one.path) for other in new.names})
     new.down.requires_grad_(old.down.requires_grad)
     new.up.requires_grad_(old.up.requires_grad)
     return new.train(old.training)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.patching.blocks import Weight, weight_at
 
 
 class ScaleWriter:
@@ -21,31 +22,38 @@ class ScaleWriter:
         self._bases: list[Tensor] = []
 
     @torch.no_grad()
-    def write(self, layers: Sequence[LayerExperts], weights: Mapping[str, float]) -> None:
-        bases = [cast(Tensor, layer._buffers["base_scale"]) for layer in layers]
+    def write(self, layers: Mapping[str, LayerExperts], weights: Mapping[str, Weight]) -> None:
+        """layers: path -> its experts; weights: expert name -> its weight, everywhere or by path."""
+        bases = [cast(Tensor, layer._buffers["base_scale"]) for layer in layers.values()]
         # `.to()` and a swap give the layers other buffers: then what is staged is out of date
         if len(bases) != len(self._bases) or any(now is not then for now, then in zip(bases, self._bases)):
             self._bases = bases
             self._groups = self._grouped(layers)
-        for i, name in enumerate(self._names):
-            self._weights[i] = weights[name]
+        everywhere = all(not isinstance(weights[name], Mapping) for name in self._names)
+        if everywhere:
+            self._weights.copy_(torch.tensor([weights[name] for name in self._names]))
         for group in self._groups:
-            group.weights.copy_(self._weights)
-            torch.index_select(group.weights, 0, group.rows, out=group.staged)
+            if everywhere:
+                group.weights.copy_(self._weights)
+                torch.index_select(group.weights, 0, group.rows, out=group.staged)
+            else:
+                group.staged.copy_(torch.tensor([weight_at(weights[name], path) for path, name in group.places]))
             group.staged.mul_(group.base)
             torch._foreach_copy_([cast(Tensor, layer._buffers["scale"]) for layer in group.layers], group.parts)
 
-    def _grouped(self, layers: Sequence[LayerExperts]) -> list[_Group]:
-        by_device: dict[torch.device, list[LayerExperts]] = {}
-        for layer in layers:
-            by_device.setdefault(layer.base_scale.device, []).append(layer)
+    def _grouped(self, layers: Mapping[str, LayerExperts]) -> list[_Group]:
+        by_device: dict[torch.device, dict[str, LayerExperts]] = {}
+        for path, layer in layers.items():
+            by_device.setdefault(layer.base_scale.device, {})[path] = layer
         return [_Group(members, device, self._names) for device, members in by_device.items()]
 
 
 class _Group:
     """The layers of one device."""
 
-    def __init__(self, layers: list[LayerExperts], device: torch.device, names: tuple[str, ...]) -> None:
+    def __init__(self, members: Mapping[str, LayerExperts], device: torch.device, names: tuple[str, ...]) -> None:
+        layers = list(members.values())
+        self.places = [(path, name) for path, layer in members.items() for name in layer.names]
         # a staging tensor made under inference_mode could not be written outside of it
         with torch.inference_mode(False):
             self.layers = layers
