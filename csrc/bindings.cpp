@@ -14,11 +14,11 @@ std::string instruction_set_name() { return instruction_set(); }
 STABLE_TORCH_LIBRARY(mole_cpu, m) {
   m.def(
       "forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, Tensor? gate, Tensor? phi, "
-      "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, bool save, Tensor? assignment=None, int top_k=0) -> (Tensor, Tensor, Tensor, Tensor)");
   // need: bit i asks for the i-th of dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias
   m.def(
       "backward(Tensor dy, Tensor x, Tensor weight, Tensor down, Tensor up, Tensor scale, int[] ranks, Tensor? gate, Tensor? phi, "
-      "Tensor? pool, Tensor h, Tensor token_gate, Tensor sample_gate, int need) -> "
+      "Tensor? pool, Tensor h, Tensor token_gate, Tensor sample_gate, int need, Tensor? assignment=None, int top_k=0) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("instruction_set() -> str");
 }

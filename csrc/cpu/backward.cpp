@@ -31,11 +31,28 @@ struct GateGradients {
     return g ? empty({g->size(0), g->size(1), g->size(2)}, c.wide_type) : empty({0}, c.wide_type);
   }
 
+  // γ_e D_e -> γ_e D_e − l_e Σ_f γ_f D_f, for the tokens of one sample
+  void through_softmax(int64_t b, std::vector<double>& dphi) {
+    for (int64_t t = 0; t < c.T; ++t) {
+      const int64_t m = (b * c.T + t) * c.E;
+      W* d = at<W>(dlogit) + m;
+      double sum = 0;
+      for (int64_t e = 0; e < c.E; ++e) sum += d[e];
+      for (int64_t e = 0; e < c.E; ++e) {
+        const double left = d[e] - token[m + e] * sum;
+        d[e] = W(left), dphi[e] += left;
+      }
+    }
+  }
+
   void run(const W* D) {
     std::vector<double> ds(c.E), dphi(c.E), dpool(c.E), dgate(c.gate.tensor ? gate.numel() : 0);
     const int64_t gate_b = c.gate.tensor && gate.size(0) > 1 ? gate.size(1) * c.E : 0, gate_t = c.gate.tensor && gate.size(1) > 1 ? c.E : 0;
     const W* s = at<W>(c.scale);
-    for (int64_t b = 0; b < c.B; ++b)
+    if (token) std::fill(at<W>(dlogit), at<W>(dlogit) + c.B * c.T * c.E, W(0));
+    std::fill(at<W>(dq), at<W>(dq) + c.B * c.E, W(0));
+    for (int64_t b = 0; b < c.B; ++b) {
+      if (c.set_of[b] < 0) continue;
       for (int64_t e = 0; e < c.E; ++e) {
         const W G = sample ? sample[b * c.E + e] : W(1);
         double q = 0;
@@ -45,12 +62,15 @@ struct GateGradients {
           const double d = D[m], through = double(l) * G * d, gamma = double(s[e]) * given * through;
           ds[e] += given * through;
           if (c.gate.tensor) dgate[b * gate_b + t * gate_t + e] += s[e] * through;
-          if (token) at<W>(dlogit)[m] = W(gamma * (1 - l)), dphi[e] += gamma * (1 - l);
+          if (token && c.top_k) at<W>(dlogit)[m] = W(gamma);
+          else if (token) at<W>(dlogit)[m] = W(gamma * (1 - l)), dphi[e] += gamma * (1 - l);
           q += gamma * (1 - G);
         }
         at<W>(dq)[b * c.E + e] = W(q);
         dpool[e] += q;
       }
+      if (token && c.top_k) through_softmax(b, dphi);
+    }
     for (int64_t e = 0; e < c.E; ++e) at<W>(scale)[e] = W(ds[e]), at<W>(phi_bias)[e] = W(dphi[e]), at<W>(pool_bias)[e] = W(dpool[e]);
     for (size_t i = 0; i < dgate.size(); ++i) at<W>(gate)[i] = W(dgate[i]);
   }
@@ -87,17 +107,17 @@ struct Backward {
   Tensor thin_gradient() {
     Tensor v = empty({c.B, c.T, c.R}, c.wide_type), d = empty({c.B, c.T, c.E}, c.wide_type);
     W *pv = at<W>(v), *pd = at<W>(d);
-    shrink(k, c.rows(dy), c.B, c.T, c.N, c.up_n(), c.S, c.R, reinterpret_cast<char*>(pv), c.R,
+    shrink(k, c.groups, c.blocks, c.rows(dy), c.N, c.up_n(), c.R, reinterpret_cast<char*>(pv),
            [&](int64_t b, int64_t t, int64_t rows, const Product&, int64_t, bool last) {
              if (last) k.expert_dots(pv + row(b, t) * c.R, c.R, wide_h(b, t, rows), c.R, rows, c.starts.data(), c.E, pd + row(b, t) * c.E);
            });
     gates.run(pd);
     std::vector<W> add(c.pool ? c.B * c.R : 0);
     for (int64_t b = 0; c.pool && b < c.B; ++b)
-      for (int64_t e = 0; e < c.E; ++e)
+      for (int64_t e = 0; c.set_of[b] >= 0 && e < c.E; ++e)
         for (int64_t r = c.starts[e]; r < c.starts[e + 1]; ++r)
-          add[b * c.R + r] = at<W>(gates.dq)[b * c.E + e] * at<W>(*c.pool)[(c.S == 1 ? 0 : b) * c.R + r] / W(c.T);
-    Blocks(k, 0, c.B, c.T).each([&](int64_t b, int64_t t, int64_t rows) {
+          add[b * c.R + r] = at<W>(gates.dq)[b * c.E + e] * at<W>(*c.pool)[c.set_of[b] * c.R + r] / W(c.T);
+    c.blocks.each(c.groups.taken(), [&](int64_t b, int64_t t, int64_t rows) {
       W* line = pv + row(b, t) * c.R;
       k.gate(line, c.R, rows, c.gates(b, t, token, sample), c.pool ? add.data() + b * c.R : nullptr, line, c.R, true);
     });
@@ -126,35 +146,45 @@ struct Backward {
     char* out = static_cast<char*>(data(dx));
     if (none(dx)) return dx;
     if (fuses_base(c, dy)) {
-      fused(k, c.rows(dy), c.B, c.T, c.K, w, depth, thin + 1, c.S, out, nullptr,
+      fused(k, c.groups, c.blocks, c.rows(dy), c.K, w, depth, thin + 1, out, nullptr,
             [&](int64_t b, int64_t t, int64_t rows, Product* p) { fill(b, t, rows, p + 1); });
     } else {
       base_product(dx, dy, c.weight, std::nullopt, c.B, c.T);
-      expand(k, c.B, c.T, c.K, {w[1], w[2]}, {depth[1], depth[2]}, thin, c.S, out, true, nullptr, fill);
+      expand(k, c.groups, c.blocks, c.K, {w[1], w[2]}, {depth[1], depth[2]}, 0, thin, out, true, nullptr, fill);
     }
     return dx;
   }
 
-  // out[s] [L,cols] = Σ left ᵀ right, every set of S
+  // out[s] [L,cols] = Σ leftᵀ right over the samples of each set; zeros for a set that no sample takes
   template <class Left>
-  Tensor reduced(int64_t sets, int64_t L, const Left& left, const Rows& right, int64_t cols) const {
-    Tensor out = empty({sets, L, cols}, c.wide_type);
-    for (int64_t s = 0; s < sets; ++s)
-      reduce(k, sets == 1 ? 0 : s, sets == 1 ? c.B : 1, c.T, L, L, left, right, cols, static_cast<char*>(data(out)) + s * L * cols * k.wide_size);
+  Tensor reduced(int64_t L, const Left& left, const Rows& right, int64_t cols) const {
+    Tensor out = empty({c.S, L, cols}, c.wide_type);
+    std::vector<bool> taken(c.S);
+    const auto begin = [&](int64_t s) { return static_cast<char*>(data(out)) + s * L * cols * k.wide_size; };
+    for (const Group& g : c.groups) {
+      if (g.set < 0) continue;
+      reduce(k, g, c.T, L, left, right, cols, begin(g.set));
+      taken[g.set] = true;
+    }
+    for (int64_t s = 0; s < c.S; ++s)
+      if (!taken[s]) std::fill(begin(s), begin(s + 1), char(0));
     return out;
   }
 
   Tensor down_gradient(const Tensor& dh) const {
-    return reduced(c.S, c.R, [&](int64_t b, int64_t t, int64_t) { return at<W>(dh) + row(b, t) * c.R; }, c.x_rows(), c.K);
+    return reduced(c.R, [&](int64_t b, int64_t t, int64_t) { return at<W>(dh) + row(b, t) * c.R; }, c.x_rows(), c.K);
   }
 
   Tensor phi_gradient() const {
-    return reduced(1, c.E, [&](int64_t b, int64_t t, int64_t) { return at<W>(gates.dlogit) + row(b, t) * c.E; }, c.x_rows(), c.K);
+    Tensor out = empty({c.E, c.K}, c.wide_type);
+    reduce(k, c.groups.taken(), c.T, c.E, [&](int64_t b, int64_t t, int64_t) { return at<W>(gates.dlogit) + row(b, t) * c.E; }, c.x_rows(), c.K,
+           static_cast<char*>(data(out)));
+    return out;
   }
 
   // dB [S,N,R], made as dBᵀ so that the wide side of the product is the packed one
   Tensor up_gradient() const {
-    Tensor t = reduced(c.S, c.R, [&](int64_t b, int64_t t0, int64_t rows) {
+    Tensor t = reduced(c.R, [&](int64_t b, int64_t t0, int64_t rows) {
       W* gated = reinterpret_cast<W*>(Scratch::get(Scratch::GATED, rows * c.R * k.wide_size));
       k.gate(wide_h(b, t0, rows), c.R, rows, c.gates(b, t0, token, sample), nullptr, gated, c.R, true);
       return static_cast<const W*>(gated);
@@ -171,6 +201,7 @@ struct Backward {
     std::vector<double> total(c.S * c.R);
     std::vector<W> sums(c.R);
     for (int64_t b = 0; b < c.B; ++b) {
+      if (c.set_of[b] < 0) continue;
       std::vector<double> sample_sum(c.R);
       for (int64_t t = 0; t < c.T; t += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, c.T - t);
@@ -180,7 +211,7 @@ struct Backward {
       }
       for (int64_t e = 0; e < c.E; ++e)
         for (int64_t r = c.starts[e]; r < c.starts[e + 1]; ++r)
-          total[(c.S == 1 ? 0 : b) * c.R + r] += at<W>(gates.dq)[b * c.E + e] * sample_sum[r] / std::max<int64_t>(c.T, 1);
+          total[c.set_of[b] * c.R + r] += at<W>(gates.dq)[b * c.E + e] * sample_sum[r] / std::max<int64_t>(c.T, 1);
     }
     for (size_t i = 0; i < total.size(); ++i) at<W>(out)[i] = W(total[i]);
     return out;
@@ -194,7 +225,7 @@ struct Backward {
             need & UP ? up_gradient() : no,
             need & SCALE ? as(gates.scale, scale) : no,
             need & GATE ? as(gates.gate, gate) : no,
-            need & PHI ? as(matrix(phi_gradient(), c.E, c.K, c.K, 1), c.type) : no,
+            need & PHI ? as(phi_gradient(), c.type) : no,
             need & PHI_BIAS ? gates.phi_bias : no,
             need & POOL ? as(pool_gradient(), pool) : no,
             need & POOL_BIAS ? gates.pool_bias : no};
@@ -206,8 +237,8 @@ struct Backward {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy_, const Tensor& x, const Tensor& weight, const Tensor& down, const Tensor& up, const Tensor& scale,
     const std::vector<int64_t>& ranks, const Maybe& gate, const Maybe& phi, const Maybe& pool, const Tensor& h_, const Tensor& token_gate,
-    const Tensor& sample_gate, int64_t need) {
-  const Call c(x, weight, down, up, scale, ranks, gate, phi, pool);
+    const Tensor& sample_gate, int64_t need, const Maybe& assignment, int64_t top_k) {
+  const Call c(x, weight, down, up, scale, ranks, gate, phi, pool, assignment, top_k);
   const Tensor dy = dense(as(dy_, c.type)), h = dense(as(h_, c.type));
   STD_TORCH_CHECK(dy.numel() == c.B * c.T * c.N && h.numel() == c.B * c.T * c.R, "mole_cpu: expected dy [B,T,N] and h [B,T,R] of the forward");
   const Tensor token = dense(as(token_gate, c.wide_type)), sample = dense(as(sample_gate, c.wide_type));

@@ -20,11 +20,31 @@ void expect(const Tensor& t, const char* name, ScalarType type, std::initializer
   STD_TORCH_CHECK(good, "mole_cpu: ", name, " has the wrong device, dtype or shape for the other tensors");
 }
 
+// the set of each sample; an assignment is read here and nowhere else, so that no value of it can reach memory unchecked
+std::vector<int64_t> sets_of(int64_t B, int64_t S, const Maybe& assignment) {
+  std::vector<int64_t> set_of(B, 0);
+  if (assignment) {
+    STD_TORCH_CHECK(assignment->is_cpu() && assignment->scalar_type() == ScalarType::Long && assignment->dim() == 1 && assignment->size(0) == B,
+                    "mole_cpu: expected assignment [B] int64");
+    const int64_t *from = static_cast<const int64_t*>(data(*assignment)), step = assignment->stride(0);
+    for (int64_t b = 0; b < B; ++b) {
+      set_of[b] = from[b * step];
+      STD_TORCH_CHECK(set_of[b] >= -1 && set_of[b] < S, "mole_cpu: expected assignment between -1 and ", S - 1, ", got ", set_of[b], " for sample ", b);
+    }
+  } else {
+    STD_TORCH_CHECK(S == 1 || S == B, "mole_cpu: expected down [S,R,K] with S = 1 or B");
+    for (int64_t b = 0; b < B && S != 1; ++b) set_of[b] = b;
+  }
+  return set_of;
+}
+
 }  // namespace
 
 Call::Call(const Tensor& x, const Tensor& weight, const Tensor& down, const Tensor& up, const Tensor& scale, const std::vector<int64_t>& ranks,
-           const Maybe& gate, const Maybe& phi, const Maybe& pool)
-    : type(x.scalar_type()),
+           const Maybe& gate, const Maybe& phi, const Maybe& pool, const Maybe& assignment, int64_t top_k)
+    : top_k(top_k),
+      set_of(sets_of(x.size(0), down.size(0), assignment)),
+      type(x.scalar_type()),
       wide_type(type == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
       element(element_of(type)),
       k(kernels(element)),
@@ -35,10 +55,12 @@ Call::Call(const Tensor& x, const Tensor& weight, const Tensor& down, const Tens
       scale(dense(as(scale, wide_type))),
       gate(gate, wide_type, k.wide_size),
       phi(phi),
-      pool(dense(as(pool, wide_type))) {
+      pool(dense(as(pool, wide_type))),
+      groups(set_of),
+      blocks(k, groups.smallest(), x.size(1)) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && weight.dim() == 2 && down.dim() == 3, "mole_cpu: expected x [B,T,K], weight [N,K], down [S,R,K]");
   B = x.size(0), T = x.size(1), K = x.size(2), N = weight.size(0), S = down.size(0), R = down.size(1), E = int64_t(ranks.size());
-  STD_TORCH_CHECK(S == 1 || S == B, "mole_cpu: expected down [S,R,K] with S = 1 or B");
+  STD_TORCH_CHECK(top_k >= 0 && (top_k == 0 || phi), "mole_cpu: expected top_k = 0, or k ≥ 1 with phi");
   starts.assign(1, 0);
   for (int64_t r : ranks) starts.push_back(starts.back() + r);
   STD_TORCH_CHECK(starts.back() == R, "mole_cpu: the ranks do not add up to the rows of down");
@@ -56,8 +78,7 @@ Call::Call(const Tensor& x, const Tensor& weight, const Tensor& down, const Tens
 }
 
 bool fuses_base(const Call& c, const Tensor& left) {
-  const int64_t rows = c.S == 1 ? c.B * c.T : c.T;
-  return beats_torch(c.element) && left.stride(2) == 1 && rows >= kFewRows && c.K > 0 && c.N > 0;
+  return beats_torch(c.element) && left.stride(2) == 1 && c.B * c.T >= kFewRows && c.K > 0 && c.N > 0;
 }
 
 Tensor wide_bias(const Call& c, const Maybe& bias) {

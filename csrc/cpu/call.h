@@ -26,17 +26,20 @@ struct GivenGate {
 };
 
 struct Call {
-  int64_t B, T, K, N, R, S, E;
+  int64_t B, T, K, N, R, S, E, top_k;
   std::vector<int64_t> starts;   // [E+1]
+  std::vector<int64_t> set_of;   // [B]: 0 where the batch shares one, b where each sample has its own, or the assignment's
   ScalarType type, wide_type;
   Element element;
   const Kernels& k;
   Tensor x, weight, down, up, scale;
   GivenGate gate;
   Maybe phi, pool;               // phi as the caller has it; pool [S,R] wide
+  Groups groups;
+  Blocks blocks;
 
   Call(const Tensor& x, const Tensor& weight, const Tensor& down, const Tensor& up, const Tensor& scale, const std::vector<int64_t>& ranks,
-       const Maybe& gate, const Maybe& phi, const Maybe& pool);
+       const Maybe& gate, const Maybe& phi, const Maybe& pool, const Maybe& assignment, int64_t top_k);
 
   Rows rows(const Tensor& t) const {
     return {static_cast<const char*>(data(t)), k.element_size, t.stride(0), t.stride(1), t.stride(2)};
@@ -59,7 +62,7 @@ struct Call {
   }
 };
 
-// whether our products make the base as well: they are faster here, x needs no copy, and the rows pay for packing W
+// whether our products make the base as well: they are faster here, x needs no copy, the rows pay for packing W and fill its tiles
 bool fuses_base(const Call& c, const Tensor& left);
 
 // wide bias, padded with zeros to whole panels; empty where there is none
@@ -71,11 +74,11 @@ void base_product(const Tensor& y, const Tensor& x, const Tensor& w, const Maybe
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& down, const Tensor& up, const Tensor& scale,
     const std::vector<int64_t>& ranks, const Maybe& gate, const Maybe& phi, const Maybe& phi_bias, const Maybe& pool, const Maybe& pool_bias,
-    bool save);
+    bool save, const Maybe& assignment, int64_t top_k);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& down, const Tensor& up, const Tensor& scale,
     const std::vector<int64_t>& ranks, const Maybe& gate, const Maybe& phi, const Maybe& pool, const Tensor& h, const Tensor& token_gate,
-    const Tensor& sample_gate, int64_t need);
+    const Tensor& sample_gate, int64_t need, const Maybe& assignment, int64_t top_k);
 
 }  // namespace mole

@@ -26,10 +26,10 @@ void sample_gates(const Call& c, const W* sums, int64_t blocks, const W* bias, W
   for (int64_t b = 0; b < c.B; ++b)
     for (int64_t e = 0; e < c.E; ++e) {
       double logit = 0;
-      for (int64_t r = c.starts[e]; r < c.starts[e + 1]; ++r) {
+      for (int64_t r = c.starts[e]; c.set_of[b] >= 0 && r < c.starts[e + 1]; ++r) {
         double sum = 0;
         for (int64_t i = 0; i < blocks; ++i) sum += sums[(b * blocks + i) * c.R + r];
-        logit += sum * pool[(c.S == 1 ? 0 : b) * c.R + r];
+        logit += sum * pool[c.set_of[b] * c.R + r];
       }
       logit = logit / std::max<int64_t>(c.T, 1) + (bias ? bias[e] : W(0));
       out[b * c.E + e] = W(1 / (1 + std::exp(-logit)));
@@ -50,15 +50,16 @@ const char* phi_operands(const Call& c, Tensor& keep) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& down, const Tensor& up, const Tensor& scale,
     const std::vector<int64_t>& ranks, const Maybe& gate, const Maybe& phi, const Maybe& phi_bias, const Maybe& pool, const Maybe& pool_bias,
-    bool save) {
-  const Call c(x, weight, down, up, scale, ranks, gate, phi, pool);
+    bool save, const Maybe& assignment, int64_t top_k) {
+  const Call c(x, weight, down, up, scale, ranks, gate, phi, pool, assignment, top_k);
   const Kernels& k = c.k;
   const Maybe token_bias = dense(as(phi_bias, c.wide_type)), sample_bias = dense(as(pool_bias, c.wide_type));
   STD_TORCH_CHECK(!token_bias || token_bias->numel() == c.E, "mole_cpu: expected phi_bias [E]");
   STD_TORCH_CHECK(!sample_bias || sample_bias->numel() == c.E, "mole_cpu: expected pool_bias [E]");
 
   Tensor y = empty({c.B, c.T, c.N}, c.type);
-  const bool fuse = fuses_base(c, x);
+  // rows without a set are the base layer's to the bit: torch's own product, of the whole batch as the base layer has it
+  const bool fuse = fuses_base(c, x) && c.groups.none() == 0;
   if (!fuse) base_product(y, x, matrix(weight, c.K, c.N, weight.stride(1), weight.stride(0)), bias, c.B, c.T);
 
   const bool h_is_wide = c.type == c.wide_type;
@@ -69,17 +70,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   char *rows_h = static_cast<char*>(data(wide)), *out_h = static_cast<char*>(data(h)), *out_token = static_cast<char*>(data(token));
   Tensor keep = empty({0}, c.type);
   const char* phi_rows = phi ? phi_operands(c, keep) : nullptr;
-  const Blocks blocks(k, 0, c.S == 1 ? c.B : 1, c.T);
+  const Blocks& blocks = c.blocks;
   std::optional<Sums> sums;
   if (pool) sums.emplace(c, blocks.per_sample);
 
-  shrink(k, c.x_rows(), c.B, c.T, c.K, c.down_k(), c.S, c.R, rows_h, c.R,
+  shrink(k, c.groups, blocks, c.x_rows(), c.K, c.down_k(), c.R, rows_h,
          [&](int64_t b, int64_t t, int64_t rows, const Product& left, int64_t from, bool last) {
            const int64_t row = b * c.T + t;
            char *line = rows_h + row * c.R * k.wide_size, *logits = out_token + row * c.E * k.wide_size;
            if (phi) k.row_dots(left.a, left.a_row, rows, left.k, phi_rows + from * k.operand_size, c.K, c.E, logits, from > 0);
            if (!last) return;
-           if (phi) k.sigmoid(logits, rows, c.E, data(token_bias));
+           if (phi && c.top_k) k.softmax(logits, rows, c.E, data(token_bias), c.top_k);
+           else if (phi) k.sigmoid(logits, rows, c.E, data(token_bias));
            if (pool) k.column_sums(line, c.R, rows, c.R, sums->at + (b * blocks.per_sample + t / blocks.rows) * c.R * k.wide_size);
            if (save && !h_is_wide) k.narrow(line, c.R, rows, c.R, out_h + row * c.R * k.element_size, c.R);
          });
@@ -101,12 +103,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor wide_b = wide_bias(c, bias);
     const Sets w[2] = {c.weight_k(), c.up_r()};
     const int64_t depth[2] = {c.K, c.R};
-    fused(k, c.x_rows(), c.B, c.T, c.N, w, depth, 2, c.S, out_y, bias ? static_cast<char*>(data(wide_b)) : nullptr,
+    fused(k, c.groups, blocks, c.x_rows(), c.N, w, depth, 2, out_y, bias ? static_cast<char*>(data(wide_b)) : nullptr,
           [&](int64_t b, int64_t t, int64_t rows, Product* p) { p[1] = gated(b, t, rows); });
   } else {
     const Sets w[1] = {c.up_r()};
     const int64_t depth[1] = {c.R};
-    expand(k, c.B, c.T, c.N, w, depth, 1, c.S, out_y, true, nullptr, [&](int64_t b, int64_t t, int64_t rows, Product* p) { p[0] = gated(b, t, rows); });
+    expand(k, c.groups, blocks, c.N, w, depth, 0, 1, out_y, true, nullptr,
+           [&](int64_t b, int64_t t, int64_t rows, Product* p) { p[0] = gated(b, t, rows); });
   }
   return {y, h, token, sample};
 }

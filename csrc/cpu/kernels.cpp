@@ -215,17 +215,63 @@ struct Of {
       return acc + load(x) * load(y);
   }
 
-  static void sigmoid(void* values, int64_t rows, int64_t experts, const void* bias) {
-    W* v = static_cast<W*>(values);
+  static MOLE_INLINE void add_to_rows(W* v, int64_t rows, int64_t experts, const void* bias) {
     const W* b = static_cast<const W*>(bias);
     if (b)
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t e = 0; e < experts; ++e) v[i * experts + e] += b[e];
+  }
+
+  static void sigmoid(void* values, int64_t rows, int64_t experts, const void* bias) {
+    W* v = static_cast<W*>(values);
+    add_to_rows(v, rows, experts, bias);
     const int64_t n = rows * experts;
     if constexpr (same<W, double>) {
       for (int64_t i = 0; i < n; ++i) v[i] = 1 / (1 + __builtin_exp(-v[i]));
     } else {
       for (int64_t i = 0; i < n; ++i) v[i] = 1 / (1 + exponential(-v[i]));
+    }
+  }
+
+  // logits less their row's largest; all but the k largest become −inf
+  static void shift_row(W* v, int64_t experts, int64_t k) {
+    W most = -__builtin_inf(), nan = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+      most = v[e] > most ? v[e] : most;
+      nan = v[e] == v[e] ? nan : v[e];
+    }
+    if (nan != nan) most = nan;
+    if (k < experts && most == most) {
+      // (bound, at): the k-th in the order "larger first, of equal ones the earlier"
+      W bound = __builtin_inf();
+      int64_t at = -1;
+      for (int64_t j = 0; j < k; ++j) {
+        W best = 0;
+        int64_t found = -1;
+        for (int64_t e = 0; e < experts; ++e)
+          if ((v[e] < bound || (v[e] == bound && e > at)) && (found < 0 || v[e] > best)) best = v[e], found = e;
+        bound = best, at = found;
+      }
+      for (int64_t e = 0; e < experts; ++e)
+        if (v[e] < bound || (v[e] == bound && e > at)) v[e] = -__builtin_inf();
+    }
+    for (int64_t e = 0; e < experts; ++e) v[e] -= most;
+  }
+
+  static void softmax(void* values, int64_t rows, int64_t experts, const void* bias, int64_t k) {
+    W* v = static_cast<W*>(values);
+    add_to_rows(v, rows, experts, bias);
+    for (int64_t i = 0; i < rows; ++i) shift_row(v + i * experts, experts, k);
+    const int64_t n = rows * experts;
+    if constexpr (same<W, double>) {
+      for (int64_t i = 0; i < n; ++i) v[i] = __builtin_exp(v[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) v[i] = v[i] < -87.0f ? 0.0f : exponential(v[i]);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      W sum = 0;
+      for (int64_t e = 0; e < experts; ++e) sum += v[i * experts + e];
+      for (int64_t e = 0; e < experts; ++e) v[i * experts + e] /= sum;
     }
   }
 
@@ -345,7 +391,7 @@ struct Of {
 
   static constexpr Kernels table{
       int64_t(sizeof(T)), int64_t(sizeof(O)), int64_t(sizeof(W)), kTileRows[kPanelVectors] * 2, panel_size, panel_cols, pack, to_operand, transposed,
-      multiply_wide, multiply, row_dots, sigmoid, gate, column_sums, expert_dots, narrow, narrow_turned, widen};
+      multiply_wide, multiply, row_dots, sigmoid, softmax, gate, column_sums, expert_dots, narrow, narrow_turned, widen};
 };
 
 const Kernels& table(Element type) {

@@ -55,6 +55,9 @@ struct Kernels {
 
   // wide v [rows,experts] = sigmoid(v + bias[e]); bias may be null
   void (*sigmoid)(void* v, int64_t rows, int64_t experts, const void* bias);
+  // wide v [rows,experts] = softmax of the k largest of v + bias in each row, 0 elsewhere; of equal ones the first is the larger,
+  // and a NaN makes a row of NaN
+  void (*softmax)(void* v, int64_t rows, int64_t experts, const void* bias, int64_t k);
   // out [rows,R] = γ ⊙ h + add; wide h, wide add [R] or null; out in operands, or wide
   void (*gate)(const void* h, int64_t h_row, int64_t rows, const RowGates& gates, const void* add, void* out, int64_t out_row, bool wide_out);
   // wide sums[r] += Σ_rows h[·,r]

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -64,25 +65,62 @@ class Scratch {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// blocks of rows, none across two samples; enough of them for every thread
-struct Blocks {
-  int64_t first, samples, T, rows, per_sample;
+// samples that take the same set, in the batch's order; set −1 is none
+struct Group {
+  int64_t set;
+  const int64_t* samples;
+  int64_t count;
+};
 
-  Blocks(const Kernels& k, int64_t first, int64_t samples, int64_t T) : first(first), samples(samples), T(T) {
-    const int64_t share = ceil_div(samples * T, torch::stable::get_num_threads());
+// which sample takes which set: those of one set together, those without one first
+class Groups {
+ public:
+  explicit Groups(const std::vector<int64_t>& set_of) : order_(set_of.size()) {
+    const int64_t B = int64_t(set_of.size());
+    for (int64_t b = 0; b < B; ++b) order_[b] = b;
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return set_of[a] < set_of[b]; });
+    for (int64_t from = 0, to = 0; from < B; from = to) {
+      while (to < B && set_of[order_[to]] == set_of[order_[from]]) ++to;
+      list_.push_back({set_of[order_[from]], order_.data() + from, to - from});
+    }
+  }
+  Groups(const Groups&) = delete;
+
+  const Group* begin() const { return list_.data(); }
+  const Group* end() const { return list_.data() + list_.size(); }
+  // samples without a set
+  int64_t none() const { return list_.empty() || list_[0].set >= 0 ? 0 : list_[0].count; }
+  Group all() const { return {0, order_.data(), int64_t(order_.size())}; }
+  Group taken() const { return {0, order_.data() + none(), int64_t(order_.size()) - none()}; }
+  int64_t smallest() const {
+    int64_t least = int64_t(order_.size());
+    for (const Group& g : list_) least = g.set < 0 ? least : std::min(least, g.count);
+    return least;
+  }
+
+ private:
+  std::vector<int64_t> order_;
+  std::vector<Group> list_;
+};
+
+// how the rows of a sample are cut, the same for all: no block straddles two samples, and the smallest group has some for every thread
+struct Blocks {
+  int64_t T, rows, per_sample;
+
+  Blocks(const Kernels& k, int64_t smallest, int64_t T) : T(T) {
+    const int64_t share = ceil_div(smallest * T, torch::stable::get_num_threads());
     const int64_t wanted = std::max<int64_t>(1, ceil_div(T, std::min(kBlockRows, std::max<int64_t>(share, 1))));
     rows = std::max<int64_t>(1, round_up(ceil_div(T, wanted), k.tile_rows));
     per_sample = ceil_div(T, rows);
   }
-  int64_t count() const { return samples * per_sample; }
 
-  // f(b, t, rows) for every block
+  // f(b, t, rows) for every block of the group's samples
   template <class F>
-  void each(const F& f) const {
-    torch::stable::parallel_for(0, count(), 1, [&](int64_t from, int64_t to) {
+  void each(const Group& g, const F& f) const {
+    torch::stable::parallel_for(0, g.count * per_sample, 1, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const int64_t t = i % per_sample * rows;
-        f(first + i / per_sample, t, std::min(rows, T - t));
+        f(g.samples[i / per_sample], t, std::min(rows, T - t));
       }
     });
   }
@@ -108,49 +146,55 @@ inline Product left_operand(const Kernels& k, const Rows& x, int64_t b, int64_t 
   return {copy, count, 1, nullptr, count};
 }
 
-// wide out [B,T,cols] = x [B,T,K] · w[s] [K,cols]; `also(b, t, rows, left, from, last)` sees each block while x and out are hot
+// wide out [B,T,cols] = x [B,T,K] · w[s] [K,cols], zeros where a sample has no set;
+// `also(b, t, rows, left, from, last)` sees each block while x and out are hot
 template <class Also>
-void shrink(const Kernels& k, const Rows& x, int64_t B, int64_t T, int64_t K, const Sets& w, int64_t S, int64_t cols, char* out,
-            int64_t out_row, const Also& also) {
+void shrink(const Kernels& k, const Groups& groups, const Blocks& blocks, const Rows& x, int64_t K, const Sets& w, int64_t cols, char* out,
+            const Also& also) {
   const int64_t parts = std::max<int64_t>(1, ceil_div(K, kBlockK)), step = round_up(std::max<int64_t>(ceil_div(K, parts), 1), 2);
   char* panels = Scratch::get(Scratch::PANELS, k.panel_size(step, cols) * k.operand_size);
-  for (int64_t s = 0; s < S; ++s) {
-    const Blocks blocks(k, S == 1 ? 0 : s, S == 1 ? B : 1, T);
+  for (const Group& g : groups)
     for (int64_t from = 0; from < std::max<int64_t>(K, 1); from += step) {
       const int64_t count = std::min(step, K - from);
-      pack_panels(k, w, s, from, count, 0, cols, panels);
-      blocks.each([&](int64_t b, int64_t t, int64_t rows) {
+      if (g.set >= 0) pack_panels(k, w, g.set, from, count, 0, cols, panels);
+      blocks.each(g, [&](int64_t b, int64_t t, int64_t rows) {
         Product p = left_operand(k, x, b, t, rows, from, count);
         p.panels = panels;
-        k.multiply_wide(&p, 1, rows, cols, out + (b * T + t) * out_row * k.wide_size, out_row, from > 0);
+        char* line = out + (b * blocks.T + t) * cols * k.wide_size;
+        if (g.set >= 0) k.multiply_wide(&p, 1, rows, cols, line, cols, from > 0);
+        else if (from == 0) std::fill(line, line + rows * cols * k.wide_size, char(0));
         also(b, t, rows, p, from, from + count >= K);
       });
     }
-  }
 }
 
-// element y [B,T,N] = (or +=) bias + Σ_i left_i · w_i[s], summed in registers and rounded once.
+// element y [B,T,N] = (or +=) bias + Σ_i left_i · w_i[s], summed in registers and rounded once; the first `base` of the products are
+// those of every sample, the others of samples with a set. A matrix that all sets share is packed once.
 // `fill(b, t, rows, products)` makes the left operands of a block; wide bias, padded to whole panels, or null
 template <int parts, class Fill>
-void expand(const Kernels& k, int64_t B, int64_t T, int64_t N, const Sets (&w)[parts], const int64_t (&depth)[parts], int count, int64_t S,
-            char* y, bool accumulate, const char* bias, const Fill& fill) {
+void expand(const Kernels& k, const Groups& groups, const Blocks& blocks, int64_t N, const Sets (&w)[parts], const int64_t (&depth)[parts], int base,
+            int count, char* y, bool accumulate, const char* bias, const Fill& fill) {
   int64_t column = 0;
   for (int i = 0; i < count; ++i) column += k.panel_size(depth[i], k.panel_cols) / k.panel_cols * k.operand_size;
   const int64_t wide = std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(column, 1) / k.panel_cols) * k.panel_cols;
-  for (int64_t s = 0; s < S; ++s) {
-    const Blocks blocks(k, S == 1 ? 0 : s, S == 1 ? B : 1, T);
-    for (int64_t col = 0; col < N; col += wide) {
-      const int64_t cols = std::min(wide, N - col);
-      int64_t bytes = 0, begin[parts];
-      for (int i = 0; i < count; ++i) begin[i] = bytes, bytes += round_up(k.panel_size(depth[i], cols) * k.operand_size, 64);
-      char* panels = Scratch::get(Scratch::PANELS, bytes);
-      for (int i = 0; i < count; ++i) pack_panels(k, w[i], w[i].set ? s : 0, 0, depth[i], col, cols, panels + begin[i]);
-      blocks.each([&](int64_t b, int64_t t, int64_t rows) {
+  for (int64_t col = 0; col < N; col += wide) {
+    const int64_t cols = std::min(wide, N - col);
+    int64_t bytes = 0, begin[parts];
+    for (int i = 0; i < count; ++i) begin[i] = bytes, bytes += round_up(k.panel_size(depth[i], cols) * k.operand_size, 64);
+    char* panels = Scratch::get(Scratch::PANELS, bytes);
+    for (int i = 0; i < count; ++i)
+      if (w[i].set == 0) pack_panels(k, w[i], 0, 0, depth[i], col, cols, panels + begin[i]);
+    for (const Group& g : groups) {
+      const int products_here = g.set < 0 ? base : count;
+      if (products_here == 0) continue;
+      for (int i = 0; i < products_here; ++i)
+        if (w[i].set != 0) pack_panels(k, w[i], g.set, 0, depth[i], col, cols, panels + begin[i]);
+      blocks.each(g, [&](int64_t b, int64_t t, int64_t rows) {
         Product products[parts];
         fill(b, t, rows, products);
-        for (int i = 0; i < count; ++i) products[i].panels = panels + begin[i];
-        char* out = y + ((b * T + t) * N + col) * k.element_size;
-        k.multiply(products, count, rows, cols, out, N, accumulate, bias ? bias + col * k.wide_size : nullptr);
+        for (int i = 0; i < products_here; ++i) products[i].panels = panels + begin[i];
+        char* out = y + ((b * blocks.T + t) * N + col) * k.element_size;
+        k.multiply(products, products_here, rows, cols, out, N, accumulate, bias ? bias + col * k.wide_size : nullptr);
       });
     }
   }
@@ -159,8 +203,8 @@ void expand(const Kernels& k, int64_t B, int64_t T, int64_t N, const Sets (&w)[p
 // element y [B,T,N] = bias + x · w + Σ_i left_i · w_i[s]: the base and the thin products in one pass over y.
 // `fill` makes the left operands from products[1] on; w[0] and depth[0] are w and K
 template <int parts, class Fill>
-void fused(const Kernels& k, const Rows& x, int64_t B, int64_t T, int64_t N, const Sets (&w)[parts], const int64_t (&depth)[parts], int count,
-           int64_t S, char* y, const char* bias, const Fill& fill) {
+void fused(const Kernels& k, const Groups& groups, const Blocks& blocks, const Rows& x, int64_t N, const Sets (&w)[parts],
+           const int64_t (&depth)[parts], int count, char* y, const char* bias, const Fill& fill) {
   // wide sums may rest in y between two blocks of k; others stay in registers for all of it
   const int64_t K = depth[0], step = k.element_size == k.wide_size ? round_up(ceil_div(K, ceil_div(K, kBlockK)), 2) : K;
   for (int64_t from = 0; from < K; from += step) {
@@ -169,18 +213,18 @@ void fused(const Kernels& k, const Rows& x, int64_t B, int64_t T, int64_t N, con
     int64_t deep[parts];
     for (int i = 0; i < count; ++i) some[i] = w[i], deep[i] = depth[i];
     some[0].data = static_cast<const char*>(w[0].at(0, from, 0)), deep[0] = std::min(step, K - from);
-    expand(k, B, T, N, some, deep, last ? count : 1, S, y, from > 0, from > 0 ? nullptr : bias, [&](int64_t b, int64_t t, int64_t rows, Product* p) {
-      p[0] = left_operand(k, x, b, t, rows, from, deep[0]);
-      if (last) fill(b, t, rows, p);
-    });
+    expand(k, groups, blocks, N, some, deep, 1, last ? count : 1, y, from > 0, from > 0 ? nullptr : bias,
+           [&](int64_t b, int64_t t, int64_t rows, Product* p) {
+             p[0] = left_operand(k, x, b, t, rows, from, deep[0]);
+             if (last) fill(b, t, rows, p);
+           });
   }
 }
 
-// wide out [L,cols] = Σ_{b,t} left[b,t,·]ᵀ right[b,t,·] over samples [first, first + samples); every thread owns columns of out,
-// so the order of the sum is that of the rows whatever the number of threads. `left(b, t, rows)` -> wide rows, left_row apart
+// wide out [L,cols] = Σ_{b,t} left[b,t,·]ᵀ right[b,t,·] over the group's samples; every thread owns columns of out,
+// so the order of the sum is that of the rows whatever the number of threads. `left(b, t, rows)` -> wide rows [rows,L]
 template <class Left>
-void reduce(const Kernels& k, int64_t first, int64_t samples, int64_t T, int64_t L, int64_t left_row, const Left& left, const Rows& right,
-            int64_t cols, char* out) {
+void reduce(const Kernels& k, const Group& g, int64_t T, int64_t L, const Left& left, const Rows& right, int64_t cols, char* out) {
   const int64_t fit = kPanelBytes / (kReduceRows * k.operand_size), threads = torch::stable::get_num_threads();
   const int64_t chunk = round_up(std::min(fit, ceil_div(cols, threads)), k.panel_cols);
   std::fill(out, out + L * cols * k.wide_size, char(0));
@@ -189,11 +233,11 @@ void reduce(const Kernels& k, int64_t first, int64_t samples, int64_t T, int64_t
     char* panels = Scratch::get(Scratch::PANELS, k.panel_size(kReduceRows, chunk) * k.operand_size);
     char* copy = Scratch::get(Scratch::LEFT, (kReduceRows + 1) * L * k.operand_size);
     for (int64_t i = from; i < to; ++i)
-      for (int64_t b = first; b < first + samples; ++b)
-        for (int64_t t = 0; t < T; t += kReduceRows) {
+      for (int64_t s = 0; s < g.count; ++s)
+        for (int64_t b = g.samples[s], t = 0; t < T; t += kReduceRows) {
           const int64_t rows = std::min(kReduceRows, T - t), col = i * chunk, n = std::min(chunk, cols - col);
           Product p;
-          k.transposed(left(b, t, rows), left_row, rows, L, copy, &p);
+          k.transposed(left(b, t, rows), L, rows, L, copy, &p);
           k.pack(right.at(b, t, col), right.row, right.col, rows, n, panels);
           p.panels = panels;
           k.multiply_wide(&p, 1, L, n, out + col * k.wide_size, cols, true);

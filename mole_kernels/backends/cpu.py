@@ -20,8 +20,6 @@ def reject(problem: Problem) -> str | None:
         return f"computes on the CPU only, x is on {problem.device}"
     if problem.dtype not in DTYPES:
         return f"has no kernels for {problem.dtype}"
-    if problem.top_k or problem.assigned:
-        return "has no softmax gates and no assignment of sets yet"
     return extension.why_not()
 
 
@@ -35,10 +33,11 @@ def _operators():
 
 def forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment=None, top_k=0):
     """y, h, l, G; see docs/design.md section 3."""
-    return _operators()[0](x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
+    return _operators()[0](x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k)
 
 
 def backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment=None, top_k=0):
     """The nine gradients; what nobody needs is empty."""
     bits = sum(1 << i for i, wanted in enumerate(need) if wanted)
-    return _operators()[1](dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, bits)
+    args = dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, bits, assignment, top_k
+    return _operators()[1](*args)
