@@ -200,7 +200,9 @@ def _mark(picture: Picture) -> str:
 
 
 def _fill_texts(encoder: Encoder, folder: PictureFolder, store: Store, dtype: torch.dtype, share: tuple[int, int], at_once: int) -> None:
-    captions = sorted({p.caption for p in folder.pictures if text_id(p.caption) not in store})[share[0] :: share[1]]
+    # shared out before it is looked what is there, which for another process may be more already
+    mine = sorted({p.caption for p in folder.pictures})[share[0] :: share[1]]
+    captions = [caption for caption in mine if text_id(caption) not in store]
     for at in range(0, len(captions), at_once):
         part = captions[at : at + at_once]
         made = encoder.text(part)
@@ -212,8 +214,9 @@ def _fill_texts(encoder: Encoder, folder: PictureFolder, store: Store, dtype: to
 def _fill_latents(
     encoder: Encoder, folder: PictureFolder, store: Store, dtype: torch.dtype, share: tuple[int, int], at_once: int, seed: int, show: bool
 ) -> None:
-    missing = {latent_id(p): i for i, p in enumerate(folder.pictures) if latent_id(p) not in store}
-    todo = _by_bucket(folder, sorted(missing.values())[share[0] :: share[1]], at_once)
+    first = {latent_id(p): i for i, p in reversed(list(enumerate(folder.pictures)))}
+    mine = sorted(first.values())[share[0] :: share[1]]
+    todo = _by_bucket(folder, [i for i in mine if latent_id(folder[i]) not in store], at_once)
     done, total = 0, sum(len(part) for part in todo)
     with ProgressLine("encoding", total, 0, max(1, total // 10), show and total > 0) as line:
         for part in todo:

@@ -11,12 +11,13 @@ import torch
 from torch.nn import Parameter
 
 from mole_kernels.errors import MoleValueError
+from mole_kernels.training.lion import Lion
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
 
 # what may change between a run and its resume without changing any step already taken
-_FREE_ON_RESUME = {"steps", "checkpoint_every", "keep_last", "log_every"}
+_FREE_ON_RESUME = {"steps", "checkpoint_every", "keep_last", "log_every", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class TrainConfig:
     lr, warmup        peak learning rate, and the steps over which it rises linearly to it
     schedule          "constant", "linear" or "cosine" (the last two fall to 0 at `steps`)
     weight_decay      decoupled, as in AdamW
-    optimiser         a name in `OPTIMISERS`
+    betas             of the optimiser; Lion's own are (0.9, 0.99)
+    optimiser         a name in `OPTIMISERS`: "adamw" or "lion"
     grad_clip         largest gradient norm over all trained tensors, None for no limit
     accumulation      batches per optimiser step and process
     mixed_precision   "no", "bf16", "fp16"; None takes what `accelerate launch` was told, else "no"
@@ -35,6 +37,7 @@ class TrainConfig:
     cond_dropout      probability with which a sample's condition is replaced by the null one
     snr_gamma         min-SNR weighting of the loss, None for none
     ema_decay         decay of a running mean of the trained tensors, which then is the result; None for none
+    gradient_checkpointing  keep only each block's input and compute the block again in the backward: less memory, the same gradients
     checkpoint_every  steps between checkpoints, None for one at the end only
     keep_last         how many checkpoints stay
     log_every         steps between progress lines where there is no terminal
@@ -54,6 +57,7 @@ class TrainConfig:
     cond_dropout: float = 0.0
     snr_gamma: float | None = None
     ema_decay: float | None = None
+    gradient_checkpointing: bool = False
     checkpoint_every: int | None = None
     keep_last: int = 2
     log_every: int = 50
@@ -78,6 +82,8 @@ class TrainConfig:
         _check(every is None or (_integer(every) and every >= 1), "checkpoint_every", "None or an integer of at least 1", every)
         _check(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
         _check(self.optimiser in OPTIMISERS, "optimiser", f"one of {', '.join(OPTIMISERS)}", self.optimiser)
+        kept = self.gradient_checkpointing
+        _check(isinstance(kept, bool), "gradient_checkpointing", "True or False", kept)
         precision = self.mixed_precision
         _check(precision is None or precision in PRECISIONS, "mixed_precision", f"None or one of {', '.join(PRECISIONS)}", precision)
 
@@ -106,7 +112,11 @@ def _adamw(parameters: Iterable[Parameter], config: TrainConfig) -> torch.optim.
     return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
-OPTIMISERS: dict[str, Callable[[Iterable[Parameter], TrainConfig], torch.optim.Optimizer]] = {"adamw": _adamw}
+def _lion(parameters: Iterable[Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    return Lion(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+OPTIMISERS: dict[str, Callable[[Iterable[Parameter], TrainConfig], torch.optim.Optimizer]] = {"adamw": _adamw, "lion": _lion}
 
 
 def _integer(value: object) -> bool:

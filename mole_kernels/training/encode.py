@@ -75,7 +75,9 @@ class Encoder:
 
     def latent_key(self) -> str:
         """Of the VAE's weights and configuration, and of how its posterior is read."""
-        return _digest([self.vae], {"config": dict(self.vae.config), "posterior": self.posterior})
+        # diffusers' private entries are in another order in each process
+        config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
+        return _digest([self.vae], {"config": config, "posterior": self.posterior})
 
     def text_key(self) -> str:
         """Of every text encoder's weights and configuration, and of the tokenizers' words."""

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import GradientAccumulationPlugin, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -25,9 +20,9 @@ from mole_kernels.training.checkpoint import Checkpoint, clear_unfinished, list_
 from mole_kernels.training.config import OPTIMISERS, TrainConfig, learning_rate
 from mole_kernels.training.data import BatchStream, counted_generator
 from mole_kernels.training.progress import ProgressLine
+from mole_kernels.training.session import CtrlC, Parameters, accelerated, get_rng, in_training, named_parameters, set_rng
 
 LossFunction = Callable[[nn.Module, Mapping[str, Tensor], torch.Generator], Tensor]
-Parameters = Mapping[str, Parameter] | Iterable[Parameter | tuple[str, Parameter]]
 
 
 class RunOptions(TypedDict, total=False):
@@ -37,6 +32,7 @@ class RunOptions(TypedDict, total=False):
     resume: bool
     progress: bool
     on_step: Callable[[int, float], None] | None
+    trackers: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     on_step: Callable[[int, float], None] | None = None,
+    trackers: Sequence[str] = (),
     identity: Mapping[str, str] | None = None,
 ) -> TrainResult:
     """Trains `parameters` of `model` in place for `config.steps` steps; everything else in the model stays bit for bit.
@@ -71,17 +68,18 @@ def fit(
                 A resumed run equals one that was never interrupted, bit for bit on a CPU
     progress    a bar on a terminal, else a line every `config.log_every` steps, on stderr
     on_step     called as (steps done, loss) after each step
+    trackers    accelerate's, such as ("tensorboard",): loss, learning rate and samples/s of each step, below run_dir
     identity    what else must be the same on resume, by name
 
     Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second one stops at once.
     Raises MoleStateError for a loss that is not finite (the newest checkpoint stays good) and for a resume that does not fit.
     The model is left on accelerate's device; `requires_grad` and train/eval modes are put back.
     """
-    named = _named(model, parameters)
+    named = named_parameters(model, parameters)
     folder = None if run_dir is None else Path(run_dir)
     if resume and folder is None:
         raise MoleValueError("fit: resume", expected="a run_dir to resume from", got="none")
-    with _accelerator(config) as accelerator, _training(model, named):
+    with accelerated(config, trackers, folder) as accelerator, in_training(model, named, config.gradient_checkpointing):
         stream = BatchStream(batches, accelerator.process_index, accelerator.num_processes)
         run = _Run(accelerator, model, named, stream, config, loss_fn, folder, dict(identity or {}))
         if folder is not None:
@@ -89,10 +87,14 @@ def fit(
         began, first = time.perf_counter(), run.step
         enabled = progress and accelerator.is_main_process
         line = ProgressLine("training", config.steps, run.step, config.log_every, enabled)
-        with line, _CtrlC(folder is not None, enabled) as ctrl_c:
+        with line, CtrlC(folder is not None, enabled) as ctrl_c:
             while run.step < config.steps:
                 loss = run.advance()
                 line.update(run.step, loss, run.samples)
+                if trackers:
+                    rate = run.samples / (time.perf_counter() - began)
+                    figures = {"loss": loss, "learning_rate": learning_rate(config, run.step - 1), "samples_per_second": rate}
+                    accelerator.log(figures, step=run.step)
                 if on_step is not None:
                     on_step(run.step, loss)
                 stopped = run.anywhere(ctrl_c.pressed)
@@ -212,7 +214,7 @@ class _Run:
         self.optimiser.load_state_dict(c.optimiser)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(c.scaler)
-        _set_rng(c.rng[self.accelerator.process_index])
+        set_rng(c.rng[self.accelerator.process_index])
         self.step = self._saved = c.step
         self.losses = list(c.losses)
 
@@ -220,7 +222,7 @@ class _Run:
         """A checkpoint of this step, unless it has one."""
         if self.folder is None or self._saved == self.step:
             return
-        rng = gather_object([_get_rng()])
+        rng = gather_object([get_rng()])
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             checkpoint = Checkpoint(
@@ -247,112 +249,5 @@ class _Run:
                     p.copy_(self.ema[name])
 
 
-class _CtrlC:
-    """Turns the first Ctrl-C into a flag, so that a step is never cut in two; the second raises as ever."""
-
-    def __init__(self, enabled: bool, say: bool) -> None:
-        # only the main thread may set handlers
-        self.enabled = enabled and threading.current_thread() is threading.main_thread()
-        self.say, self.pressed = say, False
-
-    def __enter__(self) -> _CtrlC:
-        if self.enabled:
-            self._before = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.enabled:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _press(self, *_: object) -> None:
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
-        if self.say:
-            # not through print: the signal may have come in the middle of one
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-
-
-@contextmanager
-def _accelerator(config: TrainConfig) -> Iterator[Accelerator]:
-    """An Accelerator for one run. Its process-wide state goes with it, if it was not there before."""
-    owned = not is_initialized()
-    # the plugin and not the number, which an environment variable of the launcher would override
-    plugin = GradientAccumulationPlugin(num_steps=config.accumulation, adjust_scheduler=False, sync_with_dataloader=False)
-    try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_plugin=plugin)
-    except ValueError as error:
-        hint = "mixed_precision=None takes what this process already uses"
-        problem = f"{config.mixed_precision!r} was refused by accelerate ({error})"
-        raise MoleValueError("fit: mixed_precision", problem, hint=hint) from error
-    try:
-        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            # accelerate would go on in float32 without a word
-            raise MoleValueError("fit: mixed_precision", expected="'no' or 'bf16' on a CPU", got="'fp16'")
-        yield accelerator
-    finally:
-        if owned:
-            # else the next run of this process could not choose another mixed precision
-            AcceleratorState._reset_state()
-
-
-@contextmanager
-def _training(model: nn.Module, named: dict[str, Parameter]) -> Iterator[None]:
-    """Only `named` asks for gradients, the model is in training mode; these, `forward` and torch's random state are put back."""
-    rng = _get_rng()
-    asked = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
-    own: dict[str, Any] = {key: model.__dict__[key] for key in ("forward", "_original_forward") if key in model.__dict__}
-    wanted = {id(p) for p in named.values()}
-    try:
-        for p, _ in asked:
-            p.requires_grad_(id(p) in wanted)
-        model.train()
-        yield
-    finally:
-        for p in named.values():
-            p.grad = None
-        for p, before in asked:
-            p.requires_grad_(before)
-        for module, mode in modes:
-            module.training = mode
-        # accelerate wraps forward for mixed precision and leaves it so
-        for key in ("forward", "_original_forward"):
-            model.__dict__.pop(key, None)
-        model.__dict__.update(own)
-        _set_rng(rng)
-
-
-def _named(model: nn.Module, parameters: Parameters) -> dict[str, Parameter]:
-    """{name: tensor} of what trains; tensors given without a name take the model's."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    items = list(parameters.items()) if isinstance(parameters, Mapping) else list(parameters)
-    named: dict[str, Parameter] = {}
-    for item in items:
-        given, p = item if isinstance(item, tuple) else (None, item)
-        if not isinstance(p, Parameter) or id(p) not in names:
-            raise MoleTypeError("fit: parameters", expected="parameters of the model", got=given or type(p).__name__)
-        if p.dtype not in (torch.float32, torch.float64):
-            hint = "steps of a usual size vanish in 16 bits: train float32 tensors, with mixed_precision for speed"
-            raise MoleTypeError(f"fit: {given or names[id(p)]}", expected="float32 or float64", got=p.dtype, hint=hint)
-        named[given or names[id(p)]] = p
-    if not named:
-        raise MoleValueError("fit: parameters", expected="at least one tensor to train", got="none")
-    return named
-
-
 def _samples(batch: Mapping[str, Any]) -> int:
     return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 0)
-
-
-def _get_rng() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_rng(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -17,7 +17,7 @@ from torch import nn
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleTypeError, MoleValueError, MoleWarning
 from mole_kernels.training import checkpoint as checkpoints
 from mole_kernels.training import config as configs
-from mole_kernels.training import loop
+from mole_kernels.training import session
 from mole_kernels.training.checkpoint import list_checkpoints, load_latest
 from mole_kernels.training.config import TrainConfig, learning_rate
 from mole_kernels.training.data import TensorBatches
@@ -141,7 +141,7 @@ def test_a_loss_scaler_may_skip_a_step_and_is_resumed(tmp_path, monkeypatch):
             super().__init__(**options)
             self.scaler = torch.amp.GradScaler("cpu")
 
-    monkeypatch.setattr(loop, "Accelerator", Scaling)
+    monkeypatch.setattr(session, "Accelerator", Scaling)
     config, calls, seen = replace(BASE, accumulation=1, grad_clip=None), [], []
 
     def overflowing(model, batch, generator):
