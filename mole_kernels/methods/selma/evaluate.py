@@ -1,0 +1,215 @@
+"""How faithful pictures are to their prompts: DSG's score with its parent rule, TIFA's accuracy, by any model that answers questions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mole_kernels.errors import MoleFileError, MoleKeyError, printable
+from mole_kernels.methods.selma.pictures import METADATA
+from mole_kernels.methods.selma.project import read_lines, write_lines
+from mole_kernels.methods.selma.questions import Question, Tree
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# answers are put on the disk after so many pictures
+KEEP_EVERY = 20
+
+
+class Answerer(Protocol):
+    """Answers questions about pictures.
+
+    name    what an answers file records, so that answers of two models are not mixed
+    answer  in words; with `choices` it should be one of them, and what is none of them counts as wrong
+    """
+
+    name: str
+
+    def answer(self, image: Image, question: str, choices: Sequence[str]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What came of one picture's questions, by question id.
+
+    given    the answers, in normal form; a question that its parents rule out is not put
+    scores   1 where the answer is right, 0 where it is wrong or where a parent, or a parent's parent, was answered wrongly
+    """
+
+    tree: Tree
+    given: dict[str, str]
+    scores: dict[str, int]
+
+    @property
+    def score(self) -> float:
+        """The mean over the questions."""
+        return fmean(self.scores.values())
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures over pictures.
+
+    score       mean over pictures of the mean over each one's questions (what DSG and TIFA report)
+    accuracy    share of all questions that score
+    categories  the same share by category
+    pictures, questions    how many there are
+    ruled_out   questions not put, since a parent was answered wrongly
+    unclear     answers that are none of the choices, counted as wrong
+    """
+
+    score: float
+    accuracy: float
+    categories: dict[str, float] = field(default_factory=dict)
+    pictures: int = 0
+    questions: int = 0
+    ruled_out: int = 0
+    unclear: int = 0
+
+
+def ask(tree: Tree, put: Callable[[Question], str]) -> Answers:
+    """Puts a picture's questions, parents first; below one that is answered wrongly all count 0 and are not put."""
+    given: dict[str, str] = {}
+    scores: dict[str, int] = {}
+    for question in tree.questions:
+        if any(scores[parent] == 0 for parent in question.parents):
+            scores[question.id] = 0
+            continue
+        given[question.id] = closest(put(question), question.choices)
+        scores[question.id] = int(given[question.id] == normal(question.answer))
+    return Answers(tree, given, scores)
+
+
+def summarise(found: Sequence[Answers]) -> Summary:
+    """Figures over the pictures of `found`."""
+    marks: dict[str, list[int]] = {}
+    unclear = 0
+    for one in found:
+        for question in one.tree.questions:
+            marks.setdefault(question.category, []).append(one.scores[question.id])
+            choices = {normal(choice) for choice in question.choices}
+            unclear += bool(choices) and question.id in one.given and one.given[question.id] not in choices
+    every = [mark for category in marks.values() for mark in category]
+    return Summary(
+        score=fmean(one.score for one in found),
+        accuracy=fmean(every),
+        categories={name: fmean(values) for name, values in sorted(marks.items()) if name},
+        pictures=len(found),
+        questions=len(every),
+        ruled_out=len(every) - sum(len(one.given) for one in found),
+        unclear=unclear,
+    )
+
+
+def evaluate(
+    folder: Path,
+    trees: Sequence[Tree],
+    answerer: Answerer,
+    *,
+    answers_file: Path | None = None,
+    on_picture: Callable[[int, int], None] | None = None,
+) -> tuple[Summary, list[Answers]]:
+    """Asks about every picture of a folder with metadata.jsonl whose text has a tree; a tree without a picture is a MoleKeyError.
+
+    answers_file  .jsonl where answers are kept, and read from when an evaluation goes on
+    on_picture    called as (pictures done, pictures in all)
+    """
+    by_prompt: dict[str, list[Tree]] = {}
+    for tree in trees:
+        by_prompt.setdefault(tree.prompt, []).append(tree)
+    pictures = [(folder / row["file_name"], tree) for row in _metadata(folder) for tree in by_prompt.get(row["text"], ())]
+    if lost := sorted(set(by_prompt) - {tree.prompt for _, tree in pictures}):
+        hint = "make them first: mole-kernels selma draw"
+        raise MoleKeyError(
+            f"{printable(folder, 300)}", f"{len(lost)} of {len(by_prompt)} prompts have no picture: {printable(lost)}", hint=hint
+        )
+    kept = _Kept(answers_file, answerer.name)
+    found: list[Answers] = []
+    try:
+        for path, tree in pictures:
+            found.append(_ask_about(path, tree, answerer, kept))
+            if len(found) % KEEP_EVERY == 0:
+                kept.write()
+            if on_picture is not None:
+                on_picture(len(found), len(pictures))
+    finally:
+        kept.write()
+    return summarise(found), found
+
+
+def normal(text: str) -> str:
+    """Small letters, one space between words, no punctuation at the ends, no article in front."""
+    plain = " ".join(text.lower().split()).strip(" .,;:!?\"'")
+    return re.sub(r"^(?:a|an|the) (?=\w)", "", plain)
+
+
+def closest(answer: str, choices: Sequence[str]) -> str:
+    """The answer in normal form, or the only choice that it begins with ("Yes, there is one." is yes)."""
+    plain = normal(answer)
+    forms = {normal(choice) for choice in choices}
+    if plain in forms:
+        return plain
+    begun = [form for form in forms if re.match(rf"{re.escape(form)}\b", plain)]
+    return begun[0] if len(begun) == 1 else plain
+
+
+class _Kept:
+    """Answers by (picture, question), kept in a file."""
+
+    def __init__(self, path: Path | None, name: str) -> None:
+        self.path, self.name, self._new = path, name, 0
+        rows = [] if path is None else read_lines(path)
+        self.rows = {(row["file_name"], row["question"]): row for row in rows if row.get("by") == name}
+
+    def get(self, file_name: str, question: Question, put: Callable[[], str]) -> str:
+        key = (file_name, question.text)
+        if key not in self.rows:
+            self.rows[key] = {"file_name": file_name, "question": question.text, "answer": put(), "by": self.name}
+            self._new += 1
+        return self.rows[key]["answer"]
+
+    def write(self) -> None:
+        if self.path is not None and self._new:
+            write_lines(self.path, self.rows.values())
+            self._new = 0
+
+
+def _ask_about(path: Path, tree: Tree, answerer: Answerer, kept: _Kept) -> Answers:
+    opened: list[Any] = []
+
+    def put(question: Question) -> str:
+        def look() -> str:
+            # a picture all of whose answers are kept is not opened
+            if not opened:
+                opened.append(_open(path))
+            return answerer.answer(opened[0], question.text, question.choices)
+
+        return kept.get(path.name, question, look)
+
+    return ask(tree, put)
+
+
+def _open(path: Path) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise MoleFileError(printable(path, 300), f"is no picture that can be read ({printable(error)})") from error
+
+
+def _metadata(folder: Path) -> Iterator[Mapping[str, Any]]:
+    rows = read_lines(folder / METADATA)
+    if not rows:
+        raise MoleFileError(printable(folder, 300), expected=f"a folder of pictures with {METADATA}", got="none")
+    for number, row in enumerate(rows, 1):
+        name, text = row.get("file_name"), row.get("text")
+        if not isinstance(name, str) or not isinstance(text, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise MoleFileError(f"{printable(folder / METADATA, 300)}, line {number}", expected="file_name and text", got=printable(row))
+        yield row
