@@ -28,6 +28,11 @@ class Target(str, Enum):
     official = "official"
 
 
+class Lora(str, Enum):
+    diffusers = "diffusers"
+    kohya = "kohya"
+
+
 class Dtype(str, Enum):
     float32 = "float32"
     float16 = "float16"
@@ -84,6 +89,77 @@ def convert(
     kind = getattr(torch, dtype.value) if dtype else None
     for path, what in run(source, target, to.value, dtype=kind, expert=expert, alpha=alpha, sdxl=sdxl).written.items():
         done(path, what)
+
+
+@app.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Experts: LoRA files of any dialect, or single files of ours (all their experts).")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write; replaced only once the new one is whole.")],
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="delta_mean (exact sum of the deltas), factor_mean, or PEFT's cat, svd, linear, ties, dare_linear, dare_ties, "
+            "magnitude_prune, and the last four with _svd."
+        ),
+    ] = "delta_mean",
+    weights: Annotated[Optional[str], typer.Option(help="As in 0.5,0.5; may be negative; without it exactly 1/T for each.")] = None,  # noqa: UP045
+    rank: Annotated[Optional[int], typer.Option(help="Of the result, for svd and the _svd modes.")] = None,  # noqa: UP045
+    density: Annotated[Optional[float], typer.Option(help="The part of the values that pruning keeps, in (0, 1].")] = None,  # noqa: UP045
+    sign: Annotated[str, typer.Option(help="How ties elects a sign: total or frequency (PEFT's majority_sign_method).")] = "total",
+    seed: Annotated[int, typer.Option(help="Of dare's random numbers.")] = 0,
+    dtype: Annotated[Optional[Dtype], typer.Option(help="Of the result; without it the narrowest that holds all inputs.")] = None,  # noqa: UP045
+    to: Annotated[Optional[Lora], typer.Option(help="The result's dialect; without it kohya where all are, else diffusers.")] = None,  # noqa: UP045
+) -> None:
+    """Several experts into one, layer by layer, from file to file."""
+    import torch
+
+    from mole_kernels.cli.merge import run
+
+    kind, dialect = getattr(torch, dtype.value) if dtype else None, to.value if to else None
+    run(files, out, mode, weights, kind, rank=rank, density=density, majority_sign_method=sign, seed=seed, to=dialect)
+
+
+@app.command()
+def compress(
+    file: Annotated[Path, typer.Argument(help="An expert: a LoRA file of any dialect, or a single file of ours.")],
+    out: Annotated[Optional[Path], typer.Option(help="The safetensors file to write; without it only the report.")] = None,  # noqa: UP045
+    rank: Annotated[Optional[int], typer.Option(help="At most this rank.")] = None,  # noqa: UP045
+    energy: Annotated[Optional[float], typer.Option(help="The smallest rank that keeps this part of the squared norm.")] = None,  # noqa: UP045
+    max_error: Annotated[Optional[float], typer.Option(help="The smallest rank with this relative error, for any input.")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[Dtype], typer.Option(help="Of the result; without it the input's.")] = None,  # noqa: UP045
+    to: Annotated[Optional[Lora], typer.Option(help="The result's dialect; without it the input's.")] = None,  # noqa: UP045
+    expert: Annotated[Optional[str], typer.Option(help="Which expert of a single file.")] = None,  # noqa: UP045
+    report: Annotated[Optional[Path], typer.Option(help="Write ranks, bounds, errors and predictions of each layer as JSON.")] = None,  # noqa: UP045
+    spectrum: Annotated[Optional[Path], typer.Option(help="Write each layer's singular values as JSON; needs no rank.")] = None,  # noqa: UP045
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
+    device: Annotated[Optional[str], typer.Option(help="The GPU that times are predicted for (h200).")] = None,  # noqa: UP045
+    tokens: Annotated[Optional[int], typer.Option(help="The tokens of one call that times are predicted for (4096).")] = None,  # noqa: UP045
+) -> None:
+    """An expert of smaller rank by exactly one of --rank, --energy and --max-error; errors measured, speed predicted."""
+    import torch
+
+    from mole_kernels.cli.compress import run
+
+    run(
+        file, out, report=report, spectrum=spectrum, layers=layers, device=device, tokens=tokens, expert=expert,
+        dtype=getattr(torch, dtype.value) if dtype else None, to=to.value if to else None, rank=rank, energy=energy, max_error=max_error,
+    )  # fmt: skip
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Experts (LoRA files of any dialect), or one single file of ours.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    pipeline: Annotated[Optional[Path], typer.Option(help="A folder in diffusers' layout: patched and run, to see its gates.")] = None,  # noqa: UP045
+    gates: Annotated[Optional[Path], typer.Option(help="A gates file; its expert names are the files' stems.")] = None,  # noqa: UP045
+    prompt: Annotated[str, typer.Option(help="What the pipeline shall draw.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the first noise.")] = 0,
+) -> None:
+    """Spectra and sizes of experts; with a pipeline also where its gates look, step by step. One HTML page with its plots inside."""
+    from mole_kernels.cli.report import write
+
+    write(files, out, pipeline, gates, prompt, steps, seed)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from mole_kernels.demo import classifier, data
 from mole_kernels.demo.model import FACTOR, LATENT_CHANNELS, Pipeline
+from mole_kernels.looking.record import kind_of
 
 TIMES = (50, 150, 300, 500, 750)
 REGIONS = ("all", "low", "high", "background")
@@ -154,11 +155,6 @@ def gate_auc(maps: Sequence[Mapping[str, Tensor]], boxes: Tensor) -> dict[str, d
             rows.setdefault(kind_of(path), []).extend(scores)
     means = {row: torch.tensor(scores).nanmean(0).tolist() for row, scores in sorted(rows.items())}
     return {row: {"own_vs_rest": a, "own_vs_other": b} for row, (a, b) in means.items()}
-
-
-def kind_of(path: str) -> str:
-    """ "…transformer_blocks.0.attn1.to_q" -> "attn1.to_q"; "…proj_in" -> "proj_in"."""
-    return path.rpartition("transformer_blocks.0.")[2] if "transformer_blocks" in path else path.rpartition(".")[2]
 
 
 def _scores(maps: Tensor, boxes: Tensor) -> list[tuple[float, float]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mole_kernels.looking.page import uri_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,9 +30,7 @@ def to_image(pixels: Tensor, zoom: int = ZOOM) -> Image:
 
 def data_uri(image: Image) -> str:
     """A picture as text that a web page can hold."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return uri_of(lambda buffer: image.save(buffer, format="PNG", optimize=True))
 
 
 def overlay(pixels: Tensor, maps: Tensor, limits: Sequence[tuple[float, float]]) -> list[Tensor]:

@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from mole_kernels.demo.evaluate import REGIONS
-
-STYLE = """
-:root{--ink:#222634;--soft:#667;--line:#dde;--good:#18804a;--bad:#be2c2c;--card:#fff;--page:#f4f5f9}
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:40px 24px 80px}h1{font-size:30px;margin:0 0 6px}h2{font-size:20px;margin:0 0 10px}
-p{max-width:78ch;margin:6px 0 14px}.lead{color:var(--soft);font-size:17px}
-section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:22px 24px;margin:22px 0}
-.facts{display:flex;flex-wrap:wrap;gap:14px;margin:22px 0}.fact{flex:1 1 200px;background:var(--card);border:1px solid var(--line);
-border-radius:12px;padding:16px 18px}.fact b{display:block;font-size:27px;letter-spacing:-.5px}.fact span{color:var(--soft);font-size:14px}
-img{max-width:100%;height:auto;border-radius:6px}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:15px}
-th,td{padding:5px 14px 5px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:500}
-tr.main td{font-weight:650}.good{color:var(--good)}.bad{color:var(--bad)}.soft{color:var(--soft);font-weight:400}
-ul{margin:6px 0;padding-left:22px;max-width:78ch}code{background:#eef;padding:1px 5px;border-radius:4px;font-size:14px}
-"""
+from mole_kernels.looking.page import bullets, facts, page, picture, section, table
 
 
 def make_report(metrics: Mapping, grid: str, maps: str) -> str:
     """The page. grid and maps are data URIs of the two picture sheets."""
     parts = [
         _facts(metrics),
-        _section("Same captions, same noise", GRID_TEXT, f'<div class="wide"><img alt="picture grid" src="{grid}"></div>'),
-        _section("Digits read out of generated pictures", READ_TEXT, _reading_table(metrics)),
-        _section("Where the gates look", MAP_TEXT, f'<div class="wide"><img alt="gate maps" src="{maps}"></div>', _auc_table(metrics)),
-        _section("Held-out denoising loss", LOSS_TEXT, _loss_table(metrics)),
-        _section("Time per denoising step", TIME_TEXT.format(**metrics["time"]), _time_table(metrics["time"])),
-        _section("What this shows and what it does not", "", _list(metrics["notes"])),
-        _section("How it was made", "", _list(metrics["settings_text"])),
+        section("Same captions, same noise", GRID_TEXT, picture(grid, "picture grid")),
+        section("Digits read out of generated pictures", READ_TEXT, _reading_table(metrics)),
+        section("Where the gates look", MAP_TEXT, picture(maps, "gate maps"), _auc_table(metrics)),
+        section("Held-out denoising loss", LOSS_TEXT, _loss_table(metrics)),
+        section("Time per denoising step", TIME_TEXT.format(**metrics["time"]), _time_table(metrics["time"])),
+        section("What this shows and what it does not", "", bullets(metrics["notes"])),
+        section("How it was made", "", bullets(metrics["settings_text"])),
     ]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>A mixture of two LoRA experts</title><style>{STYLE}</style><main><h1>A mixture of two LoRA experts, in miniature</h1>"
-        '<p class="lead">A tiny Stable Diffusion pipeline draws rows of handwritten digits from a caption, and is poor at the digits. '
-        "One low-rank expert was trained on close-ups of 0–4, one on close-ups of 5–9. Learned gates mix them, token by token.</p>"
-        + "".join(parts)
-        + "</main></html>\n"
-    )
+    return page("A mixture of two LoRA experts", "A mixture of two LoRA experts, in miniature", LEAD, parts)
 
 
+LEAD = (
+    "A tiny Stable Diffusion pipeline draws rows of handwritten digits from a caption, and is poor at the digits. "
+    "One low-rank expert was trained on close-ups of 0–4, one on close-ups of 5–9. Learned gates mix them, token by token."
+)
 GRID_TEXT = (
     "Columns differ only in what is added to the frozen base. Below each slot stands what a separately trained classifier reads there: "
     "green where it agrees with the caption, - for a blank slot."
@@ -82,7 +63,7 @@ def _facts(metrics: Mapping) -> str:
         (f"{found:.2f}", "AUC of the mean gate map, own cards against the rest"),
         (f"{ours['median']:.2f} ×", f"time per step over the base (eager MoLE {eager:.2f} ×)"),
     ]
-    return '<div class="facts">' + "".join(f'<div class="fact"><b>{a}</b><span>{html.escape(b)}</span></div>' for a, b in items) + "</div>"
+    return facts(items)
 
 
 def _reading_table(metrics: Mapping) -> str:
@@ -91,7 +72,7 @@ def _reading_table(metrics: Mapping) -> str:
     for name, found in metrics["reading"].items():
         cells = [f"{100 * found[c]['mean']:.1f} <span class=soft>± {100 * found[c]['sd']:.1f}</span>" for c in columns]
         rows.append((name, cells))
-    return _table(("variant", "all digits %", "0–4 %", "5–9 %", "blank slots %"), rows, metrics["shown"])
+    return table(("variant", "all digits %", "0–4 %", "5–9 %", "blank slots %"), rows, metrics["shown"])
 
 
 def _loss_table(metrics: Mapping) -> str:
@@ -102,41 +83,23 @@ def _loss_table(metrics: Mapping) -> str:
         else:
             cells = [_change(found[r]["change_mean"], found[r]["change_sd"]) for r in REGIONS]
         rows.append((name, cells))
-    return _table(("variant", "all", "0–4 cards", "5–9 cards", "background"), rows, metrics["shown"])
+    return table(("variant", "all", "0–4 cards", "5–9 cards", "background"), rows, metrics["shown"])
 
 
 def _auc_table(metrics: Mapping) -> str:
     rows = []
-    for variant, table in metrics["gates"].items():
-        for row, found in table.items():
+    for variant, found_rows in metrics["gates"].items():
+        for row, found in found_rows.items():
             cells = [f"{found[c]['mean']:.3f} <span class=soft>± {found[c]['sd']:.3f}</span>" for c in ("own_vs_rest", "own_vs_other")]
             rows.append((f"{variant}: {row}", cells))
-    return _table(("gates: averaged over", "own cards vs rest", "own vs other cards"), rows, "")
+    return table(("gates: averaged over", "own cards vs rest", "own vs other cards"), rows, "")
 
 
 def _time_table(time: Mapping) -> str:
     rows = [(name, [f"{r['median']:.3f}", f"{r['p20']:.3f}", f"{r['p80']:.3f}"]) for name, r in time["ratio"].items()]
-    return _table(("model", "÷ base, median", "p20", "p80"), rows, "ours")
+    return table(("model", "÷ base, median", "p20", "p80"), rows, "ours")
 
 
 def _change(mean: float, sd: float) -> str:
     tone = "good" if mean + sd < 0 else "bad" if mean - sd > 0 else "soft"
     return f'<span class="{tone}">{mean:+.2f}</span> <span class=soft>± {sd:.2f}</span>'
-
-
-def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], main: str) -> str:
-    top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    body = ""
-    for name, cells in rows:
-        mark = ' class="main"' if name == main else ""
-        body += f"<tr{mark}><td>{html.escape(name)}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
-    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
-
-
-def _section(title: str, text: str, *content: str) -> str:
-    paragraph = f"<p>{html.escape(text)}</p>" if text else ""
-    return f"<section><h2>{html.escape(title)}</h2>{paragraph}{''.join(content)}</section>"
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"

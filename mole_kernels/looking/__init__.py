@@ -1,0 +1,1 @@
+"""What gates and experts did, as numbers, plots and one HTML page."""
