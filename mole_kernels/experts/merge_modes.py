@@ -44,12 +44,15 @@ class Settings:
 
 
 def merge_layer(layers: Sequence[LowRank], weights: Sequence[float], how: Settings, generator: torch.Generator | None = None) -> LowRank:
-    """One layer of the merged expert, in float32 (float64 where an input is).
+    """One layer of the merged expert, in float32 (float64 where an input is), or in the inputs' dtype where their bits can stay.
 
     layers     the experts that have this layer; one that lacks it adds nothing to any mode's sum
     weights    theirs
     generator  dare's random numbers: for each layer all A first, then all B, in the experts' order, as PEFT draws them
     """
+    fits = sum(layer.rank for layer in layers) <= min(layers[0].out_features, layers[0].in_features)
+    if (how.mode == "cat" or (how.mode == "delta_mean" and fits)) and _bits_stay(layers, weights):
+        return concatenate(layers, weights)
     wide = torch.float64 if any(t.dtype == torch.float64 for layer in layers for t in (layer.down, layer.up)) else torch.float32
     layers = [LowRank(one.down.detach().to(wide), one.up.detach().to(wide), one.scale, one.conv) for one in layers]
     if how.mode == "delta_mean":
@@ -155,6 +158,13 @@ def _drop(tensor: Tensor, density: float | None, generator: torch.Generator | No
     if density is None or density >= 1:
         return tensor
     return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=generator) / density
+
+
+def _bits_stay(layers: Sequence[LowRank], weights: Sequence[float]) -> bool:
+    """Whether side by side the factors can stay as they are, in their own dtype."""
+    dtypes = {t.dtype for layer in layers for t in (layer.down, layer.up)}
+    shares = {weight * layer.scale for layer, weight in zip(layers, weights)}
+    return len(dtypes) == 1 and len(shares) == 1 and 0.0 not in shares and dtypes.pop().itemsize > 1
 
 
 def _conv(layers: Sequence[LowRank]) -> bool:

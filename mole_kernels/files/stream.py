@@ -28,15 +28,17 @@ def atomic_save_stream(parts: Iterable[tuple[str, Tensor]], path: PathLike, meta
     def write(file: BinaryIO) -> None:
         with tempfile.TemporaryFile(dir=folder) as spool:
             begins: dict[str, int] = {}
-            blanks: dict[str, Tensor] = {}
+            # plain values, no tensors: a small tensor kept beside each large one would hold the freed memory around it
+            kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
             for key, tensor in parts:
-                if key in blanks:
+                if key in kinds:
                     raise MoleFileError(where, f"the key '{printable(key)}' came twice")
                 begins[key] = spool.tell()
                 flat = tensor.detach().to("cpu").contiguous().reshape(-1)
                 spool.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-                # shape and dtype without the memory
-                blanks[key] = torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
+                kinds[key] = (tensor.dtype, tuple(tensor.shape))
+            # shape and dtype without the memory
+            blanks = {key: torch.empty((), dtype=dtype).expand(shape) for key, (dtype, shape) in kinds.items()}
             header, order = header_of(blanks, metadata(), where)
             file.write(header)
             for key in order:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleWarning, printable
@@ -50,15 +51,22 @@ def save_layers(
     read_as  the dialect that the paths were read in: a kohya name that stayed flat cannot be written in diffusers' dialect
     made     how this expert came about, for the file's metadata
     """
-    seen: dict[str, LowRank] = {}
+    seen: dict[str, tuple[int, int, int, float, bool]] = {}
     note = {"mole_kernels": made} if made else {}
 
     def parts() -> Iterator[tuple[str, Tensor]]:
         for name, layer in layers:
-            seen[name] = layer.to(device="meta")
+            seen[name] = (layer.out_features, layer.in_features, layer.rank, layer.scale, layer.conv)
             yield from expert_tensors(Expert({name: layer}, read_as, made), to, None, sdxl)[0].items()
 
-    atomic_save_stream(parts(), path, lambda: expert_tensors(Expert(seen, read_as, made, note), to, None, sdxl)[1])
+    def metadata() -> Mapping[str, str]:
+        empty = {
+            name: LowRank(torch.empty(R, K, device="meta"), torch.empty(N, R, device="meta"), scale, conv)
+            for name, (N, K, R, scale, conv) in seen.items()
+        }
+        return expert_tensors(Expert(empty, read_as, made, note), to, None, sdxl)[1]
+
+    atomic_save_stream(parts(), path, metadata)
 
 
 def name_of(path: PathLike) -> str:
