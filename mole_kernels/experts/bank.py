@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import os
 
     from mole_kernels.experts.layer import LayerExperts
+
+
+Init = Literal["kaiming", "gaussian"]
 
 
 class ExpertBank:
@@ -91,19 +94,22 @@ class ExpertBank:
         convention: Convention = "kohya",
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
+        init: Init = "kaiming",
     ) -> ExpertBank:
-        """Fresh experts: A ~ kaiming_uniform(a=√5), B = 0, so that ΔW = 0 (MoLE, section 1.2 of its code).
+        """Fresh experts, B = 0 so that ΔW = 0: A ~ kaiming_uniform(a=√5) (MoLE's code), or "gaussian" N(0, 1/R²) (PEFT's, SELMA's).
 
         shapes  path -> (N, K)
         rank    of all experts, or by name; alpha likewise, None means scale 1
         """
+        if init not in get_args(Init):
+            raise MoleValueError("ExpertBank.new, init", expected=f"one of {', '.join(get_args(Init))}", got=repr(init))
         if len(set(names)) != len(names):
             raise MoleValueError("ExpertBank.new", expected="names that differ", got=list(names))
         experts = {}
         for name in names:
             r = rank if isinstance(rank, int) else rank[name]
             scale = scale_of(convention, alpha[name] if isinstance(alpha, Mapping) else alpha, r)
-            layers = {path: _fresh(n, k, r, scale, dtype, generator) for path, (n, k) in shapes.items()}
+            layers = {path: _fresh(n, k, r, scale, dtype, generator, init) for path, (n, k) in shapes.items()}
             experts[name] = Expert(layers, dialect="memory", source=f"new expert {name}")
         return cls(experts)
 
@@ -135,7 +141,10 @@ def check_name(name: str) -> None:
         )
 
 
-def _fresh(n: int, k: int, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None) -> LowRank:
+def _fresh(n: int, k: int, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None, init: Init) -> LowRank:
     down = torch.empty(rank, k, dtype=torch.float32)
-    torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+    if init == "gaussian":
+        torch.nn.init.normal_(down, std=1 / rank, generator=generator)
+    else:
+        torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
     return LowRank(down.to(dtype), torch.zeros(n, rank, dtype=dtype), scale)

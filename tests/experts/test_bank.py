@@ -153,3 +153,12 @@ def test_51_54_bad_banks():
 def test_pickles():
     bank = pickle.loads(pickle.dumps(ExpertBank.new({"a.b": (2, 3)}, ["x"], 1)))
     assert bank.names == ("x",) and bank.layer("a_b")["x"].rank == 1
+
+
+def test_fresh_gaussian_factors_have_pefts_spread():
+    bank = ExpertBank.new({"a": (8, 4000)}, ["x"], 4, generator=torch.Generator().manual_seed(0), init="gaussian")
+    layer = bank.experts["x"].layers["a"]
+    # 16,000 draws of N(0, 1/4): the sample's deviation is within 0.02 of it at more than three of its own
+    assert abs(float(layer.down.std()) - 0.25) < 0.02 and not layer.up.any()
+    with pytest.raises(MoleValueError, match="kaiming, gaussian"):
+        ExpertBank.new({"a": (2, 2)}, ["x"], 1, init="uniform")
