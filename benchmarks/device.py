@@ -189,7 +189,9 @@ def smi(query: str) -> dict[str, str]:
     if program is None:
         return {}
     try:
-        said = subprocess.run([program, f"--query-gpu={query}", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10)
+        said = subprocess.run(
+            [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return {}
     values = said.stdout.splitlines()[:1]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Budget, paired
+from mole_kernels import extension
 
 SCHEMA = 1
 
@@ -24,7 +25,8 @@ def processor() -> str:
     if info.exists():
         fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.*)$", info.read_text(), re.MULTILINE))
         name = f"{fields.get('model name', name)} family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
-    return f"{name} {torch.ops.mole_cpu.instruction_set()}"
+    isa = torch.ops.mole_cpu.instruction_set() if extension.why_not() is None else platform.machine()
+    return f"{name} {isa}"
 
 
 def slug(name: str) -> str:
@@ -33,16 +35,19 @@ def slug(name: str) -> str:
 
 def commit() -> tuple[str, bool]:
     def git(*words: str) -> str:
-        run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        try:
+            run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
         return run.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../mole_kernels", ".")
-    return git("rev-parse", "--short", "HEAD"), bool(changed)
+    return git("rev-parse", "--short", "HEAD") or "unknown", bool(changed)
 
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("torch", "peft", "diffusers"):
+    for name in ("torch", "triton", "peft", "diffusers"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -61,7 +66,8 @@ def ceilings() -> dict[str, float]:
     return {name: round(rate, 1) for name, rate in rates.items()}
 
 
-def environment(threads: int) -> dict[str, Any]:
+def header() -> dict[str, Any]:
+    """What every result begins with."""
     revision, dirty = commit()
     return {
         "schema": SCHEMA,
@@ -70,9 +76,12 @@ def environment(threads: int) -> dict[str, Any]:
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "host": processor(),
         "gpu": None,
-        "threads": threads,
-        "clock": "cpu time of the thread" if threads == 1 else "wall",
         "software": versions(),
-        "ceilings": ceilings(),
         "proxies": [],
     }
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """The CPU suite's."""
+    clock = "cpu time of the thread" if threads == 1 else "wall"
+    return header() | {"threads": threads, "clock": clock, "ceilings": ceilings()}

@@ -33,8 +33,10 @@ class Forced:
         self.module, self.way, self.name = module, way, f"{module.name}:{way}"
 
     def reject(self, problem: Problem) -> str | None:
-        """The backend's reason, or the way's."""
-        return (None if interpreting() else self.module.reject(problem)) or way_refuses(self, problem, Use())
+        """The backend's reason, or the way's. The interpreter stands in for a GPU."""
+        reason = self.module.reject(replace(problem, device="cuda") if interpreting() else problem)
+        missing = getattr(self.module, "why_not_device", lambda: None)() if interpreting() else None
+        return way_refuses(self, problem, Use()) if reason is None or reason == missing else reason
 
     def forward(self, *args: Any) -> tuple[Tensor, ...]:
         return self.module.forward(*args, way=self.way, **small_tile())
@@ -78,9 +80,5 @@ def register() -> dict[str, Forced]:
 
 
 def compiled_backends() -> list[str]:
-    """Names of the backends that take CUDA tensors and are more than plain torch, ways left out."""
+    """Names of the backends for GPUs that are more than plain torch, ways left out."""
     return [name for name, b in BACKENDS.items() if not isinstance(b, Forced) and name not in ("cpu", "stacked", "reference")]
-
-
-def on_device(problem: Problem, kind: str) -> Problem:
-    return replace(problem, device=kind)
