@@ -170,7 +170,7 @@ def test_flagged_pictures_are_kept_apart_and_not_made_again(tmp_path):
     there = project(tmp_path)
     make_pictures(there, "digits", Painter(flag=[PROMPTS[1]]))
     folder = tmp_path / "digits/pictures"
-    assert (folder / "flagged/000001.png").exists() and not (folder / "000001.png").exists()
+    assert (tmp_path / "digits/pictures_flagged/000001.png").exists() and not (folder / "000001.png").exists()
     assert [row["text"] for row in read_lines(folder / "metadata.jsonl")] == [PROMPTS[0], *PROMPTS[2:]]
     assert there.noted("pictures", "digits") == {"pictures": 5, "flagged": 1}
     assert make_pictures(there, "digits", Painter()) == 0

@@ -19,7 +19,7 @@ from mole_kernels.training.data import counted_generator
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-METADATA, FLAGGED = "metadata.jsonl", "flagged"
+METADATA = "metadata.jsonl"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def make_pictures(
     state.wait_for_everyone()
     made = draw(pipe, prompts, project.pictures_folder(skill), settings, on_picture=on_picture)
     if state.is_main_process:
-        flagged = len(list((project.pictures_folder(skill) / FLAGGED).glob("*.png")))
+        flagged = len(list(flagged_folder(project.pictures_folder(skill)).glob("*.png")))
         project.note("pictures", skill, {"pictures": len(prompts) - flagged, "flagged": flagged})
     return made
 
@@ -77,7 +77,7 @@ def draw(
 
     Run under `accelerate launch` the missing pictures are shared out evenly; the folder must be one that all processes see.
     Each file is whole or not there and holds its prompt and seed as PNG text; metadata.jsonl {file_name, text, seed} is written
-    once all are made. What the pipeline's own safety checker flags goes to folder/flagged and is no training picture.
+    once all are made. What the pipeline's own safety checker flags goes to a folder beside it, `flagged_folder`.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -85,7 +85,7 @@ def draw(
         raise MoleTypeError("draw: pipe", expected="a diffusers pipeline that takes prompts", got=type(pipe).__name__)
     state = processes()
     if state.is_main_process:
-        (folder / FLAGGED).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         _clear_unfinished(folder)
     # one process looks and tells the others: each would see another folder once pictures are being made
     missing = [_missing(prompts, folder, settings.seed) if state.is_main_process else None]
@@ -124,6 +124,11 @@ def file_name(number: int) -> str:
     return f"{number:06d}.png"
 
 
+def flagged_folder(folder: Path) -> Path:
+    """Where pictures go that are none to train on: beside the folder, since what lies below it is trained on."""
+    return folder.with_name(folder.name + "_flagged")
+
+
 def name_of(pipe: Any) -> str:
     """The class of a pipeline, and the folder or hub name it was read from."""
     source = getattr(getattr(pipe, "config", None), "_name_or_path", None) or getattr(pipe, "name_or_path", None)
@@ -140,7 +145,7 @@ def _make(pipe: Any, prompts: Sequence[str], numbers: Sequence[int], folder: Pat
         raise MoleStateError("draw: pipe", expected=f"{len(numbers)} pictures for as many prompts", got=len(out.images))
     flags = getattr(out, "nsfw_content_detected", None) or [False] * len(numbers)
     for number, seed, image, flagged in zip(numbers, seeds, out.images, flags, strict=True):
-        path = (folder / FLAGGED if flagged else folder) / file_name(number)
+        path = (flagged_folder(folder) if flagged else folder) / file_name(number)
         if not flagged and all(high == 0 for _, high in image.convert("RGB").getextrema()):
             warnings.warn(f"{path} is black all over; a half-precision VAE that overflows does that", MoleWarning, stacklevel=2)
         _save(image, path, prompts[number], seed)
@@ -157,6 +162,7 @@ def _save(image: Any, path: Path, prompt: str, seed: int) -> None:
     def write(file: BinaryIO) -> None:
         image.save(file, "PNG", pnginfo=text)
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, write)
 
 
@@ -178,7 +184,7 @@ def _missing(prompts: Sequence[str], folder: Path, seed: int) -> list[int]:
 
 
 def _found(folder: Path, number: int) -> Path | None:
-    return next((path for path in (folder / file_name(number), folder / FLAGGED / file_name(number)) if path.exists()), None)
+    return next((path for path in (folder / file_name(number), flagged_folder(folder) / file_name(number)) if path.exists()), None)
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -200,13 +206,11 @@ def _write_metadata(prompts: Sequence[str], folder: Path, seed: int) -> None:
         if (folder / file_name(number)).exists()
     ]
     write_lines(folder / METADATA, rows)
-    if not any((folder / FLAGGED).iterdir()):
-        (folder / FLAGGED).rmdir()
 
 
 def _clear_unfinished(folder: Path) -> None:
     """What a killed process left half-written."""
-    for part in (folder, folder / FLAGGED):
+    for part in (folder, flagged_folder(folder)):
         for path in part.glob(".*.png.*.tmp"):
             path.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ root/<skill>/manifest.json     for each stage its settings and, once it is done,
 root/<skill>/requests.jsonl    stage 1: every request with what came of it
 root/<skill>/prompts.jsonl     stage 1: the accepted prompts
 root/<skill>/pictures/         stage 2: 000000.png … and metadata.jsonl, a picture folder as Hugging Face's datasets has it
+root/<skill>/pictures_flagged/  what a safety checker took out
 root/<skill>/run/              stage 3: checkpoints
 root/<skill>/expert.safetensors
 root/merged.safetensors        stage 4
