@@ -20,6 +20,7 @@ from mole_kernels.layers.linear import Gated
 from mole_kernels.patching import guards
 from mole_kernels.patching.blocks import Weight, by_layer, check_weight
 from mole_kernels.patching.collect import collect_bank, collect_gates
+from mole_kernels.patching.fold import Folded, fold
 from mole_kernels.patching.swap import swap_expert
 from mole_kernels.patching.undo import all_or_nothing
 from mole_kernels.patching.weights import ScaleWriter
@@ -73,6 +74,7 @@ class Handle:
         self._scales: dict[str, Scale] = dict.fromkeys(made.names, 1.0)
         self._weights: dict[str, Weight] = dict.fromkeys(made.names, 1.0)
         self._active = True
+        self._folded: Folded | None = None
 
     def __repr__(self) -> str:
         return f"Handle({len(self._patched)} layers, experts {', '.join(self._names)}{'' if self._active else ', removed'})"
@@ -82,6 +84,8 @@ class Handle:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._folded is not None:
+            self.unfold()
         if self._active:
             self.remove()
 
@@ -190,6 +194,22 @@ class Handle:
         """Turn the experts off: the base model's output bit for bit. `with handle.disable():` turns them on at its end."""
         return self._switch(False)
 
+    def fold(self, *, keep: bool = True) -> None:
+        """Put the mixture into the weights (W' = W + Σ s g B A): the plain layer's speed, for gates that are constant. All or nothing.
+
+        keep  copies of the weights are kept, so that `unfold` is exact; without them it is within two roundings (`patching.fold`)
+        Until `unfold`, only what reads the handle is allowed.
+        """
+        self._check_active("fold")
+        self._folded = fold(self._plan.model, self._patched.values(), keep=keep)
+
+    def unfold(self) -> None:
+        """Take the mixture out of the weights again and compute it beside them, as before `fold`."""
+        if self._folded is None:
+            raise MoleStateError("Handle.unfold", "nothing is folded", hint="handle.fold() comes first")
+        self._folded.unfold()
+        self._folded = None
+
     def remove(self) -> None:
         """Take everything off, all or nothing: modules, flags and outputs are bit for bit as they were before the patch.
 
@@ -238,6 +258,8 @@ class Handle:
     def _check_active(self, what: str) -> None:
         if not self._active:
             raise MoleStateError(f"Handle.{what}", "this patch was removed already", hint="mole_kernels.patch makes a new one")
+        if self._folded is not None and what not in ("with", "bank", "gates"):
+            raise MoleStateError(f"Handle.{what}", "the experts are folded into the weights", hint="handle.unfold() first")
 
     def _check_names(self, what: str, names: Sequence[str]) -> None:
         for name in names:

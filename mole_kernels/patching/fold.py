@@ -1,0 +1,149 @@
+"""A static mixture inside the base weights: W' = W + Σ_e s_e g_e B_e A_e, and back out again.
+
+Folded, a layer runs at the plain layer's speed; it can no longer tell one token or sample from another, so only constant gates fold.
+Back out: from a kept copy, bit for bit; or by recomputing the same sum and taking it off, within u(|W'| + |W''|) of every element for the
+W'' that comes out, u half the distance from 1 to the next number of the weight's dtype (two roundings, one each way).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from mole_kernels.errors import MoleStateError, MoleValueError
+from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.gates.gate import ConstantGate
+from mole_kernels.layers.linear import Gated
+from mole_kernels.patching.targets import roots
+
+if TYPE_CHECKING:
+    from mole_kernels.patching.handle import Patched
+
+
+@dataclass
+class _Layer:
+    """One folded layer: what it was made of, the versions of those tensors, and the copy of its weight (None: recompute)."""
+
+    path: str
+    module: Gated
+    kept: Tensor | None
+    versions: tuple[int, ...]
+
+
+class Folded:
+    """The layers that hold their experts in their weights; `unfold` takes them out again."""
+
+    def __init__(self, layers: list[_Layer]) -> None:
+        self._layers = layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """W as it was (see the module's text), experts on again. Refused where somebody wrote to what this depends on."""
+        for one in self._layers:
+            if _versions(one.module, one.kept is None) != one.versions:
+                what = "its weight was" if one.kept is not None else "its weight or its experts were"
+                raise MoleStateError("unfold", f"{one.path}: {what} written to while folded", hint="what is in the weight now is unknown")
+        for one in self._layers:
+            weight = _weight(one.module)
+            weight.copy_(_shifted(one.module, -1.0) if one.kept is None else one.kept)
+            one.module.experts_on = True
+
+
+@torch.no_grad()
+def fold(model: object, patched: Iterable[Patched], *, keep: bool = True) -> Folded:
+    """Put every layer's experts into its weight and switch them off; all or nothing.
+
+    keep  copies of the weights are kept, and unfolding is exact; without them it is within the stated tolerance, and so is the way
+          back from a failure half-way
+    A layer whose experts are switched off is left alone. Raises MoleStateError where a gate varies by token, sample or step, where every
+    sample has experts of its own, and where a weight is shared, not in memory or made under inference_mode.
+    """
+    chosen = [one for one in patched if cast(Gated, one.module).experts_on]
+    owners = _owners(model)
+    for one in chosen:
+        if reason := reject(one, owners):
+            raise MoleStateError(f"fold, layer {one.path}", reason)
+    done: list[_Layer] = []
+    try:
+        for one in chosen:
+            module = cast(Gated, one.module)
+            weight = _weight(module)
+            new = _shifted(module, 1.0)
+            if not new.isfinite().all() and weight.isfinite().all():
+                raise MoleValueError(f"fold, layer {one.path}", f"the folded weight overflows in {weight.dtype}", hint="fold in bfloat16")
+            layer = _Layer(one.path, module, weight.detach().clone(), ())
+            done.append(layer)
+            weight.copy_(new)
+            layer.versions = _versions(module, not keep)
+            module.experts_on = False
+            if not keep:
+                layer.kept = None
+    # Ctrl-C and a full memory must not leave half of it either
+    except BaseException:
+        for layer in done:
+            _weight(layer.module).copy_(_shifted(layer.module, -1.0) if layer.kept is None else layer.kept)
+            layer.module.experts_on = True
+        raise
+    return Folded(done)
+
+
+def reject(one: Patched, owners: dict[int, int]) -> str | None:
+    """Why a layer's mixture cannot be a part of its weight, or None."""
+    weight = _weight(one.module)
+    if one.gate is not None and not isinstance(one.gate, ConstantGate):
+        return f"its {type(one.gate).__name__} varies by token, sample or step; only constant gates can be folded"
+    if one.experts.down.shape[0] > 1:
+        return f"it has {one.experts.down.shape[0]} sets of experts, one for each sample"
+    if weight.is_meta:
+        return "its weight is not in memory (an offload hook holds it)"
+    if weight.is_inference():
+        return "its weight was made under inference_mode and cannot be written to"
+    if owners.get(id(weight), 1) > 1:
+        return "its weight is shared with another module, which would change with it"
+    return None
+
+
+def _owners(model: object) -> dict[int, int]:
+    """id of a parameter -> how many modules hold it."""
+    count: dict[int, int] = {}
+    for module in {id(m): m for root in roots(model).values() for m in root.modules()}.values():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                count[id(parameter)] = count.get(id(parameter), 0) + 1
+    return count
+
+
+def _shifted(module: nn.Module, sign: float) -> Tensor:
+    """W ± Σ_e s_e g_e B_e A_e, ΔW made in float32 (float64 for such a weight), added and rounded once."""
+    weight, experts = _weight(module), cast(LayerExperts, module.experts)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    scale = experts.scale.to(wide)
+    if isinstance(module.gate, ConstantGate):
+        gate = module.gate.operands(experts).gate
+        assert gate is not None
+        scale = scale * gate[0, 0].to(wide)
+    ranks = torch.tensor(experts.ranks, device=scale.device)
+    up = experts.up[0].to(wide) * torch.repeat_interleave(scale, ranks)
+    # ΔW first, by itself: the same bits on the way in and on the way out
+    delta = up @ experts.down[0].to(wide)
+    return delta.mul_(sign).add_(weight.flatten(1)).to(weight.dtype).view_as(weight)
+
+
+def _versions(module: nn.Module, recompute: bool) -> tuple[int, ...]:
+    tensors = [_weight(module)]
+    if recompute:
+        experts = cast(LayerExperts, module.experts)
+        tensors += [experts.up, experts.down, experts.scale]
+        tensors += module.gate.state_dict(keep_vars=True).values() if isinstance(module.gate, ConstantGate) else []
+    return tuple(t._version for t in tensors)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight)
