@@ -17,6 +17,7 @@ _HOME = {
     "plan": "mole_kernels.patching.plan",
     "accelerate": "mole_kernels.patching.accelerate",
     "status": "mole_kernels.patching.status",
+    "serve": "mole_kernels.serving.serve",
     "gated_lora_linear": "mole_kernels.functional",
     "Experts": "mole_kernels.operands",
     "Gates": "mole_kernels.operands",

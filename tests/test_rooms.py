@@ -13,7 +13,7 @@ PACKAGE = Path(mole_kernels.__file__).parent
 # from the bottom up, as in docs/design.md section 2
 ROOMS = [
     *"errors settings precision files operands problem reference extension kernels dispatch backends ops functional".split(),
-    *"experts gates layers io patching looking training methods demo cli".split(),
+    *"experts gates layers io patching looking serving training methods demo cli".split(),
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,13 @@ from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.operands import Experts
 
 
+class Route(Protocol):
+    """Says which set each sample takes: current [B] int64, −1 for none."""
+
+    @property
+    def current(self) -> Tensor | None: ...
+
+
 class LayerExperts(nn.Module):
     """E named experts of one layer: A_e one under the other, B_e side by side.
 
@@ -20,7 +28,9 @@ class LayerExperts(nn.Module):
     up          [S,N,R]      Parameter
     base_scale  [E] float32  the convention's scale of each expert (alpha/r, …)
     scale       [E] float32  base_scale times the adapter weights: what the operator multiplies by
-    S = 1 for experts shared by the batch, or the number of samples. The scales stay float32 whatever `.to(dtype)` does to the rest.
+    route       None, or what says which of the S sets each sample of the running forward takes (`serving.Route`)
+    S = 1 for experts shared by the batch, the number of samples, or with a route any.
+    The scales stay float32 whatever `.to(dtype)` does to the rest.
     """
 
     base_scale: Tensor
@@ -46,6 +56,7 @@ class LayerExperts(nn.Module):
                 got=f"{list(down.shape)}, {list(up.shape)}, {list(base_scale.shape)}",
             )
         self.names, self.ranks = tuple(names), tuple(ranks)
+        self.route: Route | None = None
         self.down, self.up = nn.Parameter(down, requires_grad=False), nn.Parameter(up, requires_grad=False)
         self.register_buffer("base_scale", base_scale.to(torch.float32))
         self.register_buffer("scale", self.base_scale.clone())
@@ -69,7 +80,7 @@ class LayerExperts(nn.Module):
         return cls(down, up, torch.tensor([layer.scale for layer in layers], device=device), tuple(factors), ranks)
 
     def operands(self) -> Experts:
-        return Experts(self.down, self.up, self.scale, self.ranks)
+        return Experts(self.down, self.up, self.scale, self.ranks, None if self.route is None else self.route.current)
 
     def span(self, name: str) -> slice:
         """The rank columns of one expert."""

@@ -34,7 +34,7 @@ def swap_expert(
     """
     expert = read_expert(name, source, made.model)
     held = [one for one in patched.values() if name in one.experts.names]
-    factors = _match(held, made, name, expert, strict)
+    factors = match_held(held, made, name, expert, strict)
     with torch.inference_mode(False), torch.no_grad():
         larger = [one for one in held if one.path in factors and factors[one.path].rank > _room(one, name)]
         repacked = {one.path: _repack(one, name, factors[one.path], weights) for one in larger}
@@ -61,7 +61,7 @@ def swap_expert(
     return expert
 
 
-def _match(held: list[Patched], made: Plan, name: str, expert: Expert, strict: bool) -> dict[str, LowRank]:
+def match_held(held: list[Patched], made: Plan, name: str, expert: Expert, strict: bool) -> dict[str, LowRank]:
     """path -> the new expert's factors on the layers that held the old one."""
     where = source_of(name, expert)
     names, layers = Names(scan(made.model)), {one.path: one for one in held}

@@ -1,0 +1,1 @@
+from tests.patching.conftest import pipeline, unet  # noqa: F401
