@@ -146,9 +146,9 @@ def picture_batches(
     encode_batch  pictures encoded at once
     Under `accelerate launch` every process encodes its share. Raises MoleFileError where the disk has no room, before anything is written.
     """
-    from accelerate import PartialState
+    from mole_kernels.training.processes import processes
 
-    encoder, state = Encoder(pipe, posterior), PartialState()
+    encoder, state = Encoder(pipe, posterior), processes()
     wrong = [side for bucket in folder.counts() for side in bucket if side % encoder.factor]
     if wrong:
         raise MoleValueError("picture_batches: bucket sizes", expected=f"multiples of the VAE's {encoder.factor}", got=wrong[0])

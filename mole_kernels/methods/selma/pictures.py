@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -15,9 +15,6 @@ from mole_kernels.errors import MoleFileError, MoleStateError, MoleTypeError, Mo
 from mole_kernels.files.writer import atomic_write
 from mole_kernels.methods.selma.project import Project, write_lines
 from mole_kernels.training.data import counted_generator
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 METADATA = "metadata.jsonl"
 
@@ -54,6 +51,8 @@ def make_pictures(
     on_picture: Callable[[int], None] | None = None,
 ) -> int:
     """Stage 2 for one skill: the pictures that are not there yet, into the project's folder; returns how many this process made."""
+    from mole_kernels.training.processes import processes
+
     prompts, state = project.prompts(skill), processes()
     if state.is_main_process:
         project.settle("pictures", skill, asdict(settings) | {"model": name_of(pipe)}, ("batch",))
@@ -81,6 +80,8 @@ def draw(
     """
     from accelerate.utils import broadcast_object_list
 
+    from mole_kernels.training.processes import processes
+
     if not callable(pipe) or "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise MoleTypeError("draw: pipe", expected="a diffusers pipeline that takes prompts", got=type(pipe).__name__)
     state = processes()
@@ -102,17 +103,6 @@ def draw(
         _write_metadata(prompts, folder, settings.seed)
     state.wait_for_everyone()
     return made
-
-
-def processes() -> PartialState:
-    """accelerate's PartialState, with the other processes also where they have no GPU.
-
-    By itself it looks for others on a CPU only if told so, and each process of `accelerate launch` would take itself for the only one.
-    """
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    return PartialState(cpu=bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.accelerator.is_available())
 
 
 def seed_of(seed: int, number: int) -> int:

@@ -14,13 +14,14 @@ from mole_kernels.errors import MoleStateError, MoleValueError, printable
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.io import load_expert, save_expert
 from mole_kernels.methods.mole.stages import train_expert
-from mole_kernels.methods.selma.pictures import METADATA, processes
+from mole_kernels.methods.selma.pictures import METADATA
 from mole_kernels.methods.selma.project import Project, read_lines, write_lines
 from mole_kernels.patching.targets import mole_targets
 from mole_kernels.training.cached import PictureBatches, picture_batches
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.loop import RunOptions
 from mole_kernels.training.pictures import PictureFolder
+from mole_kernels.training.processes import processes
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -116,6 +117,11 @@ def join_pictures(project: Project, skills: Sequence[str], name: str = "joint") 
             f"{project.root}: {', '.join(skills)}", "have no pictures", hint="run the second stage: mole-kernels selma pictures"
         )
     write_lines(folder / METADATA, rows)
+
+
+def size_multiple(pipe: Any) -> int:
+    """What picture sizes must be multiples of: the VAE's factor times what the UNet halves by; 64 for Stable Diffusion."""
+    return 2 ** (len(pipe.vae.config.block_out_channels) - 1 + len(pipe.unet.config.block_out_channels) - 1)
 
 
 def attention_targets(pipe: Any) -> dict[str, nn.Module]:
