@@ -14,11 +14,15 @@ from typing import Annotated, Optional
 import typer
 
 from mole_kernels.cli.screen import complain, remark
+from mole_kernels.cli.selma import selma
+from mole_kernels.cli.train import train
 from mole_kernels.errors import MoleError, MoleWarning
 
 app = typer.Typer(
     help="Mixtures of low-rank experts in diffusion models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
+app.add_typer(train, name="train")
+app.add_typer(selma, name="selma")
 
 
 class Target(str, Enum):

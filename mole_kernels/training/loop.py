@@ -101,7 +101,7 @@ def fit(
                 if stopped or run.step == config.steps or run.step % (config.checkpoint_every or math.inf) == 0:
                     run.save()
                 if stopped:
-                    line.say(f"stopped after step {run.step}; resume=True goes on from {folder}")
+                    line.say(f"stopped after step {run.step}; resume=True (--resume) goes on from {folder}")
                     raise KeyboardInterrupt
         run.finish()
         seconds = time.perf_counter() - began
@@ -191,7 +191,7 @@ class _Run:
         """Begins in an empty `folder`, or goes on from its newest checkpoint."""
         found = load_latest(folder) if resume else None
         if not resume and list_checkpoints(folder):
-            hint = "resume=True goes on from them; another run_dir begins anew"
+            hint = "resume=True (--resume) goes on from them; another run_dir begins anew"
             raise MoleStateError(f"fit: run_dir {folder}", "already holds checkpoints", hint=hint)
         if self.accelerator.is_main_process:
             clear_unfinished(folder)

@@ -1,13 +1,9 @@
-"""MoLE (Zhu et al., NeurIPS 2024): low-rank experts trained one by one (stage 2), then their gates alone (stage 3).
-
-Stage 1, further training of the whole UNet, is optional in the paper and not here.
-"""
+"""The three stages: the UNet (optional in the paper), experts one by one, then their gates alone."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
-from mole_kernels.experts.bank import ExpertBank
+from mole_kernels.experts.bank import ExpertBank, Init
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.layers.linear import Gated
 from mole_kernels.patching.apply import patch
@@ -30,51 +26,19 @@ Batches = Iterable[Mapping[str, Tensor]]
 Null = Mapping[str, Tensor] | Tensor
 
 
-@dataclass(frozen=True)
-class ExpertPreset:
-    """One expert of stage 2: its alpha (scale alpha/rank) and its run."""
+def train_unet(
+    pipe_or_unet: Any, batches: Batches, config: TrainConfig, *, scheduler: Any = None, null: Null | None = None, **run: Unpack[RunOptions]
+) -> TrainResult:
+    """Stage 1: the whole UNet is trained further, in place; VAE and text encoders are not touched.
 
-    alpha: float
-    config: TrainConfig
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Settings of both stages.
-
-    rank        of every expert
-    experts     name -> settings, in the order of the gates' rows
-    gates       the run of stage 3
-    resolution  side of the pictures in pixels
+    The arguments are those of `train_expert`. The UNet must be in float32 (mixed precision is the config's) and hold no experts.
     """
-
-    rank: int
-    experts: Mapping[str, ExpertPreset]
-    gates: TrainConfig
-    resolution: int
-
-
-def _paper(expert_accumulation: int, gate_accumulation: int, resolution: int) -> Preset:
-    face = TrainConfig(steps=30_000, lr=2e-5, accumulation=expert_accumulation, mixed_precision="bf16", checkpoint_every=1000)
-    hand = TrainConfig(steps=60_000, lr=1e-5, accumulation=expert_accumulation, mixed_precision="bf16", checkpoint_every=1000)
-    gates = TrainConfig(steps=50_000, lr=1e-5, accumulation=gate_accumulation, mixed_precision="bf16", checkpoint_every=1000)
-    return Preset(256, {"face": ExpertPreset(64.0, face), "hand": ExpertPreset(128.0, hand)}, gates, resolution)
-
-
-# sd15, sdxl: rank, alphas, lr, steps, accumulation and precision are those of the official code (JiePKU/MoLE); weight decay 0.01,
-# a constant rate, no warm-up and clipping at 1 are this package's choice, as are bf16 in stage 3 and the checkpoints' interval.
-# demo: this package's own, as the demo on digits trains its small UNet on a CPU; a learned constant there wants three times the gates' lr.
-_DEMO_EXPERT = TrainConfig(steps=350, lr=2e-3, warmup=23, schedule="cosine", weight_decay=0.0, cond_dropout=0.1)
-PRESETS: Mapping[str, Preset] = {
-    "sd15": _paper(4, 6, 512),
-    "sdxl": _paper(16, 12, 1024),
-    "demo": Preset(
-        rank=16,
-        experts={"low": ExpertPreset(16.0, _DEMO_EXPERT), "high": ExpertPreset(16.0, _DEMO_EXPERT)},
-        gates=TrainConfig(steps=120, lr=2e-2, warmup=8, schedule="cosine", weight_decay=0.0, cond_dropout=0.1),
-        resolution=32,
-    ),
-}
+    unet, scheduler = _denoiser(pipe_or_unet, scheduler, "train_unet")
+    if any(isinstance(module, Gated) for module in unet.modules()):
+        raise MoleStateError("train_unet", "the UNet holds experts", hint="stage 1 comes before them: handle.remove() first")
+    loss_fn = DenoisingLoss(scheduler, null, config.cond_dropout, config.snr_gamma)
+    identity = {"method": "mole", "stage": "1"}
+    return fit(unet, dict(unet.named_parameters()), batches, config, loss_fn=loss_fn, identity=identity, **run)
 
 
 def train_expert(
@@ -88,6 +52,7 @@ def train_expert(
     scheduler: Any = None,
     null: Null | None = None,
     targets: Mapping[str, nn.Module] | None = None,
+    init: Init = "kaiming",
     **run: Unpack[RunOptions],
 ) -> Expert:
     """Stage 2: W x + (alpha/rank)·B A x on every layer of `mole_targets`, only A and B trained; the model is as before at the end.
@@ -97,8 +62,8 @@ def train_expert(
     alpha         None means scale 1
     null          what a dropped condition becomes, see `DenoisingLoss`; needed where config.cond_dropout > 0
     targets       other layers than the paper's, by path
-    run           run_dir, resume, progress, on_step: as in `fit`
-    Fresh weights are A ~ kaiming_uniform(a=√5), B = 0, drawn from config.seed. Factors are trained and returned in float32.
+    run           run_dir, resume, progress, on_step, trackers: as in `fit`
+    Fresh weights are those of `ExpertBank.new` by `init`, drawn from config.seed. Factors are trained and returned in float32.
     """
     unet, scheduler = _denoiser(pipe_or_unet, scheduler, "train_expert")
     loss_fn = DenoisingLoss(scheduler, null, config.cond_dropout, config.snr_gamma)
@@ -107,7 +72,7 @@ def train_expert(
         hint = "pass targets=, the layers to adapt"
         raise MoleValueError("train_expert: targets", "the model has no Transformer2DModel layers", hint=hint)
     generator = counted_generator(config.seed, "expert", name)
-    fresh = ExpertBank.new({path: sizes(m) for path, m in layers.items()}, [name], rank, alpha, generator=generator)
+    fresh = ExpertBank.new({path: sizes(m) for path, m in layers.items()}, [name], rank, alpha, generator=generator, init=init)
     identity = {"method": "mole", "stage": "2", "expert": name, "rank": str(rank), "alpha": str(alpha)}
     with patch(unet, fresh) as handle:
         _widen(layer.experts for layer in _gated(handle))

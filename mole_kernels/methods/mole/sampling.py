@@ -1,0 +1,37 @@
+"""Pictures as MoLE's generators make them: DDIM, 50 steps, guidance 7.5, and on request their prompt suffixes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# both official generators append these to every prompt without a word (JiePKU/MoLE), blanks included
+SUFFIX = " best quality, 8K"
+NEGATIVE_SUFFIX = " poor quality, unclear hand, bad face "
+
+
+def prompts(texts: Sequence[str], negative: str = "", *, suffixes: bool = False) -> dict[str, list[str]]:
+    """{"prompt", "negative_prompt"} for a diffusers pipeline; with the official generators' suffixes only where asked for."""
+    positive, against = (SUFFIX, NEGATIVE_SUFFIX) if suffixes else ("", "")
+    return {"prompt": [text + positive for text in texts], "negative_prompt": [negative + against] * len(texts)}
+
+
+def sample(
+    pipe: Any, texts: Sequence[str], *, negative: str = "", suffixes: bool = False, steps: int = 50, guidance: float = 7.5, seed: int = 0,
+    **more: Any,
+) -> Any:  # fmt: skip
+    """`pipe(...).images` with the paper's settings; picture i is drawn from seed + i alone. The pipeline keeps its own scheduler.
+
+    more  goes to the pipeline: height, width, output_type, …
+    """
+    from diffusers import DDIMScheduler
+
+    before, generators = pipe.scheduler, [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
+    pipe.scheduler = DDIMScheduler.from_config(before.config)
+    try:
+        said = prompts(texts, negative, suffixes=suffixes)
+        return pipe(**said, num_inference_steps=steps, guidance_scale=guidance, generator=generators, **more).images
+    finally:
+        pipe.scheduler = before
