@@ -46,4 +46,4 @@ def _number(word: str) -> float:
     try:
         return float(word)
     except ValueError:
-        raise MoleValueError("--weights", expected="numbers joined by commas, as in 0.5,0.5", got=repr(printable(word, 40))) from None
+        raise MoleValueError("--weights", expected="numbers joined by commas, as in 0.5,0.5", got=f"'{printable(word, 40)}'") from None

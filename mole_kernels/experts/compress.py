@@ -108,7 +108,7 @@ class Predicted:
 
     def __post_init__(self) -> None:
         if self.device not in KNOWN:
-            raise MoleValueError("compress, device", expected=f"one of {', '.join(KNOWN)}", got=repr(printable(self.device)))
+            raise MoleValueError("compress, device", expected=f"one of {', '.join(KNOWN)}", got=f"'{printable(self.device)}'")
         if type(self.tokens) is not int or self.tokens < 1:
             raise MoleValueError("compress, tokens", expected="a whole number >= 1", got=printable(self.tokens))
 

@@ -111,7 +111,7 @@ def common_dialect(experts: Mapping[str, Expert]) -> str:
 
 def _settings(mode: str, rank: int | None, density: float | None, signs: SignMethod) -> Settings:
     if mode not in MODES:
-        raise MoleValueError("merge, mode", expected=f"one of {', '.join(MODES)}", got=repr(printable(mode)))
+        raise MoleValueError("merge, mode", expected=f"one of {', '.join(MODES)}", got=f"'{printable(mode)}'")
     if mode in DENSITY_MODES and density is None:
         raise MoleValueError(f"merge, {mode}", expected="a density in (0, 1]", got="none", hint="0.5 keeps half of the values")
     if density is not None:
@@ -120,7 +120,7 @@ def _settings(mode: str, rank: int | None, density: float | None, signs: SignMet
         if mode not in DENSITY_MODES:
             raise MoleValueError("merge, density", f"{mode} does not prune", hint=f"density is for {', '.join(DENSITY_MODES)}")
     if signs not in get_args(SignMethod):
-        raise MoleValueError("merge, majority_sign_method", expected="'total' or 'frequency'", got=repr(printable(signs)))
+        raise MoleValueError("merge, majority_sign_method", expected="'total' or 'frequency'", got=f"'{printable(signs)}'")
     if rank is not None and (type(rank) is not int or rank < 1):
         raise MoleValueError("merge, rank", expected="a whole number >= 1", got=printable(rank))
     if rank is not None and mode not in RANK_MODES:

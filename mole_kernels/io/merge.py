@@ -129,7 +129,7 @@ def _check_target(target: PathLike, sources: Sequence[PathLike], to: str | None)
     """Refuse a target that is a source, or has no folder, before any work is done."""
     where = printable(target, 300)
     if to not in (None, "diffusers", "kohya"):
-        raise MoleValueError("to", expected="diffusers or kohya", got=repr(printable(to)))
+        raise MoleValueError("to", expected="diffusers or kohya", got=f"'{printable(to)}'")
     for source in sources:
         if os.path.exists(target) and os.path.exists(source) and os.path.samefile(target, source):
             raise MoleValueError(where, "the output is one of the inputs", hint="choose another name")
