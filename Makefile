@@ -50,8 +50,12 @@ aot: $(STAMP)
 peft-tests: $(STAMP)
 	$(BIN)/python python/tools/diffusers_suite.py --suite peft
 
-gpu: $(STAMP)
-	$(BIN)/python python/tools/gpu_check.py
+# with the python that has a torch that sees the GPU, as it is; else with the environment made here. ARGS="--quick", "--only 2048x1280"
+GPU_PYTHON ?= $(PYTHON)
+gpu:
+	@if $(GPU_PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" 2>/dev/null; \
+	then $(GPU_PYTHON) -m benchmarks.gpu $(ARGS); \
+	else $(MAKE) build && $(BIN)/python -m benchmarks.gpu $(ARGS); fi
 
 clean:
 	rm -rf build dist *.egg-info demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)

@@ -31,7 +31,7 @@ def goals(result: Result) -> list[dict[str, Any]]:
     ]
     made += [_step(result, model, R, most) for model, R, most in (("sdxl", 16, 1.03), ("sdxl", 64, 1.08), ("flux", 64, 1.04))]
     # without a GPU nothing is met, and nothing missed
-    return made if result["gpu"] is not None else [g | {"met": None, "note": "no GPU"} for g in made]
+    return made if result["gpu"] is not None else [g | {"value": None, "met": None, "note": "no GPU"} for g in made]
 
 
 def goal(name: str, target: float, found: float | None, most: bool = True, note: str = "") -> dict[str, Any]:
@@ -46,6 +46,7 @@ def weighted(result: Result, model: str, R: int, method: str = "ours") -> tuple[
     found = {(r["M"], r["K"], r["N"]): r for r in _usual(result, method) if rank(r) == R and model in r["counts"]}
     whole = sum(c.base_flops * dict(c.counts)[model] for c in layers(model))
     if not found or not whole:
+        # a dry run's model has no published shapes
         return None, 0.0
     weights = {shape: math.prod(shape) * 2 * r["counts"][model] for shape, r in found.items()}
     total = sum(weights.values())

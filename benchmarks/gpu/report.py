@@ -37,20 +37,18 @@ def grouped(found: list[Row]) -> dict[str, dict[str, Row]]:
 
 def head(result: Result) -> list[str]:
     gpu, soft = result["gpu"], ", ".join(f"{k} {v}" for k, v in result["software"].items())
-    where = (
-        f"{gpu['name']} (sm {gpu['sm']}, driver {gpu['driver']})" if gpu else f"{result['host']}, no GPU: these times say nothing about one"
-    )
-    checks = result["checks"]
+    where = f"{gpu['name']} (sm {gpu['sm']}, driver {gpu['driver']})" if gpu else f"{result['host']}: a dry run, its times say nothing"
+    checks, failed, dropped = result["checks"], len(result["failures"]), len(result["dropped"])
     state = "verified" if result["verified"] else "NOT verified"
+    sanitizer = "; ".join(f"{tool}: {said}" for tool, said in checks.get("sanitizer", {}).items())
     return [
         f"# {where}",
         "",
         f"{result['utc']}, commit {result['commit']}{' with changes' if result['dirty'] else ''}; {soft}.",
         f"Ceilings of this run: {result['ceilings']}; clocks {(gpu or {}).get('clocks', {})}.",
         "",
-        f"**{state}**: {checks.get('passed', 0)} checks passed, {len(result['failures'])} failed, {len(result['dropped'])} items dropped for "
-        f"lack of time. {'; '.join(f'{k}: {v}' for k, v in checks.get('sanitizer', {}).items())}",
-        f"Plain layer against itself: largest |A/A − 1| {result['aa_spread']:.3f}; a difference below {claim(result):.1%} is none.",
+        f"**{state}**: {checks.get('passed', 0)} checks passed, {failed} failed, {dropped} items dropped for lack of time. {sanitizer}",
+        f"Plain layer against itself: |A/A − 1| {result['aa_spread']:.3f} (p80); a difference below {claim(result):.1%} is none.",
         "",
     ]
 
@@ -66,38 +64,30 @@ def goal_table(result: Result) -> list[str]:
 def model_table(result: Result) -> list[str]:
     """Flop-weighted adapted ÷ plain of each model and rank."""
     found = {(m, rank(r)) for r in rows(result, E=2, gate="token+sample") for m in r["counts"]}
-    if not found:
-        return []
-    lines = [
-        "## Whole models, weighted by operations",
-        "",
-        "| model | R | ours ÷ plain | stacked ÷ plain | of the operations |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for model, R in sorted(found):
         values = [weighted(result, model, R, method) for method in ("ours", "stacked")]
         cells = ["–" if v is None else f"{v:.3f}" for v, _ in values]
         lines.append(f"| {model} | {R} | {' | '.join(cells)} | {values[0][1]:.1%} |")
-    return [*lines, ""]
+    head = [
+        "## Whole models, weighted by operations",
+        "",
+        "| model | R | ours ÷ plain | stacked ÷ plain | measured |",
+        "|---|---|---|---|---|",
+    ]
+    return [*head, *lines, ""] if lines else []
 
 
 def step_table(result: Result) -> list[str]:
-    if not result["models"]:
-        return []
-    lines = [
-        "## One denoising step",
-        "",
-        "| model | R | launch | method | ms | ÷ un-adapted | extra peak MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    peaks = {(r["id"], r["launch"]): r["peak_mem"] for r in result["models"] if r["method"] == "plain"}
+    lines = []
     for r in result["models"]:
-        plain = next(
-            (o["peak_mem"] for o in result["models"] if o["id"] == r["id"] and o["launch"] == r["launch"] and o["method"] == "plain"), None
-        )
+        plain = peaks.get((r["id"], r["launch"]))
         extra = "–" if r["peak_mem"] is None or plain is None else f"{(r['peak_mem'] - plain) / 2**20:.0f}"
         cells = (r["model"], r["R"], r["launch"], r["method"], f"{r['us']['p50'] / 1e3:.3f}", f"{r['ratio']['plain']:.3f}", extra)
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return [*lines, ""]
+    head = ["## One denoising step", "", "| model | R | launch | method | ms | ÷ un-adapted | extra MiB |", "|---|---|---|---|---|---|---|"]
+    return [*head, *lines, ""] if lines else []
 
 
 def case_table(result: Result, title: str, found: list[Row]) -> list[str]:
