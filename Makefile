@@ -55,7 +55,8 @@ GPU_PYTHON ?= $(PYTHON)
 gpu:
 	@if $(GPU_PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" 2>/dev/null; \
 	then $(GPU_PYTHON) -m benchmarks.gpu $(ARGS); \
-	else $(MAKE) build && $(BIN)/python -m benchmarks.gpu $(ARGS); fi
+	elif command -v nvidia-smi >/dev/null; then $(MAKE) build && $(BIN)/python -m benchmarks.gpu $(ARGS); \
+	else echo "no NVIDIA GPU here: nothing was run"; exit 2; fi
 
 clean:
 	rm -rf build dist *.egg-info demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
