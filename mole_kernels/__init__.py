@@ -23,6 +23,8 @@ _HOME = {
     "Gates": "mole_kernels.operands",
     "GatedLoRALinear": "mole_kernels.layers.linear",
     "ExpertBank": "mole_kernels.experts.bank",
+    "merge": "mole_kernels.experts.merge",
+    "compress": "mole_kernels.experts.compress",
     "MoleError": "mole_kernels.errors",
 }
 
