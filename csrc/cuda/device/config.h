@@ -9,7 +9,7 @@
 
 #ifdef MOLE_EMULATE
 #include "../../emulator/device.h"
-#define MOLE_DEVICE inline
+#define MOLE_DEVICE inline __attribute__((always_inline))
 #else
 #include <cuda.h>
 #include <cuda_runtime.h>

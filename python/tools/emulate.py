@@ -1,0 +1,257 @@
+"""Compile CUDA kernels for the emulator (csrc/emulator) and run them over many schedules on a CPU.
+
+    python python/tools/emulate.py                     # every program, every case, every seed
+    python python/tools/emulate.py --only plain --seeds 3 --flavour address
+    python python/tools/emulate.py --run tests/emulator/programs/gemm_wgmma.cpp m=100 seed=7
+
+A program is a C++ file with a main that launches kernels (docs/kernels/emulator.md) and returns 0 if they computed the right thing.
+To register one, add a line to PROGRAMS.
+
+Flavours: `check` compiles the kernel with the compiler's thread instrumentation and links it with the emulator in the place of
+ThreadSanitizer's runtime, so that every load and store is checked; `address` is AddressSanitizer and UndefinedBehaviorSanitizer over
+kernel and emulator; `fast` has neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = ROOT / "csrc/emulator"
+CACHE = Path(os.environ.get("MOLE_EMULATOR_CACHE", ROOT / "build/emulator"))
+COMMON = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+# a static, fixed address: reports name lines by addr2line. No loops turned into memset: it would hide stores from the hooks
+KERNEL = {
+    "check": ["-O1", "-g1", "-fsanitize=thread", "-fno-tree-loop-distribute-patterns"],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "fast": ["-O2", "-g1"],
+}
+RUNTIME = {
+    "check": ["-O3", "-march=native", "-g1"],
+    "address": ["-O2", "-march=native", "-g1", "-fsanitize=address"],
+    "fast": ["-O3", "-march=native", "-g1"],
+}
+LINK = {"check": [], "address": ["-fsanitize=address,undefined"], "fast": []}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program, the argument lists it is run with, and how many schedules of each; `quick` are the cases of `make test`."""
+
+    name: str
+    source: str
+    cases: Sequence[str] = ("",)
+    seeds: int = 20
+    quick: Sequence[str] = ()
+    quick_seeds: int = 2
+    defines: Sequence[str] = field(default=())
+
+
+OWN = "tests/emulator/programs"
+PROGRAMS: list[Program] = [
+    Program("gemm_portable", f"{OWN}/gemm_portable.cpp", ("m=64 n=64 k=64", "m=100 n=72 k=136"), quick=("m=100 n=72 k=136",)),
+    Program("gemm_wgmma", f"{OWN}/gemm_wgmma.cpp", ("m=128 n=128 k=256", "m=100 n=72 k=136"), quick=("m=100 n=72 k=136",)),
+]
+EMULATOR = ROOT / "csrc/emulator"
+CACHE = Path(os.environ.get("MOLE_EMULATOR_CACHE", ROOT / "build/emulator"))
+COMMON = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+# a static, fixed address: reports name lines by addr2line. No loops turned into memset: it would hide stores from the hooks
+KERNEL = {
+    "check": ["-O1", "-g1", "-fsanitize=thread", "-fno-tree-loop-distribute-patterns"],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "fast": ["-O2", "-g1"],
+}
+RUNTIME = {
+    "check": ["-O3", "-march=native", "-g1"],
+    "address": ["-O2", "-march=native", "-g1", "-fsanitize=address"],
+    "fast": ["-O3", "-march=native", "-g1"],
+}
+LINK = {"check": [], "address": ["-fsanitize=address,undefined"], "fast": []}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program, the argument lists it is run with, and how many schedules of each; `quick` are the cases of `make test`."""
+
+    name: str
+    source: str
+    cases: Sequence[str] = ("",)
+    seeds: int = 20
+    quick: Sequence[str] = ()
+    quick_seeds: int = 2
+    defines: Sequence[str] = field(default=())
+
+
+PROGRAMS: list[Program] = [
+    Program(
+        "gemm_portable", "tests/emulator/programs/gemm_portable.cpp", ("m=64 n=64 k=64", "m=100 n=72 k=136"), quick=("m=100 n=72 k=136",)
+    ),
+    Program("gemm_wgmma", "tests/emulator/programs/gemm_wgmma.cpp", ("m=128 n=128 k=256", "m=100 n=72 k=136"), quick=("m=100 n=72 k=136",)),
+]
+
+
+class BuildError(RuntimeError):
+    """The compiler's own words."""
+
+
+def compiler() -> str:
+    found = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("c++")
+    if found is None:
+        raise BuildError("no C++ compiler was found (CXX, g++, c++)")
+    return found
+
+
+def shell(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(" ".join(map(str, command)) + "\n" + done.stderr)
+
+
+def digest(files: Sequence[Path], words: Sequence[str]) -> str:
+    h = hashlib.sha256("\0".join(words).encode())
+    for f in sorted(files):
+        h.update(f.name.encode() + f.read_bytes())
+    return h.hexdigest()[:16]
+
+
+def host() -> str:
+    """What -march=native depends on."""
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return ""
+
+
+def build_runtime(flavour: str) -> Path:
+    """The emulator as one archive, compiled once."""
+    sources, headers = sorted(EMULATOR.glob("*.cpp")), sorted(EMULATOR.glob("*.h"))
+    if flavour != "check":
+        sources = [s for s in sources if s.name != "hooks.cpp"]
+    flags = [*COMMON, *RUNTIME[flavour]]
+    folder = CACHE / f"runtime-{flavour}-{digest(sources + headers, [compiler(), host(), *flags])}"
+    archive = folder / "libemulator.a"
+    if archive.exists():
+        return archive
+    folder.mkdir(parents=True, exist_ok=True)
+    # one translation unit: most of the time would go into the standard library's headers
+    whole, compiled = folder / f"{os.getpid()}.cpp", folder / f"{os.getpid()}.o"
+    whole.write_text("".join(f'#include "{s}"\n' for s in sources))
+    shell([compiler(), *flags, "-c", str(whole), "-o", str(compiled)])
+    partial = folder / f"{os.getpid()}.a"
+    shell(["ar", "rcs", str(partial), str(compiled)])
+    partial.rename(archive)
+    return archive
+
+
+def build(source: str | Path, flavour: str = "check", defines: Sequence[str] = ()) -> Path:
+    """source compiled and linked; unchanged sources are not compiled again. Raises BuildError."""
+    path = Path(source) if Path(source).is_absolute() else ROOT / source
+    runtime = build_runtime(flavour)
+    flags = [*COMMON, *KERNEL[flavour], "-DMOLE_EMULATE", "-I", str(ROOT), *(f"-D{d}" for d in defines)]
+    headers = [*(ROOT / "csrc/cuda").rglob("*.h"), *(ROOT / "csrc/cuda").rglob("*.cuh"), *EMULATOR.glob("*.h"), *path.parent.glob("*.h")]
+    folder = CACHE / f"{path.stem}-{flavour}-{digest([path, *headers], [compiler(), str(runtime), *flags])}"
+    program = folder / path.stem
+    if program.exists():
+        return program
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{os.getpid()}-{path.stem}"
+    shell([compiler(), *flags, "-no-pie", "-c", str(path), "-o", f"{partial}.o"])
+    # no libtsan: the archive holds what the instrumentation calls; it comes first so that shared templates are its own, uninstrumented ones
+    whole = ["-Wl,--whole-archive", str(runtime), "-Wl,--no-whole-archive"]
+    shell([compiler(), *LINK[flavour], "-no-pie", *whole, f"{partial}.o", "-o", str(partial), "-lpthread"])
+    Path(f"{partial}.o").unlink()
+    partial.rename(program)
+    return program
+
+
+@dataclass
+class Outcome:
+    """One run of one program."""
+
+    name: str
+    arguments: list[str]
+    code: int
+    output: str
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return self.code == 0
+
+
+def run(program: Path, arguments: Sequence[str], name: str = "", timeout: float = 300) -> Outcome:
+    begun = time.monotonic()
+    try:
+        done = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=timeout)
+        code, output = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired:
+        code, output = 124, f"still running after {timeout:.0f} s"
+    return Outcome(name or program.name, list(arguments), code, output, time.monotonic() - begun)
+
+
+def work(programs: Sequence[Program], quick: bool, seeds: int | None) -> Iterator[tuple[Program, list[str]]]:
+    for p in programs:
+        for case in p.quick if quick else p.cases:
+            for seed in range(seeds or (p.quick_seeds if quick else p.seeds)):
+                yield p, [*case.split(), f"seed={seed}"]
+
+
+def run_all(programs: Sequence[Program], flavour: str, quick: bool, seeds: int | None, jobs: int) -> list[Outcome]:
+    """Builds and runs; prints a line for each program and the words of each failure."""
+    with ThreadPoolExecutor(jobs) as pool:
+        built = dict(zip([p.name for p in programs], pool.map(lambda p: build(p.source, flavour, p.defines), programs)))
+        outcomes = list(pool.map(lambda item: run(built[item[0].name], item[1], item[0].name), work(programs, quick, seeds)))
+    for p in programs:
+        mine = [o for o in outcomes if o.name == p.name]
+        bad = [o for o in mine if not o.ok]
+        print(
+            f"{p.name:32} {len(mine):4} runs  {sum(o.seconds for o in mine):7.1f} s  {'ok' if not bad else f'{len(bad)} FAILED'}",
+            flush=True,
+        )
+        for o in bad[:3]:
+            words = "\n    ".join(o.output.splitlines()[-30:])
+            print(f"  {' '.join(o.arguments)}: status {o.code}\n    {words}", flush=True)
+    return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", help="programs whose name contains this")
+    parser.add_argument("--seeds", type=int, help="schedules of each case, instead of the program's own number")
+    parser.add_argument("--flavour", choices=KERNEL, default="check")
+    parser.add_argument("--quick", action="store_true", help="the cases of `make test` alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path, help="write the outcomes here")
+    parser.add_argument("--run", nargs=argparse.REMAINDER, help="one program's source and its arguments")
+    options = parser.parse_args()
+    if options.run:
+        outcome = run(build(options.run[0], options.flavour), options.run[1:])
+        print(outcome.output, end="")
+        return outcome.code
+    programs = [p for p in PROGRAMS if not options.only or options.only in p.name]
+    begun = time.monotonic()
+    try:
+        outcomes = run_all(programs, options.flavour, options.quick, options.seeds, options.jobs)
+    except BuildError as e:
+        print(e, file=sys.stderr)
+        return 2
+    failed = sum(not o.ok for o in outcomes)
+    print(f"{len(outcomes)} runs, {failed} failed, {time.monotonic() - begun:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps([vars(o) for o in outcomes]))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
