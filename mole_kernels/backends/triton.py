@@ -62,8 +62,6 @@ def reject(problem: Problem) -> str | None:
         return f"takes at most {MOST_EXPERTS} experts, the call has {problem.E}"
     if max(problem.K, problem.N) > WIDEST or problem.M >= 1 << 31:
         return f"takes K and N up to {WIDEST} and fewer than 2^31 rows"
-    if problem.top_k or problem.assigned:
-        return "has no softmax gates and no assignment of sets yet"
     return why_not_triton() or why_not_device()
 
 
@@ -76,11 +74,12 @@ def _tame(t: Tensor) -> Tensor:
     return t if t.stride(-1) < WIDEST else t.contiguous()
 
 
-def _call(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save):
+def _call(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, assignment, top_k, save):
     from mole_kernels.kernels.triton.fused import Fused
 
-    bias, scale, phi_bias, pool, pool_bias = (_flat(t) for t in (bias, scale, phi_bias, pool, pool_bias))
-    return Fused(_tame(x), weight, bias, down, up, scale, tuple(ranks), gate, phi, phi_bias, pool, pool_bias, save)
+    bias, scale, phi_bias, pool, pool_bias, assignment = (_flat(t) for t in (bias, scale, phi_bias, pool, pool_bias, assignment))
+    top_k = min(top_k, len(ranks)) if phi is not None else 0
+    return Fused(_tame(x), weight, bias, down, up, scale, tuple(ranks), gate, phi, phi_bias, pool, pool_bias, assignment, top_k, save)
 
 
 @lru_cache(maxsize=16)
@@ -92,23 +91,23 @@ def _device(index: int | None) -> devices.Device:
 @lru_cache(maxsize=4096)
 def _chosen(
     index: int | None, B: int, T: int, K: int, N: int, ranks: tuple[int, ...], S: int, dtype: torch.dtype, token: bool, sample: bool,
-    gate: tuple[bool, bool] | None, save: bool, backward: bool, tf32: bool,
+    gate: tuple[bool, bool] | None, top_k: int, assigned: bool, save: bool, backward: bool, tf32: bool,
 ) -> str:  # fmt: skip
     """The way for a kind of call; gate: whether the given one varies by sample and by token."""
-    problem = Problem(B, T, K, N, ranks, S, dtype, "cuda", token, sample, gate is not None)
+    problem = Problem(B, T, K, N, ranks, S, dtype, "cuda", token, sample, gate is not None, top_k, assigned)
     by_sample, by_token = gate or (False, False)
     device = _device(index)
     return choose(problem, device, for_device(device), Use(backward, save, by_token, by_sample, tf32)).name
 
 
-def way_of(x, weight, down, ranks, gate, phi, pool, save: bool, backward: bool = False) -> str:
+def way_of(x, weight, down, ranks, gate, phi, pool, save: bool, backward: bool = False, assigned: bool = False, top_k: int = 0) -> str:
     """What `choose` says for the call that these tensors make: a name in `strategies.WAYS`, or "stacked"."""
     # not allow_tf32: reading that raises where the newer switch was set
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     varies = None if gate is None else (gate.shape[0] > 1, gate.shape[1] > 1)
     return _chosen(
-        x.device.index, *x.shape, weight.shape[0], tuple(ranks), down.shape[0], x.dtype, phi is not None, pool is not None, varies, save,
-        backward, tf32,
+        x.device.index, *x.shape, weight.shape[0], tuple(ranks), down.shape[0], x.dtype, phi is not None, pool is not None, varies,
+        top_k if phi is not None else 0, assigned, save, backward, tf32,
     )  # fmt: skip
 
 
@@ -120,7 +119,7 @@ def _tile(f):
     gates = sum(g is not None for g in (f.phi, f.pool, f.gate))
     # D is made for a scale's gradient too
     tile = tile_for(f.M, f.K, f.N, f.R, f.x.dtype, device.capability, device.processors)
-    return fitted(tile, device.capability, f.backward, gates + f.backward)
+    return fitted(tile, device.capability, f.backward, gates + f.backward, f.top_k > 0)
 
 
 def forward(
@@ -129,16 +128,17 @@ def forward(
     assignment: Tensor | None = None, top_k: int = 0, way: str | None = None, tile=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, h, l, G; see docs/design.md section 3. `way` and `tile` override the choice."""
-    if 0 in (x.numel(), weight.shape[0], down.shape[1]):
-        # nothing for a kernel to do
-        return stacked.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
-    way = way or way_of(x, weight, down, ranks, gate, phi, pool, save)
-    if way == "stacked":
-        return stacked.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
+    # where a size is 0 there is nothing for a kernel to do
+    empty = 0 in (x.numel(), weight.shape[0], down.shape[0], down.shape[1])
+    if way is None and not empty:
+        way = way_of(x, weight, down, ranks, gate, phi, pool, save, False, assignment is not None, top_k)
+    if empty or way == "stacked":
+        return stacked.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k)
+    assert way is not None
     from mole_kernels.kernels.triton.strategies import WAYS
     from mole_kernels.kernels.triton.tiles import for_recompute
 
-    f = _call(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save)
+    f = _call(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, assignment, top_k, save)
     tile = tile or _tile(f)
     if way == "recompute":
         tile = for_recompute(tile, _device(x.device.index).capability, sum(g is not None for g in (gate, phi)))
@@ -156,17 +156,17 @@ def backward(
 
     `way` ("persistent", "two_pass", "stacked") and `tile` override the choice, which only dX leaves open.
     """
-    empty = 0 in (x.numel(), weight.shape[0], down.shape[1])
+    empty = 0 in (x.numel(), weight.shape[0], down.shape[0], down.shape[1])
     if way is None and not empty and need[0]:
-        way = way_of(x, weight, down, ranks, gate, phi, pool, False, backward=True)
+        way = way_of(x, weight, down, ranks, gate, phi, pool, False, True, assignment is not None, top_k)
     if empty or way == "stacked":
-        return stacked.backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need)
+        return stacked.backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k)
     from dataclasses import replace
 
     from mole_kernels.kernels.triton.backward import Need, swapped
     from mole_kernels.kernels.triton.backward import backward as run
 
-    f = _call(x, weight, None, down, up, scale, ranks, gate, phi, None, pool, None, False)
+    f = _call(x, weight, None, down, up, scale, ranks, gate, phi, None, pool, None, assignment, top_k, False)
     f = replace(f, h=h.contiguous(), token_gate=token_gate, sample_gate=sample_gate)
     dy = _tame(dy)
     return run(f, dy, Need(*need), tile or _tile(swapped(dy, f.w, f.down, f.up, f)), way != "two_pass")

@@ -101,8 +101,8 @@ class Work:
 
 def work(problem: Problem, device: Device, use: Use) -> Work:
     K, N = (problem.N, problem.K) if use.backward else (problem.K, problem.N)
-    alone = problem.S > 1 or problem.sample_gate
-    many = problem.B if problem.S > 1 or (problem.given_gate and use.by_sample) else 1
+    alone = problem.S > 1 or problem.assigned or problem.sample_gate
+    many = problem.B if problem.S > 1 or problem.assigned or (problem.given_gate and use.by_sample) else 1
     return Work(
         M=problem.M, K=K, N=N, R=problem.R, E=problem.E, groups=problem.B if alone else 1, span=problem.T if alone else problem.M,
         many=many, token=next_power(problem.E) if problem.token_gate and not use.backward else 0, pooled=problem.sample_gate,

@@ -19,12 +19,13 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mole_kernels.kernels.triton.common import COUNTS
-from mole_kernels.kernels.triton.tiles import Tile, fitted, for_recompute
+from mole_kernels.kernels.triton.tiles import Tile, fitted, for_recompute, for_sums
 
 ARCHES = (80, 89, 90, 100, 120)
 # bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities)
@@ -71,8 +72,9 @@ class Row:
 
 FLOAT32 = ("scale", "gate", "phi_bias", "pool", "pool_bias", "token_gate", "sample_gate", "d", "parts", "q", "partial", "dpool",
            "dpool_bias", "dphi_bias", "dscale")  # fmt: skip
+INT64 = ("assignment",)
 INT32 = ("cols", "flags", "arrived", "counters")
-TENSORS = ("x", "w", "down", "up", "phi", "bias", "h", "z", "y", "dy", "ddown", "dup", "dphi", "merged")
+TENSORS = ("x", "w", "down", "up", "phi", "bias", "h", "z", "y", "dy", "ddown", "dup", "dphi", "dgate", "merged")
 
 
 def kernel_named(name: str):
@@ -98,8 +100,16 @@ def compile_build(build: Build, arch: int):
             signature[name], constants[name] = "constexpr", 1
         elif name in described:
             signature[name] = f"tensordesc<{build.dtype}{list(described[name])}>"
-        elif name in FLOAT32 or name in INT32 or name in TENSORS:
-            kind = "fp32" if name in FLOAT32 or (name == "z" and pooled) else "i32" if name in INT32 else build.dtype
+        elif name in FLOAT32 + INT32 + INT64 + TENSORS:
+            kind = (
+                "fp32"
+                if name in FLOAT32 or (name == "z" and pooled)
+                else "i32"
+                if name in INT32
+                else "i64"
+                if name in INT64
+                else build.dtype
+            )
             signature[name] = f"*{kind}"
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
@@ -192,8 +202,24 @@ GATES = {
     "both": dict(TOKEN=True, GATE=False, POOL=True),
     "mask": dict(TOKEN=False, GATE=True, POOL=False),
     "all": dict(TOKEN=True, GATE=True, POOL=True),
+    "softmax": dict(TOKEN=True, GATE=False, POOL=True, SOFTMAX=True),
+    "sets": dict(TOKEN=True, GATE=False, POOL=True, ASSIGN=True),
 }
-LOOSE = dict(EVEN_K=True, PRECISION="ieee", PHI_BIAS=True, POOL_BIAS=True, BIAS=True, EP=16, ADD=False, PDL=False, STORE_Z=True, GROUP=8)
+KINDS = ("TOKEN", "GATE", "POOL")
+LOOSE = dict(
+    ASSIGN=False,
+    SOFTMAX=False,
+    EVEN_K=True,
+    PRECISION="ieee",
+    PHI_BIAS=True,
+    POOL_BIAS=True,
+    BIAS=True,
+    EP=16,
+    ADD=False,
+    PDL=False,
+    STORE_Z=True,
+    GROUP=8,
+)
 # a tile of y of each size that `tiles.choose` may take, on each kind of GPU
 WHOLE = {80: Tile(stages=3), 89: Tile(stages=2), 90: Tile(tma=True), 100: Tile(tma=True), 120: Tile(stages=2)}
 
@@ -201,7 +227,7 @@ WHOLE = {80: Tile(stages=3), 89: Tile(stages=2), 90: Tile(tma=True), 100: Tile(t
 def _product(kernel: str, arch: int, way: str, gate: str, tile: Tile, suffix: str = "") -> Build:
     """A forward or backward product at `tile`, as `launch.py` would start it."""
     backward = way == "bwd"
-    tile = fitted(tile, (arch // 10, arch % 10), backward, sum(GATES[gate].values()))
+    tile = fitted(tile, (arch // 10, arch % 10), backward, sum(GATES[gate][kind] for kind in KINDS))
     constants = LOOSE | GATES[gate] | dict(
         BACKWARD=backward, SAVE=not backward, NEED_D=backward and gate != "none", TMA=tile.tma, W_ROWS=not backward,
         BM=tile.BM, BN=tile.BN, BK=tile.BK, BR=tile.BR, BZ=tile.BZ, PDL=kernel == "expand_kernel" and arch >= 90,
@@ -215,9 +241,10 @@ def _product(kernel: str, arch: int, way: str, gate: str, tile: Tile, suffix: st
 
 
 def _shrink(arch: int, way: str, gate: str) -> Build:
-    tile = fitted(Tile(), (arch // 10, arch % 10), way == "bwd", sum(GATES[gate].values()))
+    gates = sum(GATES[gate][kind] for kind in KINDS)
+    tile = fitted(Tile(stages=WHOLE[arch].stages), (arch // 10, arch % 10), way == "bwd", gates, "SOFTMAX" in GATES[gate])
     b = _product("shrink_kernel", arch, way, gate, replace(tile, tma=False))
-    return replace(b, constants=b.constants | dict(BM=64, BIAS=True, PDL=arch >= 90 and way == "fwd"), warps=tile.warps)
+    return replace(b, constants=b.constants | dict(BM=tile.BS, BIAS=True, PDL=arch >= 90 and way == "fwd"), warps=tile.warps)
 
 
 def builds() -> list[Build]:
@@ -231,15 +258,24 @@ def builds() -> list[Build]:
                     out.append(_product(kernel, arch, way, gate, WHOLE[arch]))
                     if WHOLE[arch].tma and gate in ("none", "both"):
                         out.append(_product(kernel, arch, way, gate, replace(WHOLE[arch], tma=False), "-pointers"))
-        for gate in ("none", "local", "mask"):
-            tile = for_recompute(WHOLE[arch], (arch // 10, arch % 10), sum(GATES[gate].values()))
+        for gate in ("none", "local", "mask", "softmax", "sets"):
+            tile = for_recompute(WHOLE[arch], (arch // 10, arch % 10), GATES[gate]["TOKEN"] + GATES[gate]["GATE"])
             b = _product("recompute_kernel", arch, "fwd", gate, tile)
             out.append(replace(b, constants=b.constants | dict(BR=32)))
-        merge = dict(GATE=True, PRECISION="ieee", BN=64, BK=64, BZ=64)
+        merge = dict(ASSIGN=True, GATE=True, PRECISION="ieee", BN=64, BK=64, BZ=64)
         out.append(Build("merge", "merge_kernel", merge, 8, 2, unit=("swk", "sdk", "sur", "sge"), arches=(arch,)))
-        sums = dict(DOWN=True, UP=True, PHI=True, GATES=True, DPOOL=True, S_MANY=False, TOKEN=True, GATE=False, POOL=True, PRECISION="ieee",
+        sums = dict(DOWN=True, UP=True, PHI=True, GATES=True, DPOOL=True, GIVEN=False, BY_TOKEN=False,
+                    S_MANY=False, ASSIGN=False, SOFTMAX=False, TOKEN=True, GATE=False, POOL=True, PRECISION="ieee",
                     BT=64, BC=128, BR=64, EP=16)  # fmt: skip
         unit = ("syn", "sxk", "sge")
+        for kind, change in {
+            "softmax": dict(SOFTMAX=True), "constant": dict(GATE=True, GIVEN=True), "sets": dict(S_MANY=True, ASSIGN=True),
+            "mask": dict(PHI=False, TOKEN=False, DPOOL=False, POOL=False, GATE=True, GIVEN=True, BY_TOKEN=True),
+        }.items():  # fmt: skip
+            BT, BC, BR = for_sums(64, torch.bfloat16, (arch // 10, arch % 10), kind in ("constant", "sets"))
+            out.append(
+                Build(f"gradients-{kind}", "gradients_kernel", sums | change | dict(BT=BT, BC=BC, BR=BR), 8, 2, unit=unit, arches=(arch,))
+            )
         out.append(Build("gradients-both", "gradients_kernel", sums, 8, 2, unit=unit, arches=(arch,)))
         none = sums | dict(PHI=False, GATES=False, DPOOL=False, TOKEN=False, POOL=False)
         out.append(Build("gradients-none", "gradients_kernel", none, 8, 2, unit=unit, arches=(arch,)))

@@ -1,6 +1,7 @@
 """The suite kills faults planted in the kernels' own source: a lost barrier, a relaxed flag, a lost mask, a wrong stride, a stale gate."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,18 +33,25 @@ MUTANTS = {
     "a relaxed wait": ("persistent", 'ready + i, 0, sem="acquire"', 'ready + i, 0, sem="relaxed"', Race),
     "a wait for one tile too few": ("persistent", 'sem="acquire") < n_r', 'sem="acquire") < n_r - 1', Race),
     "flags reset by the first to leave": ("persistent", "== n_p - 1:", "== 0:", Exception),
-    "a lost mask of columns": ("shrink", "mask=m_k[:, None] & m_r[None, :], other=0.0), b_h", "mask=m_k[:, None], other=0.0), b_h", WRONG),
-    "one set for all samples": ("shrink", "tl.cast(i_b, tl.int64) * sds", "tl.cast(0, tl.int64) * sds", AssertionError),
+    "a lost mask of columns": ("shrink", "mask=m_k[:, None] & m_d[None, :], other=0.0), b_h", "mask=m_k[:, None], other=0.0), b_h", WRONG),
+    "one set for all samples": ("shrink", "down + i_s * sds", "down + 0 * sds", AssertionError),
     "a sum for a mean": ("shrink", "b_q = b_q / T", "b_q = b_q * 1.0", AssertionError),
     "the sample's last tile not ordered": ("shrink", 'arrived + i_b, 1, sem="acq_rel"', 'arrived + i_b, 1, sem="relaxed"', Race),
     "a sample gate forgotten": ("expand", "b_z * b_q[None, :]", "b_z * 1.0", AssertionError),
     "up transposed by a stride": ("expand", "o_j[None, :] * sun", "o_j[None, :] * sur", (AssertionError, Bounds)),
     "a bias dropped": ("expand", "    if BIAS:\n", "    if BIAS and N < 0:\n", AssertionError),
 }
+ROUTED = {
+    "another k": ("shrink", "E, top_k, SOFTMAX)", "E, top_k + 1, SOFTMAX)", AssertionError),
+    "sigmoids for a softmax": ("shrink", "E, top_k, SOFTMAX)", "E, top_k, False)", AssertionError),
+    "an assignment not looked up in the shrink": ("shrink", "assignment, ASSIGN)", "assignment, False)", AssertionError),
+    "an assignment not looked up in the expand": ("expand", "assignment, ASSIGN)", "assignment, False)", AssertionError),
+}
 SUMS = {
     "no barrier before the slot's release": ("gradients", BARRIER + "        is_last", "is_last", Race),
     "a slot forgotten": ("gradients", "for j in range(slots):", "for j in range(slots - 1):", AssertionError),
     "the pooled gate's part of dh forgotten": ("gradients", "b_z + b_c[None, :]", "b_z * 1.0", AssertionError),
+    "a sample of another set": ("gradients", "if tl.load(assignment + i_b) == i_s:", "if tl.load(assignment + i_b) >= 0:", AssertionError),
 }
 
 
@@ -84,11 +92,23 @@ def test_a_forward_mutant_is_killed(name, tmp_path, monkeypatch):
         judge_forward(case, way, 24)
 
 
+@pytest.mark.parametrize("name", ROUTED)
+def test_a_routed_mutant_is_killed(name, tmp_path, monkeypatch):
+    module, old, new, error = ROUTED[name]
+    made = mutant(tmp_path, module, old, new)
+    case = Case(B=3, S=-3, T=20, ranks=(6, 5, 4), gate="top2+pooled", base=False)
+    judge_forward(case, launch.two_pass, 1)
+    monkeypatch.setattr(launch, f"{module}_kernel", getattr(made, f"{module}_kernel"))
+    with pytest.raises(error):
+        judge_forward(case, launch.two_pass, 1)
+
+
 @pytest.mark.parametrize("name", SUMS)
 def test_a_backward_mutant_is_killed(name, tmp_path, monkeypatch):
     module, old, new, error = SUMS[name]
     made = mutant(tmp_path, module, old, new)
-    call = Case(T=150, K=24, N=20, ranks=(6, 5)).make(torch.float32)
+    many = dict(B=3, S=-2, T=50) if "set" in name else {}
+    call = replace(Case(T=150, K=24, N=20, ranks=(6, 5)), **many).make(torch.float32)
     dy = seed_of(call)
     truth, _ = call.truth_grads(dy)
 

@@ -1,8 +1,7 @@
 """The whole backward: dX (and V, D, dq) by the fused product with the roles swapped, then every sum over tokens in one launch.
 
 Two launches where both are wanted; only the first where x alone wants a gradient, only the second where `up` alone does. Gates-only
-training makes V and D by the shrink kernel (no base product at all), then the gates' sums. A given gate's own gradient, which may
-have any shape that broadcasts to [B,T,E], is summed up by torch from D: a few small launches more, and only when it is wanted.
+training makes V and D by the shrink kernel (no base product at all), then the gates' sums.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from mole_kernels.kernels.triton.fused import Buffers, Fused, buffers, expert_of_column
 from mole_kernels.kernels.triton.gradients import gradients_kernel
 from mole_kernels.kernels.triton.launch import _processors, _start, expand, persistent, shrink
-from mole_kernels.kernels.triton.tiles import Tile, next_power
+from mole_kernels.kernels.triton.tiles import Tile, for_sums
 from mole_kernels.kernels.triton.workspace import flags
 
 
@@ -69,26 +68,24 @@ def backward(f: Fused, dy: Tensor, need: Need, tile: Tile, one_launch: bool = Tr
         if need.x:
             expand(g, b, tile)
     sums = _sums(f, g, b, dy, need, tile)
-    empty = f.x.new_empty(0)
-    dgate = _given_gate_gradient(f, b) if need.gate and b is not None else empty
-    return (b.y if need.x and b is not None else empty, sums["ddown"], sums["dup"], sums["dscale"], dgate,
+    return (b.y if need.x and b is not None else f.x.new_empty(0), sums["ddown"], sums["dup"], sums["dscale"], sums["dgate"],
             sums["dphi"], sums["dphi_bias"], sums["dpool"], sums["dpool_bias"])  # fmt: skip
 
 
-def _given_gate_gradient(f: Fused, b: Buffers) -> Tensor:
-    gate = f.gate
-    assert gate is not None
-    terms = b.d.sum(0).view(f.B, f.T, f.E) * f.scale.float()
-    if f.phi is not None:
-        terms = terms * b.token_gate
-    if f.pool is not None:
-        terms = terms * b.sample_gate[:, None]
-    return terms.sum_to_size(gate.shape).to(gate.dtype)
+def _given_jobs(f: Fused, CH: int, BT: int) -> tuple[int, int, int, bool]:
+    """Samples of the given gate, tokens of a chunk, chunks, and whether it varies by token (a chunk is one step then)."""
+    assert f.gate is not None
+    by_token = f.gate.shape[1] > 1
+    CG = BT if by_token else min(CH, ceil(f.T / BT) * BT)
+    return f.gate.shape[0], CG, ceil(f.T / CG), by_token
 
 
 def _chunks(f: Fused, jobs: int, BT: int) -> tuple[int, int]:
-    """Tokens of a chunk and chunks of a group: about two jobs for each multiprocessor, each at least four steps long."""
-    wanted = ceil(2 * _processors(f.x) / max(1, jobs * f.groups))
+    """Tokens of a chunk and chunks of a group: about two jobs for each multiprocessor, each at least four steps long.
+
+    jobs: what there would be with one chunk a group
+    """
+    wanted = ceil(2 * _processors(f.x) / max(1, jobs))
     n_c = min(wanted, ceil(f.span / (4 * BT)))
     CH = ceil(f.span / n_c / BT) * BT
     return CH, ceil(f.span / CH)
@@ -98,8 +95,8 @@ def _sums(f: Fused, g: Fused, b: Buffers | None, dy: Tensor, need: Need, tile: T
     """The second launch, with the kinds of jobs that are wanted; none, no launch."""
     x, E = f.x, f.E
     gates = need.phi_bias or need.scale or need.pool_bias
-    made = dict(ddown=need.down, dup=need.up, dphi=need.phi, dpool=need.pool)
-    like = dict(ddown=f.down, dup=f.up, dphi=f.phi, dpool=f.pool)
+    made = dict(ddown=need.down, dup=need.up, dphi=need.phi, dpool=need.pool, dgate=need.gate)
+    like = dict(ddown=f.down, dup=f.up, dphi=f.phi, dpool=f.pool, dgate=f.gate)
     out = {name: torch.empty(like[name].shape if on else 0, dtype=like[name].dtype if on else x.dtype, device=x.device)  # type: ignore[union-attr]
            for name, on in made.items()}  # fmt: skip
     vectors = torch.empty(3 * E if gates else 0, dtype=torch.float32, device=x.device)
@@ -118,36 +115,42 @@ def _launch(
     made: dict[str, bool], gates: bool,
 ) -> None:  # fmt: skip
     x, E, EP, S = f.x, f.E, f.EP, f.down.shape[0]
-    wide = x.dtype == torch.float32
-    BT, BC, BR = (32, 32, 32) if wide else (64, 128, 64)
-    if x.device.type != "cuda":
+    busy = f.assignment is not None or (f.gate is not None and (f.phi is not None or f.pool is not None))
+    on_gpu = x.device.type == "cuda"
+    BT, BC, BR = for_sums(f.R, x.dtype, torch.cuda.get_device_capability(x.device) if on_gpu else (8, 0), busy)
+    if not on_gpu:
         BT, BC, BR = min(BT, tile.BM), min(BC, tile.BN), min(BR, tile.BR)
-    BR = min(BR, next_power(f.R))
     n_r = -(-f.R // BR)
     tiles = dict(
         down=S * n_r * -(-f.K // BC) * made["ddown"], up=S * n_r * -(-f.N // BC) * made["dup"], phi=-(-f.K // BC) * made["dphi"],
         pool=S * n_r * made["dpool"],
     )  # fmt: skip
-    CH, n_c = _chunks(f, sum(tiles.values()) // S + gates, BT)
+    many = S > 1 or f.assignment is not None
+    at_once = sum(tiles.values()) if f.assignment is not None else sum(tiles.values()) // S * f.groups
+    CH, n_c = _chunks(f, at_once + gates * f.groups, BT)
     every = n_c * f.groups
-    per_tile = every // S
+    per_tile = n_c if many else every
     sizes = dict(down=BR * BC, up=BR * BC, phi=EP * BC, pool=BR)
     slots, at, jobs = {}, 0, 0
     for kind, size in sizes.items():
         of_tile = every if kind == "phi" else per_tile
         slots[kind], at, jobs = at, at + tiles[kind] * of_tile * size, jobs + tiles[kind] * of_tile
-    total = at + (every * 2 * EP if gates else 0)
+    o_given = at + (every * 2 * EP if gates else 0)
+    n_given, CG, n_given_c, by_token = _given_jobs(f, CH, BT) if made["dgate"] else (0, BT, 1, False)
+    total = o_given + (0 if by_token else n_given * n_given_c * EP)
     absent = f.scale
     strides = g.strides() | dict(zip(("syb", "syt", "syn"), dy.stride())) | dict(zip(("sxb", "sxt", "sxk"), x.stride()))
     arguments = strides | out | small | dict(
         dy=dy, x=x, cols=expert_of_column(f.ranks, x.device), scale=f.scale, gate=absent if f.gate is None else f.gate,
         pool=absent if f.pool is None else f.pool, h=f.h, z=b.z if b else absent, d=b.d if b else absent, q=b.q if b else absent,
         token_gate=f.token_gate, sample_gate=f.sample_gate,
-        partial=torch.empty(total, dtype=torch.float32, device=x.device), counters=flags(x.device, sum(tiles.values()) + 1),
+        partial=torch.empty(total, dtype=torch.float32, device=x.device), counters=flags(x.device, sum(tiles.values()) + 1 + n_given),
         n_down=tiles["down"], n_up=tiles["up"], n_phi=tiles["phi"], n_pool=tiles["pool"],
+        n_given=n_given, n_given_c=n_given_c, CG=CG, o_given=o_given, assignment=absent if f.assignment is None else f.assignment,
         o_up=slots["up"], o_phi=slots["phi"], o_pool=slots["pool"], o_gate=at,
         B=f.B, T=f.T, span=f.span, CH=CH, n_c=n_c, n_g=f.groups, n_r=g.columns(tile)[1], S=S, M=f.M, N=f.N, K=f.K, R=f.R, E=E,
-        DOWN=made["ddown"], UP=made["dup"], PHI=made["dphi"], GATES=gates, DPOOL=made["dpool"], S_MANY=S > 1,
-        TOKEN=f.phi is not None, GATE=f.gate is not None, POOL=f.pool is not None, PRECISION=f.precision, BT=BT, BC=BC, BR=BR, EP=EP,
+        DOWN=made["ddown"], UP=made["dup"], PHI=made["dphi"], GATES=gates, DPOOL=made["dpool"], GIVEN=made["dgate"],
+        S_MANY=many, ASSIGN=f.assignment is not None, TOKEN=f.phi is not None, SOFTMAX=f.top_k > 0, GATE=f.gate is not None,
+        BY_TOKEN=by_token, POOL=f.pool is not None, PRECISION=f.precision, BT=BT, BC=BC, BR=BR, EP=EP,
     )  # fmt: skip
-    _start(gradients_kernel, (jobs + (every if gates else 0),), arguments, replace(tile, warps=8, stages=2))
+    _start(gradients_kernel, (jobs + (every if gates else 0) + n_given * n_given_c,), arguments, replace(tile, warps=8, stages=2))

@@ -6,7 +6,7 @@ The sample gate enters here, where z is read: forward z ⊙ G, backward z + dq·
 import triton
 import triton.language as tl
 
-from mole_kernels.kernels.triton.common import COUNTS, logit_gradient, rows_of
+from mole_kernels.kernels.triton.common import COUNTS, logit_gradient, rows_of, set_of
 
 
 @triton.jit
@@ -52,20 +52,22 @@ def base_tile(
 
 @triton.jit
 def expand_tile(
-    b_y, i, i_n, z, up, phi, bias, cols, scale, gate, pool, q, token_gate, sample_gate, d, y,
+    b_y, i, i_n, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
     T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
-    BACKWARD: tl.constexpr, TOKEN: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BZ: tl.constexpr, EP: tl.constexpr,
+    BACKWARD: tl.constexpr, ASSIGN: tl.constexpr, TOKEN: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BZ: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """Add the low-rank part and the bias to a base tile and store it.  q [B,E]: G forward, dq backward; y [M,N]"""
     i_b, m_0, o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
     o_j = tl.arange(0, BN)
     o_n = i_n * BN + o_j
     m_n = o_n < N
-    for r in range(0, R, BZ):
+    # a sample without a set of experts has no columns: the base, to the bit
+    i_s, R_s = set_of(i_b, R, assignment, ASSIGN)
+    for r in range(0, R_s, BZ):
         o_r = r + tl.arange(0, BZ)
         m_r = o_r < R
-        p_u = up + tl.cast(i_b, tl.int64) * sus + tl.cast(i_n * BN, tl.int64) * sun + (o_j[None, :] * sun + o_r[:, None] * sur)
+        p_u = up + i_s * sus + tl.cast(i_n * BN, tl.int64) * sun + (o_j[None, :] * sun + o_r[:, None] * sur)
         b_u = tl.load(p_u, mask=m_r[:, None] & m_n[None, :], other=0.0)
         # past the first-level cache: another program wrote z, maybe a moment ago
         b_z = tl.load(z + m_0 * R + (o_i[:, None] * R + o_r[None, :]), mask=m_m[:, None] & m_r[None, :], other=0.0, cache_modifier=".cg")
@@ -73,7 +75,7 @@ def expand_tile(
             o_c = tl.load(cols + o_r, mask=m_r, other=0)
             b_q = tl.load(q + i_b * E + o_c, mask=m_r, other=0.0, cache_modifier=".cg")
             if BACKWARD:
-                b_c = b_q * tl.load(pool + tl.cast(i_b, tl.int64) * sps + o_r, mask=m_r, other=0.0).to(tl.float32) / T
+                b_c = b_q * tl.load(pool + i_s * sps + o_r, mask=m_r, other=0.0).to(tl.float32) / T
                 b_z = (b_z + b_c[None, :]).to(up.dtype.element_ty)
             else:
                 b_z = (b_z * b_q[None, :]).to(up.dtype.element_ty)
@@ -83,7 +85,7 @@ def expand_tile(
         m_e = o_e < E
         b_t = logit_gradient(
             o_e, m_e, m_0, o_i, o_b, o_t, m_m, d, token_gate, sample_gate,
-            scale, gate, sgb, sgt, sge, M, E, n_r, GATE, POOL, BM, EP,
+            scale, gate, sgb, sgt, sge, M, E, n_r, SOFTMAX, GATE, POOL, BM, EP,
         )  # fmt: skip
         p_p = phi + (o_e[:, None] * spe + o_n[None, :] * spk)
         b_p = tl.load(p_p, mask=m_e[:, None] & m_n[None, :], other=0.0)
@@ -96,12 +98,12 @@ def expand_tile(
 
 @triton.jit(do_not_specialize=COUNTS)
 def expand_kernel(
-    x, w, z, up, phi, bias, cols, scale, gate, pool, q, token_gate, sample_gate, d, y,
+    x, w, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
     T, span, n_t, n_m, n_r, M, N, K, R, E,
     sxb, sxt, sxk, swn, swk, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
-    BACKWARD: tl.constexpr, TOKEN: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
-    TMA: tl.constexpr, W_ROWS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, ADD: tl.constexpr,
-    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BZ: tl.constexpr, EP: tl.constexpr,
+    BACKWARD: tl.constexpr, ASSIGN: tl.constexpr, TOKEN: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr,
+    BIAS: tl.constexpr, TMA: tl.constexpr, W_ROWS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    ADD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BZ: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """One output tile a program: base over K, then the low-rank part that `shrink_kernel` left in z.  grid (tiles,)
 
@@ -118,7 +120,7 @@ def expand_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     expand_tile(
-        b_y, i, i_n, z, up, phi, bias, cols, scale, gate, pool, q, token_gate, sample_gate, d, y,
+        b_y, i, i_n, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
         T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
-        BACKWARD, TOKEN, GATE, POOL, BIAS, PRECISION, BM, BN, BZ, EP,
+        BACKWARD, ASSIGN, TOKEN, SOFTMAX, GATE, POOL, BIAS, PRECISION, BM, BN, BZ, EP,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from mole_kernels.kernels.triton.workspace import flags
 
 @dataclass(frozen=True)
 class Fused:
-    """x [B,T,K], w [N,K], down [S,R,K], up [S,N,R] in any strides; gates as in docs/design.md section 3.
+    """x [B,T,K], w [N,K], down [S,R,K], up [S,N,R] in any strides; gates and assignment [B] as in docs/design.md section 3.
 
     backward   the roles are swapped, and h [B,T,R], token_gate [B,T,E], sample_gate [B,E] are given
     save       forward: h is wanted. need_d: backward: the gates' gradients are wanted
@@ -37,6 +37,8 @@ class Fused:
     phi_bias: Tensor | None
     pool: Tensor | None
     pool_bias: Tensor | None
+    assignment: Tensor | None = None
+    top_k: int = 0
     save: bool = False
     backward: bool = False
     h: Tensor | None = None
@@ -80,7 +82,7 @@ class Fused:
     @property
     def per_sample(self) -> bool:
         """Tiles must not straddle samples: each has its own experts, or its own sample gate."""
-        return self.down.shape[0] > 1 or self.pool is not None
+        return self.down.shape[0] > 1 or self.pool is not None or self.assignment is not None
 
     @property
     def span(self) -> int:
@@ -174,9 +176,11 @@ def common_arguments(f: Fused, b: Buffers) -> dict[str, object]:
         parts=b.parts, token_gate=b.token_gate, sample_gate=b.sample_gate, q=b.q if f.backward else b.sample_gate,
         bias=absent if f.bias is None else f.bias, gate=absent if f.gate is None else f.gate,
         phi=absent if f.phi is None else f.phi, phi_bias=absent if f.phi_bias is None else f.phi_bias,
+        assignment=absent if f.assignment is None else f.assignment, top_k=f.top_k,
         pool=absent if f.pool is None else f.pool, pool_bias=absent if f.pool_bias is None else f.pool_bias,
         T=f.T, span=f.span, M=f.M, N=f.N, K=f.K, R=f.R, E=f.E, **f.strides(),
-        BACKWARD=f.backward, TOKEN=f.phi is not None, GATE=f.gate is not None, POOL=pool, BIAS=f.bias is not None,
+        BACKWARD=f.backward, ASSIGN=f.assignment is not None, TOKEN=f.phi is not None, SOFTMAX=f.top_k > 0,
+        GATE=f.gate is not None, POOL=pool, BIAS=f.bias is not None,
         PHI_BIAS=f.phi_bias is not None, POOL_BIAS=f.pool_bias is not None, SAVE=f.save, NEED_D=f.need_d, STORE_Z=f.store_z,
         PRECISION=f.precision, EP=f.EP,
     )  # fmt: skip

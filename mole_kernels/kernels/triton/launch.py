@@ -102,7 +102,7 @@ def recompute(f: Fused, tile: Tile) -> Buffers:
 
 def merge(f: Fused, tile: Tile) -> Buffers:
     """Two launches: W with the experts merged in, for each sample where they differ, and torch's product. No h, so nothing to save."""
-    many = f.down.shape[0] > 1 or (f.gate is not None and f.gate.shape[0] > 1)
+    many = f.down.shape[0] > 1 or f.assignment is not None or (f.gate is not None and f.gate.shape[0] > 1)
     G = f.B if many else 1
     merged = torch.empty((G, f.N, f.K), dtype=f.x.dtype, device=f.x.device)
     b = buffers(replace(f, store_z=False), tile, tile.BM, y=False)

@@ -7,11 +7,13 @@ The sum is rounded to the layer's dtype, as merged weights always are: ΔW loses
 import triton
 import triton.language as tl
 
+from mole_kernels.kernels.triton.common import set_of
+
 
 @triton.jit
 def merge_kernel(
-    w, down, up, cols, scale, gate, merged, N, K, R, swn, swk, sds, sdr, sdk, sus, sun, sur, sgb, sge,
-    GATE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BZ: tl.constexpr,
+    w, down, up, cols, scale, gate, assignment, merged, N, K, R, swn, swk, sds, sdr, sdk, sus, sun, sur, sgb, sge,
+    ASSIGN: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BZ: tl.constexpr,
 ):  # fmt: skip
     """merged [G,N,K].  grid (tiles of N × tiles of K, G)"""
     n_k = tl.cdiv(K, BK)
@@ -21,16 +23,17 @@ def merge_kernel(
     n_0 = tl.cast(i_n * BN, tl.int64)
     m_nk = m_n[:, None] & m_k[None, :]
     b_w = tl.load(w + n_0 * swn + o_j[:, None] * swn + o_k[None, :].to(tl.int64) * swk, mask=m_nk, other=0.0).to(tl.float32)
-    for r in range(0, R, BZ):
+    i_s, R_s = set_of(i_b, R, assignment, ASSIGN)
+    for r in range(0, R_s, BZ):
         o_r = r + o_z
         m_r = o_r < R
         o_c = tl.load(cols + o_r, mask=m_r, other=0)
         b_g = tl.load(scale + o_c, mask=m_r, other=0.0).to(tl.float32)
         if GATE:
             b_g = b_g * tl.load(gate + i_b * sgb + o_c * sge, mask=m_r, other=0.0).to(tl.float32)
-        p_u = up + i_b * sus + n_0 * sun + (o_j[:, None] * sun + o_r[None, :] * sur)
+        p_u = up + i_s * sus + n_0 * sun + (o_j[:, None] * sun + o_r[None, :] * sur)
         b_u = tl.load(p_u, mask=m_n[:, None] & m_r[None, :], other=0.0)
-        p_d = down + i_b * sds + (o_r[:, None].to(tl.int64) * sdr + o_k[None, :] * sdk)
+        p_d = down + i_s * sds + (o_r[:, None].to(tl.int64) * sdr + o_k[None, :] * sdk)
         b_d = tl.load(p_d, mask=m_r[:, None] & m_k[None, :], other=0.0)
         b_w = tl.dot((b_u.to(tl.float32) * b_g[None, :]).to(b_u.dtype), b_d, b_w, input_precision=PRECISION)
     p_m = merged + (i_b * N + n_0) * K + (o_j[:, None].to(tl.int64) * K + o_k[None, :])

@@ -26,11 +26,11 @@ from mole_kernels.kernels.triton.shrink import finish_sample, shrink_tile
 
 @triton.jit(do_not_specialize=COUNTS)
 def persistent_kernel(
-    x, w, down, up, phi, phi_bias, bias, cols, scale, gate, pool, pool_bias, sample_gate, h, z, token_gate, d, parts, q, y, flags,
-    T, span, n_t, n_m, n_r, n_b, M, N, K, R, E,
+    x, w, down, up, phi, phi_bias, bias, cols, scale, gate, pool, pool_bias, assignment, sample_gate, h, z, token_gate, d, parts,
+    q, y, flags, T, span, n_t, n_m, n_r, n_b, M, N, K, R, E, top_k,
     sxb, sxt, sxk, swn, swk, sds, sdr, sdk, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
-    BACKWARD: tl.constexpr, TOKEN: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
-    PHI_BIAS: tl.constexpr, POOL_BIAS: tl.constexpr, SAVE: tl.constexpr, NEED_D: tl.constexpr,
+    BACKWARD: tl.constexpr, ASSIGN: tl.constexpr, TOKEN: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr,
+    BIAS: tl.constexpr, PHI_BIAS: tl.constexpr, POOL_BIAS: tl.constexpr, SAVE: tl.constexpr, NEED_D: tl.constexpr,
     TMA: tl.constexpr, W_ROWS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BZ: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
@@ -41,9 +41,9 @@ def persistent_kernel(
     while t < n_h:
         i, i_r = t // n_r, t % n_r
         shrink_tile(
-            i, i_r, x, down, phi, phi_bias, cols, scale, gate, pool, sample_gate, h, z, token_gate, d, parts,
-            T, span, n_t, n_r, M, K, R, E, sxb, sxt, sxk, sds, sdr, sdk, spe, spk, sgb, sgt, sge, sps,
-            BACKWARD, TOKEN, GATE, POOL, PHI_BIAS, SAVE, True, NEED_D, TMA, EVEN_K, PRECISION, BM, BR, BK, EP,
+            i, i_r, x, down, phi, phi_bias, cols, scale, gate, pool, assignment, sample_gate, h, z, token_gate, d, parts,
+            T, span, n_t, n_r, M, K, R, E, top_k, sxb, sxt, sxk, sds, sdr, sdk, spe, spk, sgb, sgt, sge, sps,
+            BACKWARD, ASSIGN, TOKEN, SOFTMAX, GATE, POOL, PHI_BIAS, SAVE, True, NEED_D, TMA, EVEN_K, PRECISION, BM, BR, BK, EP,
         )  # fmt: skip
         if POOL:
             i_b = i // n_t
@@ -67,9 +67,9 @@ def persistent_kernel(
             while tl.atomic_add(ready + i, 0, sem="acquire") < n_r:
                 pass
         expand_tile(
-            b_y, i, i_n, z, up, phi, bias, cols, scale, gate, pool, q, token_gate, sample_gate, d, y,
+            b_y, i, i_n, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
             T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
-            BACKWARD, TOKEN, GATE, POOL, BIAS, PRECISION, BM, BN, BZ, EP,
+            BACKWARD, ASSIGN, TOKEN, SOFTMAX, GATE, POOL, BIAS, PRECISION, BM, BN, BZ, EP,
         )  # fmt: skip
 
     tl.debug_barrier()

@@ -9,23 +9,24 @@ The sample gate needs all tiles of a sample: the last one to arrive adds the par
 import triton
 import triton.language as tl
 
-from mole_kernels.kernels.triton.common import COUNTS, column_gates, given_gate, rows_of
+from mole_kernels.kernels.triton.common import COUNTS, column_gates, given_gate, rows_of, set_of, token_gates
 
 
 @triton.jit
 def shrink_tile(
-    i, i_r, x, down, phi, phi_bias, cols, scale, gate, pool, sample_gate, h, z, token_gate, d, parts,
-    T, span, n_t, n_r, M, K, R, E, sxb, sxt, sxk, sds, sdr, sdk, spe, spk, sgb, sgt, sge, sps,
-    BACKWARD: tl.constexpr, TOKEN: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
-    SAVE: tl.constexpr, STORE_Z: tl.constexpr, NEED_D: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
+    i, i_r, x, down, phi, phi_bias, cols, scale, gate, pool, assignment, sample_gate, h, z, token_gate, d, parts,
+    T, span, n_t, n_r, M, K, R, E, top_k, sxb, sxt, sxk, sds, sdr, sdk, spe, spk, sgb, sgt, sge, sps,
+    BACKWARD: tl.constexpr, ASSIGN: tl.constexpr, TOKEN: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr,
+    BIAS: tl.constexpr, SAVE: tl.constexpr, STORE_Z: tl.constexpr, NEED_D: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """One [BM,BR] tile of h (or V) and all that follows from it."""
     i_b, m_0, o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
     r_0 = i_r * BR
     o_r, o_k, o_e = r_0 + tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, EP)
-    m_r, m_e = o_r < R, o_e < E
-    p_d = down + tl.cast(i_b, tl.int64) * sds + tl.cast(r_0, tl.int64) * sdr + (tl.arange(0, BR)[None, :] * sdr + o_k[:, None] * sdk)
+    i_s, R_s = set_of(i_b, R, assignment, ASSIGN)
+    m_r, m_e, m_d = o_r < R, o_e < E, o_r < R_s
+    p_d = down + i_s * sds + tl.cast(r_0, tl.int64) * sdr + (tl.arange(0, BR)[None, :] * sdr + o_k[:, None] * sdk)
     p_p = phi + (o_e[None, :] * spe + o_k[:, None] * spk)
     if not TMA:
         p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :] * sxk
@@ -38,7 +39,7 @@ def shrink_tile(
         else:
             b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0)
             p_x += BK * sxk
-        b_h = tl.dot(b_x, tl.load(p_d, mask=m_k[:, None] & m_r[None, :], other=0.0), b_h, input_precision=PRECISION)
+        b_h = tl.dot(b_x, tl.load(p_d, mask=m_k[:, None] & m_d[None, :], other=0.0), b_h, input_precision=PRECISION)
         p_d += BK * sdk
         if TOKEN and not BACKWARD:
             b_l = tl.dot(b_x, tl.load(p_p, mask=m_k[:, None] & m_e[None, :], other=0.0), b_l, input_precision=PRECISION)
@@ -46,6 +47,9 @@ def shrink_tile(
     if TMA:
         # rows of the next sample, which the descriptor does not know to leave out
         b_h = tl.where(m_m[:, None], b_h, 0.0)
+    if ASSIGN:
+        # a sample without a set: 0 whatever x holds
+        b_h = tl.where(R_s > 0, b_h, 0.0)
 
     o_mr = o_i[:, None] * R + o_r[None, :]
     m_mr = m_m[:, None] & m_r[None, :]
@@ -81,11 +85,11 @@ def shrink_tile(
         if TOKEN:
             if BIAS:
                 b_l += tl.load(phi_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
-            b_l = tl.sigmoid(b_l)
+            b_l = token_gates(b_l, o_e, m_e, E, top_k, SOFTMAX)
             if i_r == 0:
                 tl.store(token_gate + o_me, b_l, mask=m_me)
         if POOL:
-            b_p = tl.load(pool + tl.cast(i_b, tl.int64) * sps + o_r, mask=m_r, other=0.0).to(tl.float32)
+            b_p = tl.load(pool + i_s * sps + o_r, mask=m_d, other=0.0).to(tl.float32)
             b_q = tl.where(o_c[None, :] == o_e[:, None], (tl.sum(b_h, 0) * b_p)[None, :], 0.0)
             tl.store(parts + (i * n_r + i_r) * E + o_e, tl.sum(b_q, 1), mask=m_e)
         b_g = column_gates(b_l, o_c, r_0, R, o_b, o_t, m_m, cols, scale, gate, sgb, sgt, sge, GATE, TOKEN, BM, BR, EP)
@@ -123,10 +127,10 @@ def finish_sample(
 
 @triton.jit(do_not_specialize=COUNTS)
 def shrink_kernel(
-    x, down, phi, phi_bias, cols, scale, gate, pool, pool_bias, sample_gate, h, z, token_gate, d, parts, q, arrived,
-    T, span, n_t, n_r, M, K, R, E, sxb, sxt, sxk, sds, sdr, sdk, spe, spk, sgb, sgt, sge, sps,
-    BACKWARD: tl.constexpr, TOKEN: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
-    POOL_BIAS: tl.constexpr, SAVE: tl.constexpr, STORE_Z: tl.constexpr, NEED_D: tl.constexpr, EVEN_K: tl.constexpr,
+    x, down, phi, phi_bias, cols, scale, gate, pool, pool_bias, assignment, sample_gate, h, z, token_gate, d, parts, q, arrived,
+    T, span, n_t, n_r, M, K, R, E, top_k, sxb, sxt, sxk, sds, sdr, sdk, spe, spk, sgb, sgt, sge, sps,
+    BACKWARD: tl.constexpr, ASSIGN: tl.constexpr, TOKEN: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr,
+    BIAS: tl.constexpr, POOL_BIAS: tl.constexpr, SAVE: tl.constexpr, STORE_Z: tl.constexpr, NEED_D: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """Every tile of `shrink_tile` as a kernel of its own.  grid (row tiles, column tiles)"""
@@ -135,9 +139,9 @@ def shrink_kernel(
         # the product that follows may start: it waits for this kernel's end before it reads z
         tl.extra.cuda.gdc_launch_dependents()
     shrink_tile(
-        i, i_r, x, down, phi, phi_bias, cols, scale, gate, pool, sample_gate, h, z, token_gate, d, parts,
-        T, span, n_t, n_r, M, K, R, E, sxb, sxt, sxk, sds, sdr, sdk, spe, spk, sgb, sgt, sge, sps,
-        BACKWARD, TOKEN, GATE, POOL, BIAS, SAVE, STORE_Z, NEED_D, False, EVEN_K, PRECISION, BM, BR, BK, EP,
+        i, i_r, x, down, phi, phi_bias, cols, scale, gate, pool, assignment, sample_gate, h, z, token_gate, d, parts,
+        T, span, n_t, n_r, M, K, R, E, top_k, sxb, sxt, sxk, sds, sdr, sdk, spe, spk, sgb, sgt, sge, sps,
+        BACKWARD, ASSIGN, TOKEN, SOFTMAX, GATE, POOL, BIAS, SAVE, STORE_Z, NEED_D, False, EVEN_K, PRECISION, BM, BR, BK, EP,
     )  # fmt: skip
     if POOL:
         finish_sample(i // n_t, parts, arrived, pool_bias, q, n_t * n_r, T, E, BACKWARD, POOL_BIAS, EP, 64)

@@ -72,12 +72,13 @@ def roomy(capability: tuple[int, int]) -> bool:
     return capability == (8, 0) or capability[0] in (9, 10)
 
 
-def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int) -> Tile:
+def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, softmax: bool = False) -> Tile:
     """`tile` narrowed until the kernel's registers hold it, as the compiler reports them (`make aot` shows no spill at these).
 
     gates: how many kinds of gate the call has. Their epilogues add tiles of h and of its gates to what is alive: half as many columns
     of h at a time (Hopper's forward excepted, which holds them); and where the accumulators are in the threads' own registers and not
-    a warp group's (all but Hopper and Blackwell's data-centre parts), half as many columns of y.
+    a warp group's (all but Hopper and Blackwell's data-centre parts), half as many columns of y;
+    with a softmax there, half as many rows of the shrink.
     """
     if not gates:
         return tile
@@ -85,10 +86,21 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int) 
     narrow = own and (backward or gates > 2) and tile.BM * tile.BN >= 128 * 128
     wide = capability[0] == 9 and not backward
     BR, BZ = (n if wide else min(n, 32) for n in (tile.BR, tile.BZ))
-    return replace(tile, BR=BR, BZ=BZ if own else tile.BZ, BN=64 if narrow else tile.BN)
+    return replace(
+        tile, BR=BR, BZ=BZ if own else tile.BZ, BN=64 if narrow else tile.BN, BS=min(tile.BS, 32) if own and softmax else tile.BS
+    )
 
 
 def for_recompute(tile: Tile, capability: tuple[int, int], gates: int) -> Tile:
     """`tile` for a kernel that holds y's and h's accumulators at once, narrowed as `fitted` does."""
     narrow = capability[0] not in (9, 10) and gates > 0
     return replace(tile, BN=min(tile.BN, 64) if narrow else tile.BN)
+
+
+def for_sums(R: int, dtype: torch.dtype, capability: tuple[int, int], busy: bool) -> tuple[int, int, int]:
+    """Tokens of a step, columns of K or N and columns of h of one job of the sums over tokens.
+
+    busy: sets by assignment, or a given gate beside others; half as many columns where accumulators are in the threads' own registers
+    """
+    BT, BC, BR = (32, 32, 32) if dtype == torch.float32 else (64, 128, 64)
+    return BT, min(BC, 64) if busy and capability[0] not in (9, 10) else BC, min(BR, next_power(R))
