@@ -133,6 +133,24 @@ def cuda_gencode(arch_list: str) -> list[str]:
     return flags
 
 
+def has_hopper(gencode: list[str]) -> bool:
+    """Whether Hopper is among the architectures: only then its own kernels (wgmma, clusters) are compiled."""
+    return any(re.search(r"code=sm_90a?$", flag) for flag in gencode)
+
+
+def ptxas_facts(text: str) -> list[dict[str, object]]:
+    """What `ptxas -v` said: kernel, registers at launch and bytes spilled of each one; and whether it serialised its products."""
+    facts = []
+    slow = set(re.findall(r"serialized.*?in the function '(\w+)'", text))
+    for name, body in re.findall(r"Compiling entry function '(\w+)' for '\w+'(.*?)(?=Compiling entry function|\Z)", text, re.DOTALL):
+        shape = re.search(r"(?:4sm90|6ladder)\d+([a-z_]+)I(?:NS_4([a-z0-9]+)E)?((?:Li\d+E)+)E", name)
+        kernel = name if shape is None else f"{shape[1]}<{', '.join([shape[2] or 'bf16', *re.findall(r'[0-9]+', shape[3])])}>"
+        stores, loads, registers = (re.search(p, body) for p in (r"(\d+) bytes spill stores", r"(\d+) bytes spill loads", r"Used (\d+) reg"))
+        spilled = sum(int(m[1]) for m in (stores, loads) if m)
+        facts.append({"kernel": kernel, "registers": int(registers[1]) if registers else None, "spilled": spilled, "serialized": name in slow})
+    return sorted(facts, key=lambda fact: str(fact["kernel"]))
+
+
 def isa_variants(machine: str) -> dict[str, list[str]]:
     """The kernels are compiled once per instruction set; the library picks at run time what the CPU has."""
     variants: dict[str, list[str]] = {"base": []}
@@ -162,6 +180,9 @@ def ninja_file(torch: Torch, tools: Toolchain, out: Path, env: Mapping[str, str]
         "rule nvcc",
         "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
+        "rule kernels",  # what ptxas says of registers and spills is kept for the report
+        "  command = $nvcc -MD -MF $out.d -Xptxas=-v $flags -c $in -o $out > $out.log 2>&1 || { cat $out.log; exit 1; }",
+        "  depfile = $out.d\n  deps = gcc",
         "rule link",
         "  command = $link $in $libs -o $out",
         f"cxx = {tools.cxx}",
@@ -187,6 +208,16 @@ def ninja_file(torch: Torch, tools: Toolchain, out: Path, env: Mapping[str, str]
         cuda = [*shared, *include, *gencode, "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={tools.cxx}"]
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             compile("nvcc", source, f"cuda_{source.stem}", cuda)
+        if has_hopper(gencode):
+            host = [*shared, *include, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter", f"-ccbin={tools.cxx}"]
+            for source in [ROOT / "csrc/cuda/sm90.cpp", *sorted((ROOT / "csrc/cuda/sm90").glob("*.cpp"))]:
+                compile("nvcc", source, f"sm90_{source.stem}", host)
+            hopper = [*shared, "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={tools.cxx}"]
+            compile("kernels", ROOT / "csrc/cuda/ladder/kernels.cu", "sm90_ladder", hopper)
+            for way in ("cluster", "persistent", "recompute"):
+                for dtype in ("bf16", "fp16"):
+                    names = [f"-DMOLE_WAY={way}", f"-DMOLE_DTYPE={dtype}", f"-DMOLE_SHAPES=MOLE_SM90_{way.upper()}"]
+                    compile("kernels", ROOT / "csrc/cuda/sm90/kernels.cu", f"sm90_{way}_{dtype}", [*hopper, *names])
         # nvcc links, for it alone knows where its static runtime lies
         link = f"{tools.nvcc} -shared -cudart=static -ccbin={tools.cxx} -Xlinker=--no-as-needed"
     lines += [f"link = {link}"]
@@ -213,10 +244,16 @@ class BuildExtension(build_ext):
             self.compile_library(torch, tools, out)
             archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
             report |= {"built": True, "cuda": archs if tools.nvcc else "", "no_cuda": tools.no_cuda}
+            if tools.nvcc and has_hopper(cuda_gencode(archs)):
+                report["sm90"] = ptxas_facts("".join(p.read_text() for p in sorted(self.work().glob("sm90_*.o.log"))))
         self.write_report(out, report)
 
+    def work(self) -> Path:
+        """pip's own folder is new each time; here ninja rebuilds what changed."""
+        return ROOT / "build" / f"ninja-{platform.machine()}"
+
     def compile_library(self, torch: Torch, tools: Toolchain, out: Path) -> None:
-        work = ROOT / "build" / f"ninja-{platform.machine()}"  # pip's own is new each time; here ninja rebuilds what changed
+        work = self.work()
         work.mkdir(parents=True, exist_ok=True)
         (work / "build.ninja").write_text(ninja_file(torch, tools, out, os.environ, platform.machine()))
         jobs = os.environ.get("MAX_JOBS", "")

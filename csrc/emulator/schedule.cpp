@@ -156,6 +156,8 @@ uint32_t random_below(uint32_t n) { return uint32_t((next_random() >> 20) % n); 
 void sleep_on(Wait wait, std::string_view what, const void* where, uint64_t detail) {
   Thread& t = me();
   t.wait = wait, t.what = what, t.where = where, t.detail = detail;
+  // whoever waits for something else in between is not spinning on a flag
+  if (wait != Wait::Poll) t.polled = nullptr;
   switch_back();
 }
 

@@ -36,6 +36,7 @@ uint32_t present(const Thread& t) {
 
 void warp_collective(const char* name, uint32_t mask, int tag, const void* in, size_t in_bytes, void* out, size_t out_bytes, WarpBody all, bool orders) {
   Thread& t = me();
+  t.polled = nullptr;
   if (mask & ~present(t)) {
     uint32_t whole = 0;
     for (int i = 0; i < 32; i++) whole |= uint32_t(t.warp->lanes[i] != nullptr) << i;

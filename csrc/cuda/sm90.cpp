@@ -1,0 +1,320 @@
+// torch.ops.mole_cuda.sm90_*: the sm_90 kernels on tensors. Checks name the tensor and its shape; nothing is allocated here.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "sm90/launch.h"
+
+// weak: with a torch that has no CUDA the library still loads, and this is null
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace mole {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using namespace sm90;
+
+std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? "," : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+void expect(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, int device) {
+  bool good = t.dim() == int64_t(sizes.size());
+  for (int64_t i = 0; good && i < t.dim(); ++i) good = t.size(i) == sizes.begin()[i];
+  std::string wanted = "[";
+  for (int64_t n : sizes) wanted += (wanted.size() > 1 ? "," : "") + std::to_string(n);
+  STD_TORCH_CHECK(good, "mole_cuda: expected ", name, " ", wanted, "], got ", shape_of(t));
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device() == device, "mole_cuda: expected ", name, " on CUDA device ", device, ", where x is");
+}
+
+void expect_type(const Tensor& t, const char* name, ScalarType type) {
+  STD_TORCH_CHECK(t.scalar_type() == type, "mole_cuda: ", name, " ", shape_of(t), " has another dtype than this kernel takes for it");
+}
+
+// room for `count` elements that the kernel may use as it likes
+void* workspace(const Maybe& t, const char* name, ScalarType type, int64_t count, int device) {
+  if (count == 0) return nullptr;
+  STD_TORCH_CHECK(t && t->is_cuda() && t->get_device() == device && t->scalar_type() == type && t->is_contiguous() && t->numel() >= count,
+                  "mole_cuda: expected workspace ", name, " of ", count, " contiguous elements on CUDA device ", device);
+  return t->data_ptr();
+}
+
+Way way_of(const std::string& name) {
+  for (Way way : {Way::cluster, Way::persistent, Way::recompute})
+    if (name == name_of(way)) return way;
+  STD_TORCH_CHECK(false, "mole_cuda: expected way cluster, persistent or recompute, got ", name);
+  return Way::cluster;
+}
+
+Kind kind_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Kind::f32;
+    case ScalarType::BFloat16: return Kind::bf16;
+    case ScalarType::Half: return Kind::f16;
+    default: STD_TORCH_CHECK(false, "mole_cuda: expected ", name, " ", shape_of(t), " in float32, bfloat16 or float16");
+  }
+  return Kind::f32;
+}
+
+Numbers numbers(const Maybe& t, const char* name) {
+  if (!t) return {nullptr, Kind::f32};
+  return {t->data_ptr(), kind_of(*t, name)};
+}
+
+// strides of dimensions with one element say nothing and may be anything: here they are what TMA takes
+Operand tidy(Operand o) {
+  if (o.size[1] == 1) o.stride[0] = (o.size[0] + 7) / 8 * 8;
+  if (o.size[2] == 1) o.stride[1] = o.size[1] * o.stride[0];
+  return o;
+}
+
+// [rows, columns] with unit columns, as one slab
+Operand matrix(const Tensor& t) { return tidy({t.data_ptr(), {t.size(1), t.size(0), 1}, {t.stride(0), 0}}); }
+// [slabs, rows, columns] with unit columns
+Operand slabs(const Tensor& t) { return tidy({t.data_ptr(), {t.size(2), t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}}); }
+
+void expect_layout(const Tensor& t, const char* name, const Operand& o) {
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(t.size(last) == 1 || t.stride(last) == 1, "mole_cuda: expected ", name, " ", shape_of(t), " with a contiguous last dimension");
+  const std::string reason = layout_refusal(name, o);
+  STD_TORCH_CHECK(reason.empty(), "mole_cuda: ", reason, ": ", shape_of(t));
+}
+
+// x or y [B,T,*] as groups of rows: the batch as one long group where samples share everything
+Operand grouped(const Tensor& t, const char* name, bool alone) {
+  if (alone) return slabs(t);
+  STD_TORCH_CHECK(t.size(0) == 1 || t.size(1) == 1 || t.stride(0) == t.size(1) * t.stride(1), "mole_cuda: expected ", name, " ", shape_of(t),
+                  " whose samples follow one another (TMA)");
+  const int64_t rows = t.size(0) * t.size(1);
+  return tidy({t.data_ptr(), {t.size(2), rows, 1}, {t.size(1) == 1 ? t.stride(0) : t.stride(1), 0}});
+}
+
+cudaStream_t current_stream(int device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "mole_cuda: this torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+Sizes sizes_of(int64_t B, int64_t T, int64_t K, int64_t N, int64_t R, int64_t E, int64_t S, bool token, bool pooled) {
+  const bool alone = S > 1 || pooled;
+  return {alone ? B : 1, alone ? T : B * T, K, N, R, E, token, pooled};
+}
+
+// floats of z and of the shares of pooled logits, and counters, that a tile needs
+struct Rooms {
+  int64_t z, parts, flags;
+  Rooms(const Tile& t, const Sizes& s) : z(0), parts(0), flags(0) {
+    if (t.way == Way::persistent) z = s.groups * s.span * s.R;
+    if (s.pooled) parts = s.groups * t.row_tiles * t.slices * t.shape.warp_groups * s.E;
+    if (s.pooled || t.way == Way::persistent) flags = Flags{int32_t(s.groups), int32_t(t.row_tiles)}.count();
+  }
+};
+
+// The fastest tile for these sizes by prediction: warp groups, columns, extra columns, cluster, stages, shared bytes, grid, slices,
+// floats of z, floats of shares, counters, nanoseconds; or none and the reason.  device < 0: an H200 as it is nominally
+std::tuple<std::vector<int64_t>, std::string> sm90_plan(std::string way, std::vector<int64_t> sizes, bool token, bool pooled,
+                                                        int64_t device) {
+  STD_TORCH_CHECK(sizes.size() == 7, "mole_cuda: expected sizes B, T, K, N, R, E, S");
+  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled);
+  const Candidate best = choose(way_of(way), s, device < 0 ? Card{} : card_of(int(device)));
+  if (!best.reason.empty()) return {std::vector<int64_t>{}, best.reason};
+  const Tile& t = best.tile;
+  const Rooms rooms(t, s);
+  return {std::vector<int64_t>{t.shape.warp_groups, t.shape.columns, t.shape.extra, t.cluster, t.stages, t.shared, t.grid, t.slices, rooms.z,
+                               rooms.parts, rooms.flags, int64_t(best.us * 1000)},
+          ""};
+}
+
+// all candidates, one to a line: groups columns extra cluster, then predicted microseconds or the reason why not
+std::string sm90_candidates(std::string way, std::vector<int64_t> sizes, bool token, bool pooled) {
+  STD_TORCH_CHECK(sizes.size() == 7, "mole_cuda: expected sizes B, T, K, N, R, E, S");
+  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled);
+  std::string text;
+  for (const Candidate& c : candidates(way_of(way), s, Card{})) {
+    text += std::to_string(c.tile.rows()) + "×" + std::to_string(c.tile.shape.columns) + "+" + std::to_string(c.tile.shape.extra) +
+            " cluster " + std::to_string(c.tile.cluster) + ": " + (c.reason.empty() ? std::to_string(c.us) + " µs" : c.reason) + "\n";
+  }
+  return text;
+}
+
+// y (and h, l, G where tensors for them are given) of one call; tile: warp groups, columns, extra columns, cluster, from sm90_plan
+void sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tensor up, Tensor scale, std::vector<int64_t> ranks, Maybe gate, Maybe phi,
+                  Maybe phi_bias, Maybe pool, Maybe pool_bias, Tensor y, Maybe h, Maybe token_gate, Maybe sample_gate, Maybe z, Maybe parts,
+                  Maybe flags, std::string way, std::vector<int64_t> tile) {
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 3 && weight.dim() == 2 && down.dim() == 3 && up.dim() == 3,
+                  "mole_cuda: expected x [B,T,K] on a CUDA device, weight [N,K], down [S,R,K], up [S,N,R], got ", shape_of(x), ", ",
+                  shape_of(weight), ", ", shape_of(down), ", ", shape_of(up));
+  const int64_t B = x.size(0), T = x.size(1), K = x.size(2), N = weight.size(0), S = down.size(0), R = down.size(1);
+  const int64_t E = int64_t(ranks.size());
+  const int device = x.get_device();
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "mole_cuda: expected x in bfloat16 or float16");
+  STD_TORCH_CHECK(B * T > 0 && B * T < int64_t(1) << 31 && K > 0 && N > 0 && R > 0, "mole_cuda: nothing to do, or too much, for x ", shape_of(x));
+  STD_TORCH_CHECK(S == 1 || S == B, "mole_cuda: expected down [S,R,K] with S = 1 or B = ", B, ", got ", shape_of(down));
+  STD_TORCH_CHECK(E >= 1 && E <= MOST_EXPERTS, "mole_cuda: expected 1 to ", MOST_EXPERTS, " experts, got ", E);
+  STD_TORCH_CHECK(tile.size() == 4, "mole_cuda: expected tile: warp groups, columns, extra columns, cluster");
+  expect(weight, "weight", {N, K}, device);
+  expect(down, "down", {S, R, K}, device);
+  expect(up, "up", {S, N, R}, device);
+  expect(scale, "scale", {E}, device);
+  expect(y, "y", {B, T, N}, device);
+  for (auto [t, name] : {std::pair<const Tensor*, const char*>{&weight, "weight"}, {&down, "down"}, {&up, "up"}, {&y, "y"}})
+    expect_type(*t, name, type);
+
+  const Sizes s = sizes_of(B, T, K, N, R, E, S, phi.has_value(), pool.has_value());
+  const Way chosen = way_of(way);
+  const std::string never = refusal(chosen, s);
+  STD_TORCH_CHECK(never.empty(), "mole_cuda: ", way, " refuses: ", never);
+  const Candidate c = consider(chosen, {int(tile[0]), int(tile[1]), int(tile[2])}, int(tile[3]), s, card_of(device));
+  STD_TORCH_CHECK(c.reason.empty(), "mole_cuda: ", way, " refuses this tile: ", c.reason);
+  const Rooms rooms(c.tile, s);
+
+  const torch::stable::accelerator::DeviceGuard on(device);
+  Call call{};
+  Params& p = call.params;
+  const bool alone = S > 1 || pool.has_value();
+  call.x = grouped(x, "x", alone);
+  call.y = grouped(y, "y", alone);
+  call.w = matrix(weight);
+  call.down = slabs(down);
+  call.up = slabs(up);
+  expect_layout(x, "x", call.x);
+  expect_layout(y, "y", call.y);
+  expect_layout(weight, "weight", call.w);
+  expect_layout(down, "down", call.down);
+  expect_layout(up, "up", call.up);
+  if (bias) {
+    expect(*bias, "bias", {N}, device);
+    expect_type(*bias, "bias", type);
+    STD_TORCH_CHECK(bias->is_contiguous(), "mole_cuda: expected a contiguous bias");
+    p.bias = bias->data_ptr();
+    STD_TORCH_CHECK(reinterpret_cast<uint64_t>(p.bias) % 4 == 0, "mole_cuda: bias does not begin at a multiple of 4 bytes");
+  }
+  if (phi) {
+    expect(*phi, "phi", {E, K}, device);
+    expect_type(*phi, "phi", type);
+    call.phi = matrix(*phi);
+    expect_layout(*phi, "phi", call.phi);
+    expect(*token_gate, "token_gate", {B, T, E}, device);
+    p.token_gate = static_cast<float*>(workspace(token_gate, "token_gate", ScalarType::Float, B * T * E, device));
+  }
+  const std::tuple<const Maybe*, const char*, int64_t> vectors[] = {{&phi_bias, "phi_bias", E}, {&pool_bias, "pool_bias", E}};
+  for (auto [t, name, size] : vectors) {
+    if (!*t) continue;
+    expect(**t, name, {size}, device);
+    STD_TORCH_CHECK((*t)->is_contiguous(), "mole_cuda: expected a contiguous ", name);
+  }
+  STD_TORCH_CHECK(scale.is_contiguous(), "mole_cuda: expected a contiguous scale");
+  p.scale = {scale.data_ptr(), kind_of(scale, "scale")};
+  p.phi_bias = numbers(phi_bias, "phi_bias");
+  p.pool_bias = numbers(pool_bias, "pool_bias");
+  p.gate = numbers(gate, "gate");
+  p.pool = numbers(pool, "pool");
+  if (gate) {
+    STD_TORCH_CHECK(gate->dim() == 3 && gate->is_cuda() && gate->get_device() == device && (gate->size(0) == 1 || gate->size(0) == B) &&
+                        (gate->size(1) == 1 || gate->size(1) == T) && gate->size(2) == E,
+                    "mole_cuda: expected gate broadcastable to [", B, ",", T, ",", E, "] on x's device, got ", shape_of(*gate));
+    p.gate_b = gate->size(0) == 1 ? 0 : gate->stride(0);
+    p.gate_t = gate->size(1) == 1 ? 0 : gate->stride(1);
+    p.gate_e = E == 1 ? 0 : gate->stride(2);
+  }
+  if (pool) {
+    expect(*pool, "pool", {S, R}, device);
+    STD_TORCH_CHECK(pool->is_contiguous(), "mole_cuda: expected a contiguous pool");
+    p.pool_set = R;
+    expect(*sample_gate, "sample_gate", {B, E}, device);
+    p.sample_gate = static_cast<float*>(workspace(sample_gate, "sample_gate", ScalarType::Float, B * E, device));
+  }
+  if (h) {
+    expect(*h, "h", {B, T, R}, device);
+    p.h = workspace(h, "h", type, B * T * R, device);
+    p.save = 1;
+  }
+  p.z = static_cast<float*>(workspace(z, "z", ScalarType::Float, rooms.z, device));
+  p.parts = static_cast<float*>(workspace(parts, "parts", ScalarType::Float, rooms.parts, device));
+  p.flags = static_cast<uint32_t*>(workspace(flags, "flags", ScalarType::Int, rooms.flags, device));
+  p.T = int32_t(T), p.N = int32_t(N), p.K = int32_t(K), p.R = int32_t(R), p.E = int32_t(E);
+  p.span = int32_t(s.span), p.groups = int32_t(s.groups), p.many = S > 1, p.token = phi.has_value(), p.pooled = pool.has_value();
+  for (int64_t e = 0; e < E; ++e) p.first[e + 1] = p.first[e] + int32_t(ranks[e]);
+  STD_TORCH_CHECK(p.first[E] == R, "mole_cuda: the ranks do not add up to the rows of down ", shape_of(down));
+  call.bf16 = type == ScalarType::BFloat16;
+  call.device = device;
+  call.stream = current_stream(device);
+  const std::string failed = launch(call, c.tile);
+  STD_TORCH_CHECK(failed.empty(), "mole_cuda: ", way, ": ", failed);
+}
+
+// y [M,N] = x [M,K] weightᵀ by a step of the ladder, from step 3 with bias; step 4 adds z [M,R] · up [N,R]ᵀ
+void sm90_ladder(Tensor x, Tensor weight, Maybe bias, Maybe z, Maybe up, Tensor y, int64_t step, int64_t columns) {
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && weight.dim() == 2, "mole_cuda: expected x [M,K] on a CUDA device and weight [N,K], got ",
+                  shape_of(x), ", ", shape_of(weight));
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
+  const int device = x.get_device();
+  STD_TORCH_CHECK(M > 0 && M < int64_t(1) << 31 && K > 0 && N > 0 && N % 8 == 0, "mole_cuda: expected M, K ≥ 1 and N a multiple of 8");
+  expect(weight, "weight", {N, K}, device);
+  expect(y, "y", {M, N}, device);
+  STD_TORCH_CHECK(y.is_contiguous(), "mole_cuda: expected a contiguous y");
+  STD_TORCH_CHECK((step == 4) == z.has_value() && z.has_value() == up.has_value() && (step >= 3 || !bias),
+                  "mole_cuda: the ladder takes z and up at step 4, a bias from step 3 on");
+  const torch::stable::accelerator::DeviceGuard on(device);
+  Call call{};
+  call.x = matrix(x), call.w = matrix(weight), call.y = matrix(y);
+  std::vector<std::tuple<const Tensor*, const char*, Operand*>> all{{&x, "x", &call.x}, {&weight, "weight", &call.w}, {&y, "y", &call.y}};
+  if (z) {
+    expect(*z, "z", {M, z->size(1)}, device);
+    expect(*up, "up", {N, z->size(1)}, device);
+    call.down = matrix(*z), call.up = matrix(*up), call.params.R = int32_t(z->size(1));
+    all.push_back({&*z, "z", &call.down}), all.push_back({&*up, "up", &call.up});
+  }
+  for (auto [t, name, operand] : all) {
+    expect_type(*t, name, ScalarType::BFloat16);
+    expect_layout(*t, name, *operand);
+  }
+  if (bias) {
+    expect(*bias, "bias", {N}, device);
+    expect_type(*bias, "bias", ScalarType::BFloat16);
+    STD_TORCH_CHECK(bias->is_contiguous(), "mole_cuda: expected a contiguous bias");
+    call.params.bias = bias->data_ptr();
+  }
+  call.params.N = int32_t(N), call.params.K = int32_t(K), call.params.span = int32_t(M), call.params.h = y.data_ptr();
+  call.bf16 = true, call.device = device, call.stream = current_stream(device);
+  const std::string failed = launch_ladder(int(step), call, int(columns));
+  STD_TORCH_CHECK(failed.empty(), "mole_cuda: ladder: ", failed);
+}
+
+}  // namespace
+}  // namespace mole
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mole_cuda, m) {
+  m.def("sm90_plan(str way, int[] sizes, bool token, bool pooled, int device) -> (int[], str)");
+  m.def("sm90_candidates(str way, int[] sizes, bool token, bool pooled) -> str");
+  m.def(
+      "sm90_ladder(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor? up, Tensor(a!) y, int step, int columns) -> ()");
+  m.def(
+      "sm90_forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, Tensor? gate, Tensor? phi, "
+      "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, Tensor(a!) y, Tensor(b!)? h, Tensor(c!)? token_gate, Tensor(d!)? sample_gate, "
+      "Tensor(e!)? z, Tensor(f!)? parts, Tensor(g!)? flags, str way, int[] tile) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mole_cuda, CompositeExplicitAutograd, m) {
+  m.impl("sm90_plan", TORCH_BOX(&mole::sm90_plan));
+  m.impl("sm90_candidates", TORCH_BOX(&mole::sm90_candidates));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mole_cuda, CUDA, m) {
+  m.impl("sm90_forward", TORCH_BOX(&mole::sm90_forward));
+  m.impl("sm90_ladder", TORCH_BOX(&mole::sm90_ladder));
+}

@@ -1,0 +1,12 @@
+// The tensor maps of one launch. Whoever includes this has CUtensorMap already: the driver's, or the emulator's.
+#pragma once
+
+namespace mole::sm90 {
+
+// x [groups,span,K], w [1,N,K], down [S,R,K], phi [1,E,K], up [S,N,R] in boxes of 64 columns with 128-byte swizzle;
+// y [groups,span,N] in boxes of 32 columns and 64 rows with 64-byte swizzle
+struct Maps {
+  CUtensorMap x, w, down, phi, up, y;
+};
+
+}  // namespace mole::sm90
