@@ -164,7 +164,7 @@ def _bits_stay(layers: Sequence[LowRank], weights: Sequence[float]) -> bool:
     """Whether side by side the factors can stay as they are, in their own dtype."""
     dtypes = {t.dtype for layer in layers for t in (layer.down, layer.up)}
     shares = {weight * layer.scale for layer, weight in zip(layers, weights)}
-    return len(dtypes) == 1 and len(shares) == 1 and 0.0 not in shares and dtypes.pop().itemsize > 1
+    return len(dtypes) == 1 and len(shares) == 1 and dtypes.pop().itemsize > 1
 
 
 def _conv(layers: Sequence[LowRank]) -> bool:

@@ -114,6 +114,12 @@ def test_unequal_ranks_where_the_mode_allows():
             assert merge(experts, mode=mode, **arguments(mode)).layers["first"].rank == rank
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_of_zero_give_zero(mode: str):
+    merged = merge({"a": small_expert(0), "b": small_expert(1)}, [0.0, -0.0], mode, **arguments(mode))
+    assert list(merged.layers) == list(LAYERS) and not any(value.any() for value in deltas(merged).values())
+
+
 def test_factor_mean_has_cross_terms():
     experts = {"a": small_expert(0), "b": small_expert(1, scale=-0.25)}
     a, b = (expert.layers["first"] for expert in experts.values())
