@@ -6,7 +6,7 @@ namespace {
 
 struct Pieces {
   int count = 0;
-  unsigned char* at[512];
+  unsigned char* at[128 + 512];  // a: 64 rows, b: 256
 };
 
 struct Layout {
