@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# the profiler, asked for memory once a method, would announce itself each time
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
