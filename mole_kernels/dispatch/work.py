@@ -59,7 +59,7 @@ def ours(problem: Problem, device: Device, use: Use, candidate: str = "persisten
     tile = fitted(tile, device.capability, use.backward, gates)
     if candidate == "recompute":
         tile = for_recompute(tile, device.capability, problem.token_gate + problem.given_gate)
-    return Loop(((tile.BM, tile.BN),), tile.BR, (1,), (1,), ticket=True)
+    return Loop(((tile.BM, tile.width),), tile.BR, (1,), (1,), ticket=True)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tests.backends.test_backends import assert_gradient
 from tests.kernels.interpreter import run
 from tests.kernels.support import SMALL, forward_of, poisoned
 from tests.kernels.test_backward import NAMES, gradients, seed_of
-from tests.truth import Case, assert_close_to_truth
+from tests.truth import Case
 
 F32, BF16 = torch.float32, torch.bfloat16
 GATED = ("two_pass", "persistent", "recompute")
@@ -49,7 +49,7 @@ def test_ties_and_what_is_no_number(logits, way):
         assert torch.equal(b.y.isnan().any(-1), torch.full((2, 3), bool(want.isnan().any())))
 
 
-POOL = Case(B=5, S=-3, T=37, ranks=(5, 9))
+POOL = Case(B=5, S=-3, T=9, K=40, N=33, ranks=(5, 9))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -95,8 +95,8 @@ BACKWARD = [
     Case(gate="top2+mask+pooled", ranks=(2, 3, 4), S=2, T=17),
     Case(B=5, S=-3),
     Case(B=4, S=-2, gate="none", ranks=(3,)),
-    Case(B=3, S=-7, gate="mask+pooled", T=33, K=65),
-    Case(B=5, S=-4, T=1, ranks=(16, 24), gate="onehot+softmax"),
+    Case(B=3, S=-7, gate="mask+pooled", T=17, K=33, ranks=(3, 4)),
+    Case(B=5, S=-4, T=1, ranks=(6, 4), gate="onehot+softmax"),
 ]
 
 
@@ -118,7 +118,7 @@ def test_all_gradients(case, dtype):
 
 
 def test_the_order_of_programs_changes_no_bit():
-    call = Case(B=5, S=-3, T=40, ranks=(3, 8), gate="top1+pooled").make(BF16)
+    call = Case(B=4, S=-2, T=9, ranks=(3, 8), gate="top1+pooled").make(BF16)
     dy = seed_of(call)
     first, _ = gradients(call, Need(*[True] * 9), dy)
     for seed, resident in ((1, 1), (2, 8)):
@@ -134,9 +134,9 @@ def test_the_gradient_of_a_given_gate_of_any_shape(shape, gate):
     given = torch.rand(*shape, 2, generator=torch.Generator().manual_seed(2))
     call = replace(call, gates=call.gates._replace(gate=given))
     dy = seed_of(call)
-    truth, _ = call.truth_grads(dy)
+    truth, terms = call.truth_grads(dy)
     got, counts = gradients(call, Need(*(n == "gate" for n in NAMES)), dy)
     assert counts.launches == 2 and got["gate"].shape == given.shape
-    assert_close_to_truth(got["gate"], truth["gate"], F32, 4, "dgate")
+    assert_gradient(got["gate"], truth["gate"], F32, max(truth["gate"].norm().item(), 2 * terms), 4, "dgate")
     again, _ = gradients(call, Need(*[True] * 9), dy, seed=3, resident=5)
     assert torch.equal(again["gate"], got["gate"])

@@ -20,54 +20,68 @@ def tile_order(tile, n_m, n_n, GROUP: tl.constexpr):
 
 @triton.jit
 def base_tile(
-    i, i_n, x, w, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk,
+    i, n_0, x, w, w2, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk,
     TMA: tl.constexpr, W_ROWS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """x·Wᵀ of one tile -> [BM,BN] float32.  With TMA x and w are descriptors; W_ROWS: w's rows are outputs (forward), else inputs."""
+    """x·Wᵀ of one tile that begins at column n_0 -> [BM,BN] and [BM,BX] float32, the columns beside them (nothing where BX is 0).
+
+    With TMA x, w and w2 are descriptors (w2: w in blocks of BX); W_ROWS: w's rows are outputs (forward), else inputs.
+    """
     i_b, _m_0, _o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
-    o_n, o_k = i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    o_j, o_k, o_x = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, BX if BX else 16)
     b_y = tl.zeros((BM, BN), tl.float32)
+    b_2 = tl.zeros((BM, BX if BX else 16), tl.float32)
     if TMA:
         for k in range(0, K, BK):
             b_x = x.load([i_b * span + (i % n_t) * BM, k])
             if W_ROWS:
-                b_w = w.load([i_n * BN, k]).T
+                b_w = w.load([n_0, k]).T
             else:
-                b_w = w.load([k, i_n * BN])
+                b_w = w.load([k, n_0])
             b_y = tl.dot(b_x, b_w, b_y, input_precision=PRECISION)
+            if BX:
+                if W_ROWS:
+                    b_w2 = w2.load([n_0 + BN, k]).T
+                else:
+                    b_w2 = w2.load([k, n_0 + BN])
+                b_2 = tl.dot(b_x, b_w2, b_2, input_precision=PRECISION)
     else:
         p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :] * sxk
-        p_w = w + tl.cast(i_n * BN, tl.int64) * swn + (tl.arange(0, BN)[None, :] * swn + o_k[:, None] * swk)
-        m_n = o_n < N
+        p_w = w + tl.cast(n_0, tl.int64) * swn + (o_j[None, :] * swn + o_k[:, None] * swk)
+        p_w2 = w + tl.cast(n_0 + BN, tl.int64) * swn + (o_x[None, :] * swn + o_k[:, None] * swk)
+        m_n, m_x = n_0 + o_j < N, n_0 + BN + o_x < N
         for k in range(0, K, BK):
             m_k = (k + o_k < K) | EVEN_K
             b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0)
             b_w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
             b_y = tl.dot(b_x, b_w, b_y, input_precision=PRECISION)
+            if BX:
+                b_2 = tl.dot(b_x, tl.load(p_w2, mask=m_k[:, None] & m_x[None, :], other=0.0), b_2, input_precision=PRECISION)
+                p_w2 += BK * swk
             p_x += BK * sxk
             p_w += BK * swk
-    return b_y
+    return b_y, b_2
 
 
 @triton.jit
 def expand_tile(
-    b_y, i, i_n, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
+    b_y, i, n_0, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
     T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
     BACKWARD: tl.constexpr, ASSIGN: tl.constexpr, TOKEN: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BZ: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
-    """Add the low-rank part and the bias to a base tile and store it.  q [B,E]: G forward, dq backward; y [M,N]"""
+    """Add the low-rank part and the bias to the base tile at column n_0 and store it.  q [B,E]: G forward, dq backward; y [M,N]"""
     i_b, m_0, o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
     o_j = tl.arange(0, BN)
-    o_n = i_n * BN + o_j
+    o_n = n_0 + o_j
     m_n = o_n < N
     # a sample without a set of experts has no columns: the base, to the bit
     i_s, R_s = set_of(i_b, R, assignment, ASSIGN)
     for r in range(0, R_s, BZ):
         o_r = r + tl.arange(0, BZ)
         m_r = o_r < R
-        p_u = up + i_s * sus + tl.cast(i_n * BN, tl.int64) * sun + (o_j[None, :] * sun + o_r[:, None] * sur)
+        p_u = up + i_s * sus + tl.cast(n_0, tl.int64) * sun + (o_j[None, :] * sun + o_r[:, None] * sur)
         b_u = tl.load(p_u, mask=m_r[:, None] & m_n[None, :], other=0.0)
         # past the first-level cache: another program wrote z, maybe a moment ago
         b_z = tl.load(z + m_0 * R + (o_i[:, None] * R + o_r[None, :]), mask=m_m[:, None] & m_r[None, :], other=0.0, cache_modifier=".cg")
@@ -92,35 +106,43 @@ def expand_tile(
         b_y = tl.dot(b_t.to(b_p.dtype), b_p, b_y, input_precision=PRECISION)
     if BIAS:
         b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    p_y = y + m_0 * N + i_n * BN + (o_i[:, None] * N + o_j[None, :])
+    p_y = y + m_0 * N + n_0 + (o_i[:, None] * N + o_j[None, :])
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def expand_kernel(
-    x, w, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
+    x, w, w2, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
     T, span, n_t, n_m, n_r, M, N, K, R, E,
     sxb, sxt, sxk, swn, swk, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
     BACKWARD: tl.constexpr, ASSIGN: tl.constexpr, TOKEN: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr,
     BIAS: tl.constexpr, TMA: tl.constexpr, W_ROWS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    ADD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BZ: tl.constexpr, EP: tl.constexpr,
+    ADD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, BZ: tl.constexpr,
+    EP: tl.constexpr,
 ):  # fmt: skip
     """One output tile a program: base over K, then the low-rank part that `shrink_kernel` left in z.  grid (tiles,)
 
-    ADD: the base is in y already (a library's product, or a quantised layer's); only the low-rank part is added.
+    ADD: the base is in y already (a library's product, or a quantised layer's); only the low-rank part is added (BX is 0).
     """
-    i, i_n = tile_order(tl.program_id(0), n_m, tl.cdiv(N, BN), GROUP)
+    i, i_n = tile_order(tl.program_id(0), n_m, tl.cdiv(N, BN + BX), GROUP)
+    n_0 = i_n * (BN + BX)
     if ADD:
         _i_b, m_0, o_i, _o_b, _o_t, m_m = rows_of(i, n_t, span, T, BM)
         o_j = tl.arange(0, BN)
-        p_y = y + m_0 * N + i_n * BN + (o_i[:, None] * N + o_j[None, :])
-        b_y = tl.load(p_y, mask=m_m[:, None] & (i_n * BN + o_j < N)[None, :], other=0.0).to(tl.float32)
+        p_y = y + m_0 * N + n_0 + (o_i[:, None] * N + o_j[None, :])
+        b_y = tl.load(p_y, mask=m_m[:, None] & (n_0 + o_j < N)[None, :], other=0.0).to(tl.float32)
     else:
-        b_y = base_tile(i, i_n, x, w, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk, TMA, W_ROWS, EVEN_K, PRECISION, BM, BN, BK)
+        b_y, b_2 = base_tile(i, n_0, x, w, w2, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk, TMA, W_ROWS, EVEN_K, PRECISION, BM, BN, BX, BK)
     if PDL:
         tl.extra.cuda.gdc_wait()
     expand_tile(
-        b_y, i, i_n, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
+        b_y, i, n_0, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
         T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
         BACKWARD, ASSIGN, TOKEN, SOFTMAX, GATE, POOL, BIAS, PRECISION, BM, BN, BZ, EP,
     )  # fmt: skip
+    if BX:
+        expand_tile(
+            b_2, i, n_0 + BN, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
+            T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
+            BACKWARD, ASSIGN, TOKEN, SOFTMAX, GATE, POOL, BIAS, PRECISION, BM, BX, BZ, EP,
+        )  # fmt: skip

@@ -172,7 +172,7 @@ def common_arguments(f: Fused, b: Buffers) -> dict[str, object]:
     absent = f.scale
     pool = f.pool is not None
     return dict(
-        x=f.x, w=f.w, down=f.down, up=f.up, cols=expert_of_column(f.ranks, f.x.device), scale=f.scale, y=b.y, h=b.h, z=b.z, d=b.d,
+        x=f.x, w=f.w, w2=f.w, down=f.down, up=f.up, cols=expert_of_column(f.ranks, f.x.device), scale=f.scale, y=b.y, h=b.h, z=b.z, d=b.d,
         parts=b.parts, token_gate=b.token_gate, sample_gate=b.sample_gate, q=b.q if f.backward else b.sample_gate,
         bias=absent if f.bias is None else f.bias, gate=absent if f.gate is None else f.gate,
         phi=absent if f.phi is None else f.phi, phi_bias=absent if f.phi_bias is None else f.phi_bias,
@@ -186,8 +186,8 @@ def common_arguments(f: Fused, b: Buffers) -> dict[str, object]:
     )  # fmt: skip
 
 
-def descriptors(f: Fused, tile: Tile) -> tuple[object, object, bool] | None:
-    """Tensor descriptors of x and w, and whether w's rows are outputs; None where a layout does not allow them."""
+def descriptors(f: Fused, tile: Tile) -> tuple[object, object, object, bool] | None:
+    """Descriptors of x, of w in blocks of BN and of BX (BN where that is 0), and whether w's rows are outputs; None: no such layout."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     size = f.x.element_size()
@@ -199,9 +199,11 @@ def descriptors(f: Fused, tile: Tile) -> tuple[object, object, bool] | None:
     # a stride is given to the descriptor even where there is one row only
     if not fits or any(s % 16 for s in steps) or sxt < f.K or flat_w.stride(0) < flat_w.shape[1]:
         return None
-    w_block = [tile.BN, tile.BK] if rows else [tile.BK, tile.BN]
-    return (
-        TensorDescriptor(f.x, [f.M, f.K], [sxt, 1], [tile.BM, tile.BK]),
-        TensorDescriptor(f.w, list(flat_w.shape), list(flat_w.stride()), w_block),
-        rows,
-    )
+
+    def of_w(columns: int) -> object:
+        block = [columns, tile.BK] if rows else [tile.BK, columns]
+        return TensorDescriptor(f.w, list(flat_w.shape), list(flat_w.stride()), block)
+
+    x = TensorDescriptor(f.x, [f.M, f.K], [sxt, 1], [tile.BM, tile.BK])
+    w = of_w(tile.BN)
+    return x, w, of_w(tile.BX) if tile.BX else w, rows

@@ -43,11 +43,11 @@ def shrink(f: Fused, b: Buffers, tile: Tile) -> None:
 def _product_arguments(f: Fused, b: Buffers, tile: Tile) -> dict[str, object]:
     described = descriptors(f, tile) if tile.tma else None
     arguments = common_arguments(f, b) | dict(
-        BM=tile.BM, BN=tile.BN, BK=tile.BK, BZ=min(tile.BZ, next_power(f.R)), GROUP=tile.group, PDL=tile.pdl,
+        BM=tile.BM, BN=tile.BN, BX=tile.BX, BK=tile.BK, BZ=min(tile.BZ, next_power(f.R)), GROUP=tile.group, PDL=tile.pdl,
         EVEN_K=f.K % tile.BK == 0, TMA=described is not None, W_ROWS=True,
     )  # fmt: skip
     if described is not None:
-        arguments["x"], arguments["w"], arguments["W_ROWS"] = described
+        arguments["x"], arguments["w"], arguments["w2"], arguments["W_ROWS"] = described
     return arguments
 
 
@@ -56,7 +56,7 @@ def expand(f: Fused, b: Buffers, tile: Tile, add: bool = False) -> None:
     n_t = f.row_tiles(tile.BM)
     n_m = f.groups * n_t
     arguments = _product_arguments(f, b, tile) | dict(n_t=n_t, n_m=n_m, n_r=f.columns(tile)[1], ADD=add)
-    _start(expand_kernel, (n_m * -(-f.N // tile.BN),), arguments, tile, **({"launch_pdl": True} if tile.pdl else {}))
+    _start(expand_kernel, (n_m * -(-f.N // tile.width),), arguments, tile, **({"launch_pdl": True} if tile.pdl else {}))
 
 
 def two_pass(f: Fused, tile: Tile) -> Buffers:
@@ -73,7 +73,7 @@ def persistent(f: Fused, tile: Tile) -> Buffers:
     BR, n_r = f.columns(tile)
     n_t = f.row_tiles(tile.BM)
     n_m = f.groups * n_t
-    n_tiles = n_m * -(-f.N // tile.BN)
+    n_tiles = n_m * -(-f.N // tile.width)
     arguments = _product_arguments(f, b, tile) | dict(n_t=n_t, n_m=n_m, n_r=n_r, n_b=f.groups, BR=BR, flags=b.flags)
     # a program of four warps leaves room for a second one; more programs than the GPU holds would be right too
     programs = tile.programs or _processors(f.x) * max(1, 8 // tile.warps)
@@ -86,7 +86,7 @@ def added(f: Fused, tile: Tile) -> Buffers:
     b = buffers(f, tile, tile.BS)
     b.y = F.linear(f.x, f.w, f.bias).contiguous()
     shrink(f, b, tile)
-    expand(replace(f, bias=None), b, replace(tile, pdl=False), add=True)
+    expand(replace(f, bias=None), b, replace(tile, pdl=False, BX=0), add=True)
     return b
 
 

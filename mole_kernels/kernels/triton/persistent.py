@@ -26,16 +26,17 @@ from mole_kernels.kernels.triton.shrink import finish_sample, shrink_tile
 
 @triton.jit(do_not_specialize=COUNTS)
 def persistent_kernel(
-    x, w, down, up, phi, phi_bias, bias, cols, scale, gate, pool, pool_bias, assignment, sample_gate, h, z, token_gate, d, parts,
+    x, w, w2, down, up, phi, phi_bias, bias, cols, scale, gate, pool, pool_bias, assignment, sample_gate, h, z, token_gate, d, parts,
     q, y, flags, T, span, n_t, n_m, n_r, n_b, M, N, K, R, E, top_k,
     sxb, sxt, sxk, swn, swk, sds, sdr, sdk, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
     BACKWARD: tl.constexpr, ASSIGN: tl.constexpr, TOKEN: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr,
     BIAS: tl.constexpr, PHI_BIAS: tl.constexpr, POOL_BIAS: tl.constexpr, SAVE: tl.constexpr, NEED_D: tl.constexpr,
     TMA: tl.constexpr, W_ROWS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BZ: tl.constexpr, EP: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BZ: tl.constexpr,
+    EP: tl.constexpr,
 ):  # fmt: skip
     """grid (programs,): any number is right, as many as the GPU holds at once is fast."""
-    n_h, n_n = n_m * n_r, tl.cdiv(N, BN)
+    n_h, n_n = n_m * n_r, tl.cdiv(N, BN + BX)
     arrived, ready = flags + 2, flags + 2 + n_b
     t = tl.atomic_add(flags, 1, sem="relaxed")
     while t < n_h:
@@ -59,7 +60,8 @@ def persistent_kernel(
     n_p = tl.num_programs(0)
     for tile in tl.range(t - n_h, n_m * n_n, n_p, disable_licm=True):
         i, i_n = tile_order(tile, n_m, n_n, GROUP)
-        b_y = base_tile(i, i_n, x, w, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk, TMA, W_ROWS, EVEN_K, PRECISION, BM, BN, BK)
+        n_0 = i_n * (BN + BX)
+        b_y, b_2 = base_tile(i, n_0, x, w, w2, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk, TMA, W_ROWS, EVEN_K, PRECISION, BM, BN, BX, BK)
         if POOL:
             while tl.atomic_add(ready + i // n_t, 0, sem="acquire") == 0:
                 pass
@@ -67,10 +69,16 @@ def persistent_kernel(
             while tl.atomic_add(ready + i, 0, sem="acquire") < n_r:
                 pass
         expand_tile(
-            b_y, i, i_n, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
+            b_y, i, n_0, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
             T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
             BACKWARD, ASSIGN, TOKEN, SOFTMAX, GATE, POOL, BIAS, PRECISION, BM, BN, BZ, EP,
         )  # fmt: skip
+        if BX:
+            expand_tile(
+                b_2, i, n_0 + BN, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
+                T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
+                BACKWARD, ASSIGN, TOKEN, SOFTMAX, GATE, POOL, BIAS, PRECISION, BM, BX, BZ, EP,
+            )  # fmt: skip
 
     tl.debug_barrier()
     if tl.atomic_add(flags + 1, 1, sem="acq_rel") == n_p - 1:

@@ -19,6 +19,7 @@ class Tile:
     """Sizes of one launch.
 
     BM, BN, BK  rows, columns and depth of a base tile
+    BX          columns beside the BN, in a second accumulator: tiles of 160 and 192 columns, which powers of two do not have
     BR          most columns of h in one tile; BZ depth of a step of the expand
     BS          rows of a tile of the shrink kernel, where it is a launch of its own
     group       row tiles that share columns of W in time
@@ -29,6 +30,7 @@ class Tile:
 
     BM: int = 128
     BN: int = 128
+    BX: int = 0
     BK: int = 64
     BR: int = 64
     BZ: int = 64
@@ -40,9 +42,14 @@ class Tile:
     pdl: bool = False
     programs: int = 0
 
+    @property
+    def width(self) -> int:
+        """Columns of one tile of y."""
+        return self.BN + self.BX
+
 
 # relative rate of the tensor cores at a tile's size, from published H100 GEMMs; a start for the tables
-_RATE = {(128, 256): 1.0, (128, 128): 0.9, (128, 64): 0.7, (64, 128): 0.7, (64, 64): 0.5}
+_RATE = {(128, 256): 1.0, (128, 192): 0.97, (128, 160): 0.95, (128, 128): 0.9, (128, 64): 0.7, (64, 128): 0.7, (64, 64): 0.5}
 
 
 @lru_cache(maxsize=4096)
@@ -53,17 +60,18 @@ def choose(M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple
         small = 64 * 64 * processors >= M * N
         return Tile(BM=32 if small else 64, BN=64, BK=32, BR=32, BZ=32, BS=32, warps=4, stages=2)
     hopper = capability[0] in (9, 10)
-    fits = [t for t in _RATE if hopper or t != (128, 256)]
+    fits = [t for t in _RATE if hopper or t[1] <= 128]
 
     def predicted(t: tuple[int, int]) -> float:
         return ceil(ceil(M / t[0]) * ceil(N / t[1]) / processors) * t[0] * t[1] / _RATE[t]
 
-    BM, BN = min(fits, key=predicted)
+    BM, columns = min(fits, key=predicted)
+    BN = 128 if columns in (160, 192) else columns
     warps = 4 if BM * BN <= 64 * 128 else 8
     # consumer Ampere, Ada and Blackwell have 100 KB of shared memory, the data-centre parts 160 or more
     stages = 3 if roomy(capability) else 2
     # not on consumer Blackwell: as compiled there, descriptors make the main loop longer (207 instructions, 185 by pointers)
-    return Tile(BM=BM, BN=BN, BR=64 if BM == 128 else 32, BS=32 if 64 * processors > M else 64, warps=warps, stages=stages,
+    return Tile(BM=BM, BN=BN, BX=columns - BN, BR=64 if BM == 128 else 32, BS=32 if 64 * processors > M else 64, warps=warps, stages=stages,
                 tma=capability[0] in (9, 10), pdl=capability[0] >= 9)  # fmt: skip
 
 
@@ -94,7 +102,7 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, 
 def for_recompute(tile: Tile, capability: tuple[int, int], gates: int) -> Tile:
     """`tile` for a kernel that holds y's and h's accumulators at once, narrowed as `fitted` does."""
     narrow = capability[0] not in (9, 10) and gates > 0
-    return replace(tile, BN=min(tile.BN, 64) if narrow else tile.BN)
+    return replace(tile, BN=min(tile.BN, 64) if narrow else tile.BN, BX=0)
 
 
 def for_sums(R: int, dtype: torch.dtype, capability: tuple[int, int], busy: bool) -> tuple[int, int, int]:
