@@ -109,7 +109,7 @@ def train(
     resolution: Annotated[str | None, _from("Side in pixels, or HEIGHTxWIDTH.", TUNE)] = None,
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Pictures also mirrored.", rich_help_panel=TUNE, show_default=False)] = None,  # noqa: E501
     seed: Annotated[int | None, _from("Of noise, order and fresh weights.", TUNE)] = None,
-    dtype: BaseDtype = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the model.", show_default="bfloat16 on a GPU with sd, sdxl; else float32")] = None,
     cache: Annotated[Path | None, typer.Option(help="Of latents and text states.", show_default="in memory")] = None,
 ) -> None:  # fmt: skip
     """Stage 3: an expert for each skill from its pictures, the model untouched; goes on from the last checkpoint."""

@@ -71,7 +71,9 @@ def teach(given: Given) -> None:
     asked, project = _plain(given), Project(given["work"])
     names = project.choose(asked["skill"] or ())
     training = _training(asked)
-    pipe = _pipeline(asked["model"], asked["dtype"])
+    # as mixed precision has it, since float32 factors beside a float16 model want autocast
+    wide = "bfloat16" if training.config.mixed_precision == "bf16" and torch.cuda.is_available() else "float32"
+    pipe = _pipeline(asked["model"], asked["dtype"] or wide)
     training = replace(training, multiple=size_multiple(pipe))
     state = processes()
     if asked["joint"]:

@@ -66,7 +66,11 @@ def chat(text, finish="stop"):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch, tmp_path):
+    # neither a proxy nor a login of the machine that tests may come between
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     made = Server()
     yield made
     made.http.shutdown()
@@ -75,13 +79,13 @@ def server():
 
 def test_a_chat_endpoint_writes_prompts(server, tmp_path):
     writer = EndpointText(server.url, "tiny", key="secret", temperature=0.7)
-    found = write_prompts(Project(tmp_path), SKILL, writer, SETTINGS)
+    found = write_prompts(Project(tmp_path / "run"), SKILL, writer, SETTINGS)
     assert len(found) == 6 and len(server.seen) == 2
     path, headers, body = server.seen[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
     assert (body["model"], body["temperature"], [m["role"] for m in body["messages"]]) == ("tiny", 0.7, ["user"])
     assert "1. " in body["messages"][0]["content"] and server.seen[0][2]["seed"] != server.seen[1][2]["seed"]
-    assert not any(b"secret" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert not any(b"secret" in p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
 
 
 def test_a_completion_endpoint_and_an_answer_cut_off(server):
@@ -175,5 +179,8 @@ def test_addresses_that_are_none(url):
     assert "pass" not in str(caught.value)
     with pytest.raises(MoleValueError, match="kind"):
         EndpointText("http://h/v1", "tiny", kind="other")
+    with pytest.raises(MoleValueError, match="key") as caught:
+        EndpointText("http://h/v1", "tiny", key="secret\n")
+    assert "secret" not in str(caught.value)
     with pytest.raises(MoleValueError, match="timeout"):
         EndpointText("http://h/v1", "tiny", timeout=float("nan"))

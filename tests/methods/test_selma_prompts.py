@@ -180,15 +180,12 @@ def test_a_writer_that_repeats_itself_is_stopped(tmp_path):
     assert len(same.asked) == 6
 
 
-def test_other_settings_writers_or_seeds_are_refused_and_change_nothing(tmp_path):
+def test_other_settings_or_seeds_are_refused_and_change_nothing(tmp_path):
     project = Project(tmp_path)
     write_prompts(project, SKILL, Writer(), SMALL)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    other = Writer()
-    other.name = "another"
     for change in (
         lambda: write_prompts(project, SKILL, Writer(), replace(SMALL, limit=0.7)),
-        lambda: write_prompts(project, SKILL, other, SMALL),
         lambda: write_prompts(project, replace(SKILL, seeds=("x y", "y z", "z x")), Writer(), SMALL),
         lambda: write_prompts(project, SKILL, Writer(), replace(SMALL, count=3)),
     ):
@@ -258,6 +255,16 @@ def test_a_file_as_writer(tmp_path):
         path.write_bytes(content)
         with pytest.raises(MoleFileError):
             FileText(path)
+
+
+def test_another_writer_may_take_over_and_a_file_begins_at_its_first_line(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("silver moon above hills\ntwo cats\ntall ships at sea\n")
+    project = Project(tmp_path / "run")
+    write_prompts(project, SKILL, Writer(), replace(SMALL, count=4))
+    found = write_prompts(project, SKILL, FileText(path, batch=2), replace(SMALL, count=7))
+    assert found[4:] == ["silver moon above hills", "two cats", "tall ships at sea"]
+    assert [row["by"] for row in read_lines(tmp_path / "run/colours/requests.jsonl")] == ["writer", "file lines.txt", "file lines.txt"]
 
 
 def test_a_local_model_as_writer(tmp_path):

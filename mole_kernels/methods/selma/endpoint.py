@@ -40,6 +40,8 @@ class EndpointText:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             hint = "a key belongs in key=, not in the address"
             raise MoleValueError("EndpointText: url", expected="http(s)://host[:port]/v1", got=_without_login(url), hint=hint)
+        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+            raise MoleValueError("EndpointText: key", expected="printable letters without a space", got="something else")
         if kind not in ("chat", "completion"):
             raise MoleValueError("EndpointText: kind", expected="'chat' or 'completion'", got=repr(kind))
         if not (math.isfinite(timeout) and timeout > 0):
@@ -56,18 +58,23 @@ class EndpointText:
     def _post(self, url: str, body: dict[str, Any]) -> bytes:
         import requests
 
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         until = time.monotonic() + self.timeout
         connect = min(10.0, self.timeout)
         try:
             with requests.post(
-                url, json=body, headers=headers, timeout=(connect, self.timeout), stream=True, allow_redirects=False
+                url, json=body, auth=self._sign, timeout=(connect, self.timeout), stream=True, allow_redirects=False
             ) as response:
                 content = self._read(response, until)
                 self._check(response, content)
                 return content
         except requests.RequestException as error:
             raise UnusableAnswer(f"endpoint {self.url}", _reason(error)) from error
+
+    def _sign(self, request: Any) -> Any:
+        """The key into the request; given as auth, since requests would otherwise put in what a .netrc holds for the host."""
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
 
     def _read(self, response: Any, until: float) -> bytes:
         """The body, within the time and size allowed: a server may send a byte now and then for ever."""

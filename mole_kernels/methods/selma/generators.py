@@ -20,9 +20,10 @@ class UnusableAnswer(MoleError, RuntimeError):
 class TextGenerator(Protocol):
     """Writes text.
 
-    name   what the manifest records, so that a resume with another writer is seen; no secrets
-    write  the answer to a request. `number` counts a skill's requests from 0, `seed` differs from attempt to attempt; both are the
-           same again after a restart. Raises UnusableAnswer where another attempt may help, any other MoleError where it will not.
+    name   what is recorded with each request; no secrets
+    write  the answer to a request. `number` counts what this writer was asked before for a skill, from 0; `seed` differs from
+           attempt to attempt; both are the same again after a restart. Raises UnusableAnswer where another attempt may help,
+           any other MoleError where it will not.
     """
 
     name: str

@@ -52,7 +52,7 @@ class PromptSettings:
 
 
 # may change between a run and its resume without a prompt already accepted being another
-_FREE = ("count", "attempts", "wait", "patience")
+_FREE = ("count", "attempts", "wait", "patience", "generator")
 
 
 def write_prompts(
@@ -81,7 +81,7 @@ def write_prompts(
     likeness = Likeness([*skill.seeds, *accepted], settings.limit)
     barren = 0
     while len(accepted) < settings.count:
-        row = _ask(skill, generator, settings, accepted, len(requests), sleep)
+        row = _ask(skill, generator, settings, accepted, requests, sleep)
         _sort(row, likeness, settings.count - len(accepted))
         requests.append(row)
         accepted += row["accepted"]
@@ -98,9 +98,12 @@ def write_prompts(
 
 
 def _ask(
-    skill: Skill, generator: TextGenerator, settings: PromptSettings, accepted: list[str], number: int, sleep: Callable[[float], None]
+    skill: Skill, generator: TextGenerator, settings: PromptSettings, accepted: list[str], before: Rows, sleep: Callable[[float], None]
 ) -> dict[str, Any]:
-    """One request, tried until an answer holds prompts: {"shown", "found", "attempts"}."""
+    """One request, tried until an answer holds prompts: {"by", "shown", "found", "attempts"}."""
+    number = len(before)
+    # a file that takes over from another writer begins at its first line
+    own = sum(row["by"] == generator.name for row in before)
     pool = [*skill.seeds, *accepted]
     shown = random.Random(f"{settings.seed}/{skill.name}/{number}").sample(pool, min(settings.shown, len(pool)))
     request = request_text(skill, shown, settings.more)
@@ -108,9 +111,9 @@ def _ask(
         last = attempt == settings.attempts - 1
         seed = counted_generator(settings.seed, "prompts", skill.name, number, attempt).initial_seed() % 2**31
         try:
-            found = parse_prompts(generator.write(request, number, seed), start=len(shown) + 1)
+            found = parse_prompts(generator.write(request, own, seed), start=len(shown) + 1)
             if found:
-                return {"shown": shown, "found": found, "attempts": attempt + 1}
+                return {"by": generator.name, "shown": shown, "found": found, "attempts": attempt + 1}
             raise UnusableAnswer(generator.name, "the answer holds no list of prompts")
         except UnusableAnswer as error:
             if last:
