@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import ours
 from benchmarks.layer import Layer
-from benchmarks.ours import interpreting
 from benchmarks.peers import Stacked
 
 
@@ -37,7 +37,7 @@ def why_not(device: str) -> str | None:
     """Why it cannot run here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    return None if device == "cuda" or interpreting() else "needs an NVIDIA GPU"
+    return None if device == "cuda" or ours.interpreting() else "needs an NVIDIA GPU"
 
 
 class LoRAFusion(nn.Module):

@@ -30,22 +30,40 @@ def arch() -> str:
 
 
 def build(limit: float, gpu: bool) -> Facts:
-    """{"built", "seconds", "how", "error"}; never raises for a build that fails."""
+    """{"built", "seconds", "how", "error", "arch"}; what fails is recorded, and tried once more without CUDA. Never raises for a build."""
     begin, env = time.monotonic(), dict(os.environ)
     if gpu and "TORCH_CUDA_ARCH_LIST" not in env:
         env["TORCH_CUDA_ARCH_LIST"] = arch()
     env.setdefault("MAX_JOBS", str(os.cpu_count() or 2))
+    how, error = attempt(limit, env)
+    first = error
+    if error and "MOLE_SKIP_CUDA_BUILD" not in env:
+        how, error = attempt(limit - (time.monotonic() - begin), env | {"MOLE_SKIP_CUDA_BUILD": "1"})
+        how += ", without CUDA"
+    seconds = round(time.monotonic() - begin, 1)
+    return {"built": not error, "how": how, "seconds": seconds, "error": first, "arch": env.get("TORCH_CUDA_ARCH_LIST", "")}
+
+
+def attempt(limit: float, env: dict[str, str]) -> tuple[str, str]:
+    """How it was built, and what went wrong ("": nothing, and the library loads)."""
+    how = "setup.py"
     try:
         setup = load_setup()
+        if setup.find_ninja(env) is not None:
+            how, error = "setup.py build_ext --inplace", with_ninja(limit, env)
+        else:
+            how, error = "the same commands without ninja", without_ninja(setup, limit, env)
+        return how, error or loads(limit)
     # setuptools may be missing, or what setup.py asks for
-    except (Exception, SystemExit) as error:
-        return {"built": False, "how": "setup.py", "seconds": 0.0, "error": f"{type(error).__name__}: {error}"[:600]}
-    if setup.find_ninja(env) is not None:
-        how, error = "setup.py build_ext --inplace", with_ninja(limit, env)
-    else:
-        how, error = "the same commands without ninja", without_ninja(setup, limit, env)
-    seconds = round(time.monotonic() - begin, 1)
-    return {"built": not error, "how": how, "seconds": seconds, "error": error, "arch": env.get("TORCH_CUDA_ARCH_LIST", "")}
+    except (Exception, SystemExit) as raised:
+        return how, f"{type(raised).__name__}: {raised}"[:600]
+
+
+def loads(limit: float) -> str:
+    """Why the library does not load, asked of a process of its own; "" where it does."""
+    ask = "from mole_kernels import extension; print(extension.why_not() or '')"
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, timeout=max(30.0, limit))
+    return done.stdout.strip()[:600] if done.returncode == 0 else tail(done.stderr)
 
 
 def load_setup() -> Any:

@@ -112,17 +112,26 @@ def measured(device: str, quick: bool, full: bool) -> list[Item]:
     if device != "cuda":
         found = list(tiny())
     elif quick:
-        found = [*list(core())[:2], *(i for i in core() if "8192x640x640" in i["id"])]
+        few = ("2048x1280x1280-bf16-r32", "8192x640x640-bf16-r32", "4608x3072x3072-bf16-r32")
+        found = [{**i, "compile": False} for i in core() if i["id"].endswith(few)]
     else:
         found = [*core(), *models(), *sweeps(full), *(everything() if full else ())]
     return merge(found)
 
 
 def merge(items: list[Item]) -> list[Item]:
-    """One item for each id, with whatever any of them asked for."""
+    """One item for each id, with whatever any of them asked for; a shape that several models have counts for all of them."""
     found: dict[str, Item] = {}
     for item in items:
-        found[item["id"]] = {**item, **found.get(item["id"], {})} if item["id"] in found else item
+        first = found.get(item["id"])
+        if first is None:
+            found[item["id"]] = item
+            continue
+        both = {**item, **first}
+        if "case" in item:
+            counts = dict(item["case"]["counts"]) | dict(first["case"]["counts"])
+            both["case"] = {**first["case"], "counts": tuple(sorted(counts.items()))}
+        found[item["id"]] = both
     return list(found.values())
 
 

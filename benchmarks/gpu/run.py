@@ -16,6 +16,7 @@ from benchmarks.gpu.context import Context, Item
 from benchmarks.gpu.goals import goals
 from benchmarks.gpu.pool import Job, Results
 from benchmarks.timing import spread
+from mole_kernels import extension
 
 # each step may go on until this part of the whole time is gone
 BUILT, VERIFIED, MEASURED = 0.18, 0.58, 0.96
@@ -139,6 +140,7 @@ def conclude(r: Run, clocks: dict[str, Any]) -> dict[str, Any]:
         "verified": not r.args.no_verify and r.checked.passed > 0 and not any(of_ours(f) for f in failures) and not r.checked.dropped,
         "checks": checks,
         "build": r.facts.get("build"),
+        "proxies": proxies(),
         "seconds": r.seconds,
         "failures": failures,
         "dropped": [*r.checked.dropped, *r.measured.dropped],
@@ -146,6 +148,12 @@ def conclude(r: Run, clocks: dict[str, Any]) -> dict[str, Any]:
         "cases": cases,
     }
     return result | {"goals": goals(result)}
+
+
+def proxies() -> list[dict[str, Any]]:
+    """What the compiler said of the CUDA kernels, where they were built."""
+    said = extension.build_report().get("sm90", [])
+    return [{"kernel": k["kernel"], "arch": "sm_90a", "regs": k.get("registers"), "spill": k.get("spilled")} for k in said]
 
 
 def of_ours(failure: dict[str, str]) -> bool:
