@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.operands import Experts, Gates
-from mole_kernels.ops import schema  # noqa: F401  registers torch.ops.mole
+from mole_kernels.ops import direct, schema
 from mole_kernels.precision import autocast_dtype
+from mole_kernels.problem import Problem
 
 OP = "gated_lora_linear"
 NO_GATES = Gates()
+# device types that torch.ops.mole has kernels for; others (meta) are its fake's
+DEVICES = ("cpu", "cuda", "xpu", "mps")
+MOST_KNOWN = 4096
 
 
 def gated_lora_linear(
@@ -44,37 +50,66 @@ def gated_lora_linear_with_gates(
     The gates come back detached and in float32.
     """
     gates = gates or NO_GATES
-    _check_types(x, weight, bias, experts, gates)
-    x3 = _as_samples(x)
-    _check_shapes(x3, weight, bias, experts, gates)
-    x3, weight, bias, down, up, phi = _cast(x3, weight, bias, experts.down, experts.up, gates.phi)
-    save = torch.is_grad_enabled() and _wants_grad(x3, experts, gates)
-    if save and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+    down, up, scale, ranks, assignment = experts
+    gate, phi, phi_bias, pool, pool_bias, top_k = gates
+    tensors = (x, weight, bias, down, up, scale, gate, phi, phi_bias, pool, pool_bias, assignment)
+    unobserved = direct.unobserved(tensors)
+    known = _look_up(tensors, x, weight, bias, experts, gates) if unobserved else None
+    if known is None:
+        _check_types(x, weight, bias, experts, gates)
+        _check_shapes(_as_samples(x), weight, bias, experts, gates)
+    if assignment is not None:
+        _check_values(assignment, down.shape[0])
+    flat = x.dim() == 3
+    x3 = x if flat else _as_samples(x)
+    if known is None or known.casts:
+        x3, weight, bias, down, up, phi = _cast(x3, weight, bias, down, up, phi)
+    save = trains = False
+    if torch.is_grad_enabled():
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        save = _wants_grad((x3, down, up, scale, gate, phi, phi_bias, pool, pool_bias))
+    if save and trains:
         raise MoleStateError(
             OP,
             "weight or bias requires a gradient, but the base layer is frozen here and would get none",
             hint="weight.requires_grad_(False)",
         )
-    y, _, token_gate, sample_gate = torch.ops.mole.gated_lora_fwd(
-        x3,
-        weight,
-        bias,
-        down,
-        up,
-        experts.scale,
-        experts.ranks,
-        gates.gate,
-        phi,
-        gates.phi_bias,
-        gates.pool,
-        gates.pool_bias,
-        save,
-        experts.assignment,
-        gates.top_k,
-        backend,
-    )
-    y = y.reshape(*x.shape[:-1], weight.shape[0])
-    return y, token_gate if phi is not None else None, sample_gate if gates.pool is not None else None
+    args = (x3, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k)
+    if known is None or known.problem.device not in DEVICES or trains:
+        y, _, token_gate, sample_gate = schema.forward_op(*args, backend)
+    else:
+        y, _, token_gate, sample_gate = direct.forward(known.problem, args, save, backend)
+    y = y if flat else y.reshape(*x.shape[:-1], weight.shape[0])
+    return y, token_gate if phi is not None else None, sample_gate if pool is not None else None
+
+
+class Known(NamedTuple):
+    """What the shapes, dtypes and devices of a call's tensors settle, once they were found good."""
+
+    problem: Problem
+    casts: bool
+
+
+# (shape, dtype, device of each tensor, ranks, top_k, autocast's dtype) -> what follows from nothing else
+_KNOWN: dict[tuple, Known] = {}
+
+
+def _look_up(tensors: tuple, x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates) -> Known:
+    """What is known of such a call; the first of its kind is checked."""
+    ranks, autocast = tuple(experts.ranks), autocast_dtype(x.device.type)
+    key = (ranks, gates.top_k, autocast, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+    known = _KNOWN.get(key)
+    if known is None:
+        _check_types(x, weight, bias, experts, gates)
+        x3 = _as_samples(x)
+        _check_shapes(x3, weight, bias, experts, gates)
+        x3, *operands = _cast(x3, weight, bias, experts.down, experts.up, gates.phi)
+        casts = any(a is not b for a, b in zip(operands, (weight, bias, experts.down, experts.up, gates.phi))) or x3.dtype != x.dtype
+        problem = schema.problem_of(x3, weight, experts.down, ranks, gates.gate, gates.phi, gates.pool, experts.assignment, gates.top_k)
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        known = _KNOWN[key] = Known(problem, casts)
+    return known
 
 
 def _as_samples(x: Tensor) -> Tensor:
@@ -86,8 +121,8 @@ def _as_samples(x: Tensor) -> Tensor:
     return x.flatten(1, -2)
 
 
-def _wants_grad(x: Tensor, experts: Experts, gates: Gates) -> bool:
-    return any(t is not None and t.requires_grad for t in (x, experts.down, experts.up, experts.scale, *gates[:5]))
+def _wants_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, phi: Tensor | None):
@@ -151,12 +186,15 @@ def _check_assignment(assignment: Tensor, B: int, S: int, device: torch.device) 
         raise MoleTypeError(OP, expected=f"assignment int64 on x's device {device}", got=f"{assignment.dtype} on {assignment.device}")
     if tuple(assignment.shape) != (B,):
         raise MoleShapeError(OP, expected=f"assignment [B] = [{B}], one set for each sample", got=tuple(assignment.shape))
-    if torch.compiler.is_compiling() or device.type != "cpu" or assignment.is_meta or not B:
+
+
+def _check_values(assignment: Tensor, S: int) -> None:
+    """Every value is a set or −1: where looking costs nothing, and there is a value to look at."""
+    if torch.compiler.is_compiling() or not assignment.is_cpu or type(assignment) not in direct.PLAIN:
         return
-    wrong = ((assignment < -1) | (assignment >= S)).nonzero()
-    if wrong.numel():
-        b = int(wrong[0])
-        raise MoleValueError(OP, expected=f"assignment between -1 and {S - 1} (S = {S} sets)", got=f"{int(assignment[b])} for sample {b}")
+    for b, s in enumerate(assignment.tolist()):
+        if not -1 <= s < S:
+            raise MoleValueError(OP, expected=f"assignment between -1 and {S - 1} (S = {S} sets)", got=f"{s} for sample {b}")
 
 
 def _check_gates(gates: Gates, B: int, T: int, K: int, E: int, R: int, S: int) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 @lru_cache(maxsize=512)
 def _expert_of_column(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     index = [e for e, rank in enumerate(ranks) for _ in range(rank)]
-    return torch.tensor(index, dtype=torch.int64).to(device)
+    # kept for calls that train, whoever makes it first
+    with torch.inference_mode(False):
+        return torch.tensor(index, dtype=torch.int64).to(device)
 
 
 def widen(per_expert: Tensor, ranks: tuple[int, ...]) -> Tensor:

@@ -31,6 +31,11 @@ def _operators():
     return torch.ops.mole_cpu.forward.default, torch.ops.mole_cpu.backward.default
 
 
+@lru_cache(maxsize=512)
+def _bits(need: tuple[bool, ...]) -> int:
+    return sum(1 << i for i, wanted in enumerate(need) if wanted)
+
+
 def forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment=None, top_k=0):
     """y, h, l, G; see docs/design.md section 3."""
     return _operators()[0](x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k)
@@ -38,6 +43,5 @@ def forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, 
 
 def backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment=None, top_k=0):
     """The nine gradients; what nobody needs is empty."""
-    bits = sum(1 << i for i, wanted in enumerate(need) if wanted)
-    args = dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, bits, assignment, top_k
+    args = dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, _bits(tuple(need)), assignment, top_k
     return _operators()[1](*args)

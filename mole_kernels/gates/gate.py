@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mole_kernels.errors import MoleShapeError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.gates.collapse import collapsed
 from mole_kernels.operands import Gates
-from mole_kernels.precision import gate_dtype, no_autocast
 
 
 class Gate(nn.Module):
@@ -19,6 +20,14 @@ class Gate(nn.Module):
 
     def operands(self, experts: LayerExperts) -> Gates:
         raise NotImplementedError
+
+
+class Pool(NamedTuple):
+    """A pooled gate's p, what it was made of (kept, so that no other tensor can come to lie there), and how that stood."""
+
+    p: Tensor
+    key: tuple[int, ...]
+    made_of: tuple[Tensor, ...]
 
 
 class MoLEGate(Gate):
@@ -42,7 +51,7 @@ class MoLEGate(Gate):
         self.phi_bias = nn.Parameter(torch.empty(num_experts, **make)) if local else None
         self.head = nn.Parameter(torch.empty(num_experts, out_features, **make)) if pooled else None
         self.head_bias = nn.Parameter(torch.empty(num_experts, **make)) if pooled else None
-        self._pool: tuple[tuple, Tensor] | None = None
+        self._pool: Pool | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -61,27 +70,21 @@ class MoLEGate(Gate):
 
         Kept while nothing that it is made of was written to; made anew where a gradient must flow, and inside a compiled graph.
         """
-        assert self.head is not None
-        made_of = (experts.up, experts.scale, self.head)
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_inference_mode_enabled()
-            or (torch.is_grad_enabled() and any(t.requires_grad for t in made_of))
-        ):
-            return self._compute_pooled(experts)
-        key = tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in made_of)
-        if self._pool is None or self._pool[0] != key or self._pool[1].device != experts.up.device:
-            with torch.no_grad():
-                self._pool = (key, self._compute_pooled(experts))
-        return self._pool[1]
-
-    def _compute_pooled(self, experts: LayerExperts) -> Tensor:
-        assert self.head is not None
-        # [S,E,R]: each head row against every column; expert e then keeps its own row
-        with no_autocast(self.head.device.type):
-            wide = gate_dtype(self.head.dtype)
-            scale, parts = experts.scale.to(wide), (self.head.to(wide) @ experts.up.to(wide)).split(experts.ranks, -1)
-            return torch.cat([part[:, e] * scale[e] for e, part in enumerate(parts)], -1)
+        up, scale, head = experts.up, experts.scale, self.head
+        assert head is not None
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (up.requires_grad or head.requires_grad or scale.requires_grad)):
+            return collapsed(up, scale, head, experts.ranks)
+        if up.is_inference() or scale.is_inference() or head.is_inference():
+            # such tensors count no versions
+            return collapsed(up, scale, head, experts.ranks)
+        key = (up.data_ptr(), up._version, scale.data_ptr(), scale._version, head.data_ptr(), head._version)
+        kept = self._pool
+        if kept is None or kept.key != key or kept.p.device != up.device:
+            # made outside inference mode, for a later call may train with it
+            with torch.inference_mode(False), torch.no_grad():
+                p = collapsed(up, scale, head, experts.ranks)
+                kept = self._pool = Pool(p, key, (up.detach(), scale.detach(), head.detach()))
+        return kept.p
 
     def __getstate__(self):
         return {**self.__dict__, "_pool": None}

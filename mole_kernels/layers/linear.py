@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from mole_kernels.errors import MoleShapeError, MoleStateError
 from mole_kernels.experts.layer import LayerExperts
-from mole_kernels.functional import gated_lora_linear_with_gates
+from mole_kernels.functional import NO_GATES, gated_lora_linear_with_gates
 from mole_kernels.gates.gate import Gate
-from mole_kernels.operands import Gates
 
 
 class LastGates(NamedTuple):
@@ -34,10 +33,12 @@ class Gated(nn.Module):
 
     def mixture(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x Wᵀ + b + Σ_e s_e·g_e·(x A_eᵀ) B_eᵀ for tokens x [...,K] and weight [N,K]."""
-        gates = Gates() if self.gate is None else self.gate.operands(self.experts)
-        y, token, sample = gated_lora_linear_with_gates(x, weight, bias, self.experts.operands(), gates, backend=self.backend)
+        gate, experts = self.gate, self.experts
+        gates = NO_GATES if gate is None else gate.operands(experts)
+        y, token, sample = gated_lora_linear_with_gates(x, weight, bias, experts.operands(), gates, backend=self.backend)
         if not torch.compiler.is_compiling():
-            self.last_gates = LastGates(token, sample, None if gates.gate is None else gates.gate.detach())
+            # past nn.Module's search for parameters and modules, which costs more than the tuple
+            object.__setattr__(self, "last_gates", LastGates(token, sample, None if gates.gate is None else gates.gate.detach()))
         return y
 
     def attach_experts(self, experts: LayerExperts, gate: Gate | None, backend: str) -> None:
