@@ -27,6 +27,7 @@ from mole_kernels.training.cached import PictureBatches, cache_size, picture_bat
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.encode import Encoder
 from mole_kernels.training.pictures import PictureFolder
+from mole_kernels.training.processes import processes
 
 Given = Mapping[str, Any]
 # zero on the command line is None in a config
@@ -182,9 +183,7 @@ def _pipeline(name: str, dtype: torch.dtype) -> Any:
         raise MoleFileError(printable(name, 300), f"no pipeline can be read from it ({printable(error, 300)})", hint=hint) from error
     if not isinstance(getattr(pipe, "unet", None), torch.nn.Module):
         raise MoleFileError(printable(name, 300), expected="a pipeline with a UNet", got=type(pipe).__name__)
-    from accelerate import PartialState
-
-    return pipe.to(PartialState().device)
+    return pipe.to(processes().device)
 
 
 def _batches(pipe: Any, folder: PictureFolder, asked: Given, batch_size: int) -> PictureBatches | None:
@@ -246,9 +245,7 @@ def _named(target: Path):
 
 
 def _main() -> bool:
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
+    return bool(processes().is_main_process)
 
 
 def _say(text: str) -> None:
