@@ -193,9 +193,7 @@ def main() -> None:
     plot(table, out / "ablation.png")
     print(markdown(table))
     cpu = sum(one["cpu_seconds"] for one in seeds)
-    print(
-        f"{made.seeds} seeds, {time.time() - begun:.0f} s, {cpu:.0f} s of processor time; wrote {out}/results.json, table.md, ablation.png"
-    )
+    print(f"{made.seeds} seeds, {time.time() - begun:.0f} s, {cpu:.0f} s of processor time; results.json, table.md, ablation.png in {out}")
 
 
 if __name__ == "__main__":
