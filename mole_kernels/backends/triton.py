@@ -111,14 +111,14 @@ def way_of(x, weight, down, ranks, gate, phi, pool, save: bool, backward: bool =
     )  # fmt: skip
 
 
-def _tile(f):
+def _tile(f, even: bool = False):
     from mole_kernels.kernels.triton.tiles import choose as tile_for
     from mole_kernels.kernels.triton.tiles import fitted
 
     device = _device(f.x.device.index)
     gates = sum(g is not None for g in (f.phi, f.pool, f.gate))
     # D is made for a scale's gradient too
-    tile = tile_for(f.M, f.K, f.N, f.R, f.x.dtype, device.capability, device.processors)
+    tile = tile_for(f.M, f.K, f.N, f.R, f.x.dtype, device.capability, device.processors, even)
     return fitted(tile, device.capability, f.backward, gates + f.backward, f.top_k > 0)
 
 
@@ -139,7 +139,7 @@ def forward(
     from mole_kernels.kernels.triton.tiles import for_recompute
 
     f = _call(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, assignment, top_k, save)
-    tile = tile or _tile(f)
+    tile = tile or _tile(f, way == "recompute")
     if way == "recompute":
         tile = for_recompute(tile, _device(x.device.index).capability, sum(g is not None for g in (gate, phi)))
     b = WAYS[way](f, tile)

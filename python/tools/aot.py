@@ -227,7 +227,7 @@ WHOLE = {80: Tile(stages=3), 89: Tile(stages=2), 90: Tile(tma=True), 100: Tile(t
 def _product(kernel: str, arch: int, way: str, gate: str, tile: Tile, suffix: str = "") -> Build:
     """A forward or backward product at `tile`, as `launch.py` would start it."""
     backward = way == "bwd"
-    tile = fitted(tile, (arch // 10, arch % 10), backward, sum(GATES[gate][kind] for kind in KINDS))
+    tile = fitted(tile, (arch // 10, arch % 10), backward, backward + sum(GATES[gate][kind] for kind in KINDS))
     constants = LOOSE | GATES[gate] | dict(
         BACKWARD=backward, SAVE=not backward, NEED_D=backward and gate != "none", TMA=tile.tma, W_ROWS=not backward,
         BM=tile.BM, BN=tile.BN, BX=tile.BX, BK=tile.BK, BR=tile.BR, BZ=tile.BZ, PDL=kernel == "expand_kernel" and arch >= 90,
@@ -242,7 +242,7 @@ def _product(kernel: str, arch: int, way: str, gate: str, tile: Tile, suffix: st
 
 
 def _shrink(arch: int, way: str, gate: str) -> Build:
-    gates = sum(GATES[gate][kind] for kind in KINDS)
+    gates = (way == "bwd") + sum(GATES[gate][kind] for kind in KINDS)
     tile = fitted(Tile(stages=WHOLE[arch].stages), (arch // 10, arch % 10), way == "bwd", gates, "SOFTMAX" in GATES[gate])
     b = _product("shrink_kernel", arch, way, gate, replace(tile, tma=False))
     return replace(b, constants=b.constants | dict(BM=tile.BS, BIAS=True, PDL=arch >= 90 and way == "fwd"), warps=tile.warps)
@@ -259,7 +259,7 @@ def builds() -> list[Build]:
                     out.append(_product(kernel, arch, way, gate, WHOLE[arch]))
                     if WHOLE[arch].tma and gate in ("none", "both"):
                         out.append(_product(kernel, arch, way, gate, replace(WHOLE[arch], tma=False), "-pointers"))
-                    if WHOLE[arch].tma and gate in ("none", "both", "all", "softmax"):
+                    if WHOLE[arch].tma and kernel == "persistent_kernel" and gate in ("none", "both", "all"):
                         out += [_product(kernel, arch, way, gate, replace(WHOLE[arch], BX=BX), f"-{128 + BX}") for BX in (32, 64)]
                         out.append(_product(kernel, arch, way, gate, replace(WHOLE[arch], BN=256), "-256"))
         for gate in ("none", "local", "mask", "softmax", "sets"):

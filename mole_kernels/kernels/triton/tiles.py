@@ -53,14 +53,16 @@ _RATE = {(128, 256): 1.0, (128, 192): 0.97, (128, 160): 0.95, (128, 128): 0.9, (
 
 
 @lru_cache(maxsize=4096)
-def choose(M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple[int, int], processors: int) -> Tile:
-    """The tile with the least predicted time: waves of tiles over the multiprocessors, at the tile's rate."""
+def choose(
+    M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple[int, int], processors: int, even: bool = False
+) -> Tile:  # fmt: skip
+    """The tile with the least predicted time: waves of tiles over the multiprocessors, at the tile's rate. even: a power of two wide."""
     if dtype == torch.float32:
         # tf32, or no tensor cores at all
         small = 64 * 64 * processors >= M * N
         return Tile(BM=32 if small else 64, BN=64, BK=32, BR=32, BZ=32, BS=32, warps=4, stages=2)
     hopper = capability[0] in (9, 10)
-    fits = [t for t in _RATE if hopper or t[1] <= 128]
+    fits = [t for t in _RATE if (hopper or t[1] <= 128) and not (even and t[1] in (160, 192))]
 
     def predicted(t: tuple[int, int]) -> float:
         return ceil(ceil(M / t[0]) * ceil(N / t[1]) / processors) * t[0] * t[1] / _RATE[t]
@@ -83,10 +85,10 @@ def roomy(capability: tuple[int, int]) -> bool:
 def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, softmax: bool = False) -> Tile:
     """`tile` narrowed until the kernel's registers hold it, as the compiler reports them (`make aot` shows no spill at these).
 
-    gates: how many kinds of gate the call has. Their epilogues add tiles of h and of its gates to what is alive: half as many columns
+    gates: how many kinds of gate the call has, one more in the backward. Their epilogues add tiles of h and of its gates to what is alive: half as many columns
     of h at a time (Hopper's forward excepted, which holds them); and where the accumulators are in the threads' own registers and not
-    a warp group's (all but Hopper and Blackwell's data-centre parts), half as many columns of y;
-    with a softmax there, half as many rows of the shrink.
+    a warp group's (all but Hopper and Blackwell's data-centre parts), half as many columns of y; with a softmax there, half as many
+    rows of the shrink. Hopper's backward holds 160 columns of y with two kinds of gate, 128 with three.
     """
     if not gates:
         return tile
@@ -94,9 +96,11 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, 
     narrow = own and (backward or gates > 2) and tile.BM * tile.BN >= 128 * 128
     wide = capability[0] == 9 and not backward
     BR, BZ = (n if wide else min(n, 32) for n in (tile.BR, tile.BZ))
-    return replace(
-        tile, BR=BR, BZ=BZ if own else tile.BZ, BN=64 if narrow else tile.BN, BS=min(tile.BS, 32) if own and softmax else tile.BS
-    )
+    BN, BX = 64 if narrow else tile.BN, tile.BX
+    if not own and backward and gates > 1 and tile.width > 128:
+        BN, BX = 128, 32 if gates < 4 else 0
+    BS = min(tile.BS, 32) if own and softmax else tile.BS
+    return replace(tile, BR=BR, BZ=BZ if own else tile.BZ, BN=BN, BX=BX, BS=BS)
 
 
 def for_recompute(tile: Tile, capability: tuple[int, int], gates: int) -> Tile:
