@@ -238,12 +238,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--stage", choices=STAGES, help="one of them alone")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="one of them alone")
+    parser.add_argument("--report", type=Path, nargs="+", help="the table of these JSONs together, beside the first; measure nothing")
     parser.add_argument("--out", type=Path, help=f"folder for the results (default: {RESULTS.name}/<machine>)")
     return parser.parse_args()
 
 
 def main() -> int:
     args = arguments()
+    if args.report:
+        every = [json.loads(path.read_text()) for path in args.report]
+        write(args.report[0].with_suffix(""), merged(every))
+        return 0
     if reason := extension.why_not():
         console.print(f"nothing to measure: {reason}", style="red")
         return 2
@@ -271,11 +276,23 @@ def main() -> int:
     if not args.quick or args.out:
         folder = args.out or RESULTS / slug(result["host"])
         folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / f"{result['utc'][:10]}-training"
-        stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(markdown(result))
-        console.print(f"written: {stem}.md")
+        write(folder / f"{result['utc'][:10]}-training", result)
     return 0
+
+
+def merged(every: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one machine and one commit, measured one after the other."""
+    for key in ("host", "commit", "threads", "gflop"):
+        if len({result[key] for result in every}) > 1:
+            raise SystemExit(f"{key} differs: {', '.join(str(result[key]) for result in every)}")
+    spread = max(result["aa_spread"] for result in every)
+    return every[0] | {"aa_spread": spread, "cases": [row for result in every for row in result["cases"]]}
+
+
+def write(stem: Path, result: dict[str, Any]) -> None:
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(markdown(result))
+    console.print(f"written: {stem}.md")
 
 
 if __name__ == "__main__":
