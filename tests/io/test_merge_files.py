@@ -130,10 +130,14 @@ def test_only_a_layer_is_held_at_a_time(tmp_path: Path):
     del layers
     gc.collect()
     before, most = alive(), []
-    merge_files([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "out.safetensors",
-                progress=lambda *_: most.append(alive() - before))  # fmt: skip
+    merge_files(
+        [tmp_path / "a.safetensors", tmp_path / "b.safetensors"],
+        tmp_path / "out.safetensors",
+        # looking at every object takes its time
+        progress=lambda i, *_: most.append(alive() - before) if i in (4, 8) else None,
+    )
     # what was read of both, the result, and its parts on their way out; eight layers would be twenty-four
-    assert max(most) <= 6 * one and len(most) == 8
+    assert max(most) <= 6 * one and len(most) == 2
 
 
 def test_lazy_layers_know_their_sizes_unread(files: list[Path]):
