@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mole_kernels.errors import MoleShapeError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
-from mole_kernels.gates.collapse import collapsed
 from mole_kernels.operands import Gates
+from mole_kernels.precision import gate_dtype, no_autocast
 
 
 class Gate(nn.Module):
@@ -91,6 +91,18 @@ class MoLEGate(Gate):
 
     def extra_repr(self) -> str:
         return " + ".join(word for word, on in (("local", self.phi is not None), ("global", self.head is not None)) if on)
+
+
+def collapsed(up: Tensor, scale: Tensor, head: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """p [S,R], p_r = s_e Σ_n up[n,r] head[e,n] for column r of expert e.  up [S,N,R]  scale [E]  head [E,N]; p in the gates' dtype"""
+    E, (S, _, R), wide = len(ranks), up.shape, gate_dtype(head.dtype)
+    with no_autocast(up.device.type):
+        scaled, up = head.to(wide) * scale.to(wide)[:, None], up.to(wide)
+        # [S,E,R]: each head row against every column; expert e then keeps its own
+        every = (scaled @ up[0])[None] if S == 1 else scaled @ up
+        if min(ranks) == max(ranks):
+            return every.view(S, E, E, ranks[0]).diagonal(dim1=1, dim2=2).mT.reshape(S, R)
+        return torch.cat([part[:, e] for e, part in enumerate(every.split(ranks, -1))], -1)
 
 
 class ConstantGate(Gate):
