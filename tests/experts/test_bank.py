@@ -110,7 +110,7 @@ def test_pack():
     a, b = lowrank(r=2, scale=0.5), lowrank(r=3, scale=2.0, seed=1)
     packed = ExpertBank({"x": Expert({"p": a}), "y": Expert({"p": b})}).pack("p", torch.float64)
     assert packed.names == ("x", "y") and packed.ranks == (2, 3)
-    down, up, scale, _ = packed.operands()
+    down, up, scale, *_ = packed.operands()
     assert torch.equal(down[0], torch.cat([a.down, b.down]).double()) and torch.equal(up[0], torch.cat([a.up, b.up], 1).double())
     assert scale.tolist() == [0.5, 2.0]
     with pytest.raises(MoleKeyError, match="no expert has the layer zzz"):
