@@ -19,8 +19,8 @@ from mole_kernels.methods.selma.evaluate import evaluate
 from mole_kernels.methods.selma.generators import FileText, LocalText, TextGenerator
 from mole_kernels.methods.selma.merging import merge_skills, save_merged, skill_bank
 from mole_kernels.methods.selma.pictures import PictureSettings, draw, make_pictures
-from mole_kernels.methods.selma.project import STAGES, Project, read_lines
-from mole_kernels.methods.selma.prompts import PromptSettings, write_prompts
+from mole_kernels.methods.selma.project import STAGES, Project
+from mole_kernels.methods.selma.prompts import PromptSettings, kept_requests, write_prompts
 from mole_kernels.methods.selma.questions import load_questions
 from mole_kernels.methods.selma.skills import SKILLS, Skill, load_skills
 from mole_kernels.methods.selma.train import PRESETS, SkillTraining, join_pictures, size_multiple, train_skill
@@ -42,7 +42,7 @@ def write(given: Given) -> None:
     chosen = _skills(project, asked)
     writers = _writers(asked, chosen)
     for skill in chosen:
-        title, kept = f"prompts of {skill.name}", read_lines(project.folder(skill.name) / "requests.jsonl")
+        title, kept = f"prompts of {skill.name}", kept_requests(project, skill.name)
         with _progress(title, settings.count, sum(len(row["accepted"]) for row in kept)) as line:
 
             def show(have: int, _: int, line: ProgressLine = line) -> None:

@@ -107,6 +107,8 @@ def test_what_an_answer_holds(answer, found):
 
 def test_a_prompt_that_is_too_long_is_none():
     assert tidy("a" * 1000) == "a" * 1000 and tidy("a" * 1001) is None
+    assert tidy('"' * 4_000_000) is None and parse_prompts("[" * 100_000 + "]") == []
+    assert len(parse_prompts("1. a\n" * 5000)) == 1000
 
 
 def test_a_request_shows_what_it_is_given_and_counts_on():
@@ -305,6 +307,13 @@ def test_manifests_that_are_none(tmp_path):
         project.choose(["others"])
     with pytest.raises(MoleStateError, match="has no prompts"):
         project.prompts("colours")
+    (tmp_path / "colours/prompts.jsonl").parent.mkdir()
+    (tmp_path / "colours/prompts.jsonl").write_text('{"prompt": "a b"}\n{"text": "c d"}\n')
+    with pytest.raises(MoleFileError, match=r"prompts\.jsonl, line 2: expected prompt \(str\)"):
+        project.prompts("colours")
+    (tmp_path / "colours/requests.jsonl").write_text('{"accepted": "a b"}\n')
+    with pytest.raises(MoleFileError, match=r"requests\.jsonl, line 1"):
+        write_prompts(project, SKILL, Writer(), SMALL)
     (tmp_path / "x.jsonl").write_text('{"a": 1}\nnot json\n')
     with pytest.raises(MoleFileError, match="line 2"):
         project_room.read_lines(tmp_path / "x.jsonl")

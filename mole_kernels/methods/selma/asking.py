@@ -6,10 +6,11 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from mole_kernels.methods.selma.skills import Skill
 
-MAX_CHARACTERS = 1000
+MAX_CHARACTERS, MAX_ITEMS = 1000, 1000
 _NUMBER = re.compile(r"^\s*(?:[*_#>-]\s*)*(?:prompt\s*)?(\d{1,4})\s*[.):]\s*(.*)$", re.IGNORECASE)
 _BULLET = re.compile(r"^\s*[-*•–]\s+(.*)$")
 _LABEL = re.compile(r"^(?:prompt|caption)\s*:\s*", re.IGNORECASE)
@@ -35,9 +36,9 @@ def parse_prompts(answer: str, start: int = 1) -> list[str]:
 
     start  the number that a text which simply continues the list begins with: a first line without a number is that item
     Introductions, closing remarks, quotes, markdown and "Prompt:" before an item are taken off; a line that follows an item
-    directly belongs to it; what is empty, has no letter or is longer than 1000 characters is left out.
+    directly belongs to it; what is empty, has no letter or is longer than 1000 characters is left out, and so is what follows a thousand items.
     """
-    items = list(_json_items(answer)) or list(_items(answer.splitlines(), start))
+    items = list(islice(_json_items(answer), MAX_ITEMS)) or list(islice(_items(answer.splitlines(), start), MAX_ITEMS))
     return [text for item in items if (text := tidy(item)) is not None]
 
 
@@ -46,6 +47,9 @@ def tidy(text: str) -> str | None:
     plain = "".join(" " if c.isspace() else c for c in text if c.isspace() or c in _JOINERS or unicodedata.category(c)[0] != "C")
     plain = re.sub(r"\*\*|__", "", " ".join(plain.split()))
     plain = _LABEL.sub("", plain).strip()
+    # before quotes are taken off one by one: a hostile answer may be megabytes of them
+    if len(plain) > 2 * MAX_CHARACTERS:
+        return None
     while len(plain) > 1 and _PAIRS.get(plain[0]) == plain[-1]:
         plain = plain[1:-1].strip()
     fits = 0 < len(plain) <= MAX_CHARACTERS and any(c.isalpha() for c in plain)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mole_kernels.errors import MoleFileError, MoleKeyError, printable
 from mole_kernels.methods.selma.pictures import METADATA
-from mole_kernels.methods.selma.project import read_lines, write_lines
+from mole_kernels.methods.selma.project import checked, read_lines, write_lines
 from mole_kernels.methods.selma.questions import Question, Tree
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ class _Kept:
 
     def __init__(self, path: Path | None, name: str) -> None:
         self.path, self.name, self._new = path, name, 0
-        rows = [] if path is None else read_lines(path)
+        found = [] if path is None else read_lines(path)
+        rows = [checked(row, Path(str(path)), n, file_name=str, question=str, answer=str) for n, row in enumerate(found, 1)]
         self.rows = {(row["file_name"], row["question"]): row for row in rows if row.get("by") == name}
 
     def get(self, file_name: str, question: Question, put: Callable[[], str]) -> str:
@@ -209,7 +210,8 @@ def _metadata(folder: Path) -> Iterator[Mapping[str, Any]]:
     if not rows:
         raise MoleFileError(printable(folder, 300), expected=f"a folder of pictures with {METADATA}", got="none")
     for number, row in enumerate(rows, 1):
-        name, text = row.get("file_name"), row.get("text")
-        if not isinstance(name, str) or not isinstance(text, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise MoleFileError(f"{printable(folder / METADATA, 300)}, line {number}", expected="file_name and text", got=printable(row))
+        name = Path(checked(row, folder / METADATA, number, file_name=str, text=str)["file_name"])
+        if name.is_absolute() or ".." in name.parts:
+            where = f"{printable(folder / METADATA, 300)}, line {number}"
+            raise MoleFileError(where, expected="a file in the folder", got=printable(row["file_name"]))
         yield row

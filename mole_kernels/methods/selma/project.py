@@ -66,7 +66,8 @@ class Project:
 
     def prompts(self, skill: str) -> list[str]:
         """The accepted prompts of a skill; none is a MoleStateError."""
-        found = [row["prompt"] for row in read_lines(self.prompts_file(skill))]
+        path = self.prompts_file(skill)
+        found = [checked(row, path, number, prompt=str)["prompt"] for number, row in enumerate(read_lines(path), 1)]
         if not found:
             hint = "run the first stage: mole-kernels selma prompts"
             raise MoleStateError(f"{self.root}: skill {skill}", "has no prompts", hint=hint)
@@ -126,6 +127,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise MoleFileError(f"{printable(path, 300)}, line {number}", expected="a JSON object", got=printable(line))
         rows.append(row)
     return rows
+
+
+def checked(row: dict[str, Any], path: Path, number: int, **kinds: type) -> dict[str, Any]:
+    """The row, if it has these entries of these types; else a MoleFileError that names the line."""
+    wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
+    if wrong:
+        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise MoleFileError(f"{printable(path, 300)}, line {number}", expected=expected, got=printable(row))
+    return row
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -12,10 +12,11 @@ from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.methods.selma.asking import parse_prompts, request_text
 from mole_kernels.methods.selma.generators import TextGenerator, UnusableAnswer
 from mole_kernels.methods.selma.likeness import LIMIT, Likeness
-from mole_kernels.methods.selma.project import Project, read_lines, write_lines
+from mole_kernels.methods.selma.project import Project, checked, read_lines, write_lines
 from mole_kernels.methods.selma.skills import Skill
 from mole_kernels.training.data import counted_generator
 
+REQUESTS = "requests.jsonl"
 Rows = list[dict[str, Any]]
 
 
@@ -70,8 +71,7 @@ def write_prompts(
     Raises MoleStateError where the generator fails `attempts` times over or nothing new comes of `patience` requests; what was
     accepted before is kept.
     """
-    path = project.folder(skill.name) / "requests.jsonl"
-    requests = read_lines(path)
+    path, requests = project.folder(skill.name) / REQUESTS, kept_requests(project, skill.name)
     accepted = [text for row in requests for text in row["accepted"]]
     if len(accepted) > settings.count:
         hint = "ask for at least as many, or take the skill's files away"
@@ -95,6 +95,12 @@ def write_prompts(
             raise MoleStateError(f"prompts of {skill.name}", what, hint=hint)
     _finish(project, skill, requests, accepted)
     return accepted
+
+
+def kept_requests(project: Project, skill: str) -> Rows:
+    """The requests made so far, with what came of each; [] before the first."""
+    path = project.folder(skill) / REQUESTS
+    return [checked(row, path, number, by=str, accepted=list, rejected=list, spare=list) for number, row in enumerate(read_lines(path), 1)]
 
 
 def _ask(
