@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mole_kernels.backends.select import BACKENDS
-from mole_kernels.dispatch.choose import CANDIDATES, refusal
+from mole_kernels.dispatch import choose
 from mole_kernels.dispatch.work import Use
 from mole_kernels.problem import Problem
 
@@ -41,8 +41,13 @@ class Forced:
     def forward(self, *args: Any) -> tuple[Tensor, ...]:
         return self.module.forward(*args, way=self.way, **small_tile())
 
+    @property
+    def has_backward(self) -> bool:
+        """A backward that takes this way by name."""
+        return self.way in BACKWARD_WAYS and "way" in inspect.signature(self.module.backward).parameters
+
     def backward(self, *args: Any) -> tuple[Tensor, ...]:
-        way = {"way": self.way} if self.way in BACKWARD_WAYS else {"way": "persistent"} if interpreting() else {}
+        way = {"way": self.way} if self.has_backward else {"way": "persistent"} if interpreting() else {}
         return self.module.backward(*args, **way, **small_tile())
 
 
@@ -56,7 +61,13 @@ def small_tile() -> dict[str, Any]:
 
 
 def way_refuses(forced: Forced, problem: Problem, use: Use) -> str | None:
-    return refusal(forced.way, problem, use) if forced.way in CANDIDATES else None
+    name = candidate(forced.name)
+    return choose.refusal(name, problem, use) if name in (*choose.CANDIDATES, *getattr(choose, "HOPPER", ())) else None
+
+
+def candidate(name: str) -> str:
+    """The dispatcher's word for a method: "triton:two_pass" is two_pass, "cuda:cluster" cuda_cluster."""
+    return name.removeprefix("triton:").replace(":", "_")
 
 
 def ways_of(module: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import ours
 from benchmarks.cases import DTYPES, GATES, Case
 from benchmarks.device import ROTATED, Run, poisoned
 from benchmarks.gpu import clock, rules
@@ -18,6 +19,7 @@ from benchmarks.gpu.context import Context, Item, Outcome, short
 from benchmarks.gpu.methods import AGAIN, COLD, PLAIN, STREAM, TRUTHS, Method, methods, problem_of
 from benchmarks.gpu.training import step_of
 from benchmarks.layer import Layer
+from mole_kernels.errors import MoleBackendError
 
 # of a peer's result; ours are held to the rules. PEFT and the eager layer round every expert's output
 ALLOWED = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}
@@ -46,6 +48,10 @@ class Work:
         self.context.at(name)
         try:
             return run()
+        except MoleBackendError as refusal:
+            # a way that finds out only at the call that it cannot
+            self.out.refused[name] = short(refusal)
+            return None
         # a compiler, a launch or a peer's own code may raise anything
         except Exception as error:
             self.out.fail(self.item, name, stage, error)
@@ -316,7 +322,7 @@ def predicted(work: Work, name: str) -> dict[str, Any]:
         choice = choose(problem_of(work.case, "cuda"), present(), for_device(present()))
         if name == PLAIN:
             return {"predicted_us": round(choice.plain, 2)}
-        way = choice.name if name == "ours" else name.rpartition(":")[2]
+        way = choice.name if name == "ours" else ours.candidate(name)
         said = choice.of(way).predicted
         return {"predicted_us": None if said is None else round(said, 2)} | ({"choice": choice.name} if name == "ours" else {})
     # a prediction is a remark; that it cannot be had must not cost the measurement

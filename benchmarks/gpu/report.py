@@ -23,8 +23,9 @@ LABELS = {
 PEERS = ("ours", "stacked", "lorafusion", "compiled", "eager", "peft", "merged")
 
 
-def ways(result: Result) -> list[str]:
-    return sorted({r["method"] for r in result["cases"] if ":" in r["method"]})
+def others(result: Result) -> list[str]:
+    """Our backends and ways, and what a user's file brought."""
+    return sorted({r["method"] for r in result["cases"]} - {"plain", "plain again", *PEERS})
 
 
 def grouped(found: list[Row]) -> dict[str, dict[str, Row]]:
@@ -94,7 +95,7 @@ def case_table(result: Result, title: str, found: list[Row]) -> list[str]:
     table = grouped(found)
     if not table:
         return []
-    names = [n for n in (*PEERS, *ways(result)) if any(n in methods for methods in table.values())]
+    names = [n for n in (*PEERS, *others(result)) if any(n in methods for methods in table.values())]
     lines = [f"## {title}", "", f"| case | plain µs | of ceiling | {' | '.join(names)} | kernels | A/A |", "|" + "---|" * (len(names) + 5)]
     for case, methods in table.items():
         plain, ours = methods.get("plain"), methods.get("ours", {})

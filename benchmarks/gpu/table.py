@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.gpu.results import Row
+from benchmarks.ours import candidate
 from mole_kernels.dispatch.device import described
 from mole_kernels.dispatch.tables import CANDIDATES, DTYPES, Table
 from mole_kernels.dispatch.tables import Row as TableRow
@@ -34,7 +35,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def _row(rows: list[Row]) -> TableRow | None:
-    us = {r["method"].removeprefix("triton:"): r["us"]["p50"] for r in rows}
+    us = {candidate(r["method"]): r["us"]["p50"] for r in rows}
     us = {name: time for name, time in us.items() if name in (*CANDIDATES, "plain")}
     dtype = NAMES[rows[0]["dtype"]]
     if not {"plain", "stacked"} < set(us) or dtype not in DTYPES:

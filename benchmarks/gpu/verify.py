@@ -151,7 +151,7 @@ def check_gradients(item: Item, context: Context, out: Outcome, call: Call, dtyp
 def has_backward(backend: str) -> bool:
     """A way whose backward is another one's is checked there."""
     found = BACKENDS[backend]
-    return not isinstance(found, ours.Forced) or found.way in ours.BACKWARD_WAYS
+    return not isinstance(found, ours.Forced) or found.has_backward
 
 
 def saves_nothing(backend: str) -> bool:

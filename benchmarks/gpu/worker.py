@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from benchmarks.gpu.context import Context, Item, Outcome
+from benchmarks.gpu.context import Context, Item, Outcome, short
+from mole_kernels.errors import MoleBackendError
 
 LOST = 75
 
@@ -39,6 +40,9 @@ def work(items: list[Item], context: Context, say: Callable[[dict[str, Any]], No
         context.skip = frozenset(item.get("skip", ()))
         try:
             outcome = handler(item["kind"])(item, context)
+        except MoleBackendError as refusal:
+            # a way that finds out only at the call that it cannot
+            outcome = Outcome(refused={str(item.get("backend", item["kind"])): short(refusal)})
         # whatever one item raises, the others still say what they have to say
         except Exception as error:
             traceback.print_exc(file=sys.stderr)

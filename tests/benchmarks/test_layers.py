@@ -74,7 +74,7 @@ def test_a_faulty_method_is_marked_and_the_rest_is_measured(how, stage):
     marked = [r for r in out.rows if r["method"] == how]
     assert len(marked) == (how != "raises")
     assert all(r["wrong"] and r["us"] is None and r["ratio"] is None for r in marked)
-    assert not list(p for r in marked for p in results._times(r, "row"))
+    assert not [p for r in marked for p in results._times(r, "row")]
 
 
 def test_skipped_and_chosen_methods():
