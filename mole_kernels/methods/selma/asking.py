@@ -36,7 +36,7 @@ def parse_prompts(answer: str, start: int = 1) -> list[str]:
 
     start  the number that a text which simply continues the list begins with: a first line without a number is that item
     Introductions, closing remarks, quotes, markdown and "Prompt:" before an item are taken off; a line that follows an item
-    directly belongs to it; what is empty, has no letter or is longer than 1000 characters is left out, and so is what follows a thousand items.
+    directly belongs to it; what is empty, has no letter or is longer than 1000 characters is left out. A thousand items are enough.
     """
     items = list(islice(_json_items(answer), MAX_ITEMS)) or list(islice(_items(answer.splitlines(), start), MAX_ITEMS))
     return [text for item in items if (text := tidy(item)) is not None]

@@ -44,23 +44,29 @@ from mole_kernels.training.config import TrainConfig
 
 SOURCES = ("own pictures", "scans")
 OTHERS = "other digits"
-OPTIONS = {"num_inference_steps": 20, "guidance_scale": 4.0, "height": data.HEIGHT, "width": data.WIDTH}
+OPTIONS = {"guidance_scale": 4.0, "height": data.HEIGHT, "width": data.WIDTH}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done: seeds, prompts of each skill, steps of each expert (joint training takes T times as many), captions asked about."""
+    """How much is done.
+
+    prompts, asked  of each skill: prompts to train on, captions to be asked about
+    steps           of each expert; joint training takes T times as many, so that it sees as many pictures as all experts together
+    denoising       steps of each picture that is asked about; those to train on take 20
+    """
 
     seeds: int = 3
     prompts: int = 96
     steps: int = 200
     asked: int = 32
+    denoising: int = 20
     rank: int = 16
     lr: float = 3e-3
     batch: int = 16
 
 
-QUICK = Plan(seeds=2, prompts=48, steps=80, asked=16)
+QUICK = Plan(seeds=2, prompts=48, steps=64, asked=16, denoising=10)
 
 
 def main() -> None:
@@ -68,14 +74,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="SELMA end to end on the demo's digits.")
     parser.add_argument("--quick", action="store_true", help="fewer seeds, pictures and steps: under ten minutes on two cores")
     parser.add_argument("--out", type=Path, default=Path("build/recipes/selma"), help="the folder for everything; goes on where it stopped")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="seeds at once, one thread each")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="seeds and sources at once, one thread each")
     asked = parser.parse_args()
     plan, begun = (QUICK if asked.quick else Plan()), time.time()
     out = asked.out / ("quick" if asked.quick else "full")
     out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(min(asked.workers, plan.seeds), mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(partial(run_seed, plan, out), range(plan.seeds)))
-    results = combine(found)
+    jobs = [(seed, source) for source in SOURCES for seed in range(plan.seeds)]
+    with ProcessPoolExecutor(min(asked.workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+        done = dict(zip(jobs, pool.map(partial(run_source, plan, out), jobs), strict=True))
+    results = combine([{name: row for source in SOURCES for name, row in done[seed, source].items()} for seed in range(plan.seeds)])
     (out / "metrics.json").write_text(json.dumps({"plan": asdict(plan), "seconds": time.time() - begun, "results": results}, indent=1))
     table = markdown(results)
     (out / "table.md").write_text(table)
@@ -85,27 +92,24 @@ def main() -> None:
     print(f"{time.time() - begun:.0f} s; written to {out}: table.md, skills.png, pictures.png, metrics.json")
 
 
-def run_seed(plan: Plan, out: Path, seed: int) -> dict[str, dict[str, float]]:
-    """{variant: {skill: DSG score}} of one seed; all stages."""
+def run_source(plan: Plan, out: Path, job: tuple[int, str]) -> dict[str, dict[str, float]]:
+    """{variant: {skill: DSG score}} of one seed and one source of pictures; all stages. The base is scored with the first source."""
     torch.set_num_threads(1)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    folder, pipe = out / f"seed{seed}", load_pipeline()
-    scores = {"base": score(plan, folder / "base", pipe, seed)}
-    for source in SOURCES:
-        project = Project(folder / source.replace(" ", "_"))
-        teach(plan, project, pipe, source, seed)
-        bank = skill_bank(project)
-        merged = merge_skills(bank)
-        save_merged(project, merged)
-        joint = {"joint": project.expert_file("joint")}
-        variants: dict[str, tuple[Mapping[str, Any], Mapping[str, float]]] = {
-            f"{name} alone": ({name: bank.experts[name]}, {}) for name in bank.names
-        }
-        variants |= {"joint": (joint, {}), "merged, 1/T": ({"merged": merged}, {}), "sum": (bank.experts, {})}
-        for name, (experts, scales) in variants.items():
-            with patch(pipe, experts, scales=scales):
-                scores[f"{source}: {name}"] = score(plan, project.root / "drawn" / name.replace(" ", "_").replace("/", "_"), pipe, seed)
-        print(f"seed {seed}, {source}: done", flush=True)
+    (seed, source), pipe = job, load_pipeline()
+    folder = out / f"seed{seed}"
+    scores = {"base": score(plan, folder / "base", pipe, seed)} if source == SOURCES[0] else {}
+    project = Project(folder / source.replace(" ", "_"))
+    teach(plan, project, pipe, source, seed)
+    bank = skill_bank(project)
+    merged = merge_skills(bank)
+    save_merged(project, merged)
+    variants: dict[str, Mapping[str, Any]] = {f"{name} alone": {name: bank.experts[name]} for name in bank.names}
+    variants |= {"joint": {"joint": project.expert_file("joint")}, "merged, 1/T": {"merged": merged}, "sum": bank.experts}
+    for name, experts in variants.items():
+        with patch(pipe, experts):
+            scores[f"{source}: {name}"] = score(plan, project.root / "drawn" / name.replace(" ", "_").replace("/", "_"), pipe, seed)
+    print(f"seed {seed}, {source}: done", flush=True)
     return scores
 
 
@@ -130,7 +134,7 @@ def teach(plan: Plan, project: Project, pipe: Any, source: str, seed: int) -> No
         if source == "scans":
             scan_pictures(project, word, seed)
         else:
-            make_pictures(project, word, pipe, PictureSettings(seed=1000 + seed, batch=16, options=OPTIONS))
+            make_pictures(project, word, pipe, PictureSettings(1000 + seed, 16, OPTIONS | {"num_inference_steps": 20}))
         train_skill(project, word, pipe, training, progress=False)
     join_pictures(project, SKILL_WORDS)
     longer = replace(training, config=replace(config, steps=plan.steps * len(SKILL_WORDS)))
