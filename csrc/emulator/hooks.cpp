@@ -76,6 +76,28 @@ inline void access(const void* p, size_t bytes, bool write, bool aligned, const 
 }  // namespace
 }  // namespace emu
 
+// what -fsanitize=alignment,bounds calls: a reference to a vector that is not aligned as its type, an index beyond a register array
+struct Place {
+  const char* file;
+  uint32_t line, column;
+};
+
+static const char* base_name(const char* path) {
+  const char* slash = std::strrchr(path, '/');
+  return slash ? slash + 1 : path;
+}
+
+extern "C" {
+void __ubsan_handle_type_mismatch_v1_abort(const Place* at, const void* p) {
+  if (emu::machine && emu::machine->current)
+    emu::fail("alignment", "a reference to %s, which is not aligned as its type wants, at %s:%u", emu::name_of(p).c_str(), base_name(at->file), at->line);
+  emu::fail("alignment", "a reference that is not aligned as its type wants, at %s:%u", base_name(at->file), at->line);
+}
+void __ubsan_handle_out_of_bounds_abort(const Place* at, unsigned long index) {
+  emu::fail("bounds", "index %ld is outside its array, at %s:%u", long(index), base_name(at->file), at->line);
+}
+}
+
 #define MOLE_HOOK(bytes)                                                                                                    \
   void __tsan_read##bytes(void* p) { emu::access(p, bytes, false, true, __builtin_return_address(0)); }                     \
   void __tsan_write##bytes(void* p) { emu::access(p, bytes, true, true, __builtin_return_address(0)); }                     \

@@ -51,10 +51,8 @@ void start_cta(Cluster& cluster, unsigned slot, unsigned rank, uint3 id) {
   cta.smem = new_smem(slot, m.launch.smem);
   cta.warps = std::vector<Warp>((m.threads_per_cta + 31) / 32);
   cta.groups = std::vector<Warpgroup>((m.threads_per_cta + 127) / 128);
-  const int most = int(65536 / (cta.groups.size() * 128) / 8 * 8);
-  const int each = m.launch.registers ? int(m.launch.registers) : std::min(most, 255) / 8 * 8;
+  const int each = m.launch.registers ? int(m.launch.registers) : std::min<int>(65536 / m.threads_per_cta, 256) / 8 * 8;
   for (auto& g : cta.groups) g.registers = each, g.cta = &cta;
-  cta.registers_free = 65536 - each * int(m.threads_per_cta);
   m.ctas[slot] = std::move(fresh);
   cluster.ctas.push_back(&cta);
   for (unsigned i = 0; i < m.threads_per_cta; i++) prepare_thread(cta, i);
@@ -77,7 +75,10 @@ void start_cluster(unsigned place, uint64_t index) {
 Thread* pick() {
   Machine& m = *machine;
   auto& r = m.runnable;
-  size_t i = m.policy == 1 ? r.size() - 1 : m.policy == 2 ? m.steps % r.size() : random_below(uint32_t(r.size()));
+  // the last to wake first (but not for ever), in turn, or at random
+  size_t i = random_below(uint32_t(r.size()));
+  if (m.policy == 1 && m.steps % 16) i = r.size() - 1;
+  if (m.policy == 2) i = m.steps % r.size();
   Thread* t = r[i];
   r[i] = r.back();
   r.pop_back();
@@ -119,7 +120,7 @@ void replace_finished() {
 
 void run() {
   Machine& m = *machine;
-  const uint64_t limit = m.launch.steps ? m.launch.steps : uint64_t(2'000'000'000);
+  const uint64_t limit = m.launch.steps ? m.launch.steps : uint64_t(100'000'000);
   uint64_t heard = 0;
   while (m.live) {
     if (!m.finished.empty()) {

@@ -15,6 +15,7 @@ kernel and emulator; `fast` has neither.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,42 +35,7 @@ CACHE = Path(os.environ.get("MOLE_EMULATOR_CACHE", ROOT / "build/emulator"))
 COMMON = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
 # a static, fixed address: reports name lines by addr2line. No loops turned into memset: it would hide stores from the hooks
 KERNEL = {
-    "check": ["-O1", "-g1", "-fsanitize=thread", "-fno-tree-loop-distribute-patterns"],
-    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "fast": ["-O2", "-g1"],
-}
-RUNTIME = {
-    "check": ["-O3", "-march=native", "-g1"],
-    "address": ["-O2", "-march=native", "-g1", "-fsanitize=address"],
-    "fast": ["-O3", "-march=native", "-g1"],
-}
-LINK = {"check": [], "address": ["-fsanitize=address,undefined"], "fast": []}
-
-
-@dataclass(frozen=True)
-class Program:
-    """A program, the argument lists it is run with, and how many schedules of each; `quick` are the cases of `make test`."""
-
-    name: str
-    source: str
-    cases: Sequence[str] = ("",)
-    seeds: int = 20
-    quick: Sequence[str] = ()
-    quick_seeds: int = 2
-    defines: Sequence[str] = field(default=())
-
-
-OWN = "tests/emulator/programs"
-PROGRAMS: list[Program] = [
-    Program("gemm_portable", f"{OWN}/gemm_portable.cpp", ("m=64 n=64 k=64", "m=100 n=72 k=136"), quick=("m=100 n=72 k=136",)),
-    Program("gemm_wgmma", f"{OWN}/gemm_wgmma.cpp", ("m=128 n=128 k=256", "m=100 n=72 k=136"), quick=("m=100 n=72 k=136",)),
-]
-EMULATOR = ROOT / "csrc/emulator"
-CACHE = Path(os.environ.get("MOLE_EMULATOR_CACHE", ROOT / "build/emulator"))
-COMMON = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
-# a static, fixed address: reports name lines by addr2line. No loops turned into memset: it would hide stores from the hooks
-KERNEL = {
-    "check": ["-O1", "-g1", "-fsanitize=thread", "-fno-tree-loop-distribute-patterns"],
+    "check": ["-O1", "-g1", "-fsanitize=thread,alignment,bounds", "-fno-sanitize-recover=all", "-fno-tree-loop-distribute-patterns"],
     "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "fast": ["-O2", "-g1"],
 }
@@ -98,6 +65,49 @@ PROGRAMS: list[Program] = [
         "gemm_portable", "tests/emulator/programs/gemm_portable.cpp", ("m=64 n=64 k=64", "m=100 n=72 k=136"), quick=("m=100 n=72 k=136",)
     ),
     Program("gemm_wgmma", "tests/emulator/programs/gemm_wgmma.cpp", ("m=128 n=128 k=256", "m=100 n=72 k=136"), quick=("m=100 n=72 k=136",)),
+    Program(
+        "sm90_cluster",
+        "tests/cuda/fused.cpp",
+        (
+            "way=cluster b=2 n=264",
+            "way=cluster groups=2 cluster=4 t=200 k=200 n=304",
+            "way=cluster pooled=1 b=2 sets=2 groups=2 t=150 ranks=3,5,24",
+            "way=cluster mask=1 dtype=fp16 ranks=1,3,4 narrow=1 n=104",
+            "way=cluster token=0 ranks=32,8 k=8 n=136 t=1",
+        ),
+        quick=("way=cluster groups=2 b=2 pooled=1 n=136",),
+    ),
+    Program(
+        "sm90_persistent",
+        "tests/cuda/fused.cpp",
+        (
+            "way=persistent b=2 n=264",
+            "way=persistent groups=2 t=200 k=200 n=304 ranks=96,64",
+            "way=persistent pooled=1 b=3 sets=3 t=150 ranks=3,5,24",
+            "way=persistent mask=1 dtype=fp16 ranks=1,3,4 narrow=1 n=104",
+            "way=persistent token=0 k=8 n=72 t=1",
+            "way=persistent b=2 pooled=1 resident=1",
+            "way=persistent b=2 t=130 resident=2",
+        ),
+        quick=("way=persistent groups=2 b=2 pooled=1 n=136",),
+    ),
+    Program(
+        "sm90_recompute",
+        "tests/cuda/fused.cpp",
+        (
+            "way=recompute b=2 n=264 ranks=8,8",
+            "way=recompute groups=2 t=200 k=200 n=304 ranks=5,11 sets=1 mask=1",
+            "way=recompute b=2 sets=2 token=0 ranks=24 dtype=fp16 t=17",
+            "way=recompute narrow=1 ranks=8 k=320 n=40",
+        ),
+        quick=("way=recompute groups=2 b=2 sets=2 mask=1 ranks=8,8",),
+    ),
+    Program(
+        "sm90_ladder",
+        "tests/cuda/ladder.cpp",
+        ("step=1", "step=2 groups=2 m=300", "step=3 groups=2 m=70", "step=4 r=72", "step=4 m=1 n=8 k=8 r=8"),
+        quick=("step=4",),
+    ),
 ]
 
 
@@ -133,6 +143,15 @@ def host() -> str:
         return ""
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time: the others find the result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build_runtime(flavour: str) -> Path:
     """The emulator as one archive, compiled once."""
     sources, headers = sorted(EMULATOR.glob("*.cpp")), sorted(EMULATOR.glob("*.h"))
@@ -143,7 +162,13 @@ def build_runtime(flavour: str) -> Path:
     archive = folder / "libemulator.a"
     if archive.exists():
         return archive
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if not archive.exists():
+            _compile_runtime(sources, flags, folder, archive)
+    return archive
+
+
+def _compile_runtime(sources: Sequence[Path], flags: Sequence[str], folder: Path, archive: Path) -> None:
     # one translation unit: most of the time would go into the standard library's headers
     whole, compiled = folder / f"{os.getpid()}.cpp", folder / f"{os.getpid()}.o"
     whole.write_text("".join(f'#include "{s}"\n' for s in sources))
@@ -151,7 +176,6 @@ def build_runtime(flavour: str) -> Path:
     partial = folder / f"{os.getpid()}.a"
     shell(["ar", "rcs", str(partial), str(compiled)])
     partial.rename(archive)
-    return archive
 
 
 def build(source: str | Path, flavour: str = "check", defines: Sequence[str] = ()) -> Path:
@@ -164,7 +188,13 @@ def build(source: str | Path, flavour: str = "check", defines: Sequence[str] = (
     program = folder / path.stem
     if program.exists():
         return program
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if not program.exists():
+            _compile(path, flags, flavour, runtime, folder, program)
+    return program
+
+
+def _compile(path: Path, flags: Sequence[str], flavour: str, runtime: Path, folder: Path, program: Path) -> None:
     partial = folder / f"{os.getpid()}-{path.stem}"
     shell([compiler(), *flags, "-no-pie", "-c", str(path), "-o", f"{partial}.o"])
     # no libtsan: the archive holds what the instrumentation calls; it comes first so that shared templates are its own, uninstrumented ones
@@ -172,7 +202,6 @@ def build(source: str | Path, flavour: str = "check", defines: Sequence[str] = (
     shell([compiler(), *LINK[flavour], "-no-pie", *whole, f"{partial}.o", "-o", str(partial), "-lpthread"])
     Path(f"{partial}.o").unlink()
     partial.rename(program)
-    return program
 
 
 @dataclass

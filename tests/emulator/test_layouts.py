@@ -20,7 +20,7 @@ def random():
 
 
 def wgmma_d(d: np.ndarray, n: int) -> np.ndarray:
-    """d [thread, register] -> D [64, n]: thread T%128, row 16·(warp) + T%32/4 (+8 for registers 2, 3 of four), columns 8 to four registers."""
+    """d [thread, register] -> D [64, n]: row 16·warp + lane/4 (+8 for registers 2, 3 of four), eight columns to four registers."""
     out = np.full((64, n), np.nan)
     for thread, register in itertools.product(range(128), range(n // 2)):
         row = 16 * (thread // 32) + (thread % 32) // 4 + (8 if register % 4 >= 2 else 0)
@@ -30,7 +30,7 @@ def wgmma_d(d: np.ndarray, n: int) -> np.ndarray:
 
 
 def a_registers(a: np.ndarray) -> np.ndarray:
-    """A [64,16] -> [thread, 8]: a0 a1 at row g, columns 2q, 2q+1; a2 a3 at row g+8; a4 a5 at row g, columns 2q+8, 2q+9; a6 a7 at row g+8."""
+    """A [64,16] -> [thread, 8]: a0 a1 at row g, columns 2q, 2q+1; a2 a3 at row g+8; a4 a5 at row g, columns 2q+8…; a6 a7 at row g+8."""
     out = np.zeros((128, 8), a.dtype)
     for thread in range(128):
         base, g, q = 16 * (thread // 32), (thread % 32) // 4, thread % 4
@@ -45,7 +45,7 @@ def a_registers(a: np.ndarray) -> np.ndarray:
 
 
 def swizzle_piece(line: int, piece: int, width: int) -> int:
-    """A segment of `width` bytes permutes its own pieces, by the line's number; the pattern repeats after 8·width bytes (CUDA guide's table)."""
+    """A segment of `width` bytes permutes its pieces by the line's number; the pattern repeats after 8·width bytes (CUDA guide)."""
     lines = {128: 8, 64: 4, 32: 2}.get(width, 1)
     return piece ^ (line % lines)
 
@@ -90,7 +90,7 @@ def mn_major(x: np.ndarray, width: int, stride: int, leading: int) -> np.ndarray
 
 
 def operand(x: np.ndarray, mn: bool, width: int) -> tuple[np.ndarray, int, int]:
-    """(swizzled image, leading, stride) of an operand laid out densely; leading of K-major swizzled operands is ignored by hardware: any."""
+    """(swizzled image, leading, stride) of an operand laid out densely; of K-major swizzled ones the leading offset is ignored."""
     rows = x.shape[0]
     if mn:
         # the rows' extent outermost, k's groups of eight inside it
@@ -121,8 +121,9 @@ def test_wgmma_reads_shared_operands(wgmma_program, tmp_path, random, width, a_m
     a, b = whole(random, 64, 16), whole(random, 64, 16)
     image_a, a_leading, a_stride = operand(to_16(a, half), a_mn, width)
     image_b, b_leading, b_stride = operand(to_16(b, half), b_mn, width)
-    d = probe(wgmma_program, tmp_path, np.concatenate([image_a, image_b]), np.float32, n=64, swizzle=width, a_mn=int(a_mn), b_mn=int(b_mn), half=int(half),
-              a=0, a_leading=a_leading, a_stride=a_stride, b=len(image_a), b_leading=b_leading, b_stride=b_stride)  # fmt: skip
+    kind = dict(n=64, swizzle=width, a_mn=int(a_mn), b_mn=int(b_mn), half=int(half))
+    places = dict(a=0, a_leading=a_leading, a_stride=a_stride, b=len(image_a), b_leading=b_leading, b_stride=b_stride)
+    d = probe(wgmma_program, tmp_path, np.concatenate([image_a, image_b]), np.float32, **kind, **places)
     assert np.array_equal(wgmma_d(d.reshape(128, -1), 64), 1000 + a @ b.T)
 
 
