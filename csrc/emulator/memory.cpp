@@ -61,8 +61,9 @@ Region* region_of(uintptr_t p) {
 
 uint32_t pc_offset(const void* pc) { return uint32_t(static_cast<const char*>(pc) - &__executable_start); }
 
+// a thread takes the dimension of one that is done (a CTA in another's place): what that one did is ordered only where it was told
 bool ordered(const Actor& who, uint32_t dim, uint32_t clock) {
-  return dim == who.dim ? clock >= who.start : who.view->seen[dim] >= clock;
+  return (dim == who.dim && clock >= who.start) || who.view->seen[dim] >= clock;
 }
 
 bool reaches_async(const Actor& who, uint32_t dim, uint32_t clock, int space) {
