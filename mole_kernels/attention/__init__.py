@@ -1,0 +1,1 @@
+"""Attention to several regions of text at once."""

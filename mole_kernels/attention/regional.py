@@ -1,0 +1,131 @@
+"""Regional cross-attention: what it is, two ways to compute it, and the door that checks and chooses."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mole_kernels.backends.triton import why_not_device, why_not_triton
+from mole_kernels.errors import MoleBackendError, MoleShapeError, MoleTypeError, MoleValueError
+
+OP = "regional_attention"
+BACKENDS = ("triton", "gathered", "reference")
+
+
+def regional_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, shares: Tensor, lengths: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """o = Σ_s shares_s ⊙ softmax(q k_sᵀ · scale) v_s.
+
+    q [B,H,T,D]   k, v [B,S,H,L,D]   shares [B,S,T]   lengths [B,S]: how many of the L tokens count   scale: 1/√D by default
+    """
+    logits = torch.einsum("bhtd,bshld->bshtl", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if lengths is not None:
+        counts = torch.arange(k.shape[3], device=q.device) < lengths[..., None]
+        logits = logits.masked_fill(~counts[:, :, None, None], -torch.inf)
+    said = torch.einsum("bshtl,bshld->bshtd", torch.softmax(logits, -1), v)
+    # a region's answer counts only where it covers, whatever it is elsewhere
+    w = shares[:, :, None, :, None].to(said.dtype)
+    return torch.where(w != 0, w * said, 0).sum(1)
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, shares: Tensor, lengths: Tensor | None, scale: float | None) -> Tensor:
+    """One plain attention call for each region, over the places it covers; places that several cover are computed for each."""
+    B, _, T, _ = q.shape
+    out = torch.zeros_like(q)
+    together = B == 1 or shares.stride(0) == 0 or bool((shares == shares[:1]).all())
+    for b in [slice(0, B)] if together else [slice(b, b + 1) for b in range(B)]:
+        for s in range(k.shape[1]):
+            w = shares[b.start, s]
+            rows = w.nonzero()[:, 0]
+            if not len(rows):
+                continue
+            whole = len(rows) == T
+            mask = None
+            if lengths is not None:
+                mask = (torch.arange(k.shape[3], device=q.device) < lengths[b, s, None])[:, None, None]
+            said = F.scaled_dot_product_attention(q[b] if whole else q[b, :, rows], k[b, s], v[b, s], mask, scale=scale)
+            said = said * w[rows, None].to(said.dtype)
+            if whole:
+                out[b] += said
+            else:
+                out[b] = out[b].index_add(2, rows, said)
+    return out
+
+
+def reject(q: Tensor) -> str | None:
+    """Why the Triton kernel does not take these queries, or None."""
+    if q.device.type != "cuda":
+        return f"computes on CUDA devices only, q is on {q.device.type}"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has no kernel for {q.dtype}"
+    if q.shape[-1] > 256:
+        return f"takes heads up to 256 wide, these are {q.shape[-1]}"
+    return why_not_triton() or why_not_device()
+
+
+def regional_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shares: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """o = Σ_s shares_s ⊙ softmax(q k_sᵀ · scale) v_s: each place attends to the texts of the regions that cover it.
+
+    q        [B,H,T,D]    queries of T places
+    k, v     [B,S,H,L,D]  keys and values of S texts (the global prompt among them)
+    shares   [B,S,T] float32  how much each text counts at each place; a text with share 0 costs nothing there
+    lengths  [B,S] int64 or int32  the first so many tokens of a text count, at least 1; all by default
+    backend  "auto"; "triton": one launch, no copy of q, sampling only; "gathered": torch's attention over each region's places,
+             differentiable; "reference"
+    Returns [B,H,T,D] in q's dtype. Raises MoleShapeError, MoleTypeError, MoleValueError, MoleBackendError.
+    Source: Mix-of-Show (Gu et al., NeurIPS 2023), regionally controllable sampling; shares of 1/n where n regions overlap are its code's.
+    """
+    _check(q, k, v, shares, lengths, backend)
+    inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, shares)))
+    reason = reject(q) if inference else "has no backward"
+    if backend == "triton" and reason is not None:
+        raise MoleBackendError(f"{OP}: backend 'triton'", f"refuses: {reason}", hint="backend='auto' takes the best that fits")
+    if backend == "triton" or (backend == "auto" and reason is None):
+        from mole_kernels.kernels.triton.regional import launch
+
+        counted = None if lengths is None else lengths.to(torch.int32).contiguous()
+        return launch(
+            *(t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, shares.float())),
+            counted,
+            q.shape[-1] ** -0.5 if scale is None else scale,
+        )
+    if backend == "reference":
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return regional_attention_ref(q.to(wide), k.to(wide), v.to(wide), shares, lengths, scale).to(q.dtype)
+    return _gathered(q, k, v, shares, lengths, scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, shares: Tensor, lengths: Tensor | None, backend: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise MoleValueError("backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend))
+    if q.dim() != 4 or not q.is_floating_point():
+        raise MoleShapeError(OP, expected="q [B,H,T,D] of a floating dtype", got=f"{tuple(q.shape)} {q.dtype}")
+    B, H, T, D = q.shape
+    if k.dim() != 5 or k.shape[0] != B or k.shape[2] != H or k.shape[4] != D or not k.shape[1] or not k.shape[3]:
+        raise MoleShapeError(OP, expected=f"k [B,S,H,L,D] = [{B}, S, {H}, L, {D}]", got=tuple(k.shape))
+    if v.shape != k.shape:
+        raise MoleShapeError(OP, expected=f"v of k's shape {tuple(k.shape)}", got=tuple(v.shape))
+    if shares.shape != (B, k.shape[1], T) or not shares.is_floating_point():
+        raise MoleShapeError(
+            OP, expected=f"shares [B,S,T] = [{B}, {k.shape[1]}, {T}], floating", got=f"{tuple(shares.shape)} {shares.dtype}"
+        )
+    for name, tensor in (("k", k), ("v", v), ("shares", shares), ("lengths", lengths)):
+        if tensor is not None and tensor.device != q.device:
+            raise MoleTypeError(OP, expected=f"{name} on q's device {q.device}", got=str(tensor.device))
+    if not (q.dtype == k.dtype == v.dtype):
+        raise MoleTypeError(OP, expected=f"q, k and v of one dtype, q has {q.dtype}", got=f"{k.dtype} and {v.dtype}")
+    if lengths is not None and (lengths.shape != (B, k.shape[1]) or lengths.dtype not in (torch.int64, torch.int32)):
+        raise MoleShapeError(OP, expected=f"lengths [B,S] = [{B}, {k.shape[1]}], integers", got=f"{tuple(lengths.shape)} {lengths.dtype}")
+    if lengths is not None and lengths.device.type == "cpu" and bool(((lengths < 1) | (lengths > k.shape[3])).any()):
+        raise MoleValueError(OP, expected=f"lengths between 1 and L = {k.shape[3]}", got=lengths.tolist())
