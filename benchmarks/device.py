@@ -180,7 +180,7 @@ def device(kind: str) -> Device:
 
 def kernels(events: Any) -> int:
     """How many of a profiler's events ran on the GPU."""
-    return sum(1 for e in events if "CUDA" in str(e.device_type) and not e.name.startswith(("Memset (Unknown)", "ProfilerStep")))
+    return sum(1 for e in events if "CUDA" in str(e.device_type) and not getattr(e, "is_user_annotation", False))
 
 
 def smi(query: str) -> dict[str, str]:

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.gpu.processes import limited
 
 ROOT = Path(__file__).resolve().parents[2]
 Facts = dict[str, Any]
@@ -62,8 +63,8 @@ def attempt(limit: float, env: dict[str, str]) -> tuple[str, str]:
 def loads(limit: float) -> str:
     """Why the library does not load, asked of a process of its own; "" where it does."""
     ask = "from mole_kernels import extension; print(extension.why_not() or '')"
-    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, timeout=max(30.0, limit))
-    return done.stdout.strip()[:600] if done.returncode == 0 else tail(done.stderr)
+    code, said = limited([sys.executable, "-c", ask], max(30.0, limit), cwd=ROOT)
+    return said.strip()[:600] if code == 0 else tail(said)
 
 
 def load_setup() -> Any:
@@ -78,11 +79,8 @@ def load_setup() -> Any:
 
 def with_ninja(limit: float, env: dict[str, str]) -> str:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"not done within {limit:.0f} s"
-    return "" if done.returncode == 0 else tail(done.stdout + done.stderr)
+    code, said = limited(command, limit, cwd=ROOT, env=env)
+    return "" if code == 0 else f"not done within {limit:.0f} s" if code is None else tail(said)
 
 
 def tail(text: str) -> str:
@@ -116,11 +114,8 @@ def without_ninja(setup: Any, limit: float, env: dict[str, str]) -> str:
 
 
 def run(command: str, work: Path, until: float) -> str:
-    try:
-        done = subprocess.run(command, shell=True, cwd=work, capture_output=True, text=True, timeout=max(1.0, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return "not done in time"
-    return "" if done.returncode == 0 else tail(done.stdout + done.stderr)
+    code, said = limited(["/bin/sh", "-c", command], until - time.monotonic(), cwd=work)
+    return "" if code == 0 else "not done in time" if code is None else tail(said)
 
 
 def commands(text: str) -> list[str]:

@@ -314,12 +314,12 @@ def predicted(work: Work, name: str) -> dict[str, Any]:
     """What the dispatcher's model said beforehand, and which way it took: predictions stand beside outcomes."""
     if work.case.mode != "forward" or work.context.device.kind != "cuda" or (name not in ("ours", PLAIN) and ":" not in name):
         return {}
-    from mole_kernels.dispatch.choose import choose
+    from mole_kernels.dispatch.choose import candidates_of, choose
     from mole_kernels.dispatch.device import present
     from mole_kernels.dispatch.tables import for_device
 
     try:
-        choice = choose(problem_of(work.case, "cuda"), present(), for_device(present()))
+        choice = choose(problem_of(work.case, "cuda"), present(), for_device(present()), names=candidates_of(present()))
         if name == PLAIN:
             return {"predicted_us": round(choice.plain, 2)}
         way = choice.name if name == "ours" else ours.candidate(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import processes
 from benchmarks.gpu.context import Item, Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,8 @@ class Worker:
     def __init__(self, items: list[Item], job: Job, folder: Path, name: str, results: Results) -> None:
         self.left, self.job, self.results = items, job, results
         self.files = [folder / f"{name}.{end}" for end in ("json", "jsonl", "log")]
-        self.started, self.process = 0, None
+        self.started = 0
+        self.process: Any = None
         self.start()
 
     def start(self) -> None:
@@ -78,7 +79,7 @@ class Worker:
         self.read, self.item, self.method, self.heard, self.ready = 0, None, "", time.monotonic(), False
         command = [*self.job.prefix, sys.executable, "-m", "benchmarks.gpu.worker", str(job), str(out)]
         with log.open("ab") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+            self.process = processes.start(command, cwd=ROOT, stdout=file, stderr=file)
 
     def poll(self) -> bool:
         """Read what was said; restart where needed. False when nothing is left to do."""
@@ -142,8 +143,7 @@ class Worker:
 
     def stop(self) -> None:
         assert self.process is not None
-        self.process.kill()
-        self.process.wait()
+        processes.stop(self.process)
         self.listen()
 
     def last_words(self) -> str:
@@ -162,13 +162,13 @@ def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(items: Sequence[Item], job: Job, processes: int, until: float, tell: Callable[[int], None] = lambda done: None) -> Results:
-    """All items, the first first, on so many processes; what has not ended at `until` (time.monotonic) is dropped or, if begun, stopped."""
+def run(items: Sequence[Item], job: Job, many: int, until: float, tell: Callable[[int], None] = lambda done: None) -> Results:
+    """All items, the first first, on `many` processes; what has not ended at `until` (time.monotonic) is dropped or, if begun, stopped."""
     results = Results()
     if not items:
         return results
     with tempfile.TemporaryDirectory(prefix="mole-gpu-") as folder:
-        shares = [list(items[i::processes]) for i in range(min(processes, len(items)))]
+        shares = [list(items[i::many]) for i in range(min(many, len(items)))]
         workers = [Worker(share, job, Path(folder), str(i), results) for i, share in enumerate(shares)]
         try:
             busy = list(workers)
@@ -182,6 +182,5 @@ def run(items: Sequence[Item], job: Job, processes: int, until: float, tell: Cal
         finally:
             for worker in workers:
                 if worker.process is not None and worker.process.poll() is None:
-                    worker.process.kill()
-                    worker.process.wait()
+                    processes.stop(worker.process)
     return results

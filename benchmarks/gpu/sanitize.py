@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from benchmarks.gpu import processes
 from benchmarks.gpu.context import Item, Outcome
 from benchmarks.gpu.pool import ROOT
 from tests.truth import Case
@@ -52,8 +53,7 @@ class Check:
         try:
             code = self.process.wait(timeout=max(0.1, seconds))
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            processes.stop(self.process)
             return "not run", "no time left"
         self.log.seek(0)
         text = self.log.read().decode(errors="replace")
@@ -83,7 +83,7 @@ def start(tool: str, items: Sequence[Item]) -> Check | None:
     command = [found, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all"]
     log = Path(folder.name, "log").open("w+b")  # noqa: SIM115  it lives as long as the check
     env = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    process = subprocess.Popen(
+    process = processes.start(
         [*command, sys.executable, "-m", "benchmarks.gpu.worker", str(job), str(out)], cwd=ROOT, stdout=log, stderr=log, env=env
     )
     return Check(tool, process, log, folder)

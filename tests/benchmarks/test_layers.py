@@ -133,8 +133,9 @@ def test_our_ways_by_name(name, interpreted_kernels):
 
 
 def test_a_case_goes_through_every_way(interpreted_kernels):
-    out = measured(replace(CASE, gate="none"), context(), kind="warm", methods=list(ours.register()))
-    assert not out.failures and out.passed == 1 + len(ours.register()), out.refused
+    ways = [name for name in ours.register() if name.startswith("triton:")]
+    out = measured(replace(CASE, gate="none"), context(), kind="warm", methods=ways)
+    assert not out.failures and out.passed == 1 + len(ways), out.refused
     assert interpreted_kernels.launches >= 7
 
 

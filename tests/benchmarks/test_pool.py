@@ -14,6 +14,7 @@ from benchmarks.cases import Case
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import pool, results
 from benchmarks.gpu.context import Context, Outcome
+from benchmarks.gpu.processes import limited
 from benchmarks.gpu.worker import DeviceLost, work
 
 PEERS = str(Path(__file__).with_name("peers_file.py"))
@@ -44,6 +45,9 @@ def test_what_hangs_or_dies_costs_itself():
 class Ended:
     """A process that is no process: it has said what it says and ended."""
 
+    # no process has this number
+    pid = 1 << 30
+
     def __init__(self, code):
         self.returncode = code
 
@@ -65,7 +69,7 @@ def fake(monkeypatch, scripts):
         Path(arguments[-1]).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return Ended(code)
 
-    monkeypatch.setattr(pool.subprocess, "Popen", popen)
+    monkeypatch.setattr(pool.processes, "start", popen)
 
 
 GOOD = {"rows": [{"op": "x"}], "failures": [], "refused": {}, "passed": 1}
@@ -109,7 +113,7 @@ def test_processes_that_do_not_start_are_given_up(monkeypatch):
 
 
 def test_what_there_was_no_time_for_is_recorded(monkeypatch):
-    monkeypatch.setattr(pool.subprocess, "Popen", lambda *a, **k: Ended(None))
+    monkeypatch.setattr(pool.processes, "start", lambda *a, **k: Ended(None))
     found = pool.run(ITEMS, pool.Job("cpu", 5.0), 2, time.monotonic() + 0.2)
     assert sorted(d["id"] for d in found.dropped) == ["a", "b"] and {d["why"] for d in found.dropped} == {"no time left"}
 
@@ -122,6 +126,14 @@ def test_a_worker_stops_where_the_device_answers_nothing(monkeypatch):
         work(ITEMS, context, said.append)
     assert [s for s in said if "begin" in s] == [{"begin": "a"}]
     assert said[-1]["outcome"]["failures"][0]["stage"] == "device"
+
+
+def test_a_process_ends_with_what_it_started():
+    """A shell that is stopped for lack of time takes its child along."""
+    begin = time.monotonic()
+    code, _ = limited(["/bin/sh", "-c", "sleep 60 & sleep 60; echo never"], 1.0)
+    assert code is None and time.monotonic() - begin < 30
+    assert limited(["/bin/sh", "-c", "echo said; exit 3"], 20.0) == (3, "said\n")
 
 
 BLOCKER = """
