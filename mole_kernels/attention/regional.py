@@ -95,11 +95,8 @@ def regional_attention(
         from mole_kernels.kernels.triton.regional import launch
 
         counted = None if lengths is None else lengths.to(torch.int32).contiguous()
-        return launch(
-            *(t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, shares.float())),
-            counted,
-            q.shape[-1] ** -0.5 if scale is None else scale,
-        )
+        q, k, v, shares = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, shares.float()))
+        return launch(q, k, v, shares, counted, q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "reference":
         wide = torch.promote_types(q.dtype, torch.float32)
         return regional_attention_ref(q.to(wide), k.to(wide), v.to(wide), shares, lengths, scale).to(q.dtype)

@@ -48,7 +48,7 @@ def regional_attention_fwd_kernel(
                 b_v = tl.load(p_v + (l + o_l[:, None]) * svl + o_d[None, :], mask=m_l[:, None] & m_d[None, :], other=0.0)
                 b_a = b_a * b_c[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
                 b_m = b_n
-            b_o += tl.where(b_w != 0.0, b_w / b_z, 0.0)[:, None] * b_a
+            b_o += tl.where((b_w != 0.0)[:, None], (b_w / b_z)[:, None] * b_a, 0.0)
     p_o = o + i_b * sob + i_h * soh + o_t[:, None].to(tl.int64) * sot + o_d[None, :]
     tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
 
