@@ -102,24 +102,29 @@ def _chosen(
 
 def way_of(x, weight, down, ranks, gate, phi, pool, save: bool, backward: bool = False, assigned: bool = False, top_k: int = 0) -> str:
     """What `choose` says for the call that these tensors make: a name in `strategies.WAYS`, or "stacked"."""
-    # not allow_tf32: reading that raises where the newer switch was set
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     varies = None if gate is None else (gate.shape[0] > 1, gate.shape[1] > 1)
     return _chosen(
         x.device.index, *x.shape, weight.shape[0], tuple(ranks), down.shape[0], x.dtype, phi is not None, pool is not None, varies,
-        top_k if phi is not None else 0, assigned, save, backward, tf32,
+        top_k if phi is not None else 0, assigned, save, backward, _tf32(x),
     )  # fmt: skip
 
 
-def _tile(f, even: bool = False):
+def _tf32(x: Tensor) -> bool:
+    """Whether x's products are to be made in tf32: torch's own switch says."""
+    # not allow_tf32: reading that raises where the newer switch was set
+    return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _tile(f, way: str = ""):
     from mole_kernels.kernels.triton.tiles import choose as tile_for
-    from mole_kernels.kernels.triton.tiles import fitted
+    from mole_kernels.kernels.triton.tiles import fitted, for_recompute
 
     device = _device(f.x.device.index)
     gates = sum(g is not None for g in (f.phi, f.pool, f.gate))
     # D is made for a scale's gradient too
-    tile = tile_for(f.M, f.K, f.N, f.R, f.x.dtype, device.capability, device.processors, even)
-    return fitted(tile, device.capability, f.backward, gates + f.backward, f.top_k > 0)
+    tile = tile_for(f.M, f.K, f.N, f.R, f.x.dtype, device.capability, device.processors, way == "recompute")
+    tile = fitted(tile, device.capability, f.backward, gates + f.backward, f.top_k > 0)
+    return for_recompute(tile, device.capability, gates) if way == "recompute" else tile
 
 
 def forward(
@@ -135,16 +140,21 @@ def forward(
     if empty or way == "stacked":
         return stacked.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k)
     assert way is not None
+    from mole_kernels.kernels.triton import plan
+    from mole_kernels.kernels.triton.fused import Fused
     from mole_kernels.kernels.triton.strategies import WAYS
-    from mole_kernels.kernels.triton.tiles import for_recompute
 
-    f = _call(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, assignment, top_k, save)
-    tile = tile or _tile(f, way == "recompute")
-    if way == "recompute":
-        tile = for_recompute(tile, _device(x.device.index).capability, sum(g is not None for g in (gate, phi)))
-    b = WAYS[way](f, tile)
-    none = x.new_empty(0)
-    return b.y, b.h if save else none, b.token_gate, b.sample_gate
+    ranks, top_k = tuple(ranks), min(top_k, len(ranks)) if phi is not None else 0
+    flat = (_flat(t) for t in (phi_bias, pool, pool_bias, assignment))
+    operands = (_tame(x), weight, _flat(bias), down, up, _flat(scale), gate, phi, *flat)
+    key = plan.key_of(way, tile, operands, ranks, top_k, save, _tf32(x)) if way in plan.PLANNED else None
+    found = plan.known(key)
+    if found is not None:
+        return found.run(operands)
+    f = Fused(*operands[:6], ranks, *operands[6:], top_k, save)  # type: ignore[arg-type, call-arg]
+    tile = tile or _tile(f, way)
+    b = WAYS[way](f, tile) if key is None else plan.record(key, way, f, tile)
+    return b.y, b.h if save else x.new_empty(0), b.token_gate, b.sample_gate
 
 
 def backward(

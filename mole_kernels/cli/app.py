@@ -186,11 +186,12 @@ def demo(
 def explain(
     shape: Annotated[str, typer.Option(help="M,K,N: rows (tokens times samples), inputs, outputs.")],
     ranks: Annotated[str, typer.Option(help="The rank of each expert, as in 64,64.")],
-    gate: Annotated[str, typer.Option(help="none, constant, mask, local, global, mole; joined by '+'.")] = "none",
+    gate: Annotated[str, typer.Option(help="none, constant, mask, local, global, mole, softmax, top-1, …; joined by '+'.")] = "none",
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or tf32.")] = "bf16",
     gpu: Annotated[str, typer.Option(help="h200, h100, a100, rtx4090, b200, rtx5090; auto: the one here.")] = "auto",
     batch: Annotated[int, typer.Option(help="How many samples the rows are of.")] = 1,
     per_sample: Annotated[bool, typer.Option("--per-sample", help="Every sample has its own experts.")] = False,
+    sets: Annotated[int, typer.Option(help="So many sets of experts, of which each sample names one (or none).")] = 0,
     backward: Annotated[bool, typer.Option("--backward", help="The backward instead of the forward.")] = False,
     training: Annotated[bool, typer.Option("--training", help="A forward that keeps what its backward needs.")] = False,
     table: Annotated[Optional[Path], typer.Option(help="A table of measurements, instead of the installed one.")] = None,  # noqa: UP045
@@ -199,7 +200,7 @@ def explain(
     """Which kernels would compute a layer on a GPU, in what time, and why not the others; needs no GPU."""
     from mole_kernels.cli.explain import question, show
 
-    problem, use = question(shape, ranks, gate, dtype, batch, per_sample, backward, training)
+    problem, use = question(shape, ranks, gate, dtype, batch, per_sample, backward, training, sets)
     show(problem, use, gpu, table, as_json)
 
 

@@ -55,7 +55,7 @@ def ours(problem: Problem, device: Device, use: Use, candidate: str = "persisten
     """The one tile that our kernel takes for this call (`kernels/triton/tiles.py`); K is never split."""
     K, N = (problem.N, problem.K) if use.backward else (problem.K, problem.N)
     gates = problem.token_gate + problem.sample_gate + problem.given_gate + use.backward
-    tile = choose(problem.M, K, N, problem.R, problem.dtype, device.capability, device.processors)
+    tile = choose(problem.M, K, N, problem.R, problem.dtype, device.capability, device.processors, candidate == "recompute")
     tile = fitted(tile, device.capability, use.backward, gates)
     if candidate == "recompute":
         tile = for_recompute(tile, device.capability, problem.token_gate + problem.given_gate)

@@ -18,7 +18,7 @@ from mole_kernels.dispatch.suite import suite
 from mole_kernels.dispatch.tables import dumps, key_of, load
 from mole_kernels.errors import MoleFileError
 
-CALL = ("explain", "--shape", "2048,1280,1280", "--ranks", "64,64", "--gate", "mole", "--gpu", "h200")
+CALL = ("explain", "--shape", "4608,3072,3072", "--ranks", "64,64", "--gate", "mole", "--gpu", "h200")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_explain_as_json_agrees(cli):
     found = json.loads(cli(*CALL, "--json")[1])
     assert found["taken"] == "persistent" and found["source"] == "model" and found["gpu"] == "h200"
     considered = {c["name"]: c for c in found["considered"]}
-    assert set(considered) == set(CANDIDATES)
+    assert set(CANDIDATES) <= set(considered)
     taken = considered["persistent"]
     assert taken["added_percent"] == pytest.approx((taken["predicted"] / found["plain_us"] - 1) * 100)
     assert all((c["lost"] is None) == (name == "persistent") for name, c in considered.items())
@@ -77,13 +77,13 @@ def test_without_a_gpu_an_assumption_is_said(cli):
 
 
 def test_explain_uses_a_table(cli, tmp_path):
-    problem, use = question("2048,1280,1280", "64,64", "mole", "bf16", 1, False, False, False)
+    problem, use = question("4608,3072,3072", "64,64", "mole", "bf16", 1, False, False, False)
     us = {"plain": 10.0, "stacked": 40.0, "two_pass": 13.0}
     path = tmp_path / "mine.json"
     path.write_text(dumps(tables.Table("NVIDIA H200", "h200", (9, 0), 132, {}, "now", (replace(key_of(problem, use), us=us),))))
     code, out, _ = cli(*CALL, "--table", path)
     lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
-    assert code == 0 and lines["taken"].split()[1] == "two_pass" and "measurements of 2048×1280×1280" in out
+    assert code == 0 and lines["taken"].split()[1] == "two_pass" and "measurements of 4608×3072×3072" in out
     assert "13.0" in lines["two_pass"] and "+30" in lines["two_pass"] and "not measured near" in lines["persistent"]
     code, _, err = cli(*CALL[:-1], "a100", "--table", path)
     assert code == 2 and "expected a100, got h200" in err
@@ -102,7 +102,7 @@ def test_explain_uses_a_table(cli, tmp_path):
         (("--gate", "magic"), "--gate: expected none, constant"),
         (("--dtype", "fp8"), "--dtype: expected bf16"),
         (("--gpu", "voodoo"), "gpu: expected one of h200"),
-        (("--batch", "3"), "--batch: expected a number that divides M = 2048, got 3"),
+        (("--batch", "5"), "--batch: expected a number that divides M = 4608, got 5"),
         (("--batch", "0"), "--batch: expected"),
         (("--backward", "--training"), "--training: is about the forward"),
         (("--table", "/nowhere/t.json"), "there is no such file"),
@@ -173,3 +173,15 @@ def test_the_error_of_a_result():
     assert error([one, torch.empty(0)], [one, torch.empty(0)]) == 0
     assert error([one, one * 1.1], [one, one]) == pytest.approx(0.1, abs=1e-6)
     assert error([one * float("nan")], [one]) == float("inf")
+
+
+def test_softmax_gates_and_sets_are_asked_about(cli):
+    sizes = ("explain", "--shape", "2048,1280,1280", "--ranks", "16,16,16", "--gpu", "h200", "--batch", 4)
+    out = cli(*sizes, "--gate", "top-2+global", "--sets", 3)[1]
+    assert "S=3 by assignment, gates top-2+sample" in out
+    asked = json.loads(cli(*sizes, "--gate", "softmax", "--sets", 3, "--json")[1])["call"]
+    assert (asked["top_k"], asked["assigned"], asked["S"]) == (3, True, 3)
+    for wrong, words in (("top-4", "top-1 … top-3"), ("softmax+local", "one kind of token gate"), ("top-1+top-2", "one kind of token gate")):
+        code, _, err = cli(*sizes, "--gate", wrong)
+        assert code and words in err
+    assert "--sets" in cli(*sizes, "--sets", 2, "--per-sample")[2]

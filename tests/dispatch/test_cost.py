@@ -43,11 +43,12 @@ def test_with_a_librarys_tiles_it_follows_the_published_table(row):
     assert [(t / plain - 1) * 100 for t in got] == pytest.approx(published, abs=5)
 
 
-# rows of the table from which our own predictions are more than 10 points away: our tiles are powers of two and K is not split;
+# rows of the table from which our own predictions are more than 10 points away: K is not split, neither y's nor h's (persistent), and
+# recompute has no room for tiles of 160 columns;
 # merge: no programmatic launch before a library's product, and one product for each of two samples
 FARTHER = {
     "recompute": {0, 1, 3, 4, 5, 6, 7},
-    "two_pass": {0, 1, 3, 4, 5, 6},
+    "two_pass": {4, 6},
     "persistent": {0, 1, 3, 4, 5, 6},
     "merge": {4, 5, 6},
 }
@@ -131,7 +132,7 @@ def test_the_tile_is_the_one_that_runs():
     p = problem(4608, 3072, 3072, gate="mole")
     t = tiles.fitted(tiles.choose(4608, 3072, 3072, 64, torch.bfloat16, (9, 0), 132), (9, 0), False, 2)
     loop = ours(p, H200, Use())
-    assert loop.tiles == ((t.BM, t.BN),) and loop.columns == t.BR
+    assert loop.tiles == ((t.BM, t.width),) and loop.columns == t.BR
 
 
 def test_gpus_by_name():

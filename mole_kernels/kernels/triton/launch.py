@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +20,40 @@ from mole_kernels.kernels.triton.recompute import recompute_kernel
 from mole_kernels.kernels.triton.shrink import shrink_kernel
 from mole_kernels.kernels.triton.tiles import Tile, next_power
 
+# of each thread: autograd's may launch while another records
+_local = threading.local()
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[Any, Any, tuple[int, ...], dict[str, object]]]]:
+    """What this thread launches inside: (kernel, compiled or None, grid, arguments by name)."""
+    found: list[tuple[Any, Any, tuple[int, ...], dict[str, object]]] = []
+    _local.recorded = found
+    try:
+        yield found
+    finally:
+        _local.recorded = None
+
+
+def descriptor(t: Tensor | None, shape: list[int], strides: list[int], block: list[int]) -> object:
+    """A tensor descriptor of `t`."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(t, shape, strides, block)
+
 
 def _start(kernel, grid: tuple[int, ...], arguments: Mapping[str, object], tile: Tile, **options: object) -> None:
     """Launch with those of `arguments` that the kernel names."""
     device = arguments["cols"].device  # type: ignore[attr-defined]
     named = {name: arguments[name] for name in kernel.arg_names}
-    if device.type != "cuda":
-        kernel[grid](**named)
-        return
-    with torch.cuda.device(device):
-        kernel[grid](**named, num_warps=tile.warps, num_stages=tile.stages, **options)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            compiled = kernel[grid](**named, num_warps=tile.warps, num_stages=tile.stages, **options)
+    else:
+        compiled = kernel[grid](**named)
+    recorded = getattr(_local, "recorded", None)
+    if recorded is not None:
+        recorded.append((kernel, compiled, grid, named))
 
 
 def shrink(f: Fused, b: Buffers, tile: Tile) -> None:

@@ -85,7 +85,7 @@ def roomy(capability: tuple[int, int]) -> bool:
 def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, softmax: bool = False) -> Tile:
     """`tile` narrowed until the kernel's registers hold it, as the compiler reports them (`make aot` shows no spill at these).
 
-    gates: how many kinds of gate the call has, one more in the backward. Their epilogues add tiles of h and of its gates to what is alive: half as many columns
+    gates: how many kinds of gate the call has, one more in the backward. Their epilogues add tiles of h and its gates: half as many columns
     of h at a time (Hopper's forward excepted, which holds them); and where the accumulators are in the threads' own registers and not
     a warp group's (all but Hopper and Blackwell's data-centre parts), half as many columns of y; with a softmax there, half as many
     rows of the shrink. Hopper's backward holds 160 columns of y with two kinds of gate, 128 with three.
