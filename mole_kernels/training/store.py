@@ -18,6 +18,8 @@ from mole_kernels.files.writer import atomic_save
 SHARD_BYTES = 64 * 2**20
 # the reader takes 20,000 tensors in a file
 SHARD_TENSORS = 4096
+# files held open at once: a million pictures have thousands of shards, a process may open about a thousand files
+MOST_OPEN = 64
 
 
 class Store:
@@ -44,6 +46,8 @@ class Store:
             return dict(self._memory[key])
         path, names = self._places[key]
         if path not in self._open:
+            if len(self._open) >= MOST_OPEN:
+                self.close()
             self._open[path] = SafetensorsFile(path)
         found = self._open[path].read([f"{key}.{name}" for name in names])
         return {name: found[f"{key}.{name}"] for name in names}

@@ -183,6 +183,18 @@ def test_a_disk_that_fills_up_keeps_the_shards_there_are(root, tmp_path, monkeyp
     assert calls[0] == 7 and 0 < calls[1] < 6 and len(names(found, 4)) == 4
 
 
+def test_many_shards_are_not_all_open_at_once(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SHARD_TENSORS", 1)
+    monkeypatch.setattr(store, "MOST_OPEN", 2)
+    pipe = sd_pipeline()
+    found = batches(pipe, root, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 13
+    wanted = batches(pipe, root)
+    for n in range(8):
+        assert all(torch.equal(value, wanted.batch(n)[key]) for key, value in found.batch(n).items())
+        assert len(found._latents._open) <= 2 and len(found._texts._open) <= 2
+
+
 def test_a_broken_shard_is_named_and_made_anew(root, tmp_path, monkeypatch):
     pipe = sd_pipeline()
     first = batches(pipe, root, cache=tmp_path / "cache")

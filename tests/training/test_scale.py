@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.gates.gate import MoLEGate
+from mole_kernels.layers.linear import GatedLoRALinear
 from mole_kernels.training import session
 from mole_kernels.training.checkpoint import list_checkpoints, load_latest
 from mole_kernels.training.config import TrainConfig
@@ -101,6 +104,29 @@ def test_checkpointed_activations_give_the_same_steps_with_less_kept(precision):
     saving.unet.enable_gradient_checkpointing()
     unet_run(saving, replace(config, gradient_checkpointing=True, steps=1))
     assert saving.unet.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("train_experts", [False, True])
+def test_no_expert_output_is_kept_for_the_backward(train_experts):
+    """x, and of the experts h [B,T,R] and gates [B,T,E], [B,E]: nothing of size [B,T,N]."""
+    B, T, K, N, ranks = 2, 64, 48, 80, (3, 5)
+    experts = LayerExperts(torch.randn(1, 8, K), torch.randn(1, N, 8), torch.ones(2), ("a", "b"), ranks).requires_grad_(train_experts)
+    base = nn.Linear(K, N).requires_grad_(False)
+    layer = GatedLoRALinear.from_linear(base, experts, MoLEGate(K, N, 2))
+    x, kept = torch.randn(B, T, K, requires_grad=True), {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    y.sum().backward()
+    own = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
+    beside = [tensor for where, tensor in kept.items() if where not in own]
+    assert x.grad is not None and all(tensor.numel() < B * T * N for tensor in beside)
+    # h, token gates, sample gates, and the pooled vector's own small tensors
+    assert sum(tensor.numel() for tensor in beside) <= B * T * (8 + 2) + B * 2 + 8 * N + 3 * N * 2
 
 
 def test_checkpointing_may_change_on_resume_and_needs_a_model_that_can(tmp_path):
