@@ -27,30 +27,40 @@ GATES = {
     "local": ("token",),
     "global": ("sample",),
     "mole": ("token", "sample"),
+    "softmax": ("token",),
 }
 MOST_EXPERTS = 64
 
 
 def question(
-    shape: str, ranks: str, gate: str, dtype: str, batch: int, per_sample: bool, backward: bool, training: bool
+    shape: str, ranks: str, gate: str, dtype: str, batch: int, per_sample: bool, backward: bool, training: bool, sets: int = 0
 ) -> tuple[Problem, Use]:
-    """The Problem and Use that the options name. Raises MoleValueError."""
+    """The Problem and Use that the options name; sets > 0: so many, named by an assignment. Raises MoleValueError."""
     M, K, N = _numbers("--shape", shape, "M,K,N", 3)
     of_each = _numbers("--ranks", ranks, "the rank of each expert, as in 64,64")
     if len(of_each) > MOST_EXPERTS:
         raise MoleValueError("--ranks", expected=f"at most {MOST_EXPERTS} experts", got=len(of_each))
     words = gate.split("+")
-    if any(word not in GATES for word in words):
-        raise MoleValueError("--gate", expected=f"{', '.join(GATES)}, joined by '+'", got=repr(printable(gate, 60)))
+    largest = [k for k in range(1, len(of_each) + 1) if f"top-{k}" in words]
+    if any(word not in GATES and word not in {f"top-{k}" for k in largest} for word in words):
+        known_ones = ", ".join((*GATES, f"top-1 … top-{len(of_each)}"))
+        raise MoleValueError("--gate", expected=f"{known_ones}, joined by '+'", got=repr(printable(gate, 60)))
+    routed = [word for word in words if word == "softmax" or word.startswith("top-")]
+    if len(routed) > 1 or (routed and {"local", "mole"} & set(words)):
+        raise MoleValueError("--gate", expected="one kind of token gate: local, mole, softmax or top-k", got=repr(printable(gate, 60)))
+    top_k = len(of_each) if routed == ["softmax"] else sum(largest)
+    if sets < 0 or (sets and per_sample):
+        raise MoleValueError("--sets", expected="a number of sets, and no --per-sample beside it", got=sets)
     if dtype not in DTYPES:
         raise MoleValueError("--dtype", expected=", ".join(DTYPES), got=repr(printable(dtype, 60)))
     if batch < 1 or M % batch:
         raise MoleValueError("--batch", expected=f"a number that divides M = {M}", got=batch)
     if backward and training:
         raise MoleValueError("--training", "is about the forward", hint="leave it out with --backward")
-    kinds = {kind for word in words for kind in GATES[word]}
-    problem = Problem(batch, M // batch, K, N, of_each, batch if per_sample else 1, DTYPES[dtype], "cuda",
-                      token_gate="token" in kinds, sample_gate="sample" in kinds, given_gate="given" in kinds)  # fmt: skip
+    kinds = {kind for word in words for kind in GATES.get(word, GATES["softmax"])}
+    problem = Problem(batch, M // batch, K, N, of_each, sets or (batch if per_sample else 1), DTYPES[dtype], "cuda",
+                      token_gate="token" in kinds, sample_gate="sample" in kinds, given_gate="given" in kinds,
+                      top_k=top_k, assigned=sets > 0)  # fmt: skip
     return problem, Use(backward, training, "by_token" in kinds, "by_token" in kinds, dtype == "tf32")
 
 
@@ -84,6 +94,9 @@ def show(problem: Problem, use: Use, gpu: str, file: Path | None, as_json: bool)
     console = out()
     gates, dtype = tables.gate_kind(problem, use), "tf32" if use.tf32 else str(problem.dtype)[6:]
     size = f"x [{problem.B},{problem.T},{problem.K}] → {problem.N}, ranks {','.join(map(str, problem.ranks))}, S={problem.S}"
+    size += " by assignment" if problem.assigned else ""
+    if problem.top_k:
+        gates = gates.replace("token", problem.token_kind)
     call = f"{size}, gates {gates}, {dtype}, {use.direction}"
     rows: list[tuple[str, object]] = [("call", call), ("gpu", device.name + (f"  ({assumed})" if assumed else ""))]
     rows += [("plain layer", f"{number(choice.plain)} µs"), ("taken", _taken(choice))]
