@@ -38,6 +38,7 @@ class Run:
     measured: Results = field(default_factory=Results)
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    required: set[str] = field(default_factory=set)
 
     def until(self, part: float) -> float:
         return self.begin + part * self.args.seconds
@@ -81,6 +82,7 @@ def verify_and_warm(r: Run, items: list[Item]) -> None:
     until = r.until(VERIFIED)
     checks = [] if r.args.no_verify else verify.unique(verify.items(r.args.device, r.args.quick))
     tools = [c for tool in sanitize.TOOLS if (c := sanitize.start(tool, sanitize.shapes(checks)))] if r.args.device == "cuda" else []
+    r.required = {i["id"] for i in checks if not i.get("extra")}
     # the most important checks, the warming, then the rest: a kernel that compiles while it is timed costs a case
     first, rest = checks[: len(checks) // 3], checks[len(checks) // 3 :]
     warm = plan.warmed(items) if r.args.device == "cuda" else []
@@ -131,13 +133,15 @@ def conclude(r: Run, clocks: dict[str, Any]) -> dict[str, Any]:
     noise = [abs(row["ratio"]["plain"] - 1) for row in cases if row["method"] == "plain again" and row["launch"] == "graph" and row["us"]]
     refused = {name: why for results in (r.checked, r.measured) for o in results.outcomes.values() for name, why in o["refused"].items()}
     checks = {"passed": r.checked.passed, "items": len(r.checked.outcomes), "sanitizer": r.facts["sanitizer"], "refused": refused}
+    missing = [d["id"] for d in r.checked.dropped if d["id"] in r.required]
+    checks["missing"] = len(missing)
     result = machine.header() | {
         "suite": "gpu",
         "gpu": None if gpu is None else gpu | {"clocks": clocks},
         "ceilings": r.facts.get("ceilings", {}),
         "aa_spread": round(spread(noise)[2], 4) if noise else 0.0,
         "aa_worst": round(max(noise, default=0.0), 4),
-        "verified": not r.args.no_verify and r.checked.passed > 0 and not any(of_ours(f) for f in failures) and not r.checked.dropped,
+        "verified": not r.args.no_verify and r.checked.passed > 0 and not any(of_ours(f) for f in failures) and not missing,
         "checks": checks,
         "build": r.facts.get("build"),
         "proxies": proxies(),

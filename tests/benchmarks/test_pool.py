@@ -166,6 +166,7 @@ def test_the_whole_command_with_nothing_but_torch(tmp_path):
     assert "peft" not in result["software"] or result["checks"]["refused"]["peft"] == "PEFT is not installed"
     methods = {f["method"] for f in result["failures"]}
     assert methods >= {"five-percent", "wrong", "NaN", "raises"}
+    assert any(f["id"].startswith("rules five-percent") and "G2" in f["error"] for f in result["failures"])
     assert {r["method"] for r in result["cases"] if r.get("wrong")} == {"wrong", "NaN", "five-percent"}
     assert {r["method"] for r in result["cases"] if r["us"]} >= {"plain", "ours", "stacked", "eager"}
     assert all(g["met"] is None for g in result["goals"])
