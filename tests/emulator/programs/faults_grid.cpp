@@ -124,7 +124,7 @@ int main(int argc, char** argv) {
   const CUtensorMap map = emu::tensor_map_2d(h.data(), blocks * ROWS, WIDE, ROWS, WIDE, 0);
   emu::Launch launch;
   launch.grid = dim3(4), launch.block = dim3(THREADS), launch.smem = 16384 + 16, launch.seed = args.seed();
-  launch.resident = fault == FAULT("not_resident") ? 1 : 0;
+  launch.resident = fault == FAULT("not_resident") ? 1 : 0, launch.steps = 1000000;
   emu::launch(launch, [&] { persistent(map, x.data(), h.data(), y.data(), flags.data(), total.data(), blocks, fault); });
   double sum = 0;
   for (size_t i = 0; i < all; i++) {
