@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format bench aot gpu clean build diffusers-tests peft-tests
+.PHONY: demo test lint format bench aot triton-tests gpu clean build diffusers-tests peft-tests
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
@@ -42,9 +42,18 @@ bench: $(STAMP)
 diffusers-tests: $(STAMP)
 	$(BIN)/python python/tools/diffusers_suite.py $(if $(SOURCE),--source $(SOURCE))
 
-# kernels compiled for GPUs that are not here: registers, spills, tensor-core instructions
-aot: $(STAMP)
-	PYTHONPATH=. $(BIN)/python python/tools/aot.py
+# kernels compiled for GPUs that are not here: registers, spills, tensor-core instructions; by another Triton with TRITON=<version>,
+# which is unpacked beside the environment and leaves it as it is
+OTHER := $(if $(TRITON),build/triton-$(TRITON))
+aot: $(STAMP) $(OTHER)
+	PYTHONPATH=$(if $(OTHER),$(OTHER):). $(BIN)/python python/tools/aot.py
+
+# the kernels in the interpreter of another Triton: make triton-tests TRITON=<version>
+triton-tests: $(STAMP) $(OTHER)
+	PYTHONPATH=$(if $(OTHER),$(OTHER):). $(BIN)/python -m pytest -q tests/kernels --deselect tests/kernels/test_aot.py
+
+build/triton-%: | $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $@ triton==$*
 
 # PEFT's own LoRA tests, from its source distribution
 peft-tests: $(STAMP)
