@@ -43,6 +43,7 @@ def given(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_stage_from_prompts_to_figures(cli, given):
     work, skills = given / "run", ["--skills", given / "skills.json"]
     assert cli("prompts", work, *skills, "--file", given, "--count", 2)[0] == 0
