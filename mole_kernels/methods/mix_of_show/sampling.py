@@ -1,0 +1,301 @@
+"""Regionally controllable sampling of Stable Diffusion pipelines: each region of the picture with its own prompt, and its own experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mole_kernels.attention.regional import regional_attention
+from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.gates.block import BlockGate
+from mole_kernels.gates.softmax import GivenGate
+from mole_kernels.layers.linear import Gated
+from mole_kernels.methods.mix_of_show.regions import Region, grid_of, shares
+from mole_kernels.patching.handle import Handle
+
+
+def region_gates(path: str, module: nn.Module, experts: Any) -> GivenGate:
+    """For `mk.patch(pipe, experts, gates=region_gates)`: gates that `regional` fills with each region's weights."""
+    return GivenGate(len(experts.names), device=experts.scale.device)
+
+
+class regional:
+    """While it is open, `pipe` draws every region from its own prompt.
+
+        regions = [Region("a red cat", box=(0, 0, 1, 0.5)), Region("a dog", box=(0, 0.5, 1, 1))]
+        with regional(pipe, regions):
+            image = pipe("two pets in a garden", height=512, width=512).images[0]
+
+    h = Σ_s shares_s ⊙ attention(q, K_s, V_s) in every cross-attention layer: the global prompt where no region is, the mean of those that
+    cover a place (overlap="mean", the paper's code) or the last of them (overlap="overwrite", its text).
+
+    pipe      a StableDiffusion or StableDiffusionXL pipeline (anything whose `unet` has cross-attention processors)
+    regions   the regions of the picture, or one list of regions for each prompt of the call
+    height, width  of the picture in pixels; found out by itself from the latents
+    handle    a patch made with gates=region_gates: then Region.experts says how much of each expert a region gets
+    elsewhere expert name -> weight where no region is (1 for all by default)
+    embeds    (positive, negative) texts of the regions instead of encoding them: [prompts, regions, L, C] each, or with one text for
+              every cross-attention layer, [prompts, regions, layers, L, C], as extended textual inversion has them
+    backend   of `regional_attention`
+
+    K and V of every region are computed once and kept while the texts, the weights and the gates stay (torch's version counters say
+    so); the queries are not copied. Guidance, several prompts and several pictures per prompt are followed.
+    Raises MoleTypeError, MoleValueError, MoleKeyError (an unknown expert), MoleStateError; then nothing was changed.
+    Source: Mix-of-Show (Gu et al., NeurIPS 2023).
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        regions: Sequence[Region] | Sequence[Sequence[Region]],
+        *,
+        overlap: str = "mean",
+        height: int | None = None,
+        width: int | None = None,
+        handle: Handle | None = None,
+        elsewhere: Mapping[str, float] | None = None,
+        embeds: tuple[Tensor, Tensor] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if not hasattr(getattr(pipe, "unet", None), "attn_processors"):
+            raise MoleTypeError("regional", expected="a pipeline with a UNet of cross-attention", got=type(pipe).__name__)
+        if not regions:
+            raise MoleValueError("regional", expected="at least one region", got="none")
+        self.pipe, self.overlap, self.backend, self.handle = pipe, overlap, backend, handle
+        self.by_prompt = _by_prompt(regions)
+        shares(self.by_prompt[0], 1, 1, overlap=overlap)
+        self.size = (height, width) if height and width else None
+        self.experts = None if handle is None else _ExpertWeights(handle, self.by_prompt, elsewhere)
+        self.embeds = embeds
+        self._tables: dict[tuple[object, ...], Tensor] = {}
+        self._before: dict[str, Any] = {}
+        self._hooks: list[Any] = []
+
+    # -- open and close -------------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> regional:
+        if self.embeds is None:
+            self.embeds = self._encode()
+        self._check_embeds()
+        unet = self.pipe.unet
+        self._before = dict(unet.attn_processors)
+        made, place = dict(self._before), 0
+        for name in self._before:
+            if ".attn2." in f".{name}":
+                made[name] = RegionalProcessor(self, place)
+                place += 1
+        if not place:
+            raise MoleStateError("regional", "the UNet has no cross-attention layers (attn2)")
+        try:
+            self._hooks.append(unet.register_forward_pre_hook(self._see, with_kwargs=True))
+            if self.experts is not None:
+                self._hooks += self.experts.hook(self)
+            unet.set_attn_processor(made)
+        # whatever stops it, the pipeline must draw as before
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.pipe.unet.set_attn_processor(dict(self._before))
+        if self.experts is not None:
+            self.experts.clear()
+
+    # -- what the layers ask --------------------------------------------------------------------------------------------------------
+
+    def table(self, B: int, T: int, device: torch.device) -> Tensor:
+        """Shares [B,1+S,T] of a layer with T tokens, for the B samples the UNet sees."""
+        key = (B, T, device)
+        if key not in self._tables:
+            if self.size is None:
+                raise MoleStateError("regional", "the size of the picture is not known yet", hint="run the whole UNet")
+            grid = grid_of(T, *self.size)
+            rows = [shares(regions, *grid, overlap=self.overlap) for regions in self.by_prompt]
+            self._tables[key] = torch.stack([rows[p] for p, _ in self.samples(B)]).to(device)
+        return self._tables[key]
+
+    def samples(self, B: int) -> list[tuple[int, bool]]:
+        """(prompt, unconditional) of each of the B samples: pictures of one prompt lie together, the unconditional half comes first."""
+        guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
+        P, parts = len(self.by_prompt), 2 if guided else 1
+        # one list of regions serves every prompt of the call
+        if B % (P * parts):
+            raise MoleShapeError("regional", expected=f"a batch that is a multiple of {P} prompts (times {parts})", got=B)
+        each = B // (P * parts)
+        return [(p, guided and part == 0) for part in range(parts) for p in range(P) for _ in range(each)]
+
+    def texts(self, B: int, place: int) -> Tensor:
+        """The regions' texts [B,S,L,C] for cross-attention layer `place`."""
+        assert self.embeds is not None
+        chosen = [self.embeds[1 if negative else 0][p] for p, negative in self.samples(B)]
+        whole = torch.stack(chosen)
+        return whole[:, :, place] if whole.dim() == 5 else whole
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        latents = args[0] if args else kwargs["sample"]
+        size = (int(latents.shape[-2]), int(latents.shape[-1]))
+        # shares are fractions of the picture, so the latents' size serves as well as that in pixels
+        if self.size is None or (self.size != size and self.size[0] * size[1] != self.size[1] * size[0]):
+            self.size = size
+            self._tables.clear()
+
+    # -- texts ----------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _encode(self) -> tuple[Tensor, Tensor]:
+        """(positive, negative), each [prompts, regions, L, C], by the pipeline's own encoders."""
+        made = []
+        for which in ("prompt", "negative"):
+            texts = [getattr(region, which) for regions in self.by_prompt for region in regions]
+            found = self.pipe.encode_prompt(
+                prompt=texts, device=self.pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )[0]
+            made.append(found.unflatten(0, (len(self.by_prompt), -1)))
+        return made[0], made[1]
+
+    def _check_embeds(self) -> None:
+        assert self.embeds is not None
+        want = (len(self.by_prompt), len(self.by_prompt[0]))
+        for name, tensor in zip(("positive", "negative"), self.embeds):
+            if tensor.dim() not in (4, 5) or tuple(tensor.shape[:2]) != want:
+                raise MoleShapeError("regional: embeds", expected=f"{name} [{want[0]},{want[1]},(layers,)L,C]", got=tuple(tensor.shape))
+
+
+def _by_prompt(regions: Sequence[Any]) -> list[list[Region]]:
+    """One list of regions for each prompt, all of the same length."""
+    nested = [list(regions)] if isinstance(regions[0], Region) else [list(r) if isinstance(r, Sequence) else [] for r in regions]
+    counts = {len(one) for one in nested}
+    if 0 in counts or any(not isinstance(r, Region) for one in nested for r in one):
+        raise MoleTypeError("regional", expected="a list of regions, or one such list for each prompt", got="something else")
+    if len(counts) > 1:
+        raise MoleValueError("regional", expected="as many regions for each prompt", got=f"{sorted(counts)}", hint="one call per prompt")
+    return nested
+
+
+class RegionalProcessor:
+    """A cross-attention processor of a diffusers UNet: its own text where no region is, the regions' texts elsewhere."""
+
+    def __init__(self, state: regional, place: int) -> None:
+        self.state, self.place = state, place
+        self._kept: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None,
+        temb: Tensor | None = None, *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        assert encoder_hidden_states is not None
+        if attention_mask is not None:
+            raise MoleStateError("regional", "a mask over the text tokens is not supported", hint="pass no encoder_attention_mask")
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.mT).mT
+        B, T = hidden_states.shape[:2]
+        q = _heads(attn, attn.to_q(hidden_states), attn.norm_q)
+        k, v = self._keys_values(attn, encoder_hidden_states, B)
+        table = self.state.table(B, T, q.device)
+        said = regional_attention(q, k, v, table, scale=attn.scale, backend=self.state.backend)
+        out = attn.to_out[1](attn.to_out[0](said.transpose(1, 2).flatten(2).to(residual.dtype)))
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
+
+    def _keys_values(self, attn: Any, text: Tensor, B: int) -> tuple[Tensor, Tensor]:
+        """k, v [B,1+S,H,L,D]: the call's own text first, then the regions'."""
+        key = (*_versions(attn.to_k), *_versions(attn.to_v), id(text), text._version if not text.is_inference() else -1, B, text.dtype)
+        fixed = _depends_on_text_alone(attn.to_k) and _depends_on_text_alone(attn.to_v) and not torch.is_grad_enabled()
+        if fixed and self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        own = text[:, self.place] if text.dim() == 4 else text
+        regions = self.state.texts(B, self.place).to(own)
+        if regions.shape[2:] != own.shape[1:]:
+            raise MoleShapeError(
+                "regional", expected=f"region texts of the prompt's [L,C] = {list(own.shape[1:])}", got=list(regions.shape[2:])
+            )
+        if attn.norm_cross:
+            own = attn.norm_encoder_hidden_states(own)
+            regions = attn.norm_encoder_hidden_states(regions.flatten(0, 1)).unflatten(0, regions.shape[:2])
+        every = torch.cat([own[:, None], regions], 1)
+        if self.state.experts is not None:
+            self.state.experts.for_texts([attn.to_k, attn.to_v], self.state.samples(B), every.shape[1])
+        flat = every.flatten(0, 1)
+        k, v = (_heads(attn, proj(flat), norm).unflatten(0, (B, -1)) for proj, norm in ((attn.to_k, attn.norm_k), (attn.to_v, None)))
+        # the text itself is kept too, so that no other tensor can come to have its address
+        self._kept = (key, (k, v)) if fixed else None
+        self._text = text
+        return k, v
+
+
+def _heads(attn: Any, x: Tensor, norm: Any) -> Tensor:
+    """[B,T,H·D] -> [B,H,T,D]"""
+    heads = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    return heads if norm is None else norm(heads)
+
+
+def _versions(module: nn.Module) -> tuple[object, ...]:
+    tensors = [*module.parameters(), *module.buffers()]
+    return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+
+
+def _depends_on_text_alone(module: nn.Module) -> bool:
+    """Whether the layer's output is settled by its tensors and its input; a gate that something outside sets is not."""
+    return not any(isinstance(part, GivenGate | BlockGate) for part in module.modules())
+
+
+class _ExpertWeights:
+    """How much of each expert every place gets: the mean of its regions' weights, by their shares."""
+
+    def __init__(self, handle: Handle, by_prompt: Sequence[Sequence[Region]], elsewhere: Mapping[str, float] | None) -> None:
+        self.names, self.layers = (
+            handle.names,
+            {p: m for p, m in handle.layers.items() if isinstance(m, Gated) and isinstance(m.gate, GivenGate)},
+        )
+        if not self.layers:
+            raise MoleStateError("regional", "the patch has no region gates", hint="mk.patch(pipe, experts, gates=region_gates)")
+        outside = self._row(elsewhere)
+        self.rows = torch.stack([torch.stack([outside, *(self._row(region.experts) for region in regions)]) for regions in by_prompt])
+
+    def _row(self, experts: Mapping[str, float] | None) -> Tensor:
+        for name in experts or {}:
+            if name not in self.names:
+                raise MoleKeyError("regional", expected=f"experts among {', '.join(self.names)}", got=repr(name))
+        return torch.tensor([1.0 if experts is None else float(experts.get(name, 0.0)) for name in self.names])
+
+    def hook(self, state: regional) -> list[Any]:
+        """Before a layer that sees the picture runs, its gate becomes [B,T,E] = Σ_s shares_s · weight_s."""
+
+        def fill(module: Any, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            B, T = x.shape[0], x.shape[-1] * x.shape[-2] if isinstance(module, nn.Conv2d) else x.shape[1]
+            weights = self.rows[[p for p, _ in state.samples(B)]].to(x.device)
+            module.gate.set(torch.einsum("bst,bse->bte", state.table(B, T, x.device), weights)[..., self._columns(module)])
+
+        seen = [m for path, m in self.layers.items() if not path.endswith(("attn2.to_k", "attn2.to_v"))]
+        return [module.register_forward_pre_hook(fill) for module in seen]
+
+    def for_texts(self, modules: Sequence[Any], samples: Sequence[tuple[int, bool]], S: int) -> None:
+        """K and V of a region are made with that region's experts: one row of gates for each text [B·S,1,E]."""
+        for module in modules:
+            if isinstance(module, Gated) and isinstance(module.gate, GivenGate):
+                rows = self.rows[[p for p, _ in samples]][:, :S].flatten(0, 1)[:, None]
+                module.gate.set(rows[..., self._columns(module)].to(module.experts.scale.device))
+
+    def clear(self) -> None:
+        for module in self.layers.values():
+            gate: Any = module.gate
+            gate.set(torch.ones(1, 1, gate.num_experts, device=gate.given.device))
+
+    def _columns(self, module: Any) -> list[int]:
+        return [self.names.index(name) for name in module.experts.names]

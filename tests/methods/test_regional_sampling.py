@@ -1,0 +1,202 @@
+"""Regional sampling of a real UNet: against attention place by place, on guidance and batches, with experts by region, and undone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.gates.schedule import Clock, switch
+from mole_kernels.methods.mix_of_show.regions import Region, grid_of, shares
+from mole_kernels.methods.mix_of_show.sampling import region_gates, regional
+from mole_kernels.patching.apply import patch
+from tests.patching.conftest import TEXT_WIDTH, make_expert, tiny_pipeline
+
+REGIONS = [Region("left", box=(0, 0, 1, 0.5)), Region("low", box=(0.5, 0.25, 1, 1))]
+SIZE = (8, 8)
+
+
+@pytest.fixture
+def pipe():
+    made = tiny_pipeline()
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def texts(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, 5, TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(pipe, prompts: int = 1, each: int = 1, guidance: float = 1.0, steps: int = 2, text=None) -> torch.Tensor:
+    g = torch.Generator().manual_seed(4)
+    noise = torch.randn(prompts * each, 4, *SIZE, generator=g)
+    return pipe(
+        prompt_embeds=texts(prompts, seed=7) if text is None else text, negative_prompt_embeds=texts(prompts, seed=8), latents=noise,
+        num_images_per_prompt=each, guidance_scale=guidance, num_inference_steps=steps, output_type="latent",
+    ).images  # fmt: skip
+
+
+class PlaceByPlace:
+    """The same by its definition: for each sample and place, a softmax over the text of each region that covers it."""
+
+    def __init__(self, regions, embeds, guided, overlap="mean"):
+        self.regions, self.embeds, self.guided, self.overlap = regions, embeds, guided, overlap
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        B, T, _ = hidden_states.shape
+        q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        out = torch.zeros_like(q)
+        P = len(self.regions)
+        for b in range(B):
+            half, within = divmod(b, B // 2 if self.guided else B)
+            p = within // (B // ((2 if self.guided else 1) * P))
+            own = self.embeds[1 if self.guided and half == 0 else 0][p]
+            table = shares(self.regions[p], *grid_of(T, *SIZE), overlap=self.overlap)
+            for s, text in enumerate([encoder_hidden_states[b], *own]):
+                k, v = (f(text).unflatten(-1, (attn.heads, -1)) for f in (attn.to_k, attn.to_v))
+                for t in range(T):
+                    if table[s, t]:
+                        a = torch.softmax(torch.einsum("hd,lhd->hl", q[b, t], k) * attn.scale, -1)
+                        out[b, t] += table[s, t] * torch.einsum("hl,lhd->hd", a, v)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+@pytest.mark.parametrize("overlap", ["mean", "overwrite"])
+@pytest.mark.parametrize("prompts, each, guidance", [(1, 1, 1.0), (1, 1, 5.0), (2, 2, 5.0)], ids=["plain", "guided", "batch"])
+def test_a_picture_is_what_attention_place_by_place_draws(pipe, prompts, each, guidance, overlap):
+    by_prompt = [REGIONS, REGIONS[::-1]][:prompts]
+    embeds = texts(prompts, 2, seed=1), texts(prompts, 2, seed=2)
+    slow = copy.copy(pipe)
+    slow.unet = copy.deepcopy(pipe.unet)
+    by_place = PlaceByPlace(by_prompt, embeds, guidance > 1, overlap)
+    slow.unet.set_attn_processor({n: by_place if ".attn2." in n else p for n, p in slow.unet.attn_processors.items()})
+    want = draw(slow, prompts, each, guidance)
+    plain = draw(pipe, prompts, each, guidance)
+    with regional(pipe, by_prompt, embeds=embeds, overlap=overlap):
+        got = draw(pipe, prompts, each, guidance)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(got, plain, atol=1e-2)
+    assert torch.equal(draw(pipe, prompts, each, guidance), plain)
+
+
+def test_regions_that_say_what_the_whole_says_change_nothing(pipe):
+    text, negative = texts(1, seed=7), texts(1, seed=8)
+    want = draw(pipe, guidance=3.0)
+    with regional(pipe, REGIONS, embeds=(text[:, None].expand(-1, 2, -1, -1), negative[:, None].expand(-1, 2, -1, -1))):
+        torch.testing.assert_close(draw(pipe, guidance=3.0), want, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_and_values_are_made_once_and_again_when_something_changes(pipe):
+    handle = patch(pipe, {"a": make_expert(pipe.unet)}, strict=False)
+    layer = next(m for p, m in handle.layers.items() if p.endswith("attn2.to_k"))
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    layer.register_forward_hook(count)
+    text, embeds = texts(1, seed=7), (texts(1, 2, seed=1), texts(1, 2, seed=2))
+    with regional(pipe, REGIONS, embeds=embeds), torch.no_grad():
+        unet_text = text.clone()
+        x = torch.randn(1, 4, *SIZE)
+        first = pipe.unet(x, 3, unet_text).sample
+        assert torch.equal(pipe.unet(x, 3, unet_text).sample, first) and calls == 1
+        handle.set_scales({"a": 0.3})
+        second = pipe.unet(x, 3, unet_text).sample
+        assert calls == 2 and not torch.equal(second, first)
+        unet_text.mul_(1.5)
+        third = pipe.unet(x, 3, unet_text).sample
+        assert calls == 3 and not torch.equal(third, second)
+    with regional(pipe, REGIONS, embeds=embeds), torch.no_grad():
+        torch.testing.assert_close(pipe.unet(x, 3, unet_text).sample, third)
+
+
+def test_a_schedule_of_experts_is_followed(pipe):
+    clock = Clock(2)
+    experts = {"a": make_expert(pipe.unet), "b": make_expert(pipe.unet, seed=1)}
+    embeds, x, text = (texts(1, 2, seed=1), texts(1, 2, seed=2)), torch.randn(1, 4, *SIZE), texts(1, seed=7)
+    want = []
+    for name in experts:
+        with patch(pipe, {name: experts[name]}, strict=False), regional(pipe, REGIONS, embeds=embeds), torch.no_grad():
+            want.append(pipe.unet(x, 3, text).sample)
+    with patch(pipe, experts, switch(clock, every=1), strict=False), regional(pipe, REGIONS, embeds=embeds), torch.no_grad():
+        for i in range(2):
+            clock.set(i)
+            torch.testing.assert_close(pipe.unet(x, 3, text).sample, want[i])
+
+
+def test_each_region_has_its_own_experts(pipe):
+    """A region over everything with one expert alone is that expert alone; halves differ only where they should."""
+    experts = {"a": make_expert(pipe.unet), "b": make_expert(pipe.unet, seed=1)}
+    embeds = texts(1, 1, seed=1), texts(1, 1, seed=2)
+    with patch(pipe, {"b": experts["b"]}, strict=False), regional(pipe, [Region("x")], embeds=embeds):
+        want = draw(pipe, guidance=3.0)
+    handle = patch(pipe, experts, region_gates, strict=False)
+    both = draw(pipe, guidance=3.0)
+    with regional(pipe, [Region("x", experts={"b": 1.0})], embeds=embeds, handle=handle):
+        torch.testing.assert_close(draw(pipe, guidance=3.0), want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(draw(pipe, guidance=3.0), both)
+    with regional(pipe, [Region("x", box=(0, 0, 1, 0.5), experts={"a": 0.5})], embeds=embeds, handle=handle, elsewhere={"b": 2.0}):
+        # guided, as the last call was: two samples
+        pipe.unet(torch.randn(2, 4, *SIZE), 3, texts(2, seed=7))
+        layer = next(m for p, m in handle.layers.items() if p.endswith("attn1.to_q"))
+        left = REGIONS[0].cover(*SIZE).flatten()
+        given = layer.last_gates.given[0]
+        assert torch.equal(given[left], torch.tensor([0.5, 0.0]).expand(int(left.sum()), 2))
+        assert torch.equal(given[~left], torch.tensor([0.0, 2.0]).expand(int((~left).sum()), 2))
+
+
+def test_one_text_for_each_layer(pipe):
+    """As extended textual inversion has them: layer i reads slice i."""
+    layers = sum(".attn2." in name for name in pipe.unet.attn_processors)
+    per_layer = texts(1, 1, layers, seed=1), texts(1, 1, layers, seed=2)
+    x, text, seen = torch.randn(1, 4, *SIZE), texts(1, seed=7), []
+    hooks = [
+        m.to_k.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+        for n, m in pipe.unet.named_modules() if n.endswith("attn2")
+    ]  # fmt: skip
+    with regional(pipe, [Region("x")], embeds=per_layer), torch.no_grad():
+        pipe.unet(x, 3, text)
+    for hook in hooks:
+        hook.remove()
+    order = [n for n in pipe.unet.attn_processors if ".attn2." in n]
+    ran = [n for n, m in pipe.unet.named_modules() if n.endswith("attn2")]
+    assert len(seen) == layers and sorted(f"{n}.processor" for n in ran) == sorted(order)
+    found = {tuple(t[1].flatten().tolist()) for t in seen}
+    assert found == {tuple(per_layer[0][0, 0, i].flatten().tolist()) for i in range(layers)}
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda p: regional(p.unet, REGIONS), MoleTypeError, "a pipeline with a UNet"),
+        (lambda p: regional(p, []), MoleValueError, "at least one region"),
+        (lambda p: regional(p, [REGIONS, REGIONS[:1]]), MoleValueError, "as many regions"),
+        (lambda p: regional(p, [["x"]]), MoleTypeError, "a list of regions"),
+        (lambda p: regional(p, REGIONS, overlap="blend"), MoleValueError, "'mean' or 'overwrite'"),
+        (lambda p: regional(p, REGIONS, embeds=(texts(1, 3), texts(1, 2))).__enter__(), MoleShapeError, r"positive \[1,2"),
+        (lambda p: regional(p, REGIONS, handle=patch(p, {"a": make_expert(p.unet)})), MoleStateError, "no region gates"),
+        (
+            lambda p: regional(p, [Region("x", experts={"zoe": 1.0})], handle=patch(p, {"a": make_expert(p.unet)}, region_gates)),
+            MoleKeyError, "'zoe'",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_calls_are_named_and_change_nothing(pipe, call, error, words):
+    before = dict(pipe.unet.attn_processors)
+    with pytest.raises(error, match=words):
+        call(pipe)
+    assert pipe.unet.attn_processors == before and not pipe.unet._forward_pre_hooks
+
+
+def test_an_error_inside_restores_the_processors(pipe):
+    before = dict(pipe.unet.attn_processors)
+    with (
+        pytest.raises(MoleShapeError, match="multiple of 2 prompts"),
+        regional(pipe, [REGIONS, REGIONS], embeds=(texts(2, 2), texts(2, 2))),
+    ):
+        draw(pipe)
+    assert pipe.unet.attn_processors == before and not pipe.unet._forward_pre_hooks
