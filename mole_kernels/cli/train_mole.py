@@ -174,7 +174,7 @@ def _pipeline(name: str, dtype: torch.dtype) -> Any:
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
-        raise MoleStateError("train", f"needs {error.name}", hint='pip install "mole-kernels[diffusers]"') from error
+        raise MoleStateError("train", f"needs {error.name}", hint='pip install "mole-kernels[train]"') from error
     try:
         pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
     # what diffusers raises for a folder that is none, is half there, or names classes it does not know

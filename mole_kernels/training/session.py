@@ -63,7 +63,7 @@ def _begin_tracking(accelerator: Accelerator, config: TrainConfig, trackers: Seq
     have = {str(getattr(found, "value", found)) for found in accelerator.log_with}
     if lacking := [name for name in trackers if name not in have]:
         # accelerate leaves out what is not installed without a word
-        hint = "install its package, for example tensorboard"
+        hint = 'pip install "mole-kernels[train]" brings tensorboard; the others have packages of their own'
         raise MoleStateError("fit: trackers", f"{', '.join(lacking)} cannot be used here", hint=hint)
     plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.to_dict().items()}
     accelerator.init_trackers("log", config=plain)

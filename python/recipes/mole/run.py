@@ -176,11 +176,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds and shorter runs")
     parser.add_argument("--seeds", type=int, help="how many, instead")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="of pictures, checkpoints and results (default: mole_recipe or mole_recipe_quick)")
+    parser.add_argument("--out", type=Path, help="of pictures, checkpoints and results (default: build/recipes/mole)")
     args = parser.parse_args()
     made = QUICK if args.quick else Settings()
     made = replace(made, seeds=args.seeds or made.seeds)
-    out = args.out or Path("mole_recipe_quick" if args.quick else "mole_recipe")
+    out = args.out or Path("build/recipes/mole_quick" if args.quick else "build/recipes/mole")
     out.mkdir(parents=True, exist_ok=True)
     begun = time.time()
     # a forked child of a process whose thread pools already run can hang
