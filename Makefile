@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format bench aot triton-tests gpu clean build diffusers-tests peft-tests
+.PHONY: demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
@@ -47,6 +47,11 @@ diffusers-tests: $(STAMP)
 OTHER := $(if $(TRITON),build/triton-$(TRITON))
 aot: $(STAMP) $(OTHER)
 	PYTHONPATH=$(if $(OTHER),$(OTHER):). $(BIN)/python python/tools/aot.py
+
+# CUDA kernels on a CPU, over many schedules: every planted fault must be named, every kernel right and free of races
+emulate: $(STAMP)
+	MOLE_EMULATE_SEEDS=4 $(BIN)/python -m pytest -n $(JOBS) tests/emulator
+	$(BIN)/python python/tools/emulate.py --jobs $(JOBS)
 
 # the kernels in the interpreter of another Triton: make triton-tests TRITON=<version>
 triton-tests: $(STAMP) $(OTHER)

@@ -139,6 +139,7 @@ bool mbarrier_try_wait(uint64_t* bar, uint32_t parity, Scope scope) {
     if ((b.phase & 1) != parity) {
       learn(b.near_done);
       if (scope == kClusterScope) learn(b.far_done);
+      if (scope == kFreed) t.freed = join(t.freed, b.far_done);
       return true;
     }
     if (tries == 0) {

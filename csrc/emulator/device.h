@@ -57,7 +57,7 @@ struct alignas(64) CUtensorMap {
 namespace emu {
 
 enum Order { kRelaxed, kAcquire, kRelease, kAcqRel };
-enum Scope { kCtaScope, kClusterScope };
+enum Scope { kCtaScope, kClusterScope, kFreed };
 enum Space { kShared = 1, kGlobal = 2 };
 enum Element { kBf16, kFp16 };
 

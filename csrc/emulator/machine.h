@@ -122,6 +122,7 @@ struct Thread {
   View fence;                      // what was seen at the last __threadfence: what a relaxed atomic publishes
   uint32_t fence_own = 0, fence_proxied[2] = {};
   View heard;                      // what relaxed loads brought: seen after the next __threadfence
+  View freed;                      // what mbarrier_wait_freed brought: for the copies it issues alone
   ClockRef fenced_inits;           // barriers initialised and fenced
   std::vector<uint64_t*> unfenced;
 
@@ -250,6 +251,7 @@ enum class Proxy { Generic, Async };
 enum class Kind { Read, Write, Atomic, AtomicRead };
 struct Actor {
   const View* view;
+  const View* also;    // seen too, by asynchronous copies; or null
   uint32_t dim;        // whose epochs are its own; ~0: nobody's
   uint32_t start, own_proxied[2];
   Epoch epoch;         // the mark it leaves

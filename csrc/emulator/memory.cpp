@@ -63,7 +63,7 @@ uint32_t pc_offset(const void* pc) { return uint32_t(static_cast<const char*>(pc
 
 // a thread takes the dimension of one that is done (a CTA in another's place): what that one did is ordered only where it was told
 bool ordered(const Actor& who, uint32_t dim, uint32_t clock) {
-  return (dim == who.dim && clock >= who.start) || who.view->seen[dim] >= clock;
+  return (dim == who.dim && clock >= who.start) || who.view->seen[dim] >= clock || (who.also && who.also->seen[dim] >= clock);
 }
 
 bool reaches_async(const Actor& who, uint32_t dim, uint32_t clock, int space) {
@@ -206,11 +206,11 @@ void mark_barrier(const void* p, bool is) {
 }
 
 Actor thread_actor(const Thread& t) {
-  return {&t.view, t.dim, t.start, {t.own_proxied[0], t.own_proxied[1]}, Epoch{t.dim, t.own}, Proxy::Generic};
+  return {&t.view, nullptr, t.dim, t.start, {t.own_proxied[0], t.own_proxied[1]}, Epoch{t.dim, t.own}, Proxy::Generic};
 }
 
 Actor async_actor(const Thread& issuer, Epoch mark) {
-  return {&issuer.view, issuer.dim, issuer.start, {issuer.own_proxied[0], issuer.own_proxied[1]}, mark, Proxy::Async};
+  return {&issuer.view, &issuer.freed, issuer.dim, issuer.start, {issuer.own_proxied[0], issuer.own_proxied[1]}, mark, Proxy::Async};
 }
 
 Cta* cta_of(const void* p) {

@@ -85,7 +85,7 @@ void issue(Warpgroup& g, const Cta& cta, Product& p) {
   if (!p.a_registers) find_pieces(cta, p.a, 64, p.a_mn, pieces, "a");
   find_pieces(cta, p.b, p.n, p.b_mn, pieces, "b");
   for (const View& v : p.views) {
-    const Actor who{&v, ~0u, 0, {0, 0}, mark, Proxy::Async};
+    const Actor who{&v, nullptr, ~0u, 0, {0, 0}, mark, Proxy::Async};
     for (int i = 0; i < pieces.count; i++) touch(who, pieces.at[i], 16, Kind::Read, "wgmma", me().pc);
   }
   machine->products.push_back(&g);

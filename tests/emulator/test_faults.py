@@ -76,6 +76,8 @@ FAULTS = {
         "multicast_to_nobody": "bounds",
         "late_store": "exit",
         "read_after_end": "exit",
+        "no_freed_wait": "race",
+        "ordinary_after_freed": "race|proxy",
     },
     "faults_warp": {
         "no_reuse_barrier": "race",

@@ -109,6 +109,18 @@ MOLE_DEVICE void mbarrier_wait_cluster(uint64_t* bar, uint32_t parity) {
 #endif
 }
 
+// the same where peers' arrivals say that they have read shared memory which asynchronous copies issued next will overwrite, and
+// nothing else: a multicast pipeline's free stages. The wait of .cta scope: .cluster's also empties the L1 cache (CCTL.IVALL in
+// SASS), for ordinary data that this use does not have. PTX ISA "mbarrier.try_wait"
+MOLE_DEVICE void mbarrier_wait_freed(uint64_t* bar, uint32_t parity) {
+#ifdef MOLE_EMULATE
+  emu::mbarrier_wait(bar, parity, emu::kFreed);
+#else
+  while (!mbarrier_try_wait(bar, parity)) {
+  }
+#endif
+}
+
 // one arrival at the barrier of CTA `rank` that lies where `bar` lies here. PTX ISA "mbarrier.arrive" (.release.cluster, .shared::cluster)
 MOLE_DEVICE void mbarrier_arrive_remote(uint64_t* bar, uint32_t rank) {
 #ifdef MOLE_EMULATE

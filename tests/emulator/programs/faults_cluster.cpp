@@ -10,19 +10,20 @@ namespace mole {
 constexpr const char* kFaults[] = {"none",           "no_first_sync",     "no_last_sync",       "cta_scope_wait",    "no_proxy_fence",    "early_copy",
                                    "foreign_barrier", "one_expects",       "wrong_rank",         "peer_pointer",      "arrive_twice",      "wait_without_arrive",
                                    "lane_not_arrived", "no_remote_arrival",   "relaxed_without_fence", "remote_uninitialised", "misaligned_store", "out_of_bounds",
-                                   "few_remote_bytes", "no_wait_for_peer", "source_reuse",        "multicast_to_nobody", "late_store",       "read_after_end"};
+                                   "few_remote_bytes", "no_wait_for_peer", "source_reuse",        "multicast_to_nobody", "late_store",       "read_after_end",
+                                   "no_freed_wait", "ordinary_after_freed"};
 
 constexpr int ROWS = 64, WIDTH = 64;  // h: 64 rows of 64 columns, 128 bytes each, two CTAs of 32 columns
 
 struct Shared {
   unsigned char *x, *h, *w, *stage;
-  uint64_t *loaded, *stored, *copied;
+  uint64_t *loaded, *stored, *copied, *freed;
 };
 
 __device__ Shared shared() {
   unsigned char* s = dynamic_smem();
   auto* bars = reinterpret_cast<uint64_t*>(s + 4 * 8192);
-  return {s, s + 8192, s + 2 * 8192, s + 3 * 8192, bars, bars + 1, bars + 2};
+  return {s, s + 8192, s + 2 * 8192, s + 3 * 8192, bars, bars + 1, bars + 2, bars + 3};
 }
 
 // where the 16 bytes of row r, columns 8c… of h lie
@@ -44,6 +45,7 @@ __device__ void begin(const Shared& l, const CUtensorMap* x, const CUtensorMap* 
     mbarrier_init(l.loaded, 1);
     if (fault != FAULT("remote_uninitialised") || rank == 0) mbarrier_init(l.stored, 2);
     mbarrier_init(l.copied, 1);
+    mbarrier_init(l.freed, 2);
     if (fault != FAULT("relaxed_without_fence")) fence_mbarrier_init();
     mbarrier_arrive_expect_tx(l.loaded, fault == FAULT("one_expects") && rank ? 4096 : 8192 + 8192);
     mbarrier_arrive_expect_tx(l.copied, 16 * ROWS + (fault == FAULT("few_remote_bytes") ? 0 : 16 * ROWS));
@@ -94,6 +96,19 @@ __device__ void exchange(const Shared& l, int fault) {
   }
 }
 
+// x once more, over what both CTAs have read: a stage of a multicast pipeline is free when both have said so
+__device__ void reload(const Shared& l, const CUtensorMap* x, int row0, int fault) {
+  const uint32_t rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    for (uint32_t r = 0; r < 2; r++) mbarrier_arrive_remote(l.freed, r);
+    if (fault != FAULT("no_freed_wait")) mbarrier_wait_freed(l.freed, 0);
+    if (fault == FAULT("ordinary_after_freed")) st_cluster(cluster_map(l.x, 1 - rank), 1.0f);
+    mbarrier_arrive_expect_tx(l.loaded, 8192);
+    tma_load_2d_multicast(l.x + rank * 4096, x, l.loaded, 0, row0 + int(rank) * 32, 3);
+  }
+  mbarrier_wait(l.loaded, 1);
+}
+
 __global__ void __launch_bounds__(128, 1) cluster(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, float* y, int N, int fault) {
   const Shared l = shared();
   const int row0 = int(blockIdx.y) * ROWS;
@@ -115,6 +130,9 @@ __global__ void __launch_bounds__(128, 1) cluster(const __grid_constant__ CUtens
   const int g = lane_id() / 4, q = lane_id() % 4, warp = int(threadIdx.x) / 32;
   for (int i = 0; i < WIDTH / 2; i++)
     y[int64_t(row0 + 16 * warp + g + 8 * (i / 2 % 2)) * N + int(cluster_rank()) * 64 + 8 * (i / 4) + 2 * q + i % 2] = d[i];
+  d[0] += 0 * low_of<bf16>(*reinterpret_cast<const uint32_t*>(l.x + threadIdx.x * 64));
+  __syncthreads();
+  reload(l, &x, row0, fault);
   if (fault == FAULT("late_store")) st_cluster(cluster_map(l.stage, 1 - cluster_rank()) + threadIdx.x * 4, 1.0f);
   if (fault == FAULT("no_last_sync") || fault == FAULT("late_store")) return;
   cluster_sync();
