@@ -23,7 +23,7 @@ from mole_kernels.io.save import save_expert
 from mole_kernels.methods.mole import PRESETS, train_expert, train_gates, train_unet
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.targets import mole_targets
-from mole_kernels.training.cached import PictureBatches, cache_size, picture_batches
+from mole_kernels.training.cached import CacheSize, PictureBatches, cache_size, picture_batches
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.encode import Encoder
 from mole_kernels.training.pictures import PictureFolder
@@ -195,9 +195,12 @@ def _batches(pipe: Any, folder: PictureFolder, asked: Given, batch_size: int) ->
             f"the cache would take {size.total:,} bytes in {asked['cache']}: latents {size.latents:,}, text {size.texts:,}; nothing trained"
         )
         return None
-    batches = picture_batches(pipe, folder, asked["batch_size"] or batch_size, cache=asked["cache"], seed=asked["seed"])
-    size = batches.size
-    _say(f"cache: {size.total:,} bytes in {asked['cache']}, of which {size.missing:,} were new; {batches.per_epoch} batches an epoch")
+
+    def tell(size: CacheSize) -> None:
+        _say(f"cache: {size.total:,} bytes in {asked['cache']}, of which {size.missing:,} are to be made")
+
+    batches = picture_batches(pipe, folder, asked["batch_size"] or batch_size, cache=asked["cache"], seed=asked["seed"], on_size=tell)
+    _say(f"{batches.per_epoch} batches an epoch")
     return batches
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,6 +136,7 @@ def picture_batches(
     posterior: Posterior = "mean",
     encode_batch: int = 8,
     progress: bool = True,
+    on_size: Callable[[CacheSize], None] | None = None,
 ) -> PictureBatches:
     """Encodes every picture and caption once and returns their batches; the pipeline is not needed afterwards.
 
@@ -144,6 +145,7 @@ def picture_batches(
     dtype         of the kept tensors, None for the pipeline's own
     posterior     "mean", or one "sample" for each picture, drawn by (seed, picture)
     encode_batch  pictures encoded at once
+    on_size       called with the cache's size before anything is encoded
     Under `accelerate launch` every process encodes its share. Raises MoleFileError where the disk has no room, before anything is written.
     """
     from mole_kernels.training.processes import processes
@@ -160,6 +162,8 @@ def picture_batches(
     names = {"latents": keys["vae"], "texts": keys["text"]}
     latents, texts = (Store(None if where is None else where / f"{what}-{key}-{str(dtype)[6:]}", share[0]) for what, key in names.items())
     size = cache_size(folder, encoder, null, dtype, latents, texts)
+    if on_size is not None:
+        on_size(size)
     if where is not None:
         check_room(where, size.missing)
     _fill_texts(encoder, folder, texts, dtype, share, encode_batch)

@@ -142,7 +142,11 @@ def test_what_is_there_is_not_made_again(root, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_size_is_known_before_and_right(root, tmp_path, dtype):
-    found = batches(sd_pipeline(), root, cache=tmp_path / "cache", dtype=dtype)
+    told = []
+    found = batches(
+        sd_pipeline(), root, cache=tmp_path / "cache", dtype=dtype, on_size=lambda size: told.append((size, (tmp_path / "cache").exists()))
+    )
+    assert told == [(found.size, False)]
     shards = sorted((tmp_path / "cache").rglob("*.safetensors"))
     data = {"latents": 0, "texts": 0}
     for path in shards:
