@@ -36,8 +36,10 @@ class Sums:
         return cls(torch.zeros(K, K, dtype=torch.float64, device=device))
 
     @torch.no_grad()
-    def add(self, name: str, factor: LowRank, x: Tensor) -> None:
+    def add(self, name: str, factor: LowRank | None, x: Tensor) -> None:
         """Add inputs x [...,K] of expert `name`. In float64, so that any split into calls gives the same to rounding.
+
+        factor  None for an expert that lacks the layer: there it wants ΔW = 0
 
         Raises MoleValueError for inputs that are not finite, and nothing is added.
         """
@@ -50,8 +52,9 @@ class Sums:
         if not bool(square.diagonal().sum().isfinite()):
             raise MoleValueError(f"fuse, expert {name!r}", expected="finite inputs", got="NaN or Inf")
         self.gram += square
-        cross = (factor.down.detach().to(rows) @ rows.mT) @ rows
-        self.cross[name] = self.cross[name] + cross if name in self.cross else cross
+        if factor is not None:
+            cross = (factor.down.detach().to(rows) @ rows.mT) @ rows
+            self.cross[name] = self.cross[name] + cross if name in self.cross else cross
         self.rows[name] = self.rows.get(name, 0) + rows.shape[0]
 
 

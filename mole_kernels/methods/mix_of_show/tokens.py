@@ -1,0 +1,219 @@
+"""Concept tokens in a pipeline: each stands for one embedding per cross-attention layer, as extra tokens of tokenizer and text encoder."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, printable
+from mole_kernels.experts.lowrank import LowRank
+
+# token -> text encoder -> V [L,K]: one row for each cross-attention layer
+Embeddings = Mapping[str, Mapping[str, Tensor]]
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of some concepts: what stands for each in layer 0, 1, … and under which ids.
+
+    names   token -> its L names, <new0> … as the paper's tools call them
+    ids     token -> text encoder -> their L ids
+    layers  L
+    """
+
+    names: Mapping[str, tuple[str, ...]]
+    ids: Mapping[str, Mapping[str, tuple[int, ...]]]
+    layers: int
+
+    def expand(self, prompt: str) -> list[str]:
+        """L prompts, in the i-th of which every token is its name in layer i."""
+        made = []
+        for i in range(self.layers):
+            text = prompt
+            for token, names in self.names.items():
+                # the spaces keep two tokens apart that a prompt writes together
+                text = text.replace(token, f" {names[i]} ")
+            made.append(" ".join(text.split()) if any(token in prompt for token in self.names) else prompt)
+        return made
+
+    def config(self, encoder: str = "text_encoder") -> dict[str, dict[str, list[Any]]]:
+        """What the paper's tools keep beside a pipeline as new_concept_cfg.json."""
+        return {
+            token: {"concept_token_ids": list(self.ids[token][encoder]), "concept_token_names": list(names)}
+            for token, names in self.names.items()
+        }
+
+
+def text_encoders(pipe: Any) -> dict[str, tuple[Any, Any]]:
+    """{component: (text encoder, its tokenizer)}: one in Stable Diffusion 1 and 2, two in SDXL."""
+    found = {}
+    for component in ENCODERS:
+        encoder: Any = getattr(pipe, component, None)
+        tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"), None)
+        if isinstance(encoder, nn.Module) and tokenizer is not None:
+            if not hasattr(encoder, "get_input_embeddings") or encoder.config.model_type not in ("clip_text_model", "clip"):
+                raise MoleTypeError(f"concepts: {component}", expected="a CLIP text model", got=type(encoder).__name__)
+            found[component] = (encoder, tokenizer)
+    if not found:
+        raise MoleTypeError("concepts", expected="a pipeline with a text encoder and a tokenizer", got=type(pipe).__name__)
+    return found
+
+
+def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
+    """{path: attention to the text} in the order of their embeddings: down, mid, up; 16 in Stable Diffusion 1.5, 70 in SDXL."""
+    found = {
+        path: module
+        for path, module in unet.named_modules()
+        if path.endswith(".attn2") and getattr(module, "is_cross_attention", False) and hasattr(module, "to_k")
+    }
+    if not found:
+        raise MoleTypeError("concepts", expected="a UNet with cross-attention (attn2)", got=type(unet).__name__)
+    # diffusers registers up_blocks before mid_block
+    order = ("down_blocks", "mid_block", "up_blocks")
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0].partition(".")[0])))
+
+
+def add_concepts(pipe: Any, embeddings: Embeddings) -> Tokens:
+    """Adds the tokens and their embeddings to the pipeline's tokenizers and text encoders; all is checked before anything changes.
+
+    Raises MoleValueError for a token that is no new word, MoleShapeError for embeddings of another model.
+    """
+    parts = text_encoders(pipe)
+    layers = len(cross_attentions(pipe.unet))
+    _check_names(embeddings, {component: tokenizer for component, (_, tokenizer) in parts.items()})
+    _check_shapes(embeddings, parts, layers)
+    taken = {word for _, tokenizer in parts.values() for word in tokenizer.get_vocab()}
+    free = (f"<new{i}>" for i in itertools.count() if f"<new{i}>" not in taken)
+    names = {token: tuple(next(free) for _ in range(layers)) for token in embeddings}
+    ids: dict[str, dict[str, tuple[int, ...]]] = {token: {} for token in embeddings}
+    for component, (encoder, tokenizer) in parts.items():
+        # a copy, since a tokenizer cannot forget
+        larger = copy.deepcopy(tokenizer)
+        larger.add_tokens([name for own in names.values() for name in own])
+        for token, own in names.items():
+            ids[token][component] = tuple(larger.convert_tokens_to_ids(list(own)))
+        _extend(encoder, {ids[token][component]: embeddings[token][component] for token in embeddings})
+        setattr(pipe, component.replace("text_encoder", "tokenizer"), larger)
+    return Tokens(names, ids, layers)
+
+
+@contextmanager
+def concept_tokens(pipe: Any, embeddings: Embeddings) -> Iterator[Tokens]:
+    """`add_concepts` for a while; tokenizers and text encoders are as before at its end."""
+    parts = text_encoders(pipe)
+    before = {component: (encoder.get_input_embeddings().weight, tokenizer) for component, (encoder, tokenizer) in parts.items()}
+    try:
+        yield add_concepts(pipe, embeddings)
+    finally:
+        for component, (weight, tokenizer) in before.items():
+            _set_weight(parts[component][0], weight)
+            setattr(pipe, component.replace("text_encoder", "tokenizer"), tokenizer)
+
+
+def class_embedding(pipe: Any, component: str, word: str) -> Tensor:
+    """The embedding [K] of a word that is one token; MoleValueError for another."""
+    encoder, tokenizer = text_encoders(pipe)[component]
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id != tokenizer.convert_tokens_to_ids(f"{word}</w>"):
+        raise MoleValueError(
+            f"concepts: class word '{printable(word)}'",
+            expected="a word that is one token",
+            got=f"{len(ids)}",
+            hint="such as man, dog, cat",
+        )
+    return encoder.get_input_embeddings().weight[ids[0]].detach().float().cpu()
+
+
+def new_embeddings(pipe: Any, tokens: Mapping[str, str], generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
+    """V⁺ of each token, the same in every layer at first: `<rand-0.013>` is N(0, 0.013²), any other word that word's own embedding.
+
+    tokens  token -> `<rand-σ>` or a class word
+    """
+    layers, made = len(cross_attentions(pipe.unet)), dict[str, dict[str, Tensor]]()
+    for token, start in tokens.items():
+        made[token] = {}
+        for component, (encoder, _) in text_encoders(pipe).items():
+            K = encoder.get_input_embeddings().weight.shape[1]
+            if start.startswith("<rand-") and start.endswith(">"):
+                row = torch.randn(K, generator=generator) * _spread(start)
+            else:
+                row = class_embedding(pipe, component, start)
+            made[token][component] = row.repeat(layers, 1)
+    return made
+
+
+def portable(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """Layers under the names that files have: transformers 5 lost the level text_model, which readers of today add or drop."""
+    return {re.sub(r"^(text_encoder\w*)\.encoder\.", r"\1.text_model.encoder.", path): layer for path, layer in layers.items()}
+
+
+def _spread(start: str) -> float:
+    try:
+        return float(start[6:-1])
+    except ValueError:
+        raise MoleValueError("concepts: initialiser", expected="<rand-0.013> or a word", got=f"'{printable(start)}'") from None
+
+
+def _check_names(embeddings: Embeddings, tokenizers: Mapping[str, Any]) -> None:
+    if not embeddings:
+        raise MoleValueError("concepts", expected="at least one token", got="none")
+    for component, tokenizer in tokenizers.items():
+        words = tokenizer.get_vocab()
+        for token in embeddings:
+            # CLIP's tokenizers know no capitals and end a word's last piece by </w>
+            low = token.lower()
+            if not token or any(c.isspace() for c in token) or not token.isprintable():
+                raise MoleValueError("concepts", expected="tokens of printable characters without spaces", got=f"'{printable(token)}'")
+            if {token, low, f"{low}</w>"} & words.keys():
+                raise MoleValueError(
+                    f"concepts: token '{printable(token)}'", f"is a word that the {component}'s tokenizer already has",
+                    hint="take a name such as <potter1>, which no text contains by chance",
+                )  # fmt: skip
+    check_apart(list(embeddings))
+
+
+def check_apart(tokens: Sequence[str]) -> None:
+    """Raises MoleValueError where one token is another, or part of another: prompts could not be read."""
+    for i, token in enumerate(tokens):
+        for other in tokens[i + 1 :]:
+            if token in other or other in token:
+                raise MoleValueError(
+                    f"concepts: token '{printable(token)}'", f"collides with the token '{printable(other)}' of another concept",
+                    hint="train one of them under another name, or rename it in its file",
+                )  # fmt: skip
+
+
+def _check_shapes(embeddings: Embeddings, parts: Mapping[str, tuple[Any, Any]], layers: int) -> None:
+    for token, found in embeddings.items():
+        for component, (encoder, _) in parts.items():
+            K = encoder.get_input_embeddings().weight.shape[1]
+            got = found[component].shape if component in found else None
+            if got is None or tuple(got) != (layers, K):
+                raise MoleShapeError(
+                    f"concepts: embedding of '{printable(token)}', {component}", expected=f"[{layers},{K}], a row a cross-attention layer",
+                    got="none" if got is None else list(got), hint="the concept was trained on another base model",
+                )  # fmt: skip
+
+
+def _extend(encoder: Any, rows: Mapping[tuple[int, ...], Tensor]) -> None:
+    old: Tensor = encoder.get_input_embeddings().weight
+    count = max(old.shape[0], 1 + max(max(ids) for ids in rows))
+    weight = torch.zeros(count, old.shape[1], dtype=old.dtype, device=old.device)
+    weight[: old.shape[0]] = old.detach()
+    for ids, values in rows.items():
+        weight[list(ids)] = values.detach().to(weight)
+    _set_weight(encoder, nn.Parameter(weight, requires_grad=old.requires_grad))
+
+
+def _set_weight(encoder: Any, weight: nn.Parameter) -> None:
+    table = encoder.get_input_embeddings()
+    table.weight, table.num_embeddings, encoder.config.vocab_size = weight, weight.shape[0], weight.shape[0]
