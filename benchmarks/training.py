@@ -5,12 +5,13 @@ python benchmarks/training.py --quick      three shapes; writes nothing unless -
 
 gates    MoLE's stage 3: gradients of the input and the gates, experts frozen. PEFT has no gates: its adapters are frozen, it owes dx alone
 experts  experts and gates train; PEFT's adapters train
-Every output and every gradient of the input is compared with float64 before anything is timed.
+Every output, gradient of the input and gradient of a gate is compared with float64 before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -42,6 +43,8 @@ STAGES = ("gates", "experts")
 NAMES = ("plain", "ours", "eager", "peft")
 # relative error of output and dx that a method of this dtype may have
 ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}
+# and that a gate's gradient may have: sums over all tokens of what was rounded before, with terms of either sign
+ALLOWED_GATES = {"fp32": 1e-4, "bf16": 5e-2}
 console = Console()
 
 
@@ -82,39 +85,33 @@ def steps(case: Case, stage: str) -> tuple[dict[str, Step], dict[str, list[Tenso
 
 
 def truths(layer: Layer, dy: Tensor) -> dict[str, list[Tensor]]:
-    """(y, dx) in float64 of the plain layer, of the gated mixture, and of the ungated sum."""
+    """Float64 (y, dx) of the plain layer and of the ungated sum; of the gated mixture also the gradients of its gate's parameters."""
     w, b = (None if t is None else t.double() for t in (layer.base.weight, layer.base.bias))
-    e = layer.experts.operands()
-    wide = e._replace(down=e.down.detach().double(), up=e.up.detach().double(), scale=e.scale.double())
-    gates = layer.gates().map(lambda t: t.detach().double())
+    gate, experts = copy.deepcopy(layer.gate).double().requires_grad_(True), copy.deepcopy(layer.experts).double()  # type: ignore[union-attr]
     scaled = [(down.double(), up.double(), s) for down, up, s in (layer.factors(i) for i in range(layer.case.E))]
     formulas: dict[str, Callable[[Tensor], Tensor]] = {
         "plain": lambda x: nn.functional.linear(x, w, b),
         "ungated": lambda x: nn.functional.linear(x, w, b) + sum(s * (x @ down.mT @ up.mT) for down, up, s in scaled),
-        "gated": lambda x: gated_lora_ref(x, w, b, wide, gates)[0],
+        "gated": lambda x: gated_lora_ref(x, w, b, experts.operands(), gate.operands(experts))[0],
     }
     found = {}
     for name, formula in formulas.items():
         with torch.enable_grad():
             x = layer.x.detach().double().requires_grad_(True)
             y = formula(x)
-            found[name] = [y.detach(), *torch.autograd.grad(y, [x], dy.double())]
+            found[name] = [y.detach(), *torch.autograd.grad(y, [x, *(gate.parameters() if name == "gated" else ())], dy.double())]
     return found
 
 
 def verify(case: Case, every: dict[str, Step], truth: dict[str, list[Tensor]]) -> dict[str, float]:
-    """The larger relative error of y and dx; stops at a wrong one."""
+    """The larger relative error of y and dx; stops at a wrong one, and at a wrong gradient of a gate."""
     errors = {}
     for name, step in every.items():
         right = truth[{"plain": "plain", "peft": "ungated"}.get(name, "gated")]
-        got = step.run()[:2]
-        errors[name] = max(((g.double() - r).norm() / r.norm()).item() for g, r in zip(got, right))
-        if not errors[name] <= ALLOWED[case.dtype]:
-            raise SystemExit(f"{case}: {name} is wrong: relative error {errors[name]:.2e} > {ALLOWED[case.dtype]:.0e}; nothing is timed")
-    # the gates' gradients, ours against the eager layer's
-    for g, r in zip(every["ours"].run()[2:6], every["eager"].run()[2:6]):
-        if (g - r).norm() > (0.05 if case.dtype == "bf16" else 1e-4) * r.norm():
-            raise SystemExit(f"{case}: a gate's gradient differs from the eager layer's; nothing is timed")
+        found = [((g.double() - r).norm() / r.norm()).item() for g, r in zip(step.run(), right)]
+        errors[name] = max(found[:2])
+        if not errors[name] <= ALLOWED[case.dtype] or not max(found) <= ALLOWED_GATES[case.dtype]:
+            raise SystemExit(f"{case}: {name} is wrong: relative errors {', '.join(f'{e:.1e}' for e in found)}; nothing is timed")
     return errors
 
 
