@@ -145,9 +145,9 @@ def ptxas_facts(text: str) -> list[dict[str, object]]:
     for name, body in re.findall(r"Compiling entry function '(\w+)' for '\w+'(.*?)(?=Compiling entry function|\Z)", text, re.DOTALL):
         shape = re.search(r"(?:4sm90|6ladder)\d+([a-z_]+)I(?:NS_4([a-z0-9]+)E)?((?:Li\d+E)+)E", name)
         kernel = name if shape is None else f"{shape[1]}<{', '.join([shape[2] or 'bf16', *re.findall(r'[0-9]+', shape[3])])}>"
-        stores, loads, registers = (re.search(p, body) for p in (r"(\d+) bytes spill stores", r"(\d+) bytes spill loads", r"Used (\d+) reg"))
-        spilled = sum(int(m[1]) for m in (stores, loads) if m)
-        facts.append({"kernel": kernel, "registers": int(registers[1]) if registers else None, "spilled": spilled, "serialized": name in slow})
+        patterns = (r"(\d+) bytes spill stores", r"(\d+) bytes spill loads", r"Used (\d+) reg")
+        stores, loads, registers = (int(m[1]) if (m := re.search(p, body)) else 0 for p in patterns)
+        facts.append({"kernel": kernel, "registers": registers, "spilled": stores + loads, "serialized": name in slow})
     return sorted(facts, key=lambda fact: str(fact["kernel"]))
 
 

@@ -49,8 +49,17 @@ def has_cuda() -> bool:
     return why_not() is None and hasattr(torch.ops.mole_cuda, "device_count")
 
 
+def has_sm90() -> bool:
+    """Whether Hopper's own kernels are in the library."""
+    return has_cuda() and hasattr(torch.ops.mole_cuda, "sm90_forward")
+
+
 def describe() -> dict[str, Any]:
-    """For `doctor`: usable, reason, instruction set, and what the build said of CUDA."""
+    """For `doctor`: usable, reason, instruction set, what the build said of CUDA, and of each Hopper kernel.
+
+    sm90: kernel<dtype, warp groups, columns of y, columns of h>, registers at launch, bytes spilled, whether ptxas serialised its
+    products, and bytes of shared memory at R = 64 with a token gate (None where no tile of it takes that).
+    """
     reason = why_not()
     report = build_report()
     facts: dict[str, Any] = {"usable": reason is None, "reason": reason, "library": LIBRARY.name, "built_with_torch": report.get("torch")}
@@ -58,4 +67,16 @@ def describe() -> dict[str, Any]:
         facts["instruction_set"] = torch.ops.mole_cpu.instruction_set()
         facts["cuda_archs"] = report.get("cuda", "") if has_cuda() else ""
         facts["no_cuda"] = report.get("no_cuda", "") if not has_cuda() else ""
+        facts["sm90"] = [kernel | {"shared": _shared(kernel["kernel"])} for kernel in report.get("sm90", [])] if has_sm90() else []
     return facts
+
+
+def _shared(kernel: str) -> int | None:
+    """Bytes of shared memory of a kernel by its name in the build's report."""
+    way, _, rest = kernel.partition("<")
+    numbers = [int(n) for n in rest.rstrip(">").split(", ")[1:]]
+    if len(numbers) != 3:
+        # a step of the ladder
+        return None
+    shared = torch.ops.mole_cuda.sm90_shared(way, numbers)
+    return shared if shared >= 0 else None

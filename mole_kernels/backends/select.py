@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mole_kernels.backends import cpu, reference, stacked, triton
+from mole_kernels.backends import cpu, cuda, reference, stacked, triton
 from mole_kernels.errors import MoleBackendError, MoleValueError, MoleWarning
 from mole_kernels.problem import Problem
 
@@ -27,7 +27,7 @@ class Backend(Protocol):
 
 
 # in the order of preference; a compiled backend before plain torch
-BACKENDS: dict[str, Backend] = {b.name: b for b in (triton, cpu, stacked, reference)}  # type: ignore[misc]
+BACKENDS: dict[str, Backend] = {b.name: b for b in (cuda, triton, cpu, stacked, reference)}  # type: ignore[misc]
 
 # the compiled backend of each device type: passing it over is worth a warning
 COMPILED = {"cpu": "cpu", "cuda": "triton"}

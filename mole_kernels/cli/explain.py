@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mole_kernels.cli.screen import facts, number, out, table
 from mole_kernels.dispatch import tables
-from mole_kernels.dispatch.choose import MEANING, Candidate, Choice, choose
+from mole_kernels.dispatch.choose import MEANING, Candidate, Choice, candidates_of, choose
 from mole_kernels.dispatch.device import Device, known, present
 from mole_kernels.dispatch.work import Use
 from mole_kernels.errors import MoleStateError, MoleValueError, printable
@@ -87,7 +87,7 @@ def show(problem: Problem, use: Use, gpu: str, file: Path | None, as_json: bool)
     device, assumed = device_of(gpu)
     path = file or tables.path_of(device)
     measured = tables.of_device(tables.load(path), device) if path is not None else None
-    choice = choose(problem, device, measured, use)
+    choice = choose(problem, device, measured, use, candidates_of(device))
     if as_json:
         print(json.dumps(as_data(choice, problem, device, use), indent=2))
         return

@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from mole_kernels.dispatch import cost
+from mole_kernels.dispatch import cost, hopper
 from mole_kernels.dispatch.device import Device
 from mole_kernels.dispatch.tables import Row, Table
 from mole_kernels.dispatch.work import Use, ours, work
+from mole_kernels.kernels import sm90
 from mole_kernels.kernels.triton.limits import LAUNCHES, impossible
 from mole_kernels.problem import Problem
 
 # in the order of preference where times are equal; stacked (plain torch) is always possible, so no choice is slower than it
 CANDIDATES = ("persistent", "recompute", "two_pass", "merge", "added", "stacked", "dense")
+# the compiled Hopper kernels, beside those: only where the library was built with nvcc
+HOPPER = tuple(f"cuda_{way}" for way in sm90.WAYS)
 MEANING = {
+    "cuda_cluster": "one launch: the CTAs of a cluster share out h and hand each other gated slices",
+    "cuda_persistent": "one launch, compiled for Hopper: tiles of h first, then tiles of y",
+    "cuda_recompute": "one launch, compiled for Hopper: h in the same products as y",
     "persistent": "one launch: tiles of h first, then tiles of y",
     "recompute": "one launch: every tile of y makes its own h",
     "two_pass": "shrink, then base and expand",
@@ -64,19 +70,27 @@ class Choice:
         return next(c for c in self.considered if c.name == name)
 
 
-def choose(problem: Problem, device: Device, table: Table | None = None, use: Use = Use()) -> Choice:  # noqa: B008
-    """The fastest possible candidate: by the table's nearest row, else by the model. Never slower than stacked by the same source.
+def candidates_of(device: Device) -> tuple[str, ...]:
+    """All that could run on `device`, with every part of this package built."""
+    return CANDIDATES + HOPPER if device.capability == (9, 0) else CANDIDATES
+
+
+def choose(
+    problem: Problem, device: Device, table: Table | None = None, use: Use = Use(), names: tuple[str, ...] = CANDIDATES,  # noqa: B008
+) -> Choice:  # fmt: skip
+    """The fastest possible of `names`: by the table's nearest row, else by the model. Never slower than stacked by the same source.
 
     A candidate that the row did not measure cannot win there: measured and predicted times are not compared with each other.
     """
-    predicted = {name: cost.predict(name, problem, device, use) for name in (*CANDIDATES, "plain")}
-    refused = {name: reason for name in CANDIDATES if (reason := refusal(name, problem, use)) is not None}
+    predicted = {name: _predict(name, problem, device, use) for name in (*names, "plain")}
+    refused = {name: reason for name in names if (reason := refusal(name, problem, use)) is not None}
+    refused |= {name: "no tile of it fits" for name in names if name in HOPPER and name not in refused and predicted[name] == inf}
     row = table.nearest(problem, use) if table is not None else None
     times = predicted if row is None else row.us
-    running = {name: times[name] for name in CANDIDATES if name not in refused and name in times}
+    running = {name: times[name] for name in names if name not in refused and name in times}
     best = min(running, key=lambda name: running[name])
     made = []
-    for name in CANDIDATES:
+    for name in names:
         lost = refused.get(name)
         if lost is None and name not in running:
             lost = "not measured near this shape"
@@ -90,8 +104,20 @@ def choose(problem: Problem, device: Device, table: Table | None = None, use: Us
     return Choice(best, "model" if row is None else "table", times["plain"], predicted[best], measured, tuple(made), row)
 
 
+def _predict(name: str, problem: Problem, device: Device, use: Use) -> float:
+    if name not in HOPPER:
+        return cost.predict(name, problem, device, use)
+    return inf if refusal(name, problem, use) else hopper.predict(name.removeprefix("cuda_"), work(problem, device, use))
+
+
 def refusal(name: str, problem: Problem, use: Use) -> str | None:
     """Why a candidate cannot compute the call, or None."""
+    if name in HOPPER:
+        if use.backward:
+            return "has no backward"
+        if name == "cuda_recompute" and problem.sample_gate:
+            return "the sample gate needs every token of a sample before the first output"
+        return sm90.impossible(problem)
     if name == "stacked":
         return None
     if name == "dense":
@@ -108,6 +134,8 @@ def launches(name: str, problem: Problem, use: Use) -> int | None:
     """Launches of one call, torch's included; of a backward, with the sums over tokens."""
     if name == "dense":
         return None
+    if name in HOPPER:
+        return 1
     if name == "stacked":
         return cost.small_launches(problem, use) + (5 if use.backward else 3)
     return LAUNCHES[name] + use.backward
@@ -120,6 +148,12 @@ def _slower(time: float, best: float) -> str:
 
 def _why(name: str, problem: Problem, device: Device, use: Use, predicted: dict[str, float]) -> str:
     """What a candidate spends most of its extra time on, by the model."""
+    if name in HOPPER:
+        return {
+            "cuda_cluster": "a cluster's CTAs wait for each other's part of h",
+            "cuda_persistent": "tiles of y wait for tiles of h in the first wave",
+            "cuda_recompute": "h is made again for every tile's columns of y",
+        }[name]
     w, loop = work(problem, device, use), ours(problem, device, use, name)
     if name in ("persistent", "two_pass", "recompute"):
         base, library = cost.product(w, loop, w.K, w.N), cost.plain(w)

@@ -1,0 +1,151 @@
+"""The cuda backend's own part: what it refuses, what it hands to the kernel, and where a call goes that the kernel does not take."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mole_kernels.backends import cuda
+from mole_kernels.backends.select import BACKENDS, select
+from mole_kernels.dispatch.choose import CANDIDATES, HOPPER, candidates_of, choose
+from mole_kernels.dispatch.device import KNOWN
+from mole_kernels.dispatch.work import Use
+from mole_kernels.errors import MoleBackendError
+from mole_kernels.kernels import sm90
+from mole_kernels.problem import Problem
+from mole_kernels.reference import gated_lora_ref
+from tests.truth import Case
+
+
+def hopper_problem(**change):
+    sizes = dict(B=1, T=2048, K=1280, N=1280, ranks=(32, 32), S=1, dtype=torch.bfloat16, device="cuda", token_gate=True) | change
+    return Problem(**sizes)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(device="cpu"), "computes on CUDA devices only"),
+        (dict(dtype=torch.float32), "no kernels for torch.float32"),
+        (dict(K=1281), "K = 1281 is no multiple of 8"),
+        (dict(ranks=(3, 4)), "R = 7 is no multiple of 8"),
+        (dict(T=0), "nothing to compute"),
+        (dict(top_k=2), "no softmax"),
+        (dict(assigned=True, S=5), "no sets by assignment"),
+        (dict(ranks=(8,) * 9), "9 experts"),
+        (dict(ranks=(8,) * 17, token_gate=False), "17 experts"),
+    ],
+)
+def test_refusals(change, words):
+    assert words in cuda.reject(hopper_problem(**change))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_refused_by_name_with_a_reason():
+    assert cuda.reject(hopper_problem()) is not None
+    with pytest.raises(MoleBackendError, match="backend 'cuda'"):
+        select(hopper_problem(), "cuda")
+
+
+def test_it_comes_before_triton():
+    assert list(BACKENDS).index("cuda") < list(BACKENDS).index("triton")
+
+
+class StandIn:
+    """The library's two operators on CPU tensors: plans come from a table, y and the rest from the reference."""
+
+    def __init__(self, refuse=""):
+        self.refuse, self.calls = refuse, []
+
+    def sm90_plan(self, way, sizes, token, sample, device):
+        if way == "recompute" and sample:
+            return [], "the sample gate needs every token"
+        return [2, 160, 24, 4, 4, 200_000, 128, 4, 0 if way == "cluster" else 7, 5 * sample, 11], ""
+
+    def sm90_forward(
+        self, x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, y, h, l, G, z, parts, flags, way, tile
+    ):
+        self.calls.append((way, tuple(tile), z, parts, flags))
+        if self.refuse:
+            return self.refuse
+        from mole_kernels.operands import Experts, Gates
+
+        wide = [None if t is None else t.double() for t in (x, weight, bias, down, up, gate, phi, phi_bias, pool, pool_bias)]
+        truth = gated_lora_ref(*wide[:3], Experts(wide[3], wide[4], scale.double(), tuple(ranks)), Gates(*wide[5:]))
+        for out, value in zip((y, l, G), truth):
+            assert (out is None) == (value is None)
+            if out is not None:
+                out.copy_(value)
+        if h is not None:
+            h.copy_(wide[0] @ wide[3].mT)
+        return ""
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    def use(**options):
+        ops = StandIn(**options)
+        monkeypatch.setattr(cuda.torch, "ops", SimpleNamespace(mole_cuda=ops))
+        monkeypatch.setattr(cuda.torch.cuda, "current_device", lambda: 0)
+        cuda._plan.cache_clear()
+        return ops
+
+    yield use
+    monkeypatch.undo()
+    cuda._plan.cache_clear()
+
+
+def arguments(case, save=True):
+    call = case.make(torch.bfloat16)
+    e, g = call.experts, call.gates
+    return call, (call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias, save)
+
+
+@pytest.mark.parametrize("way", ["cluster", "persistent"])
+@pytest.mark.parametrize("gate", ["both", "none", "mask+pooled"])
+def test_outputs_and_workspace(stand_in, way, gate):
+    ops = stand_in()
+    case = Case(gate=gate, ranks=(3, 5))
+    call, operands = arguments(case)
+    y, h, l, G = cuda.forward(*operands, way=way)
+    assert torch.equal(y, call.truth().to(torch.bfloat16)) and h.shape == (case.B, case.T, case.R)
+    assert (l.shape if call.gates.phi is not None else l.numel()) == ((case.B, case.T, case.E) if call.gates.phi is not None else 0)
+    assert (G.shape if call.gates.pool is not None else G.numel()) == ((case.B, case.E) if call.gates.pool is not None else 0)
+    ((used, tile, z, parts, flags),) = ops.calls
+    assert used == way and tile == (2, 160, 24, 4) and (z is None) == (way == "cluster")
+    assert (parts is None) == (call.gates.pool is None) and flags.dtype == torch.int32 and not flags.any()
+
+
+def test_a_way_by_name_that_cannot_is_an_error(stand_in):
+    stand_in()
+    _, operands = arguments(Case(gate="pooled"))
+    with pytest.raises(MoleBackendError, match="needs every token"):
+        cuda.forward(*operands, way="recompute")
+    with pytest.raises(MoleBackendError, match="has no way 'merge'"):
+        cuda.forward(*operands, way="merge")
+    stand_in(refuse="x has a stride of 67 elements")
+    with pytest.raises(MoleBackendError, match="stride of 67"):
+        cuda.forward(*operands, way="cluster")
+
+
+def test_a_layout_that_tma_does_not_take_goes_elsewhere(stand_in, monkeypatch):
+    ops = stand_in(refuse="x has a stride of 67 elements")
+    monkeypatch.setattr(cuda, "_way", lambda *_: "cuda_cluster")
+    call, operands = arguments(Case())
+    y = cuda.forward(*operands)[0]
+    assert len(ops.calls) == 1
+    assert (y.double() - call.truth()).norm() < 0.02 * call.truth().norm()
+
+
+def test_the_dispatcher_takes_the_cluster_on_layers_of_one_wave():
+    for shape in ((8192, 640, 640), (2048, 1280, 1280), (2048, 5120, 1280)):
+        p = hopper_problem(T=shape[0], K=shape[1], N=shape[2])
+        choice = choose(p, KNOWN["h200"], None, Use(), candidates_of(KNOWN["h200"]))
+        assert choice.name == "cuda_cluster"
+        assert choice.of("persistent").lost and choice.of("cuda_recompute").lost == "no tile of it fits"
+
+
+def test_candidates_of_hopper_alone():
+    assert candidates_of(KNOWN["a100"]) == CANDIDATES and set(candidates_of(KNOWN["h200"])) == {*CANDIDATES, *HOPPER}
+    backward = choose(hopper_problem(), KNOWN["h200"], None, Use(backward=True), candidates_of(KNOWN["h200"]))
+    assert all(backward.of(name).lost == "has no backward" for name in HOPPER) and len(HOPPER) == len(sm90.WAYS)
