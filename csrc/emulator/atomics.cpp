@@ -111,7 +111,8 @@ void fence_proxy_async(int spaces) {
 uint4 load16(const void* p) {
   MOLE_ENTER;
   Thread& t = me();
-  if (reinterpret_cast<uintptr_t>(p) % 16) fail("alignment", "load16_readonly at %s, whose address is not a multiple of 16", name_of(p).c_str());
+  if (reinterpret_cast<uintptr_t>(p) % 16)
+    fail("alignment", "load16_readonly at %s, whose address is not a multiple of 16", name_of(p).c_str());
   touch(thread_actor(t), p, 16, Kind::Read, "load16_readonly", t.pc);
   uint4 v;
   std::memcpy(&v, p, 16);
@@ -126,7 +127,8 @@ uint32_t smem_address(const void* p) {
   MOLE_ENTER;
   const Cta& cta = *me().cta;
   const ptrdiff_t offset = static_cast<const unsigned char*>(p) - cta.smem;
-  if (offset < 0 || size_t(offset) > machine->launch.smem) fail("bounds", "the shared address of %s, which is not this CTA's shared memory", name_of(p).c_str());
+  if (offset < 0 || size_t(offset) > machine->launch.smem)
+    fail("bounds", "the shared address of %s, which is not this CTA's shared memory", name_of(p).c_str());
   return uint32_t(size_t(offset) + kSmemBase);
 }
 
@@ -136,7 +138,8 @@ uint32_t cluster_map(const void* p, uint32_t rank) {
   if (rank >= machine->cluster_ctas) fail("bounds", "cluster_map to rank %u of a cluster of %u", rank, machine->cluster_ctas);
   const Cta& cta = *me().cta;
   const ptrdiff_t offset = static_cast<const unsigned char*>(p) - cta.smem;
-  if (offset < 0 || size_t(offset) > machine->launch.smem) fail("bounds", "cluster_map of %s, which is not this CTA's shared memory", name_of(p).c_str());
+  if (offset < 0 || size_t(offset) > machine->launch.smem)
+    fail("bounds", "cluster_map of %s, which is not this CTA's shared memory", name_of(p).c_str());
   machine->inside = was;
   return (rank + 1) << 24 | uint32_t(size_t(offset) + kSmemBase);
 }
@@ -147,7 +150,8 @@ unsigned char* resolve(uint32_t address, size_t bytes, Cta** cta, const char* wh
   if (window > machine->cluster_ctas) fail("bounds", "%s: %08x is no address of the cluster's shared memory", what, address);
   *cta = window ? t.cta->cluster->ctas[window - 1] : t.cta;
   if (offset < kSmemBase || offset - kSmemBase + bytes > machine->launch.smem)
-    fail("bounds", "%s: %zu bytes at +%d of rank %u are outside shared memory (%zu bytes)", what, bytes, int(offset) - int(kSmemBase), (*cta)->rank, machine->launch.smem);
+    fail("bounds", "%s: %zu bytes at +%d of rank %u are outside shared memory (%zu bytes)", what, bytes, int(offset) - int(kSmemBase),
+         (*cta)->rank, machine->launch.smem);
   if ((*cta)->gone) fail("exit", "%s: CTA rank %u has ended", what, (*cta)->rank);
   return (*cta)->smem + (offset - kSmemBase);
 }

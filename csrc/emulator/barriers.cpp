@@ -7,7 +7,8 @@ namespace {
 void finish_phase(Mbarrier& b, const void* bar) {
   if (b.pending || b.bytes) {
     if (!b.pending && b.bytes < 0 && !b.in_flight)
-      fail("transactions", "the mbarrier at %s saw %lld bytes more than it was told to expect in phase %llu", name_of(bar).c_str(), static_cast<long long>(-b.bytes), static_cast<unsigned long long>(b.phase));
+      fail("transactions", "the mbarrier at %s saw %lld bytes more than it was told to expect in phase %llu", name_of(bar).c_str(),
+           static_cast<long long>(-b.bytes), static_cast<unsigned long long>(b.phase));
     return;
   }
   b.phase++;
@@ -18,14 +19,15 @@ void finish_phase(Mbarrier& b, const void* bar) {
 
 void check_bytes(const Mbarrier& b, const void* bar) {
   if (b.bytes >= (1 << 20) || b.bytes <= -(1 << 20))
-    fail("transactions", "the mbarrier at %s expects %lld bytes: the count goes to 2^20-1", name_of(bar).c_str(), static_cast<long long>(b.bytes));
+    fail("transactions", "the mbarrier at %s expects %lld bytes: the count goes to 2^20-1", name_of(bar).c_str(),
+         static_cast<long long>(b.bytes));
 }
 
 void arrive(const void* bar, uint32_t count, int64_t bytes, bool far) {
   Mbarrier& b = barrier_at(bar, far ? "mbarrier_arrive_remote" : "mbarrier_arrive");
   if (b.pending < int64_t(count))
-    fail("mbarrier", "an arrival too many at the mbarrier at %s: all %u of phase %llu have come, %lld bytes are still missing", name_of(bar).c_str(), b.count,
-         static_cast<unsigned long long>(b.phase), static_cast<long long>(b.bytes));
+    fail("mbarrier", "an arrival too many at the mbarrier at %s: all %u of phase %llu have come, %lld bytes are still missing",
+         name_of(bar).c_str(), b.count, static_cast<unsigned long long>(b.phase), static_cast<long long>(b.bytes));
   b.bytes += bytes;
   check_bytes(b, bar);
   b.pending -= count;
@@ -52,8 +54,10 @@ Mbarrier& barrier_at(const void* bar, const char* what) {
   Mbarrier& b = i->second;
   const Thread& t = me();
   if (b.maker != t.number && t.view.seen[b.born.dim] < b.born.clock)
-    fail("race", "%s: the initialisation of the mbarrier at %s is not ordered before its use by %s", what, name_of(bar).c_str(), describe(t).c_str());
-  if (cta != t.cta && !b.fenced) fail("proxy", "%s: the mbarrier at %s was initialised without fence_mbarrier_init", what, name_of(bar).c_str());
+    fail("race", "%s: the initialisation of the mbarrier at %s is not ordered before its use by %s", what, name_of(bar).c_str(),
+         describe(t).c_str());
+  if (cta != t.cta && !b.fenced)
+    fail("proxy", "%s: the mbarrier at %s was initialised without fence_mbarrier_init", what, name_of(bar).c_str());
   return b;
 }
 
@@ -61,8 +65,10 @@ void mbarrier_init(uint64_t* bar, uint32_t count) {
   MOLE_ENTER;
   Thread& t = me();
   check_smem(*t.cta, bar, 8, 8, "mbarrier_init");
-  if (count == 0 || count >= (1u << 20)) fail("mbarrier", "mbarrier_init: a count of %u at %s: expected 1…2^20-1", count, name_of(bar).c_str());
-  if (t.cta->mbarriers.count(bar)) fail("mbarrier", "mbarrier_init: %s is an mbarrier already (mbarrier_invalidate first)", name_of(bar).c_str());
+  if (count == 0 || count >= (1u << 20))
+    fail("mbarrier", "mbarrier_init: a count of %u at %s: expected 1…2^20-1", count, name_of(bar).c_str());
+  if (t.cta->mbarriers.count(bar))
+    fail("mbarrier", "mbarrier_init: %s is an mbarrier already (mbarrier_invalidate first)", name_of(bar).c_str());
   touch(thread_actor(t), bar, 8, Kind::Write, "mbarrier_init", t.pc);
   mark_barrier(bar, true);
   Mbarrier& b = t.cta->mbarriers[bar];
@@ -103,7 +109,9 @@ void mbarrier_arrive(uint64_t* bar, uint32_t count) {
 void mbarrier_expect_tx(uint64_t* bar, uint32_t bytes) {
   MOLE_ENTER;
   Mbarrier& b = barrier_at(bar, "mbarrier_expect_tx");
-  if (!b.pending) fail("mbarrier", "mbarrier_expect_tx at %s after all arrivals of phase %llu", name_of(bar).c_str(), static_cast<unsigned long long>(b.phase));
+  if (!b.pending)
+    fail("mbarrier", "mbarrier_expect_tx at %s after all arrivals of phase %llu", name_of(bar).c_str(),
+         static_cast<unsigned long long>(b.phase));
   b.bytes += bytes;
   check_bytes(b, bar);
 }
@@ -174,7 +182,8 @@ void complete_bytes(const void* bar, uint32_t bytes, Epoch mark, bool async_prox
 void arrive_for_copies(const void* bar, Epoch mark) {
   Cta* cta = cta_of(bar);
   auto i = cta->mbarriers.find(bar);
-  if (i == cta->mbarriers.end() || !i->second.pending) fail("mbarrier", "an arrival too many at %s, after cp.async copies", name_of(bar).c_str());
+  if (i == cta->mbarriers.end() || !i->second.pending)
+    fail("mbarrier", "an arrival too many at %s, after cp.async copies", name_of(bar).c_str());
   i->second.pending--;
   i->second.near.add(mark, false);
   made_progress();
@@ -197,7 +206,8 @@ void come_to_barrier(int id, int threads, bool wait, const char* name) {
   if (threads <= 0 || threads % 32 || threads > int(cta.threads.size() + 31) / 32 * 32)
     fail("barrier", "%s %d for %d threads: expected a multiple of 32 up to the CTA's %zu", name, id, threads, cta.threads.size());
   NamedBarrier& b = cta.barriers[id];
-  if (b.come && b.expected != threads) fail("barrier", "%s %d for %d threads, while others are there for %d", name, id, threads, b.expected);
+  if (b.come && b.expected != threads)
+    fail("barrier", "%s %d for %d threads, while others are there for %d", name, id, threads, b.expected);
   b.expected = threads;
   publish(b.messages);
   made_progress();

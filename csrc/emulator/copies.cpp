@@ -53,7 +53,9 @@ void check_tile(const Cta& cta, const void* p, const CUtensorMap& m, const char*
   check_smem(cta, p, box_bytes(m), m.swizzle_bytes ? 8 * m.swizzle_bytes : 128, what);
 }
 
-uint32_t local_address(const Cta& cta, const void* p) { return uint32_t(size_t(static_cast<const unsigned char*>(p) - cta.smem) + kSmemBase); }
+uint32_t local_address(const Cta& cta, const void* p) {
+  return uint32_t(size_t(static_cast<const unsigned char*>(p) - cta.smem) + kSmemBase);
+}
 
 void load_into(Cta& cta, unsigned char* dst, const CUtensorMap m, unsigned char* bar, int x, int y, int z) {
   const Thread& t = me();
@@ -80,7 +82,8 @@ void load_into(Cta& cta, unsigned char* dst, const CUtensorMap m, unsigned char*
   });
 }
 
-const char* bad_map(const void* base, int rank, const uint64_t* size, const uint64_t* stride, const uint32_t* box, int swizzle, int element) {
+const char* bad_map(const void* base, int rank, const uint64_t* size, const uint64_t* stride, const uint32_t* box, int swizzle,
+                    int element) {
   if (reinterpret_cast<uintptr_t>(base) % 16) return "its address is not a multiple of 16";
   if (swizzle != 0 && swizzle != 32 && swizzle != 64 && swizzle != 128) return "its swizzle is none of 0, 32, 64, 128 bytes";
   for (int i = 0; i < rank; i++) {
@@ -94,7 +97,8 @@ const char* bad_map(const void* base, int rank, const uint64_t* size, const uint
   return nullptr;
 }
 
-CUtensorMap make_map(const void* base, int rank, const uint64_t* size, const uint64_t* stride, const uint32_t* box, int swizzle, int element) {
+CUtensorMap make_map(const void* base, int rank, const uint64_t* size, const uint64_t* stride, const uint32_t* box, int swizzle,
+                     int element) {
   if (const char* why = bad_map(base, rank, size, stride, box, swizzle, element)) fail("tma", "a tensor map is refused: %s", why);
   CUtensorMap m{};
   m.base = const_cast<unsigned char*>(static_cast<const unsigned char*>(base));
@@ -104,7 +108,8 @@ CUtensorMap make_map(const void* base, int rank, const uint64_t* size, const uin
 }
 
 Epoch bulk_mark(const Thread& t, int which) {
-  const uint32_t dim = actor_for(reinterpret_cast<const void*>(uintptr_t(t.number) * 4 + 1 + unsigned(which)), which ? "a bulk store's write" : "a bulk store's reading of shared memory");
+  const uint32_t dim = actor_for(reinterpret_cast<const void*>(uintptr_t(t.number) * 4 + 1 + unsigned(which)),
+                                 which ? "a bulk store's write" : "a bulk store's reading of shared memory");
   return {dim, tick(dim)};
 }
 
@@ -128,13 +133,16 @@ void wait_for(Thread& t, const BulkGroup& g) {
 
 }  // namespace
 
-CUtensorMap tensor_map_2d(const void* base, uint64_t rows, uint64_t columns, uint32_t box_rows, uint32_t box_columns, int swizzle_bytes, uint64_t row_stride, int element_bytes) {
-  const uint64_t size[2] = {columns, rows}, stride[2] = {uint64_t(element_bytes), (row_stride ? row_stride : columns) * uint64_t(element_bytes)};
+CUtensorMap tensor_map_2d(const void* base, uint64_t rows, uint64_t columns, uint32_t box_rows, uint32_t box_columns, int swizzle_bytes,
+                          uint64_t row_stride, int element_bytes) {
+  const uint64_t size[2] = {columns, rows},
+                 stride[2] = {uint64_t(element_bytes), (row_stride ? row_stride : columns) * uint64_t(element_bytes)};
   const uint32_t box[2] = {box_columns, box_rows};
   return make_map(base, 2, size, stride, box, swizzle_bytes, element_bytes);
 }
 
-CUtensorMap tensor_map_3d(const void* base, const uint64_t (&size)[3], const uint64_t (&stride)[2], const uint32_t (&box)[3], int swizzle_bytes, int element_bytes) {
+CUtensorMap tensor_map_3d(const void* base, const uint64_t (&size)[3], const uint64_t (&stride)[2], const uint32_t (&box)[3],
+                          int swizzle_bytes, int element_bytes) {
   const uint64_t strides[3] = {uint64_t(element_bytes), stride[0], stride[1]};
   return make_map(base, 3, size, strides, box, swizzle_bytes, element_bytes);
 }
@@ -177,7 +185,8 @@ void tma_store(const CUtensorMap* map, const void* src, int rank, int x, int y, 
     std::vector<unsigned char> row(row_bytes);
     for_rows(m, x, y, z, [&](uint32_t r, Run run) {
       for (uint32_t c = 0; c < row_bytes / 16; c++)
-        std::memcpy(row.data() + c * 16, piece_at(const_cast<unsigned char*>(tile), address, r * (row_bytes / 16) + c, m.swizzle_bytes), 16);
+        std::memcpy(row.data() + c * 16, piece_at(const_cast<unsigned char*>(tile), address, r * (row_bytes / 16) + c, m.swizzle_bytes),
+                    16);
       if (run.bytes) std::memcpy(run.start, row.data() + run.skip, run.bytes);
     });
   });
@@ -187,7 +196,8 @@ void tma_store(const CUtensorMap* map, const void* src, int rank, int x, int y, 
 // ---- runs of bytes
 
 static void check_run(const void* p, uint32_t bytes, const char* what) {
-  if (bytes % 16 || reinterpret_cast<uintptr_t>(p) % 16) fail("alignment", "%s: %u bytes at %s: both must be multiples of 16", what, bytes, name_of(p).c_str());
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(p) % 16)
+    fail("alignment", "%s: %u bytes at %s: both must be multiples of 16", what, bytes, name_of(p).c_str());
 }
 
 void bulk_load(void* dst, const void* src, uint32_t bytes, uint64_t* bar) {
@@ -229,7 +239,8 @@ void bulk_copy_cluster(uint32_t dst, const void* src, uint32_t bytes, uint32_t b
   const unsigned char* b = resolve(bar, 8, &bar_cta, "bulk_copy_cluster");
   check_smem(*t.cta, src, bytes, 16, "bulk_copy_cluster");
   check_run(to, bytes, "bulk_copy_cluster");
-  if (cta != bar_cta) fail("mbarrier", "bulk_copy_cluster: its destination is in CTA rank %u, its mbarrier in rank %u", cta->rank, bar_cta->rank);
+  if (cta != bar_cta)
+    fail("mbarrier", "bulk_copy_cluster: its destination is in CTA rank %u, its mbarrier in rank %u", cta->rank, bar_cta->rank);
   barrier_for_copy(b, bytes, "bulk_copy_cluster");
   const uint32_t dim = barrier_at(b, "bulk_copy_cluster").dim;
   const Epoch mark{dim, tick(dim)};
@@ -292,7 +303,8 @@ void cp_async_16(void* dst, const void* src, int valid) {
   Thread& t = me();
   check_smem(*t.cta, dst, 16, 16, "cp_async_16");
   if (valid < 0 || valid > 16) fail("bounds", "cp_async_16: %d bytes", valid);
-  if (valid && reinterpret_cast<uintptr_t>(src) % 16) fail("alignment", "cp_async_16 from %s, whose address is not a multiple of 16", name_of(src).c_str());
+  if (valid && reinterpret_cast<uintptr_t>(src) % 16)
+    fail("alignment", "cp_async_16 from %s, whose address is not a multiple of 16", name_of(src).c_str());
   const uint32_t dim = copy_actor(t);
   Actor who = async_actor(t, Epoch{dim, tick(dim)});
   who.proxy = Proxy::Generic;

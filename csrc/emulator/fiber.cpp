@@ -15,14 +15,15 @@ void __sanitizer_finish_switch_fiber(void* fake, const void** bottom, size_t* si
 #define MOLE_ASAN(x)
 #endif
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(MOLE_EMU_UCONTEXT)
+#define MOLE_EMU_CONTEXTS
 #include <ucontext.h>
 #endif
 
 namespace emu {
 namespace {
 
-#if defined(__x86_64__)
+#if !defined(MOLE_EMU_CONTEXTS)
 // push what the ABI says a callee keeps, swap stacks, pop
 asm(R"(
 .text
@@ -56,9 +57,6 @@ void swap(void** save, void* load) {
 }
 #endif
 
-struct Stack {
-  unsigned char* memory;
-};
 std::vector<unsigned char*> spare;
 
 const void* main_bottom = nullptr;
@@ -91,17 +89,17 @@ unsigned char* new_stack() {
 
 void start_fiber(Thread& t) {
   if (!t.stack) t.stack = new_stack();
-#if defined(__x86_64__)
+#if !defined(MOLE_EMU_CONTEXTS)
   auto* top = reinterpret_cast<void**>(t.stack + kStack);
   *--top = nullptr;  // so that body sees a stack aligned as after a call
   *--top = reinterpret_cast<void*>(&body);
   for (int i = 0; i < 6; i++) *--top = nullptr;
   t.stack_pointer = top;
 #else
-  auto* c = new ucontext_t;
+  auto* c = reinterpret_cast<ucontext_t*>(t.stack);  // the stack's far end
   getcontext(c);
-  c->uc_stack.ss_sp = t.stack;
-  c->uc_stack.ss_size = kStack;
+  c->uc_stack.ss_sp = t.stack + sizeof(ucontext_t);
+  c->uc_stack.ss_size = kStack - sizeof(ucontext_t);
   c->uc_link = nullptr;
   makecontext(c, &body, 0);
   t.stack_pointer = c;

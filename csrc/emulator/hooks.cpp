@@ -25,8 +25,9 @@ struct HostStack {
 const HostStack host_stack;
 
 const char* verb(bool write, size_t bytes) {
-  static const char* names[2][6] = {{"a load of 1 byte", "a load of 2 bytes", "a load of 4 bytes", "a load of 8 bytes", "a load of 16 bytes", "a load"},
-                                    {"a store of 1 byte", "a store of 2 bytes", "a store of 4 bytes", "a store of 8 bytes", "a store of 16 bytes", "a store"}};
+  static const char* names[2][6] = {
+      {"a load of 1 byte", "a load of 2 bytes", "a load of 4 bytes", "a load of 8 bytes", "a load of 16 bytes", "a load"},
+      {"a store of 1 byte", "a store of 2 bytes", "a store of 4 bytes", "a store of 8 bytes", "a store of 16 bytes", "a store"}};
   const int i = bytes == 1 ? 0 : bytes == 2 ? 1 : bytes == 4 ? 2 : bytes == 8 ? 3 : bytes == 16 ? 4 : 5;
   return names[write][i];
 }
@@ -35,7 +36,8 @@ const char* verb(bool write, size_t bytes) {
 void own_stack(Thread& t, uintptr_t at, size_t bytes, bool write, const void* pc) {
   for (const auto& r : t.in_flight)
     if (at < r.to && at + bytes > r.from)
-      fail("wgmma", "%s %s an accumulator of a wgmma in flight (before wgmma_wait), at %s", describe(t).c_str(), write ? "writes" : "reads", line_of(pc).c_str());
+      fail("wgmma", "%s %s an accumulator of a wgmma in flight (before wgmma_wait), at %s", describe(t).c_str(), write ? "writes" : "reads",
+           line_of(pc).c_str());
   if (!write) return;
   const size_t from = (at - reinterpret_cast<uintptr_t>(t.stack)) / 4, to = (at + bytes - 1 - reinterpret_cast<uintptr_t>(t.stack)) / 4;
   for (size_t i = from; i <= to; i++) t.written[i / 64] |= uint64_t(1) << (i % 64);
@@ -58,7 +60,8 @@ void access_slow(const void* p, size_t bytes, bool write, bool aligned, const vo
     return;
   }
   if (aligned && bytes <= 16 && at % bytes)
-    fail("alignment", "%s at %s, whose address is not a multiple of %zu, at %s", verb(write, bytes), name_of(p).c_str(), bytes, line_of(pc).c_str());
+    fail("alignment", "%s at %s, whose address is not a multiple of %zu, at %s", verb(write, bytes), name_of(p).c_str(), bytes,
+         line_of(pc).c_str());
   touch(thread_actor(t), p, bytes, write ? Kind::Write : Kind::Read, verb(write, bytes), pc);
 }
 
@@ -90,7 +93,8 @@ static const char* base_name(const char* path) {
 extern "C" {
 void __ubsan_handle_type_mismatch_v1_abort(const Place* at, const void* p) {
   if (emu::machine && emu::machine->current)
-    emu::fail("alignment", "a reference to %s, which is not aligned as its type wants, at %s:%u", emu::name_of(p).c_str(), base_name(at->file), at->line);
+    emu::fail("alignment", "a reference to %s, which is not aligned as its type wants, at %s:%u", emu::name_of(p).c_str(),
+              base_name(at->file), at->line);
   emu::fail("alignment", "a reference that is not aligned as its type wants, at %s:%u", base_name(at->file), at->line);
 }
 void __ubsan_handle_out_of_bounds_abort(const Place* at, unsigned long index) {

@@ -23,14 +23,14 @@ struct Mbarrier {
   uint32_t count = 0;
   int64_t pending = 0, bytes = 0;  // arrivals still to come; bytes expected and not yet there
   uint64_t phase = 0;
-  uint32_t dim = 0;                // its asynchronous operations, and its initialisation
+  uint32_t dim = 0;  // its asynchronous operations, and its initialisation
   Epoch born;
-  bool fenced = false;             // its initialisation is known to the asynchronous proxy and the cluster
-  unsigned maker = 0;              // the thread that initialised it
-  Messages near, far;              // arrivals of this CTA and copies; arrivals of peers
-  View near_done, far_done;        // what the last finished phase brought
+  bool fenced = false;       // its initialisation is known to the asynchronous proxy and the cluster
+  unsigned maker = 0;        // the thread that initialised it
+  Messages near, far;        // arrivals of this CTA and copies; arrivals of peers
+  View near_done, far_done;  // what the last finished phase brought
   std::vector<Thread*> waiting;
-  uint64_t in_flight = 0;          // bytes of issued copies that will count here
+  uint64_t in_flight = 0;  // bytes of issued copies that will count here
 };
 
 struct NamedBarrier {
@@ -60,20 +60,20 @@ struct Product {  // one wgmma
   uint64_t a = 0, b = 0;
   bool a_mn = false, b_mn = false, a_registers = false, accumulate = false;
   int come = 0;
-  std::vector<View> views;         // what its threads had seen, each different one once
+  std::vector<View> views;  // what its threads had seen, each different one once
   float* d[128] = {};
   uint32_t fragment[128][4];
 };
 
 struct Warpgroup {
-  uint32_t dim = 0, clock0 = 0;    // product i leaves the mark clock0 + i + 1
-  uint64_t executed = 0, issued = 0;  // products executed; those that all 128 threads have issued
+  uint32_t dim = 0, clock0 = 0;                   // product i leaves the mark clock0 + i + 1
+  uint64_t executed = 0, issued = 0;              // products executed; those that all 128 threads have issued
   std::deque<std::unique_ptr<Product>> products;  // from index `executed` on
   std::vector<Thread*> waiting;
   Cta* cta = nullptr;
   ClockRef done;
   uint64_t done_until = 0;
-  int registers = 0;               // of each of its threads
+  int registers = 0;  // of each of its threads
   int asked = 0, ask_come = 0;
 };
 
@@ -109,36 +109,36 @@ struct Thread {
   int lane = 0;
   void* stack_pointer = nullptr;
   unsigned char* stack = nullptr;
-  void* fake_stack = nullptr;      // AddressSanitizer's
+  void* fake_stack = nullptr;  // AddressSanitizer's
   Wait wait = Wait::Run;
-  size_t place = 0;                // in the list of those that can run
-  std::string_view what;           // what it waits for, in words
-  const void* where = nullptr;     // the object
-  const void* pc = nullptr;        // the kernel's call
+  size_t place = 0;             // in the list of those that can run
+  std::string_view what;        // what it waits for, in words
+  const void* where = nullptr;  // the object
+  const void* pc = nullptr;     // the kernel's call
   uint64_t detail = 0;
 
   uint32_t dim = 0, start = 0, own = 0, own_proxied[2] = {};
   View view;
-  View fence;                      // what was seen at the last __threadfence: what a relaxed atomic publishes
+  View fence;  // what was seen at the last __threadfence: what a relaxed atomic publishes
   uint32_t fence_own = 0, fence_proxied[2] = {};
-  View heard;                      // what relaxed loads brought: seen after the next __threadfence
-  View freed;                      // what mbarrier_wait_freed brought: for the copies it issues alone
-  ClockRef fenced_inits;           // barriers initialised and fenced
+  View heard;             // what relaxed loads brought: seen after the next __threadfence
+  View freed;             // what mbarrier_wait_freed brought: for the copies it issues alone
+  ClockRef fenced_inits;  // barriers initialised and fenced
   std::vector<uint64_t*> unfenced;
 
-  std::vector<Copy> copies;        // cp.async not yet committed
+  std::vector<Copy> copies;  // cp.async not yet committed
   std::deque<CopyGroup> groups;
   std::shared_ptr<BulkGroup> bulk_open;
   std::deque<std::shared_ptr<BulkGroup>> bulk_groups;
 
   uint64_t wgmma_next = 0, wgmma_committed = 0;
-  std::deque<uint64_t> wgmma_groups;   // index after the last product of each committed group not yet waited for
-  std::vector<Range> in_flight;        // accumulators
+  std::deque<uint64_t> wgmma_groups;  // index after the last product of each committed group not yet waited for
+  std::vector<Range> in_flight;       // accumulators
   bool wgmma_fenced = false;
-  std::vector<uint64_t> written;       // words of its stack written since the last wgmma fence
+  std::vector<uint64_t> written;  // words of its stack written since the last wgmma fence
   size_t written_from = ~size_t(0), written_to = 0;
 
-  const void* polled = nullptr;        // its last atomic load, and the flag's version then
+  const void* polled = nullptr;  // its last atomic load, and the flag's version then
   uint64_t polled_version = 0;
 };
 
@@ -180,7 +180,7 @@ struct Machine {
   void (*call)(const void*) = nullptr;
   const void* kernel = nullptr;
   Thread* current = nullptr;
-  bool inside = true;              // in the emulator's own code: the hooks look away
+  bool inside = true;  // in the emulator's own code: the hooks look away
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Thread*> runnable;
   std::vector<std::unique_ptr<Cluster>> clusters;
@@ -188,10 +188,10 @@ struct Machine {
   std::vector<std::function<void()>> operations;  // asynchronous, each may end at any moment
   std::vector<Warpgroup*> products;               // warpgroups with products to execute
   std::vector<Thread*> polling;
-  std::vector<unsigned> finished;                 // places of clusters that are done
+  std::vector<unsigned> finished;  // places of clusters that are done
   std::unordered_map<const void*, Flag> flags;
   std::unordered_map<const void*, uint32_t> actors;
-  std::vector<uint32_t> dim_clock;                // of asynchronous actors
+  std::vector<uint32_t> dim_clock;  // of asynchronous actors
   std::vector<std::string> dim_name;
   uint64_t progress = 0, steps = 0, random = 1;
   unsigned policy = 0, eagerness = 0;
@@ -208,8 +208,8 @@ struct Inside {
 };
 
 // first line of every software body
-#define MOLE_ENTER   \
-  Inside inside_;    \
+#define MOLE_ENTER \
+  Inside inside_;  \
   machine->current->pc = __builtin_return_address(0)
 
 inline Thread& me() { return *machine->current; }
@@ -251,10 +251,10 @@ enum class Proxy { Generic, Async };
 enum class Kind { Read, Write, Atomic, AtomicRead };
 struct Actor {
   const View* view;
-  const View* also;    // seen too, by asynchronous copies; or null
-  uint32_t dim;        // whose epochs are its own; ~0: nobody's
+  const View* also;  // seen too, by asynchronous copies; or null
+  uint32_t dim;      // whose epochs are its own; ~0: nobody's
   uint32_t start, own_proxied[2];
-  Epoch epoch;         // the mark it leaves
+  Epoch epoch;  // the mark it leaves
   Proxy proxy;
 };
 Actor thread_actor(const Thread& t);
@@ -277,7 +277,8 @@ void barrier_for_copy(const void* bar, uint64_t bytes, const char* what);
 
 // warps: deposits `in`, waits for all lanes of `mask`, lets the last of them compute `out` for all
 using WarpBody = void (*)(WarpCall&);
-void warp_collective(const char* name, uint32_t mask, int tag, const void* in, size_t in_bytes, void* out, size_t out_bytes, WarpBody all, bool orders = false);
+void warp_collective(const char* name, uint32_t mask, int tag, const void* in, size_t in_bytes, void* out, size_t out_bytes, WarpBody all,
+                     bool orders = false);
 bool execute_product(size_t i);
 
 }  // namespace emu

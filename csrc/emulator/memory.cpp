@@ -72,8 +72,8 @@ bool reaches_async(const Actor& who, uint32_t dim, uint32_t clock, int space) {
 
 [[noreturn]] void race(const char* mine, const char* other, uint32_t dim, uint32_t pc, const void* p, const char* what, const void* my_pc) {
   const std::string there = pc ? " at " + line_of(&__executable_start + pc) : std::string();
-  fail("race", "%s of %s by %s%s%s\n  is not ordered with an earlier %s by %s%s", mine, name_of(p).c_str(), what,
-       my_pc ? " at " : "", my_pc ? line_of(my_pc).c_str() : "", other, describe_actor(dim).c_str(), there.c_str());
+  fail("race", "%s of %s by %s%s%s\n  is not ordered with an earlier %s by %s%s", mine, name_of(p).c_str(), what, my_pc ? " at " : "",
+       my_pc ? line_of(my_pc).c_str() : "", other, describe_actor(dim).c_str(), there.c_str());
 }
 
 void read_cell(const Actor& who, Cell& c) {
@@ -108,7 +108,8 @@ void check_readers(const Actor& who, Cell& c, const void* p, const char* what, c
 void check_writer(const Actor& who, const Cell& c, const void* p, Kind kind, int space, const char* what, const void* pc) {
   const bool both_atomic = kind >= Kind::Atomic && (c.flags & kAtomic);
   if (!both_atomic && !ordered(who, c.write_dim, c.write_clock))
-    race(kind == Kind::Read || kind == Kind::AtomicRead ? "a read" : "a write", (c.flags & kAtomic) ? "atomic write" : "write", c.write_dim, c.write_pc, p, what, pc);
+    race(kind == Kind::Read || kind == Kind::AtomicRead ? "a read" : "a write", (c.flags & kAtomic) ? "atomic write" : "write", c.write_dim,
+         c.write_pc, p, what, pc);
   if (who.proxy == Proxy::Async && !(c.flags & kAsync) && !reaches_async(who, c.write_dim, c.write_clock, space))
     fail("proxy", "%s touches %s%s%s,\n  last written by an ordinary store of %s at %s, with no fence_proxy_async in between", what,
          name_of(p).c_str(), pc ? " at " : "", pc ? line_of(pc).c_str() : "", describe_actor(c.write_dim).c_str(),
@@ -126,17 +127,21 @@ void touch_cells(const Actor& who, const Region* region, Cell* cells, const unsi
       c.write_clock = c.read_clock = 0;
       c.era = era;
     }
-    if (c.flags & kBarrier) fail("mbarrier", "%s touches the 8 bytes of an mbarrier at %s%s%s", what, name_of(at).c_str(), pc ? " at " : "", pc ? line_of(pc).c_str() : "");
+    if (c.flags & kBarrier)
+      fail("mbarrier", "%s touches the 8 bytes of an mbarrier at %s%s%s", what, name_of(at).c_str(), pc ? " at " : "",
+           pc ? line_of(pc).c_str() : "");
     if (c.write_clock) check_writer(who, c, at, kind, space, what, pc);
     if (kind == Kind::Read || kind == Kind::AtomicRead) {
       const bool initialised = (c.flags & kWritten) || (region && region->access != Access::Write);
       if (!initialised && who.proxy == Proxy::Generic)
-        fail("uninitialised", "%s reads %s, which nobody wrote%s%s", what, name_of(at).c_str(), pc ? ", at " : "", pc ? line_of(pc).c_str() : "");
+        fail("uninitialised", "%s reads %s, which nobody wrote%s%s", what, name_of(at).c_str(), pc ? ", at " : "",
+             pc ? line_of(pc).c_str() : "");
       if (kind == Kind::Read) read_cell(who, c);
       continue;
     }
     if (kind == Kind::Atomic && region && region->access == Access::Write && !(c.flags & kWritten))
-      fail("uninitialised", "%s updates %s, which nobody wrote%s%s", what, name_of(at).c_str(), pc ? ", at " : "", pc ? line_of(pc).c_str() : "");
+      fail("uninitialised", "%s updates %s, which nobody wrote%s%s", what, name_of(at).c_str(), pc ? ", at " : "",
+           pc ? line_of(pc).c_str() : "");
     check_readers(who, c, at, what, pc);
     c.write_dim = who.epoch.dim, c.write_clock = who.epoch.clock, c.write_pc = pc ? pc_offset(pc) : 0;
     c.flags = uint8_t(kWritten | (who.proxy == Proxy::Async ? kAsync : 0) | (kind == Kind::Atomic ? kAtomic : 0));
@@ -231,7 +236,8 @@ std::string name_of(const void* p) {
     const bool own = machine->current && machine->current->cta == cta;
     return "shared memory +" + std::to_string(c - cta->smem) + (own ? "" : " of CTA rank " + std::to_string(cta->rank));
   }
-  if (Region* r = region_of(reinterpret_cast<uintptr_t>(p))) return r->name + " +" + std::to_string(reinterpret_cast<uintptr_t>(p) - r->from) + " bytes";
+  if (Region* r = region_of(reinterpret_cast<uintptr_t>(p)))
+    return r->name + " +" + std::to_string(reinterpret_cast<uintptr_t>(p) - r->from) + " bytes";
   for (const auto& r : regions) {
     const auto a = reinterpret_cast<uintptr_t>(p);
     if (a >= r.to && a < r.to + (1 << 16)) return std::to_string(a - r.to) + " bytes past the end of " + r.name;
@@ -242,10 +248,10 @@ std::string name_of(const void* p) {
 
 void check_smem(const Cta& cta, const void* p, size_t bytes, size_t alignment, const char* what) {
   if (!in_smem(cta, p, bytes))
-    fail("bounds", "%s: %zu bytes at %s are outside shared memory (%zu bytes of dynamic shared memory)", what, bytes, name_of(p).c_str(), machine->launch.smem);
+    fail("bounds", "%s: %zu bytes at %s are outside shared memory (%zu bytes of dynamic shared memory)", what, bytes, name_of(p).c_str(),
+         machine->launch.smem);
   const size_t address = size_t(static_cast<const unsigned char*>(p) - cta.smem) + kSmemBase;
-  if (address % alignment)
-    fail("alignment", "%s: %s is not a multiple of %zu", what, name_of(p).c_str(), alignment);
+  if (address % alignment) fail("alignment", "%s: %s is not a multiple of %zu", what, name_of(p).c_str(), alignment);
 }
 
 void touch(const Actor& who, const void* p, size_t bytes, Kind kind, const char* what, const void* pc) {
@@ -253,15 +259,18 @@ void touch(const Actor& who, const void* p, size_t bytes, Kind kind, const char*
   const auto* c = static_cast<const unsigned char*>(p);
   if (Cta* cta = cta_of(p)) {
     if (!in_smem(*cta, p, bytes))
-      fail("bounds", "%s touches %s, outside its %zu bytes%s%s", what, name_of(p).c_str(), machine->launch.smem, pc ? ", at " : "", pc ? line_of(pc).c_str() : "");
+      fail("bounds", "%s touches %s, outside its %zu bytes%s%s", what, name_of(p).c_str(), machine->launch.smem, pc ? ", at " : "",
+           pc ? line_of(pc).c_str() : "");
     touch_cells(who, nullptr, smem_cells + (c - smem_arena) / kGranule, c, bytes, kind, 0, what, pc);
     return;
   }
   Region* r = region_of(reinterpret_cast<uintptr_t>(p));
   if (!r || reinterpret_cast<uintptr_t>(p) + bytes > r->to)
-    fail("bounds", "%s touches %zu bytes at %s, %s%s%s", what, bytes, name_of(p).c_str(), r ? "over its end" : "out of bounds", pc ? ", at " : "", pc ? line_of(pc).c_str() : "");
+    fail("bounds", "%s touches %zu bytes at %s, %s%s%s", what, bytes, name_of(p).c_str(), r ? "over its end" : "out of bounds",
+         pc ? ", at " : "", pc ? line_of(pc).c_str() : "");
   if (r->access == Access::Read) {
-    if (kind != Kind::Read && kind != Kind::AtomicRead) fail("bounds", "%s writes %s, which is read-only%s%s", what, name_of(p).c_str(), pc ? ", at " : "", pc ? line_of(pc).c_str() : "");
+    if (kind != Kind::Read && kind != Kind::AtomicRead)
+      fail("bounds", "%s writes %s, which is read-only%s%s", what, name_of(p).c_str(), pc ? ", at " : "", pc ? line_of(pc).c_str() : "");
     return;
   }
   touch_cells(who, r, r->cells + (reinterpret_cast<uintptr_t>(p) - r->from) / kGranule, c, bytes, kind, 1, what, pc);

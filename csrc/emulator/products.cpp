@@ -18,7 +18,8 @@ Layout read_descriptor(uint64_t d) {
   const Layout l{uint32_t(d & 0x3fff) << 4, uint32_t(d >> 16 & 0x3fff) << 4, uint32_t(d >> 32 & 0x3fff) << 4, widths[d >> 62]};
   if (d >> 49 & 7) fail("descriptor", "a wgmma descriptor with base offset %u: expected 0", unsigned(d >> 49 & 7));
   if (l.swizzle && (l.start >> 7 & (l.swizzle / 16 - 1)))
-    fail("descriptor", "a wgmma operand at shared address %u does not begin where its %u-byte swizzle pattern does (a multiple of %u)", l.start, l.swizzle, 8 * l.swizzle);
+    fail("descriptor", "a wgmma operand at shared address %u does not begin where its %u-byte swizzle pattern does (a multiple of %u)",
+         l.start, l.swizzle, 8 * l.swizzle);
   return l;
 }
 
@@ -29,7 +30,9 @@ void find_pieces(const Cta& cta, uint64_t descriptor, int rows, bool mn_major, P
   const auto put = [&](uint32_t address) {
     if (l.swizzle) address ^= (address >> 7 & (l.swizzle / 16 - 1)) << 4;
     unsigned char* p = cta.smem + (int64_t(address) - int64_t(kSmemBase));
-    if (!in_smem(cta, p, 16)) fail("bounds", "wgmma reads operand %s at +%d, outside shared memory (%zu bytes)", which, int(address) - int(kSmemBase), machine->launch.smem);
+    if (!in_smem(cta, p, 16))
+      fail("bounds", "wgmma reads operand %s at +%d, outside shared memory (%zu bytes)", which, int(address) - int(kSmemBase),
+           machine->launch.smem);
     out.at[out.count++] = p;
   };
   if (!mn_major) {
@@ -92,7 +95,8 @@ void issue(Warpgroup& g, const Cta& cta, Product& p) {
 }
 
 bool same(const Product& p, int n, Element type, uint64_t a, bool a_mn, bool a_registers, uint64_t b, bool b_mn, bool accumulate) {
-  return p.n == n && p.type == type && p.a == a && p.a_mn == a_mn && p.a_registers == a_registers && p.b == b && p.b_mn == b_mn && p.accumulate == accumulate;
+  return p.n == n && p.type == type && p.a == a && p.a_mn == a_mn && p.a_registers == a_registers && p.b == b && p.b_mn == b_mn &&
+         p.accumulate == accumulate;
 }
 
 bool was_written(const Thread& t, const void* p, size_t bytes) {
@@ -113,7 +117,8 @@ void use_accumulators(Thread& t, const float* d, int n) {
       return;
     }
   for (auto& r : t.in_flight)
-    if (from < r.to && to > r.from) fail("wgmma", "%s uses part of the accumulators of another shape's wgmma in flight", describe(t).c_str());
+    if (from < r.to && to > r.from)
+      fail("wgmma", "%s uses part of the accumulators of another shape's wgmma in flight", describe(t).c_str());
   t.in_flight.push_back({from, to, t.wgmma_next});
 }
 
@@ -137,12 +142,14 @@ void wgmma(float* d, int n, Element type, uint64_t a, bool a_mn, const uint32_t*
   if (i == g.products.size()) {
     g.products.push_back(std::make_unique<Product>());
     Product& p = *g.products.back();
-    p.n = n, p.type = type, p.a = a, p.a_mn = a_mn, p.a_registers = a_registers != nullptr, p.b = b, p.b_mn = b_mn, p.accumulate = accumulate;
+    p.n = n, p.type = type, p.a = a, p.a_mn = a_mn, p.a_registers = a_registers != nullptr, p.b = b, p.b_mn = b_mn,
+    p.accumulate = accumulate;
   }
   Product& p = *g.products[i];
   if (!same(p, n, type, a, a_mn, a_registers != nullptr, b, b_mn, accumulate))
-    fail("divergence", "%s issues a wgmma (n=%d, descriptors %llx, %llx) that differs from its warpgroup's (n=%d, %llx, %llx)", describe(t).c_str(), n,
-         static_cast<unsigned long long>(a), static_cast<unsigned long long>(b), p.n, static_cast<unsigned long long>(p.a), static_cast<unsigned long long>(p.b));
+    fail("divergence", "%s issues a wgmma (n=%d, descriptors %llx, %llx) that differs from its warpgroup's (n=%d, %llx, %llx)",
+         describe(t).c_str(), n, static_cast<unsigned long long>(a), static_cast<unsigned long long>(b), p.n,
+         static_cast<unsigned long long>(p.a), static_cast<unsigned long long>(p.b));
   use_accumulators(t, d, n);
   p.d[t.index - first] = d;
   if (a_registers) {

@@ -48,15 +48,24 @@ namespace {
 
 const char* word(Wait w) {
   switch (w) {
-    case Wait::Run: return "can run";
-    case Wait::CtaBarrier: return "waits at a CTA barrier";
-    case Wait::Mbarrier: return "waits for an mbarrier";
-    case Wait::ClusterBarrier: return "waits at the cluster barrier";
-    case Wait::Warp: return "waits for its warp";
-    case Wait::Wgmma: return "waits for its warpgroup's wgmma";
-    case Wait::Poll: return "polls";
-    case Wait::Registers: return "waits for registers";
-    case Wait::Done: return "is done";
+    case Wait::Run:
+      return "can run";
+    case Wait::CtaBarrier:
+      return "waits at a CTA barrier";
+    case Wait::Mbarrier:
+      return "waits for an mbarrier";
+    case Wait::ClusterBarrier:
+      return "waits at the cluster barrier";
+    case Wait::Warp:
+      return "waits for its warp";
+    case Wait::Wgmma:
+      return "waits for its warpgroup's wgmma";
+    case Wait::Poll:
+      return "polls";
+    case Wait::Registers:
+      return "waits for registers";
+    case Wait::Done:
+      return "is done";
   }
   return "";
 }
@@ -84,15 +93,18 @@ void dump_cta(const Cta& cta) {
   for (const auto& [p, b] : cta.mbarriers) sorted[p] = &b;
   for (const auto& [p, b] : sorted)
     std::fprintf(stderr, "    mbarrier at +%td: phase %llu, %lld of %u arrivals still to come, %lld bytes expected and not there\n",
-                 static_cast<const unsigned char*>(p) - cta.smem, static_cast<unsigned long long>(b->phase), static_cast<long long>(b->pending), b->count, static_cast<long long>(b->bytes));
+                 static_cast<const unsigned char*>(p) - cta.smem, static_cast<unsigned long long>(b->phase),
+                 static_cast<long long>(b->pending), b->count, static_cast<long long>(b->bytes));
   for (int i = 0; i < 16; i++)
-    if (const auto& b = cta.barriers[i]; b.come) std::fprintf(stderr, "    barrier %d: %d of %d threads have come\n", i, b.come, b.expected);
+    if (const auto& b = cta.barriers[i]; b.come)
+      std::fprintf(stderr, "    barrier %d: %d of %d threads have come\n", i, b.come, b.expected);
 }
 
 }  // namespace
 
 void dump() {
-  std::fprintf(stderr, "  %zu asynchronous operations under way; seed %llu\n", machine->operations.size(), static_cast<unsigned long long>(machine->launch.seed));
+  std::fprintf(stderr, "  %zu asynchronous operations under way; seed %llu\n", machine->operations.size(),
+               static_cast<unsigned long long>(machine->launch.seed));
   int shown = 0;
   for (const auto& cta : machine->ctas)
     if (cta && shown++ < 8) dump_cta(*cta);
@@ -110,7 +122,8 @@ void fail(const char* kind, const char* format, ...) {
   std::fprintf(stderr, "\n");
   if (machine && machine->current) {
     const Thread& t = *machine->current;
-    std::fprintf(stderr, "  in %s, last seen at %s, seed %llu\n", describe(t).c_str(), line_of(t.pc).c_str(), static_cast<unsigned long long>(machine->launch.seed));
+    std::fprintf(stderr, "  in %s, last seen at %s, seed %llu\n", describe(t).c_str(), line_of(t.pc).c_str(),
+                 static_cast<unsigned long long>(machine->launch.seed));
   }
   if (std::string(kind) == "deadlock" || std::string(kind) == "livelock") dump();
   std::fflush(stderr);

@@ -97,11 +97,14 @@ std::vector<uint64_t> order;
 void finish_cta(Cta& cta) {
   Machine& m = *machine;
   for (auto& [p, b] : cta.mbarriers)
-    if (b.in_flight) fail("exit", "CTA (%u,%u,%u) is done while %llu bytes are still on their way to its mbarrier at %s", cta.id.x, cta.id.y, cta.id.z, static_cast<unsigned long long>(b.in_flight), name_of(p).c_str());
+    if (b.in_flight)
+      fail("exit", "CTA (%u,%u,%u) is done while %llu bytes are still on their way to its mbarrier at %s", cta.id.x, cta.id.y, cta.id.z,
+           static_cast<unsigned long long>(b.in_flight), name_of(p).c_str());
   const View end = cta.exits.result();
   for (auto& [dim, visit] : cta.visits)
     if (end.seen[dim] < visit.first)
-      fail("exit", "CTA (%u,%u,%u) may be gone before %s by %s is done: its end is not ordered after it", cta.id.x, cta.id.y, cta.id.z, visit.second, describe_actor(dim).c_str());
+      fail("exit", "CTA (%u,%u,%u) may be gone before %s by %s is done: its end is not ordered after it", cta.id.x, cta.id.y, cta.id.z,
+           visit.second, describe_actor(dim).c_str());
   cta.gone = true;
   for (Cta* c : cta.cluster->ctas)
     if (!c->gone) return;
@@ -146,8 +149,10 @@ void check_launch(const Launch& l) {
   if (threads == 0 || threads > 1024) fail("launch", "%llu threads in a CTA: expected 1…1024", static_cast<unsigned long long>(threads));
   if (l.smem > kSmemMost) fail("launch", "%zu bytes of shared memory: a CTA has at most %zu", l.smem, kSmemMost);
   if (ctas == 0 || ctas > 8) fail("launch", "a cluster of %llu CTAs: expected 1…8", static_cast<unsigned long long>(ctas));
-  if (l.grid.x % l.cluster.x || l.grid.y % l.cluster.y || l.grid.z % l.cluster.z) fail("launch", "the grid is not a multiple of the cluster");
-  if (l.registers * threads > 65536) fail("launch", "%u registers for each of %llu threads", l.registers, static_cast<unsigned long long>(threads));
+  if (l.grid.x % l.cluster.x || l.grid.y % l.cluster.y || l.grid.z % l.cluster.z)
+    fail("launch", "the grid is not a multiple of the cluster");
+  if (l.registers * threads > 65536)
+    fail("launch", "%u registers for each of %llu threads", l.registers, static_cast<unsigned long long>(threads));
 }
 
 }  // namespace

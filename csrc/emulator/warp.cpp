@@ -12,7 +12,8 @@ WarpCall& find_call(Thread& t, const char* name, uint32_t mask, int tag) {
     if (!c.come || !(c.mask & mask)) continue;
     if (c.mask == mask && c.tag == tag && c.name == name && !(c.come >> t.lane & 1u)) return c;
     if (c.mask == mask && (c.come >> t.lane & 1u)) continue;
-    fail("divergence", "lane %d calls %s with mask %08x while lanes %08x of its warp wait in %s with mask %08x", t.lane, name, mask, c.come, c.name, c.mask);
+    fail("divergence", "lane %d calls %s with mask %08x while lanes %08x of its warp wait in %s with mask %08x", t.lane, name, mask, c.come,
+         c.name, c.mask);
   }
   for (auto& c : t.warp->calls)
     if (!c.come && c.waiting.empty()) {
@@ -34,13 +35,15 @@ uint32_t present(const Thread& t) {
 
 }  // namespace
 
-void warp_collective(const char* name, uint32_t mask, int tag, const void* in, size_t in_bytes, void* out, size_t out_bytes, WarpBody all, bool orders) {
+void warp_collective(const char* name, uint32_t mask, int tag, const void* in, size_t in_bytes, void* out, size_t out_bytes, WarpBody all,
+                     bool orders) {
   Thread& t = me();
   t.polled = nullptr;
   if (mask & ~present(t)) {
     uint32_t whole = 0;
     for (int i = 0; i < 32; i++) whole |= uint32_t(t.warp->lanes[i] != nullptr) << i;
-    if (mask & whole & ~present(t)) fail("divergence", "%s waits for lanes %08x of its warp that have ended", name, mask & whole & ~present(t));
+    if (mask & whole & ~present(t))
+      fail("divergence", "%s waits for lanes %08x of its warp that have ended", name, mask & whole & ~present(t));
     if (mask & ~whole) fail("divergence", "%s names lanes %08x that the CTA does not have", name, mask & ~whole);
   }
   WarpCall& c = find_call(t, name, mask, tag);

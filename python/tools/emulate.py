@@ -32,7 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "csrc/emulator"
 CACHE = Path(os.environ.get("MOLE_EMULATOR_CACHE", ROOT / "build/emulator"))
-COMMON = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+COMMON = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-psabi"]
 # a static, fixed address: reports name lines by addr2line. No loops turned into memset: it would hide stores from the hooks
 KERNEL = {
     "check": ["-O1", "-g1", "-fsanitize=thread,alignment,bounds", "-fno-sanitize-recover=all", "-fno-tree-loop-distribute-patterns"],

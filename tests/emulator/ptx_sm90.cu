@@ -78,9 +78,10 @@ __global__ void __launch_bounds__(128, 1) product(float* out) {
   for (int i = 0; i < N / 2; i++) out[i * 128 + threadIdx.x] = d[i];
   registers_decrease<24>();
 }
-#define EACH(N)                                                  \
+#define EACH(N)                                                          \
   template __global__ void product<bf16, N, Major::K, Major::K>(float*); \
   template __global__ void product<fp16, N, Major::MN, Major::MN>(float*);
-EACH(8) EACH(16) EACH(24) EACH(32) EACH(40) EACH(48) EACH(56) EACH(64) EACH(72) EACH(80) EACH(88) EACH(96) EACH(104) EACH(112)
-EACH(120) EACH(128) EACH(136) EACH(144) EACH(152) EACH(160) EACH(168) EACH(176) EACH(184) EACH(192) EACH(200) EACH(208) EACH(216)
-EACH(224) EACH(232) EACH(240) EACH(248) EACH(256)
+EACH(8)
+EACH(16) EACH(24) EACH(32) EACH(40) EACH(48) EACH(56) EACH(64) EACH(72) EACH(80) EACH(88) EACH(96) EACH(104) EACH(112) EACH(120) EACH(128)
+    EACH(136) EACH(144) EACH(152) EACH(160) EACH(168) EACH(176) EACH(184) EACH(192) EACH(200) EACH(208) EACH(216) EACH(224) EACH(232)
+        EACH(240) EACH(248) EACH(256)

@@ -146,8 +146,8 @@ MOLE_DEVICE void st_async(uint32_t address, uint2 v, uint32_t bar) {
 #ifdef MOLE_EMULATE
   emu::st_async(address, &v, sizeof v, bar);
 #else
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(address), "r"(v.x),
-               "r"(v.y), "r"(bar)
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(bar)
                : "memory");
 #endif
 }
@@ -156,8 +156,8 @@ MOLE_DEVICE void st_async(uint32_t address, uint4 v, uint32_t bar) {
 #ifdef MOLE_EMULATE
   emu::st_async(address, &v, sizeof v, bar);
 #else
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar)
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar)
                : "memory");
 #endif
 }

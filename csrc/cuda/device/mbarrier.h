@@ -72,11 +72,10 @@ MOLE_DEVICE bool mbarrier_try_wait(uint64_t* bar, uint32_t parity) {
   return emu::mbarrier_try_wait(bar, parity, emu::kCtaScope);
 #else
   uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-      : "=r"(done)
-      : "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(parity)
-      : "memory");
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(done)
+               : "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(parity)
+               : "memory");
   return done != 0;
 #endif
 }
@@ -100,11 +99,10 @@ MOLE_DEVICE void mbarrier_wait_cluster(uint64_t* bar, uint32_t parity) {
 #else
   uint32_t done;
   do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-        : "=r"(done)
-        : "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(parity)
-        : "memory");
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+                 : "=r"(done)
+                 : "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(parity)
+                 : "memory");
   } while (!done);
 #endif
 }
@@ -141,8 +139,7 @@ MOLE_DEVICE void mbarrier_arrive_expect_tx_remote(uint64_t* bar, uint32_t rank, 
 #else
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [remote], %2;\n}\n" ::"r"(
-          uint32_t(__cvta_generic_to_shared(bar))),
+      "mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [remote], %2;\n}\n" ::"r"(uint32_t(__cvta_generic_to_shared(bar))),
       "r"(rank), "r"(bytes)
       : "memory");
 #endif

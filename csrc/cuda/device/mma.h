@@ -22,13 +22,13 @@ MOLE_DEVICE void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t (&a)[4], const
   emu::mma_m16n8k16(d, a, b, emu::kFp16);
 }
 #else
-#define MOLE_MMA_16816(CPP, PTX)                                                                                                    \
-  template <>                                                                                                                       \
-  MOLE_DEVICE void mma_m16n8k16<CPP>(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {                                  \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." PTX "." PTX                                                               \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                             \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                   \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                               \
+#define MOLE_MMA_16816(CPP, PTX)                                                                      \
+  template <>                                                                                         \
+  MOLE_DEVICE void mma_m16n8k16<CPP>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." PTX "." PTX                                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                 \
   }
 MOLE_MMA_16816(bf16, "bf16")
 MOLE_MMA_16816(fp16, "f16")
@@ -119,8 +119,8 @@ MOLE_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
 #ifdef MOLE_EMULATE
   emu::stmatrix(row, r, 4, false);
 #else
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(uint32_t(__cvta_generic_to_shared(row))),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(uint32_t(__cvta_generic_to_shared(row))), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 #endif
 }

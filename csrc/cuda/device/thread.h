@@ -39,9 +39,7 @@ MOLE_DEVICE bool elect_one() {
   return emu::elect_one();
 #else
   uint32_t chosen;
-  asm volatile(
-      "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n"
-      : "=r"(chosen));
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(chosen));
   return chosen != 0;
 #endif
 }

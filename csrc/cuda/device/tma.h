@@ -45,11 +45,10 @@ MOLE_DEVICE void tma_load_2d(void* dst, const CUtensorMap* map, uint64_t* bar, i
 #ifdef MOLE_EMULATE
   emu::tma_load(dst, map, bar, 2, x, y, 0, 0);
 #else
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          uint32_t(__cvta_generic_to_shared(dst))),
-      "l"(map), "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(x), "r"(y)
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+                   uint32_t(__cvta_generic_to_shared(dst))),
+               "l"(map), "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(x), "r"(y)
+               : "memory");
 #endif
 }
 
@@ -70,11 +69,10 @@ MOLE_DEVICE void tma_load_3d(void* dst, const CUtensorMap* map, uint64_t* bar, i
 #ifdef MOLE_EMULATE
   emu::tma_load(dst, map, bar, 3, x, y, z, 0);
 #else
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          uint32_t(__cvta_generic_to_shared(dst))),
-      "l"(map), "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(x), "r"(y), "r"(z)
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+                   uint32_t(__cvta_generic_to_shared(dst))),
+               "l"(map), "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(x), "r"(y), "r"(z)
+               : "memory");
 #endif
 }
 

@@ -7,11 +7,32 @@
 
 namespace mole {
 
-constexpr const char* kFaults[] = {"none",           "no_first_sync",     "no_last_sync",       "cta_scope_wait",    "no_proxy_fence",    "early_copy",
-                                   "foreign_barrier", "one_expects",       "wrong_rank",         "peer_pointer",      "arrive_twice",      "wait_without_arrive",
-                                   "lane_not_arrived", "no_remote_arrival",   "relaxed_without_fence", "remote_uninitialised", "misaligned_store", "out_of_bounds",
-                                   "few_remote_bytes", "no_wait_for_peer", "source_reuse",        "multicast_to_nobody", "late_store",       "read_after_end",
-                                   "no_freed_wait", "ordinary_after_freed"};
+constexpr const char* kFaults[] = {"none",
+                                   "no_first_sync",
+                                   "no_last_sync",
+                                   "cta_scope_wait",
+                                   "no_proxy_fence",
+                                   "early_copy",
+                                   "foreign_barrier",
+                                   "one_expects",
+                                   "wrong_rank",
+                                   "peer_pointer",
+                                   "arrive_twice",
+                                   "wait_without_arrive",
+                                   "lane_not_arrived",
+                                   "no_remote_arrival",
+                                   "relaxed_without_fence",
+                                   "remote_uninitialised",
+                                   "misaligned_store",
+                                   "out_of_bounds",
+                                   "few_remote_bytes",
+                                   "no_wait_for_peer",
+                                   "source_reuse",
+                                   "multicast_to_nobody",
+                                   "late_store",
+                                   "read_after_end",
+                                   "no_freed_wait",
+                                   "ordinary_after_freed"};
 
 constexpr int ROWS = 64, WIDTH = 64;  // h: 64 rows of 64 columns, 128 bytes each, two CTAs of 32 columns
 
@@ -51,7 +72,8 @@ __device__ void begin(const Shared& l, const CUtensorMap* x, const CUtensorMap* 
     mbarrier_arrive_expect_tx(l.copied, 16 * ROWS + (fault == FAULT("few_remote_bytes") ? 0 : 16 * ROWS));
   }
   if (fault == FAULT("arrive_twice")) cluster_arrive_relaxed();
-  if (fault != FAULT("no_first_sync") && fault != FAULT("wait_without_arrive") && !(fault == FAULT("lane_not_arrived") && threadIdx.x == 77))
+  if (fault != FAULT("no_first_sync") && fault != FAULT("wait_without_arrive") &&
+      !(fault == FAULT("lane_not_arrived") && threadIdx.x == 77))
     cluster_arrive_relaxed();
   if (fault != FAULT("no_first_sync")) cluster_wait();
   __syncthreads();
@@ -109,7 +131,8 @@ __device__ void reload(const Shared& l, const CUtensorMap* x, int row0, int faul
   mbarrier_wait(l.loaded, 1);
 }
 
-__global__ void __launch_bounds__(128, 1) cluster(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, float* y, int N, int fault) {
+__global__ void __launch_bounds__(128, 1)
+    cluster(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, float* y, int N, int fault) {
   const Shared l = shared();
   const int row0 = int(blockIdx.y) * ROWS;
   begin(l, &x, &w, row0, fault);
@@ -136,7 +159,8 @@ __global__ void __launch_bounds__(128, 1) cluster(const __grid_constant__ CUtens
   if (fault == FAULT("late_store")) st_cluster(cluster_map(l.stage, 1 - cluster_rank()) + threadIdx.x * 4, 1.0f);
   if (fault == FAULT("no_last_sync") || fault == FAULT("late_store")) return;
   cluster_sync();
-  if (fault == FAULT("read_after_end") && cluster_rank() == 0 && threadIdx.x == 0) y[int64_t(row0) * N] += ld_cluster_f32(cluster_map(l.h, 1));
+  if (fault == FAULT("read_after_end") && cluster_rank() == 0 && threadIdx.x == 0)
+    y[int64_t(row0) * N] += ld_cluster_f32(cluster_map(l.h, 1));
 }
 
 }  // namespace mole
@@ -151,7 +175,8 @@ int main(int argc, char** argv) {
   fill(x, 1), fill(w, 2);
   const CUtensorMap xmap = emu::tensor_map_2d(x.data(), m, 64, 32, 64, 128), wmap = emu::tensor_map_2d(w.data(), n, 64, 64, 64, 128);
   emu::Launch launch;
-  launch.grid = dim3(2, m / ROWS), launch.block = dim3(128), launch.cluster = dim3(2), launch.smem = 4 * 8192 + 64, launch.seed = args.seed();
+  launch.grid = dim3(2, m / ROWS), launch.block = dim3(128), launch.cluster = dim3(2), launch.smem = 4 * 8192 + 64,
+  launch.seed = args.seed();
   launch.resident = 2;
   emu::launch(launch, [&] { cluster(xmap, wmap, y.data(), n, fault); });
   for (size_t i = 0; i < y.size(); i++) y[i] /= 2;

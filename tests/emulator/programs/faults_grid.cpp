@@ -7,9 +7,24 @@
 
 namespace mole {
 
-constexpr const char* kFaults[] = {"none",           "relaxed_flag",    "relaxed_load",       "no_release_barrier", "no_proxy_fence", "not_resident",
-                                   "same_output",    "plain_flag",      "plain_flag_load",    "no_acquire_barrier", "wrong_block",    "flag_before_data",
-                                   "flag_out_of_bounds", "wrong_count", "tile_past_end",      "counter_uninitialised", "fence_after",  "bulk_store_not_waited"};
+constexpr const char* kFaults[] = {"none",
+                                   "relaxed_flag",
+                                   "relaxed_load",
+                                   "no_release_barrier",
+                                   "no_proxy_fence",
+                                   "not_resident",
+                                   "same_output",
+                                   "plain_flag",
+                                   "plain_flag_load",
+                                   "no_acquire_barrier",
+                                   "wrong_block",
+                                   "flag_before_data",
+                                   "flag_out_of_bounds",
+                                   "wrong_count",
+                                   "tile_past_end",
+                                   "counter_uninitialised",
+                                   "fence_after",
+                                   "bulk_store_not_waited"};
 
 constexpr int ROWS = 32, WIDE = 64, THREADS = 64;
 
@@ -68,8 +83,8 @@ __device__ void await(uint32_t* flags, int block, int fault) {
   if (fault != FAULT("no_acquire_barrier")) __syncthreads();
 }
 
-__global__ void __launch_bounds__(THREADS, 1)
-    persistent(const __grid_constant__ CUtensorMap hmap, const bf16* x, bf16* h, float* y, uint32_t* flags, float* total, int blocks, int fault) {
+__global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__ CUtensorMap hmap, const bf16* x, bf16* h, float* y,
+                                                         uint32_t* flags, float* total, int blocks, int fault) {
   unsigned char* smem = dynamic_smem();
   auto* bar = reinterpret_cast<uint64_t*>(smem + 16384);
   const int t = int(threadIdx.x), ctas = int(gridDim.x);

@@ -6,12 +6,40 @@
 
 namespace mole {
 
-constexpr const char* kFaults[] = {
-    "none", "no_full_wait", "no_empty_wait", "few_bytes", "many_bytes", "early_release", "no_release", "no_init_fence", "no_init_barrier",
-    "read_before_wait", "no_wgmma_fence", "no_proxy_fence", "no_store_barrier", "no_store_wait", "buffer_reuse", "double_arrival",
-    "misaligned_tile", "descriptor_out_of_bounds", "divergent_descriptor", "wrong_parity", "uninitialised_barrier", "row_out_of_bounds",
-    "lane_skips_wgmma", "wait_leaves_one", "overwritten_in_flight", "wgmma_not_waited", "load_not_waited", "barrier_overwritten",
-    "init_twice", "expect_after_phase", "map_rank", "accumulator_write", "fragment_late", "swizzle_differs"};
+constexpr const char* kFaults[] = {"none",
+                                   "no_full_wait",
+                                   "no_empty_wait",
+                                   "few_bytes",
+                                   "many_bytes",
+                                   "early_release",
+                                   "no_release",
+                                   "no_init_fence",
+                                   "no_init_barrier",
+                                   "read_before_wait",
+                                   "no_wgmma_fence",
+                                   "no_proxy_fence",
+                                   "no_store_barrier",
+                                   "no_store_wait",
+                                   "buffer_reuse",
+                                   "double_arrival",
+                                   "misaligned_tile",
+                                   "descriptor_out_of_bounds",
+                                   "divergent_descriptor",
+                                   "wrong_parity",
+                                   "uninitialised_barrier",
+                                   "row_out_of_bounds",
+                                   "lane_skips_wgmma",
+                                   "wait_leaves_one",
+                                   "overwritten_in_flight",
+                                   "wgmma_not_waited",
+                                   "load_not_waited",
+                                   "barrier_overwritten",
+                                   "init_twice",
+                                   "expect_after_phase",
+                                   "map_rank",
+                                   "accumulator_write",
+                                   "fragment_late",
+                                   "swizzle_differs"};
 
 constexpr int KT = 64, STAGES = 2, STEPS = 4, TILES = 2;
 
@@ -102,7 +130,7 @@ __device__ void store(const float (&d)[32], const CUtensorMap* y, bf16* plain, c
 }
 
 __global__ void __launch_bounds__(160, 1) pipeline(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w,
-                                                    const __grid_constant__ CUtensorMap y, bf16* plain, int rows, int fault) {
+                                                   const __grid_constant__ CUtensorMap y, bf16* plain, int rows, int fault) {
   const Layout l = layout();
   const int row0 = int(blockIdx.x) * 64 * TILES;
   if (threadIdx.x == 0) {

@@ -7,11 +7,36 @@
 
 namespace mole {
 
-constexpr const char* kFaults[] = {"none",          "no_reuse_barrier", "no_copy_wait",    "misaligned_ldmatrix", "half_barrier",   "half_shuffle",
-                                   "no_syncwarp",   "uninitialised",    "named_count",     "named_mismatch",      "copy_at_exit",   "smem_out_of_bounds",
-                                   "misaligned_vector", "writes_input", "mask_without_me", "reads_past_input",    "copy_misaligned", "lane_exits_early",
-                                   "lanes_race",    "double_writer",    "static_variable", "different_calls",     "arrive_only",    "no_barrier_before_sum",
-                                   "register_budget", "registers_diverge", "fragment_index", "atomic_and_plain", "copy_past_input", "no_async_arrival_wait"};
+constexpr const char* kFaults[] = {"none",
+                                   "no_reuse_barrier",
+                                   "no_copy_wait",
+                                   "misaligned_ldmatrix",
+                                   "half_barrier",
+                                   "half_shuffle",
+                                   "no_syncwarp",
+                                   "uninitialised",
+                                   "named_count",
+                                   "named_mismatch",
+                                   "copy_at_exit",
+                                   "smem_out_of_bounds",
+                                   "misaligned_vector",
+                                   "writes_input",
+                                   "mask_without_me",
+                                   "reads_past_input",
+                                   "copy_misaligned",
+                                   "lane_exits_early",
+                                   "lanes_race",
+                                   "double_writer",
+                                   "static_variable",
+                                   "different_calls",
+                                   "arrive_only",
+                                   "no_barrier_before_sum",
+                                   "register_budget",
+                                   "registers_diverge",
+                                   "fragment_index",
+                                   "atomic_and_plain",
+                                   "copy_past_input",
+                                   "no_async_arrival_wait"};
 
 constexpr int WIDE = 64, LD = WIDE + 8, STEP = 16, STEPS = 4, THREADS = 128;
 int static_counter = 0;

@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(160, 1)
     mbarrier_wait(full + s, uint32_t(i / STAGES) & 1u);
     wgmma_fence(d);
     for (int k = 0; k < TK / 16; k++)
-      wgmma<bf16>(d, wgmma_advance(wgmma_descriptor_k128(a(s)), uint32_t(k) * 32), wgmma_advance(wgmma_descriptor_k128(b(s)), uint32_t(k) * 32));
+      wgmma<bf16>(d, wgmma_advance(wgmma_descriptor_k128(a(s)), uint32_t(k) * 32),
+                  wgmma_advance(wgmma_descriptor_k128(b(s)), uint32_t(k) * 32));
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_hold(d);

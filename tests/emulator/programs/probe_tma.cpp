@@ -1,4 +1,5 @@
-// Loads one tile and writes shared memory as it lies to `out`, or (store=1) writes a shared memory image `in` to a tensor and that to `out`.
+// Loads one tile and writes shared memory as it lies to `out`, or (store=1) writes a shared memory image `in` to a tensor and that to
+// `out`.
 #include "csrc/cuda/device/device.h"
 #include "csrc/emulator/emulator.h"
 #include "files.h"
@@ -52,7 +53,8 @@ int main(int argc, char** argv) {
   const bool storing = args.get("store", 0);
   emu::Memory<uint16_t> tensor("tensor", elements, 0x7777);
   emu::Memory<uint4> tile("tile", bytes / 16, uint4{});
-  for (size_t i = 0; i < image.size(); i++) reinterpret_cast<unsigned char*>(storing ? (void*)tile.data() : (void*)tensor.data())[i] = image[i];
+  for (size_t i = 0; i < image.size(); i++)
+    reinterpret_cast<unsigned char*>(storing ? (void*)tile.data() : (void*)tensor.data())[i] = image[i];
   const CUtensorMap map = rank == 2 ? emu::tensor_map_2d(tensor.data(), size[1], size[0], box[1], box[0], swizzle, pitch)
                                     : emu::tensor_map_3d(tensor.data(), size, {pitch * 2, pitch * 2 * size[1]}, box, swizzle);
   emu::Launch launch;

@@ -73,19 +73,27 @@ int majors(const emu::Arguments& args) {
 template <int N>
 int swizzles(const emu::Arguments& args) {
   switch (args.get("swizzle", 128)) {
-    case 0: return majors<N, Swizzle::None>(args);
-    case 32: return majors<N, Swizzle::B32>(args);
-    case 64: return majors<N, Swizzle::B64>(args);
-    default: return majors<N, Swizzle::B128>(args);
+    case 0:
+      return majors<N, Swizzle::None>(args);
+    case 32:
+      return majors<N, Swizzle::B32>(args);
+    case 64:
+      return majors<N, Swizzle::B64>(args);
+    default:
+      return majors<N, Swizzle::B128>(args);
   }
 }
 
 int main(int argc, char** argv) {
   const emu::Arguments args(argc, argv);
   switch (args.get("n", 64)) {
-    case 8: return run<bf16, 8, Swizzle::B128, Major::K, Major::K, false>(args);
-    case 64: return swizzles<64>(args);
-    case 256: return run<bf16, 256, Swizzle::B128, Major::K, Major::K, false>(args);
-    default: return run<fp16, 136, Swizzle::B128, Major::K, Major::K, true>(args);
+    case 8:
+      return run<bf16, 8, Swizzle::B128, Major::K, Major::K, false>(args);
+    case 64:
+      return swizzles<64>(args);
+    case 256:
+      return run<bf16, 256, Swizzle::B128, Major::K, Major::K, false>(args);
+    default:
+      return run<fp16, 136, Swizzle::B128, Major::K, Major::K, true>(args);
   }
 }
