@@ -16,7 +16,7 @@ import torch
 
 from mole_kernels.cli.screen import done, facts, out
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
-from mole_kernels.io.dialects.paths import kohya_name
+from mole_kernels.io.dialects.paths import kohya_name, looks_like_sdxl
 from mole_kernels.io.experts import load_expert
 from mole_kernels.io.gates import OFFICIAL_NAMES, load_gates
 from mole_kernels.io.save import save_expert
@@ -86,6 +86,8 @@ def run_gates(given: Given) -> None:
     config, folder = settings(preset.gates, asked), _folder(asked, preset.resolution)
     experts = {name: load_expert(path) for name, path in files.items()}
     start = None if asked["start"] is None else load_gates(asked["start"])
+    if asked["to"] == "official" and start is not None and any(len(layer.present()) != 4 for layer in start.layers.values()):
+        raise MoleValueError("train mole gates: --to official", expected="token and sample gates in --start", got="one kind of them")
     named = ", ".join(f"{name} r{'/'.join(map(str, sorted(one.ranks())))}" for name, one in experts.items())
     _echo("stage 3: gates", asked, config, folder, {"experts": named, "gates": asked["kind"] if start is None else asked["start"]})
     pipe = _pipeline(asked["model"], _dtype(asked, config))
@@ -220,7 +222,8 @@ def _run(asked: Given) -> dict[str, Any]:
 
 
 def _check_kohya(paths: Sequence[str]) -> None:
-    nameless = [path for path in paths if kohya_name(path, sdxl=False) is None]
+    sdxl = looks_like_sdxl(paths)
+    nameless = [path for path in paths if kohya_name(path, sdxl=sdxl) is None]
     if nameless:
         raise MoleValueError("--to kohya", f"its names do not cover {printable(nameless[0])}", hint="--to diffusers")
 

@@ -83,6 +83,9 @@ def test_all_three_stages_from_files_to_files(work, cli, tmp_path):
     # official files have face first, whatever the order of training; ours keep the order given
     assert load_gates(tmp_path / "both.safetensors").expert_names == ("face", "hand")
     assert load_gates(tmp_path / "local.safetensors").expert_names == ("hand", "face")
+    options[options.index("--out") + 1] = tmp_path / "x.safetensors"
+    refused = cli("gates", *options, *given, "--start", tmp_path / "local.safetensors", "--to", "official", code=2)
+    assert "expected token and sample gates in --start, got one kind of them" in refused
     halves = {kind: set(next(iter(load_gates(tmp_path / f"{kind}.safetensors").layers.values())).present()) for kind in ("local", "global")}
     assert halves == {"local": {"phi", "phi_bias"}, "global": {"head", "head_bias"}}
 
