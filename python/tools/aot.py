@@ -35,7 +35,10 @@ BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel with its compile-time choices; `described` names the arguments that are tensor descriptors, with their blocks."""
+    """One kernel with its compile-time choices; `described` names the arguments that are tensor descriptors, with their blocks.
+
+    types  arguments whose type is not the one their name has everywhere else
+    """
 
     id: str
     kernel: str
@@ -46,6 +49,7 @@ class Build:
     described: tuple[tuple[str, tuple[int, int]], ...] = ()
     unit: tuple[str, ...] = ("sxk", "swk", "sdk", "sur", "spk", "sge")
     arches: tuple[int, ...] = ARCHES
+    types: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -79,9 +83,9 @@ TENSORS = ("x", "w", "w2", "down", "up", "phi", "bias", "h", "z", "y", "dy", "dd
 
 def kernel_named(name: str):
     """The jit function `name`, from the module that has it."""
-    from mole_kernels.kernels.triton import expand, gradients, merge, persistent, recompute, shrink
+    from mole_kernels.kernels.triton import expand, gradients, merge, persistent, recompute, regional, shrink
 
-    return next(getattr(m, name) for m in (shrink, expand, persistent, recompute, merge, gradients) if hasattr(m, name))
+    return next(getattr(m, name) for m in (shrink, expand, persistent, recompute, merge, gradients, regional) if hasattr(m, name))
 
 
 def compile_build(build: Build, arch: int):
@@ -90,7 +94,7 @@ def compile_build(build: Build, arch: int):
     constants = {name: value for name, value in build.constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     pooled = bool(build.constants.get("POOL"))
-    described = dict(build.described)
+    described, types = dict(build.described), dict(build.types)
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
@@ -98,6 +102,10 @@ def compile_build(build: Build, arch: int):
             signature[name] = "i32"
         elif name in build.unit:
             signature[name], constants[name] = "constexpr", 1
+        elif name in types:
+            signature[name] = types[name]
+            if types[name].startswith("*"):
+                attributes[(place,)] = [["tt.divisibility", 16]]
         elif name in described:
             signature[name] = f"tensordesc<{build.dtype}{list(described[name])}>"
         elif name in FLOAT32 + INT32 + INT64 + TENSORS:
@@ -248,6 +256,16 @@ def _shrink(arch: int, way: str, gate: str) -> Build:
     return replace(b, constants=b.constants | dict(BM=tile.BS, BIAS=True, PDL=arch >= 90 and way == "fwd"), warps=tile.warps)
 
 
+def _regional(arch: int, D: int) -> Build:
+    """Attention to the texts of regions, 77 tokens each, for heads D wide."""
+    from mole_kernels.kernels.triton.regional import tile_for
+
+    tile = tile_for(D)
+    constants = dict(LENGTHS=False, PRECISION="ieee") | tile
+    types = tuple((name, "*bf16") for name in "qkvo") + (("shares", "*fp32"), ("lengths", "*i32"), ("qk_scale", "fp32"))
+    return Build(f"regional-{D}", "regional_attention_fwd_kernel", constants, tile["warps"], 2, unit=(), arches=(arch,), types=types)
+
+
 def builds() -> list[Build]:
     """What the table has: each kernel as the tiles of `tiles.py` launch it."""
     out = []
@@ -268,6 +286,7 @@ def builds() -> list[Build]:
             out.append(replace(b, constants=b.constants | dict(BR=32)))
         merge = dict(ASSIGN=True, GATE=True, PRECISION="ieee", BN=64, BK=64, BZ=64)
         out.append(Build("merge", "merge_kernel", merge, 8, 2, unit=("swk", "sdk", "sur", "sge"), arches=(arch,)))
+        out += [_regional(arch, D) for D in (40, 64, 128, 160)]
         sums = dict(DOWN=True, UP=True, PHI=True, GATES=True, DPOOL=True, GIVEN=False, BY_TOKEN=False,
                     S_MANY=False, ASSIGN=False, SOFTMAX=False, TOKEN=True, GATE=False, POOL=True, PRECISION="ieee",
                     BT=64, BC=128, BR=64, EP=16)  # fmt: skip

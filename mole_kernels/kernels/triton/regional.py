@@ -10,11 +10,11 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["T", "L", "S", "H"])
 def regional_attention_fwd_kernel(
-    q, k, v, shares, lengths, o, T, L, S, H, D, scale,
+    q, k, v, shares, lengths, o, T, L, S, H, D, qk_scale,
     sqb, sqh, sqt, skb, sks, skh, skl, svb, svs, svh, svl, swb, sws, sob, soh, sot,
     LENGTHS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """o = Σ_s shares_s ⊙ softmax(q k_sᵀ · scale) v_s.  grid (tiles of T, B·H); BD holds a head's D
+    """o = Σ_s shares_s ⊙ softmax(q k_sᵀ · qk_scale) v_s.  grid (tiles of T, B·H); BD holds a head's D
 
     q, o [B,H,T,D]   k, v [B,S,H,L,D]   shares [B,S,T] float32   lengths [B,S] int32: text tokens that count (LENGTHS)
     the last stride of q, k, v, o and of shares is 1
@@ -39,7 +39,7 @@ def regional_attention_fwd_kernel(
             for l in range(0, n_l, BL):
                 m_l = l + o_l < n_l
                 b_k = tl.load(p_k + (l + o_l[None, :]) * skl + o_d[:, None], mask=m_l[None, :] & m_d[:, None], other=0.0)
-                b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+                b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * qk_scale
                 b_s = tl.where(m_l[None, :], b_s, float("-inf"))
                 b_n = tl.maximum(b_m, tl.max(b_s, 1))
                 b_p = tl.exp(b_s - b_n[:, None])
@@ -53,21 +53,30 @@ def regional_attention_fwd_kernel(
     tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
 
 
-def launch(q, k, v, shares, lengths, scale, BM: int = 64, BL: int = 128):
-    """o [B,H,T,D] in q's dtype; see the kernel. q, k, v with a last stride of 1."""
+def tile_for(D: int) -> dict[str, int]:
+    """BM, BL, BD and warps for heads D wide: what holds in registers on every architecture, as compiled (`make aot`)."""
+    BD = max(16, triton.next_power_of_2(D))
+    BM, BL, warps = (64, 64, 4) if BD <= 64 else (32, 64, 4) if BD <= 128 else (32, 32, 8)
+    return {"BM": BM, "BL": BL, "BD": BD, "warps": warps}
+
+
+def launch(q, k, v, shares, lengths, scale, **tile):
+    """o [B,H,T,D] in q's dtype; see the kernel. q, k, v and shares with a last stride of 1; `tile` overrides `tile_for`."""
     import torch
 
     B, H, T, D = q.shape
     S, L = k.shape[1], k.shape[3]
     o = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
+    if not o.numel():
+        return o
     tf32 = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    BD = max(16, triton.next_power_of_2(D))
+    t = tile_for(D) | tile
     # float32 tiles are twice as wide
-    BL = min(BL, max(16, triton.next_power_of_2(L))) // (2 if q.element_size() == 4 and L > 16 else 1)
-    regional_attention_fwd_kernel[(triton.cdiv(T, BM), B * H)](
+    BL = max(16, t["BL"] // (2 if q.element_size() == 4 else 1))
+    regional_attention_fwd_kernel[(triton.cdiv(T, t["BM"]), B * H)](
         q, k, v, shares, lengths, o, T, L, S, H, D, scale,
         *q.stride()[:3], *k.stride()[:4], *v.stride()[:4], *shares.stride()[:2], *o.stride()[:3],
-        LENGTHS=lengths is not None, PRECISION="tf32" if tf32 else "ieee", BM=BM, BL=max(16, BL), BD=BD,
-        num_warps=4 if BD <= 64 else 8, num_stages=2,
+        LENGTHS=lengths is not None, PRECISION="tf32" if tf32 else "ieee", BM=t["BM"], BL=BL, BD=t["BD"],
+        num_warps=t["warps"], num_stages=2,
     )  # fmt: skip
     return o
