@@ -5,6 +5,7 @@ persistent   both in one launch, h tiles first, handed over by flags
 recompute    every output tile makes its own h (small ranks)
 merge        W + B·diag(s g)·A per sample, then a plain product
 gradients    dA, dB, dΦ and the gates' sums in one grouped launch
+plan         a call seen before, launched again with little Python
 
 Importing this package's modules imports Triton.
 """
