@@ -97,8 +97,8 @@ def test_sdxl_and_going_on_from_a_checkpoint_and_from_gates(work, cli, tmp_path)
     cli("expert", *common(work, broken, "sdxl"), *more, "--steps", 1)
     refused = cli("expert", *common(work, broken, "sdxl"), *more, "--steps", 3, code=2)
     assert "already holds checkpoints" in refused and "--resume" in refused
-    refused = cli("expert", *common(work, broken, "sdxl"), "--name", "face", "--rank", 4, "--steps", 3, "--resume", code=2)
-    assert "resume: config." in refused or "resume: rank" in refused
+    refused = cli("expert", *common(work, broken, "sdxl"), *more, "--rank", 4, "--alpha", 2, "--steps", 3, "--resume", code=2)
+    assert "resume: rank: expected '2', got '4'" in refused
     said = cli("expert", *common(work, broken, "sdxl"), *more, "--steps", 3, "--resume")
     assert "of which 0 are to be made" in said
     one, two = load_file(whole), load_file(broken)
