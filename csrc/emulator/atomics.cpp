@@ -191,7 +191,8 @@ void st_async(uint32_t address, const void* v, int bytes, uint32_t bar) {
   if (address % unsigned(bytes)) fail("alignment", "st_async of %d bytes at %s", bytes, name_of(p).c_str());
   if (cta != bar_cta) fail("mbarrier", "st_async: its destination is in CTA rank %u, its mbarrier in rank %u", cta->rank, bar_cta->rank);
   barrier_for_copy(b, uint64_t(bytes), "st_async");
-  const uint32_t dim = barrier_at(b, "st_async").dim;
+  // not the barrier's own actor: what TMA wrote is known to both proxies, what this writes is not
+  const uint32_t dim = actor_for(b + 4, "a st.async counted in the mbarrier that has ", true);
   const Epoch mark{dim, tick(dim)};
   visit(*cta, mark, "st_async");
   Actor who = async_actor(t, mark);

@@ -78,6 +78,7 @@ FAULTS = {
         "read_after_end": "exit",
         "no_freed_wait": "race",
         "ordinary_after_freed": "race|proxy",
+        "no_second_fence": "proxy",
     },
     "faults_warp": {
         "no_reuse_barrier": "race",

@@ -32,7 +32,8 @@ constexpr const char* kFaults[] = {"none",
                                    "late_store",
                                    "read_after_end",
                                    "no_freed_wait",
-                                   "ordinary_after_freed"};
+                                   "ordinary_after_freed",
+                                   "no_second_fence"};
 
 constexpr int ROWS = 64, WIDTH = 64;  // h: 64 rows of 64 columns, 128 bytes each, two CTAs of 32 columns
 
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(128, 1)
   else if (fault != FAULT("no_wait_for_peer"))
     mbarrier_wait_cluster(l.stored, 0);
   mbarrier_wait(l.copied, 0);
-  if (fault != FAULT("no_proxy_fence")) fence_proxy_async_shared();
+  if (fault != FAULT("no_proxy_fence") && fault != FAULT("no_second_fence")) fence_proxy_async_shared();
   float d[WIDTH / 2];
   wgmma_fence(d);
   for (uint32_t k = 0; k < 4; k++)
