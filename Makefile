@@ -52,6 +52,7 @@ aot: $(STAMP) $(OTHER)
 emulate: $(STAMP)
 	MOLE_EMULATE_SEEDS=4 $(BIN)/python -m pytest -n $(JOBS) tests/emulator
 	$(BIN)/python python/tools/emulate.py --jobs $(JOBS)
+	$(BIN)/python tests/cuda/mutants.py
 
 # the kernels in the interpreter of another Triton: make triton-tests TRITON=<version>
 triton-tests: $(STAMP) $(OTHER)
