@@ -29,7 +29,7 @@ def program(tmp_path_factory):
 
 
 def ask(program, calls, every=False):
-    """[(way, Problem)] -> for each its candidates: the reason, or groups, columns, extra, cluster, slice, slices, stages, shared, grid, us."""
+    """[(way, Problem)] -> candidates of each: a reason, or groups, columns, extra, cluster, slice, slices, stages, shared, grid, us."""
     lines = [f"{way} {p.B} {p.T} {p.K} {p.N} {p.R} {p.E} {p.S} {int(p.token_gate)} {int(p.sample_gate)}" for way, p in calls]
     out = subprocess.run([program, *(["all"] * every)], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
     answers = []
