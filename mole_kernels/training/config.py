@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch.nn import Parameter
 
 from mole_kernels.errors import MoleValueError
 from mole_kernels.training.lion import Lion
@@ -108,15 +107,15 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
-def _adamw(parameters: Iterable[Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def _adamw(parameters: Iterable[Any], config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
-def _lion(parameters: Iterable[Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def _lion(parameters: Iterable[Any], config: TrainConfig) -> torch.optim.Optimizer:
     return Lion(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
-OPTIMISERS: dict[str, Callable[[Iterable[Parameter], TrainConfig], torch.optim.Optimizer]] = {"adamw": _adamw, "lion": _lion}
+OPTIMISERS: dict[str, Callable[[Iterable[Any], TrainConfig], torch.optim.Optimizer]] = {"adamw": _adamw, "lion": _lion}
 
 
 def _integer(value: object) -> bool:

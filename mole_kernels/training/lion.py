@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 
 class Lion(torch.optim.Optimizer):
@@ -17,7 +16,7 @@ class Lion(torch.optim.Optimizer):
     so lr wants to be three to ten times smaller than AdamW's, and the weight decay λ as many times larger.
     """
 
-    def __init__(self, params: Iterable[Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> None:
+    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()

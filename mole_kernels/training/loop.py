@@ -58,6 +58,7 @@ def fit(
     on_step: Callable[[int, float], None] | None = None,
     trackers: Sequence[str] = (),
     identity: Mapping[str, str] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> TrainResult:
     """Trains `parameters` of `model` in place for `config.steps` steps; everything else in the model stays bit for bit.
 
@@ -70,6 +71,7 @@ def fit(
     on_step     called as (steps done, loss) after each step
     trackers    accelerate's, such as ("tensorboard",): loss, learning rate and samples/s of each step, below run_dir
     identity    what else must be the same on resume, by name
+    rates       parameter name -> its learning rate as a multiple of the config's; 1 where not given
 
     Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second one stops at once.
     Raises MoleStateError for a loss that is not finite (the newest checkpoint stays good) and for a resume that does not fit.
@@ -81,7 +83,7 @@ def fit(
         raise MoleValueError("fit: resume", expected="a run_dir to resume from", got="none")
     with accelerated(config, trackers, folder) as accelerator, in_training(model, named, config.gradient_checkpointing):
         stream = BatchStream(batches, accelerator.process_index, accelerator.num_processes)
-        run = _Run(accelerator, model, named, stream, config, loss_fn, folder, dict(identity or {}))
+        run = _Run(accelerator, model, named, stream, config, loss_fn, folder, dict(identity or {}), rates or {})
         if folder is not None:
             run.open(folder, resume)
         began, first = time.perf_counter(), run.step
@@ -121,13 +123,14 @@ class _Run:
         loss_fn: LossFunction,
         folder: Path | None,
         identity: dict[str, str],
+        rates: Mapping[str, float],
     ) -> None:
         self.accelerator, self.named, self.stream = accelerator, named, stream
         # the precision in use, not None, is what a resume has to match
         self.config = replace(config, mixed_precision=accelerator.mixed_precision)
         self.loss_fn, self.folder, self.identity = loss_fn, folder, identity
         self.model = accelerator.prepare_model(model)
-        self.optimiser = accelerator.prepare_optimizer(OPTIMISERS[config.optimiser](named.values(), config))
+        self.optimiser = accelerator.prepare_optimizer(OPTIMISERS[config.optimiser](_groups(named, rates), config))
         self.ema = None if config.ema_decay is None else {name: p.detach().clone() for name, p in named.items()}
         self.step, self.samples, self.losses = 0, 0, []  # type: tuple[int, int, list[float]]
         self._saved = -1
@@ -136,7 +139,7 @@ class _Run:
     def advance(self) -> float:
         """One optimiser step; returns its loss, the mean over batches and processes."""
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
+            group["lr"] = learning_rate(self.config, self.step) * group.get("rate", 1.0)
         total = 0.0
         for _ in range(self.config.accumulation):
             number, batch = self.stream.draw()
@@ -247,6 +250,18 @@ class _Run:
             with torch.no_grad():
                 for name, p in self.named.items():
                     p.copy_(self.ema[name])
+
+
+def _groups(named: Mapping[str, Parameter], rates: Mapping[str, float]) -> Iterable[Any]:
+    """The optimiser's groups: the parameters as they are where all have one rate, else one group for each rate."""
+    if unknown := sorted(set(rates) - set(named)):
+        raise MoleValueError("fit: rates", expected="names of what trains", got=", ".join(unknown[:3]))
+    by_rate: dict[float, list[Parameter]] = {}
+    for name, p in named.items():
+        by_rate.setdefault(float(rates.get(name, 1.0)), []).append(p)
+    if list(by_rate) == [1.0]:
+        return named.values()
+    return [{"params": own, "rate": rate} for rate, own in by_rate.items()]
 
 
 def _samples(batch: Mapping[str, Any]) -> int:

@@ -89,7 +89,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Fused:
-    """expert: of rank at most Σ r_i, its alphas in it · embeddings, tokens: of all concepts, as installed meanwhile · layers: a report each."""
+    """expert: of rank at most Σ r_i, its alphas in it · embeddings, tokens: of all concepts, as installed then · layers: a report each."""
 
     expert: Expert
     embeddings: Mapping[str, Mapping[str, Tensor]]
