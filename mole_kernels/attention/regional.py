@@ -32,25 +32,37 @@ def regional_attention_ref(
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, shares: Tensor, lengths: Tensor | None, scale: float | None) -> Tensor:
     """One plain attention call for each region, over the places it covers; places that several cover are computed for each."""
-    B, _, T, _ = q.shape
-    out = torch.zeros_like(q)
+    B = q.shape[0]
     together = B == 1 or shares.stride(0) == 0 or bool((shares == shares[:1]).all())
-    for b in [slice(0, B)] if together else [slice(b, b + 1) for b in range(B)]:
-        for s in range(k.shape[1]):
-            w = shares[b.start, s]
-            rows = w.nonzero()[:, 0]
-            if not len(rows):
-                continue
-            whole = len(rows) == T
-            mask = None
-            if lengths is not None:
-                mask = (torch.arange(k.shape[3], device=q.device) < lengths[b, s, None])[:, None, None]
-            said = F.scaled_dot_product_attention(q[b] if whole else q[b, :, rows], k[b, s], v[b, s], mask, scale=scale)
-            said = said * w[rows, None].to(said.dtype)
-            if whole:
-                out[b] += said
-            else:
-                out[b] = out[b].index_add(2, rows, said)
+    # [B,T,H,D] is how the projections lay it out: a place's queries are then one run of memory
+    places = q.transpose(1, 2)
+    parts = [
+        _of_one_layout(places[b], k[b], v[b], shares[b.start], None if lengths is None else lengths[b], scale)
+        for b in ([slice(0, B)] if together else [slice(b, b + 1) for b in range(B)])
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(1, 2)
+
+
+def _of_one_layout(q: Tensor, k: Tensor, v: Tensor, shares: Tensor, lengths: Tensor | None, scale: float | None) -> Tensor:
+    """The samples q [B,T,H,D] that have the same shares [S,T] -> [B,T,H,D]."""
+    S, T = shares.shape
+    # where no places overlap every place is written once, and nothing has to be added up
+    once = bool(((shares == 0) | (shares == 1)).all()) and bool((shares.sum(0) == 1).all())
+    out = q.new_empty(q.shape) if once else q.new_zeros(q.shape)
+    for s in range(S):
+        rows = shares[s].nonzero()[:, 0]
+        if not len(rows):
+            continue
+        whole = len(rows) == T
+        mask = None
+        if lengths is not None:
+            mask = (torch.arange(k.shape[3], device=q.device) < lengths[:, s, None])[:, None, None]
+        asked = (q if whole else q.index_select(1, rows)).transpose(1, 2)
+        said = F.scaled_dot_product_attention(asked, k[:, s], v[:, s], mask, scale=scale).transpose(1, 2)
+        if once:
+            out = said if whole else out.index_copy_(1, rows, said)
+        else:
+            out.index_add_(1, rows, said * shares[s, rows, None, None].to(said.dtype))
     return out
 
 
