@@ -14,8 +14,10 @@ from benchmarks.cases import DTYPES
 from benchmarks.device import poisoned
 from benchmarks.gpu import rules
 from benchmarks.gpu.context import Context, Item, Outcome
+from mole_kernels.attention.regional import regional_attention, regional_attention_ref
 from mole_kernels.backends.select import BACKENDS
 from mole_kernels.functional import gated_lora_linear
+from mole_kernels.methods.mix_of_show.regions import Region, shares
 from tests import cases as problems
 from tests.truth import Call, Case
 
@@ -50,6 +52,9 @@ def items(device: str, quick: bool = False) -> Iterator[Item]:
     for backend in small:
         for kind in ("integers", "experts", "graph", "nan", "faults"):
             yield {"id": f"{kind} {backend} bf16", "kind": kind, "backend": backend, "dtype": "bf16"}
+    yield from (
+        {"id": f"regional {dtype} D{D}", "kind": "regional", "dtype": dtype, "D": D} for dtype in ("bf16", "fp32") for D in (40, 128, 160)
+    )
     yield from _rules(forced, ("bf16",), few)
     yield from _rules(automatic, ("bf16",), every)
     yield from _rules(automatic, ("fp32", "fp16"), few)
@@ -332,7 +337,30 @@ def check_offsets(item: Item, context: Context) -> Outcome:
     return out
 
 
+def check_regional(item: Item, context: Context) -> Outcome:
+    """Regional attention, overlapping regions and texts of different lengths, against float64; two runs are equal."""
+    out, dtype = Outcome(), DTYPES[item["dtype"]]
+    g = torch.Generator().manual_seed(0)
+    B, H, D, L, (h, w) = 2, 3, item["D"], 77, (13, 10)
+    regions = [Region("x", box=box) for box in ((0, 0, 0.75, 0.75), (0.25, 0.25, 1, 1), (0.5, 0, 1, 1))]
+    q = torch.randn(B, H, h * w, D, generator=g).to(dtype)
+    k, v = (torch.randn(B, 4, H, L, D, generator=g).to(dtype) for _ in "kv")
+    table, lengths = shares(regions, h, w).expand(B, -1, -1).contiguous(), torch.randint(1, L + 1, (B, 4), generator=g)
+    backend = "triton" if context.device.kind == "cuda" else "gathered"
+    there = [t.to(context.device.kind) for t in (q, k, v, table, lengths)]
+    with poisoned():
+        y, again = (regional_attention(*there, backend=backend) for _ in range(2))
+    context.device.sync()
+    truth = regional_attention_ref(q.double(), k.double(), v.double(), table.double(), lengths)
+    eager = regional_attention(q, k, v, table, lengths, backend="gathered")
+    name = f"{backend} regional"
+    out.judge(item, name, "forward", rules.broken(y.cpu().flatten(1, 2), truth.flatten(1, 2), dtype, 4, eager.flatten(1, 2)))
+    out.judge(item, name, "G7", [] if rules.same(y, again) else ["G7: two runs differ"])
+    return out
+
+
 HANDLERS = {
+    "regional": check_regional,
     "rules": check_rules,
     "experts": check_experts,
     "integers": check_integers,
