@@ -85,18 +85,21 @@ Operand matrix(const Tensor& t) { return tidy({t.data_ptr(), {t.size(1), t.size(
 // [slabs, rows, columns] with unit columns
 Operand slabs(const Tensor& t) { return tidy({t.data_ptr(), {t.size(2), t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}}); }
 
-void expect_layout(const Tensor& t, const char* name, const Operand& o) {
+// why TMA cannot take this tensor; a layout is no error, another way may take it
+void refuse_layout(std::string& reason, const Tensor& t, const char* name, const Operand& o) {
+  if (!reason.empty()) return;
   const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(t.size(last) == 1 || t.stride(last) == 1, "mole_cuda: expected ", name, " ", shape_of(t), " with a contiguous last dimension");
-  const std::string reason = layout_refusal(name, o);
-  STD_TORCH_CHECK(reason.empty(), "mole_cuda: ", reason, ": ", shape_of(t));
+  if (t.size(last) != 1 && t.stride(last) != 1)
+    reason = std::string(name) + " " + shape_of(t) + " has no contiguous last dimension (TMA)";
+  else
+    reason = layout_refusal(name, o);
 }
 
 // x or y [B,T,*] as groups of rows: the batch as one long group where samples share everything
-Operand grouped(const Tensor& t, const char* name, bool alone) {
+Operand grouped(std::string& reason, const Tensor& t, const char* name, bool alone) {
   if (alone) return slabs(t);
-  STD_TORCH_CHECK(t.size(0) == 1 || t.size(1) == 1 || t.stride(0) == t.size(1) * t.stride(1), "mole_cuda: expected ", name, " ", shape_of(t),
-                  " whose samples follow one another (TMA)");
+  if (t.size(0) != 1 && t.size(1) != 1 && t.stride(0) != t.size(1) * t.stride(1))
+    reason = std::string(name) + " " + shape_of(t) + " has samples that do not follow one another (TMA)";
   const int64_t rows = t.size(0) * t.size(1);
   return tidy({t.data_ptr(), {t.size(2), rows, 1}, {t.size(1) == 1 ? t.stride(0) : t.stride(1), 0}});
 }
@@ -150,8 +153,22 @@ std::string sm90_candidates(std::string way, std::vector<int64_t> sizes, bool to
   return text;
 }
 
-// y (and h, l, G where tensors for them are given) of one call; tile: warp groups, columns, extra columns, cluster, from sm90_plan
-void sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tensor up, Tensor scale, std::vector<int64_t> ranks, Maybe gate, Maybe phi,
+// bytes of shared memory of a kernel at 2048×1280×1280, R = 64, with a token gate; -1 where it does not take that
+int64_t sm90_shared(std::string way, std::vector<int64_t> shape) {
+  STD_TORCH_CHECK(shape.size() == 3, "mole_cuda: expected warp groups, columns, extra columns");
+  const Way chosen = way_of(way);
+  for (int cluster = 8; cluster >= 1; cluster /= 2) {
+    if ((chosen == Way::cluster) != (cluster > 1)) continue;
+    const Sizes s{1, 2048, 1280, 1280, 64, 2, true, false};
+    const Candidate c = consider(chosen, {int(shape[0]), int(shape[1]), int(shape[2])}, cluster, s, Card{});
+    if (c.reason.empty()) return c.tile.shared;
+  }
+  return -1;
+}
+
+// y (and h, l, G where tensors for them are given) of one call; tile: warp groups, columns, extra columns, cluster, from sm90_plan.
+// Returns why TMA cannot take a tensor's layout, and has done nothing then; or an empty text.
+std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tensor up, Tensor scale, std::vector<int64_t> ranks, Maybe gate, Maybe phi,
                   Maybe phi_bias, Maybe pool, Maybe pool_bias, Tensor y, Maybe h, Maybe token_gate, Maybe sample_gate, Maybe z, Maybe parts,
                   Maybe flags, std::string way, std::vector<int64_t> tile) {
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 3 && weight.dim() == 2 && down.dim() == 3 && up.dim() == 3,
@@ -186,28 +203,30 @@ void sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tensor up, T
   Call call{};
   Params& p = call.params;
   const bool alone = S > 1 || pool.has_value();
-  call.x = grouped(x, "x", alone);
-  call.y = grouped(y, "y", alone);
+  std::string reason;
+  call.x = grouped(reason, x, "x", alone);
+  call.y = grouped(reason, y, "y", alone);
   call.w = matrix(weight);
   call.down = slabs(down);
   call.up = slabs(up);
-  expect_layout(x, "x", call.x);
-  expect_layout(y, "y", call.y);
-  expect_layout(weight, "weight", call.w);
-  expect_layout(down, "down", call.down);
-  expect_layout(up, "up", call.up);
+  refuse_layout(reason, x, "x", call.x);
+  refuse_layout(reason, y, "y", call.y);
+  refuse_layout(reason, weight, "weight", call.w);
+  refuse_layout(reason, down, "down", call.down);
+  refuse_layout(reason, up, "up", call.up);
   if (bias) {
     expect(*bias, "bias", {N}, device);
     expect_type(*bias, "bias", type);
     STD_TORCH_CHECK(bias->is_contiguous(), "mole_cuda: expected a contiguous bias");
     p.bias = bias->data_ptr();
-    STD_TORCH_CHECK(reinterpret_cast<uint64_t>(p.bias) % 4 == 0, "mole_cuda: bias does not begin at a multiple of 4 bytes");
+    if (reinterpret_cast<uint64_t>(p.bias) % 4) reason = "bias does not begin at a multiple of 4 bytes";
   }
   if (phi) {
     expect(*phi, "phi", {E, K}, device);
     expect_type(*phi, "phi", type);
     call.phi = matrix(*phi);
-    expect_layout(*phi, "phi", call.phi);
+    refuse_layout(reason, *phi, "phi", call.phi);
+    STD_TORCH_CHECK(token_gate, "mole_cuda: expected token_gate to be filled");
     expect(*token_gate, "token_gate", {B, T, E}, device);
     p.token_gate = static_cast<float*>(workspace(token_gate, "token_gate", ScalarType::Float, B * T * E, device));
   }
@@ -235,6 +254,7 @@ void sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tensor up, T
     expect(*pool, "pool", {S, R}, device);
     STD_TORCH_CHECK(pool->is_contiguous(), "mole_cuda: expected a contiguous pool");
     p.pool_set = R;
+    STD_TORCH_CHECK(sample_gate, "mole_cuda: expected sample_gate to be filled");
     expect(*sample_gate, "sample_gate", {B, E}, device);
     p.sample_gate = static_cast<float*>(workspace(sample_gate, "sample_gate", ScalarType::Float, B * E, device));
   }
@@ -243,6 +263,7 @@ void sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tensor up, T
     p.h = workspace(h, "h", type, B * T * R, device);
     p.save = 1;
   }
+  if (!reason.empty()) return reason;
   p.z = static_cast<float*>(workspace(z, "z", ScalarType::Float, rooms.z, device));
   p.parts = static_cast<float*>(workspace(parts, "parts", ScalarType::Float, rooms.parts, device));
   p.flags = static_cast<uint32_t*>(workspace(flags, "flags", ScalarType::Int, rooms.flags, device));
@@ -255,6 +276,7 @@ void sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tensor up, T
   call.stream = current_stream(device);
   const std::string failed = launch(call, c.tile);
   STD_TORCH_CHECK(failed.empty(), "mole_cuda: ", way, ": ", failed);
+  return "";
 }
 
 // y [M,N] = x [M,K] weightᵀ by a step of the ladder, from step 3 with bias; step 4 adds z [M,R] · up [N,R]ᵀ
@@ -281,7 +303,9 @@ void sm90_ladder(Tensor x, Tensor weight, Maybe bias, Maybe z, Maybe up, Tensor 
   }
   for (auto [t, name, operand] : all) {
     expect_type(*t, name, ScalarType::BFloat16);
-    expect_layout(*t, name, *operand);
+    std::string reason;
+    refuse_layout(reason, *t, name, *operand);
+    STD_TORCH_CHECK(reason.empty(), "mole_cuda: ladder: ", reason);
   }
   if (bias) {
     expect(*bias, "bias", {N}, device);
@@ -301,17 +325,19 @@ void sm90_ladder(Tensor x, Tensor weight, Maybe bias, Maybe z, Maybe up, Tensor 
 STABLE_TORCH_LIBRARY_FRAGMENT(mole_cuda, m) {
   m.def("sm90_plan(str way, int[] sizes, bool token, bool pooled, int device) -> (int[], str)");
   m.def("sm90_candidates(str way, int[] sizes, bool token, bool pooled) -> str");
+  m.def("sm90_shared(str way, int[] shape) -> int");
   m.def(
       "sm90_ladder(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor? up, Tensor(a!) y, int step, int columns) -> ()");
   m.def(
       "sm90_forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, Tensor? gate, Tensor? phi, "
       "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, Tensor(a!) y, Tensor(b!)? h, Tensor(c!)? token_gate, Tensor(d!)? sample_gate, "
-      "Tensor(e!)? z, Tensor(f!)? parts, Tensor(g!)? flags, str way, int[] tile) -> ()");
+      "Tensor(e!)? z, Tensor(f!)? parts, Tensor(g!)? flags, str way, int[] tile) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mole_cuda, CompositeExplicitAutograd, m) {
   m.impl("sm90_plan", TORCH_BOX(&mole::sm90_plan));
   m.impl("sm90_candidates", TORCH_BOX(&mole::sm90_candidates));
+  m.impl("sm90_shared", TORCH_BOX(&mole::sm90_shared));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mole_cuda, CUDA, m) {
