@@ -124,6 +124,39 @@ def merge(
 
 
 @app.command()
+def fuse(
+    config: Annotated[
+        Path, typer.Argument(help="Mix-of-Show's JSON: [{lora_path, unet_alpha, text_encoder_alpha, concept_name}, …].")
+    ],
+    pipeline: Annotated[str, typer.Option(help="A pipeline's folder in diffusers' layout, its name on the hub, or demo.")],
+    out: Annotated[Path, typer.Option(help="The folder for the fused LoRA, embeddings, new_concept_cfg.json and report.json.")],
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each concept's sampling run.")] = 20,
+    size: Annotated[
+        Optional[str], typer.Option(help="Of its picture: a side, or HEIGHTxWIDTH; without it the pipeline's.")
+    ] = None,  # noqa: UP045
+    template: Annotated[
+        Optional[list[str]], typer.Option(help="A prompt with {} for the concept; 'photo of a {}' and '{}'.")
+    ] = None,  # noqa: UP045
+    memory: Annotated[
+        Optional[float], typer.Option(help="Megabytes for sums at once; with less, more runs.")
+    ] = None,  # noqa: UP045
+    cutoff: Annotated[float, typer.Option(help="Directions weaker than this part of the strongest are left to the base.")] = 1e-12,
+    ridge: Annotated[float, typer.Option(help="Instead of a sharp cut: this part of the mean strength added to every direction.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the first noise.")] = 0,
+    dtype: Annotated[Optional[Dtype], typer.Option(help="Of the model; without it float32 on a CPU, else float16.")] = None,  # noqa: UP045
+    to: Annotated[Lora, typer.Option(help="The LoRA's dialect.")] = Lora.diffusers,
+    dense: Annotated[bool, typer.Option("--dense", help="Also write the whole pipeline with the fused weights.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
+) -> None:
+    """Several ED-LoRA concepts into one LoRA by gradient fusion in closed form (Mix-of-Show)."""
+    from mole_kernels.cli.fuse import run, settings_of
+
+    settings = settings_of(template, steps, size, seed, memory, cutoff, ridge)
+    run(config, pipeline, out, settings, to.value, dtype.value if dtype else None, dense, layers, plan)
+
+
+@app.command()
 def compress(
     file: Annotated[Path, typer.Argument(help="An expert: a LoRA file of any dialect, or a single file of ours.")],
     out: Annotated[Optional[Path], typer.Option(help="The safetensors file to write; without it only the report.")] = None,  # noqa: UP045

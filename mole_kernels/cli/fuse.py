@@ -1,0 +1,123 @@
+"""`mole-kernels fuse`: concepts of a configuration into one expert, and a report of every layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from mole_kernels.cli.screen import done, number, out, table
+from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
+from mole_kernels.methods.mix_of_show.concept import load_fusion_config
+from mole_kernels.methods.mix_of_show.folder import PIPELINE, save_dense, save_fused
+from mole_kernels.methods.mix_of_show.fusion import Fused, FusionSettings, fuse_pipeline, plan_fusion
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def run(
+    config: Path, pipeline: str, folder: Path, settings: FusionSettings, to: Literal["diffusers", "kohya"], dtype: str | None, dense: bool,
+    layers: bool, dry: bool,
+) -> None:  # fmt: skip
+    """Read everything, say what will be done, do it, write the folder."""
+    concepts = load_fusion_config(config)
+    pipe = _pipeline(pipeline, dtype)
+    if dry:
+        out().print(str(plan_fusion(pipe, concepts, settings)), soft_wrap=True)
+        return
+    begun = time.perf_counter()
+    with _progress() as heard:
+        fused = fuse_pipeline(pipe, concepts, settings, heard)
+    seconds = time.perf_counter() - begun
+    save_fused(fused, folder, to)
+    _tell(fused, layers)
+    rank = max(layer.rank for layer in fused.layers)
+    done(str(folder), f"{len(concepts)} concepts, {len(fused.layers)} layers of rank up to {rank}, {seconds:.1f} s")
+    if dense:
+        save_dense(pipe, fused, folder / PIPELINE)
+        done(str(folder / PIPELINE), "the whole pipeline with the fused weights and the concepts' tokens")
+
+
+def settings_of(
+    templates: list[str] | None, steps: int, size: str | None, seed: int, memory: float | None, cutoff: float, ridge: float
+) -> FusionSettings:
+    """What the command line said, checked."""
+    height = width = None
+    if size is not None:
+        parts = size.lower().split("x")
+        if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise MoleValueError("--size", expected="a side in pixels, or HEIGHTxWIDTH", got=f"'{printable(size, 40)}'")
+        height, width = int(parts[0]), int(parts[-1])
+    if memory is not None and not memory > 0:
+        raise MoleValueError("--memory", expected="megabytes above 0", got=memory)
+    budget = None if memory is None else int(memory * 1e6)
+    more: dict[str, Any] = {"templates": tuple(templates)} if templates else {}
+    return FusionSettings(steps=steps, height=height, width=width, seed=seed, memory=budget, cutoff=cutoff, ridge=ridge, **more)
+
+
+def _tell(fused: Fused, layers: bool) -> None:
+    columns = ("", "layers", "base", "weight fusion", "fused", "fused ÷ weight fusion")
+    rows = [_row(group, int(sums["layers"]), sums) for group, sums in fused.totals().items()]
+    if layers:
+        rows += [_row(one.path, 1, one.row()) for one in fused.layers]
+    out().print(table("Σ_i ‖(α_i ΔW_i − ΔW) X_i‖²", columns, rows, columns[1:]))
+    short = sum(one.directions < one.K for one in fused.layers)
+    out().print(f"{short} of {len(fused.layers)} layers have inputs in fewer directions than they have places; there the base stays.")
+    noted = [one for one in fused.layers if one.note]
+    for one in noted[:5]:
+        out().print(f"{printable(one.path)}: {one.note}", soft_wrap=True)
+    if len(noted) > 5:
+        out().print(f"and {len(noted) - 5} more, in report.json")
+
+
+def _row(name: str, count: int, sums: dict[str, float]) -> tuple[str, str, str, str, str, str]:
+    ratio = sums["fused"] / sums["by_weights"] if sums["by_weights"] else 0.0
+    return name, str(count), number(sums["base"]), number(sums["by_weights"]), number(sums["fused"]), number(ratio)
+
+
+def _pipeline(name: str, dtype: str | None) -> Any:
+    if name == "demo":
+        from mole_kernels.demo.model import load_pipeline
+
+        return load_pipeline()
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise MoleStateError("fuse", f"needs {error.name}", hint='pip install "mole-kernels[diffusers]"') from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = DTYPES[dtype] if dtype else torch.float32 if device == "cpu" else torch.float16
+    try:
+        pipe: Any = DiffusionPipeline.from_pretrained(name, torch_dtype=kind, use_safetensors=True, local_files_only=Path(name).is_dir())
+    # what diffusers raises for a folder that is none, is half there, or names classes it does not know
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        hint = "a folder in diffusers' layout holds model_index.json"
+        raise MoleFileError(printable(name, 300), f"no pipeline can be read from it ({printable(error, 300)})", hint=hint) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A live bar on a terminal, a line for each thing that is done elsewhere; on stderr."""
+    console = Console(stderr=True, highlight=False, markup=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("fuse", total=None)
+
+        def heard(what: str, done: int, total: int) -> None:
+            what = printable(what, 300)
+            if total == 0:
+                console.print(what, soft_wrap=True)
+                return
+            bar.update(task, description=what, completed=done, total=total)
+            if not console.is_terminal and done == total:
+                console.print(f"{what} {done}/{total}", soft_wrap=True)
+
+        yield heard
