@@ -125,21 +125,13 @@ def merge(
 
 @app.command()
 def fuse(
-    config: Annotated[
-        Path, typer.Argument(help="Mix-of-Show's JSON: [{lora_path, unet_alpha, text_encoder_alpha, concept_name}, …].")
-    ],
+    config: Annotated[Path, typer.Argument(help="Mix-of-Show's JSON: [{lora_path, unet_alpha, text_encoder_alpha, concept_name}, …].")],
     pipeline: Annotated[str, typer.Option(help="A pipeline's folder in diffusers' layout, its name on the hub, or demo.")],
     out: Annotated[Path, typer.Option(help="The folder for the fused LoRA, embeddings, new_concept_cfg.json and report.json.")],
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each concept's sampling run.")] = 20,
-    size: Annotated[
-        Optional[str], typer.Option(help="Of its picture: a side, or HEIGHTxWIDTH; without it the pipeline's.")
-    ] = None,  # noqa: UP045
-    template: Annotated[
-        Optional[list[str]], typer.Option(help="A prompt with {} for the concept; 'photo of a {}' and '{}'.")
-    ] = None,  # noqa: UP045
-    memory: Annotated[
-        Optional[float], typer.Option(help="Megabytes for sums at once; with less, more runs.")
-    ] = None,  # noqa: UP045
+    size: Annotated[str | None, typer.Option(help="Of its picture: a side, or HEIGHTxWIDTH; without it the pipeline's.")] = None,
+    template: Annotated[list[str] | None, typer.Option(help="A prompt with {} for the concept; 'photo of a {}' and '{}'.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Megabytes for sums at once; with less, more runs.")] = None,
     cutoff: Annotated[float, typer.Option(help="Directions weaker than this part of the strongest are left to the base.")] = 1e-12,
     ridge: Annotated[float, typer.Option(help="Instead of a sharp cut: this part of the mean strength added to every direction.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the first noise.")] = 0,
