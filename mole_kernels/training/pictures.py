@@ -80,7 +80,7 @@ class PictureFolder:
         from PIL.Image import Resampling
 
         picture = self.pictures[i]
-        image = _decode(self.root / picture.name)
+        image = decode(self.root / picture.name)
         (h, w), (top, left) = cover(picture.size, picture.bucket)
         image = image.resize((w, h), Resampling.LANCZOS).crop((left, top, left + picture.bucket[1], top + picture.bucket[0]))
         flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
@@ -121,7 +121,7 @@ class PictureFolder:
             return "has no caption" if caption is None else "has an empty caption"
         try:
             digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-            width, height = _decode(path).size
+            width, height = decode(path).size
         except MoleFileError as error:
             return error.problem
         except OSError as error:
@@ -159,7 +159,7 @@ def _sizes(resolution: int | Size, buckets: bool | Sequence[Size], multiple: int
     return sizes
 
 
-def _decode(path: Path) -> Image:
+def decode(path: Path) -> Image:
     """The picture upright in RGB; what is transparent becomes white."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 

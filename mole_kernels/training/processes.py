@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 
 def processes() -> PartialState:
@@ -13,3 +17,21 @@ def processes() -> PartialState:
     By itself it does not, and then each process of `accelerate launch` takes itself for the only one, and every one does all the work.
     """
     return PartialState(cpu=bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.accelerator.is_available())
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only one for accelerate: for runs that each process makes by itself, at its own pace.
+
+    Nothing inside may wait for the others; afterwards they are there again.
+    """
+    shared, prepared = processes().__dict__, AcceleratorState._shared_state
+    before, prepared_before = dict(shared), dict(prepared)
+    prepared.clear()
+    shared.update(distributed_type=DistributedType.NO, backend=None, num_processes=1, process_index=0, local_process_index=0)
+    try:
+        yield
+    finally:
+        prepared.clear()
+        prepared.update(prepared_before)
+        shared.update(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,16 +44,27 @@ def x0_loss(denoise: Denoise, scheduler: Any, x0: Tensor, condition: Tensor, gen
 
 @torch.no_grad()
 def sample(
-    denoise: Denoise, scheduler: Any, condition: Tensor, shape: tuple[int, int], *, steps: int = 20, guidance: float = 1.0, seed: int = 0
+    denoise: Denoise,
+    scheduler: Any,
+    condition: Tensor,
+    shape: tuple[int, int],
+    *,
+    steps: int = 20,
+    guidance: float = 1.0,
+    seed: int | Sequence[int] = 0,
 ) -> Tensor:
     """Latents [B,C,L] for conditions [B,D]: x0 = x0_null + guidance · (x0_c − x0_null) in every step. The seed decides the noise alone.
 
-    Sample b's noise depends on the seed and b, not on the batch's size: one person's LoRA is the same alone or among others.
+    seed  of all, or one for each sample. Sample b's noise depends on the seed and b, not on the batch's size; on its own seed alone
+          where each has one: one person's LoRA is the same alone or among others
     """
     if steps < 1:
         raise MoleValueError("sample", expected="steps >= 1", got=steps)
     B = condition.shape[0]
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + b)) for b in range(B)]
+    seeds = [seed * 1_000_003 + b for b in range(B)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != B:
+        raise MoleValueError("sample", expected=f"a seed for each of {B} conditions", got=len(seeds))
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(one)) for one in seeds]
     x = torch.stack(noise).to(condition.device, condition.dtype) if B else condition.new_zeros(0, *shape)
     scheduler.set_timesteps(steps, device=condition.device)
     x = x * scheduler.init_noise_sigma
