@@ -162,6 +162,7 @@ def measure(case: Case, stage: str, seconds: float) -> list[dict[str, Any]]:
             "M": case.M, "K": case.K, "N": case.N, "E": case.E, "ranks": [case.r] * case.E, "gate": "local+global", "cache": "hot",
             "method": name, "rounds": t.rounds, "us": dict(zip(("p20", "p50", "p80"), (round(v, 2) for v in t.us))),
             "ratio": dict(zip(("p20", "ours", "p80"), (round(v, 4) for v in t.ratio))), "flop_ratio": round(case.flop_ratio, 4),
+            "flops": case.flops, "bytes_min": case.bytes_min,
             "err": errors.get(name), "kept_bytes": memory.get(name, (None, None))[0], "peak_mem": memory.get(name, (None, None))[1],
         }
         for name, t in times.items()

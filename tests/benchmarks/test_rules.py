@@ -136,10 +136,10 @@ def test_items_are_ordered_and_named_once():
     names = [i["id"] for i in items]
     assert len(names) == len(set(names))
     assert items[0]["backend"] not in ("stacked", "reference") and items[0]["dtype"] == "bf16"
-    ways = {i["backend"] for i in items}
+    ways = {i.get("backend") for i in items}
     assert ways >= {"triton", "triton:persistent", "triton:two_pass", "triton:recompute", "triton:merge", "triton:added", "stacked"}
     for way in ("triton:persistent", "triton"):
-        assert {i["kind"] for i in items if i["backend"] == way} == set(verify.HANDLERS)
+        assert {i["kind"] for i in items if i.get("backend") == way} == set(verify.HANDLERS) - {"regional"}
     assert len(verify.unique(verify.items("cuda", quick=True))) < len(items) / 4
 
 
