@@ -40,7 +40,7 @@ def plot(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def gallery(folder: Path, results: Results, path: Path, pictures: int = 6) -> None:
+def gallery(folder: Path, path: Path, pictures: int = 6) -> None:
     """The first pictures of every skill's captions, one column for each variant of `SHOWN`, of both sources."""
     from PIL import Image, ImageDraw
 
@@ -52,12 +52,16 @@ def gallery(folder: Path, results: Results, path: Path, pictures: int = 6) -> No
     found = {title: sorted(where.glob("*.png")) for title, where in columns.items()}
     total = len(next(iter(found.values())))
     rows = [k * total // pictures for k in range(pictures)]
-    width, height, gap, top = 144, 48, 8, 24
-    sheet = Image.new("RGB", (len(columns) * (width + gap) + gap, top + len(rows) * (height + gap)), (250, 250, 252))
+    width, height, gap, top, left = 144, 48, 8, 24, 110
+    sheet = Image.new("RGB", (left + len(columns) * (width + gap) + gap, top + len(rows) * (height + gap)), (250, 250, 252))
     pen = ImageDraw.Draw(sheet)
     for c, (title, files) in enumerate(found.items()):
-        pen.text((gap + c * (width + gap), 6), title, fill=(34, 38, 52))
+        x = left + gap + c * (width + gap)
+        pen.text((x, 6), title, fill=(34, 38, 52))
         for r, row in enumerate(rows):
+            y = top + r * (height + gap)
             with Image.open(files[row]) as image:
-                sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (gap + c * (width + gap), top + r * (height + gap)))
+                sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+                if c == 0:
+                    pen.text((gap, y), image.info["prompt"].replace(" ", "\n"), fill=(34, 38, 52))
     sheet.save(path)

@@ -87,7 +87,7 @@ def main() -> None:
     table = markdown(results)
     (out / "table.md").write_text(table)
     plot(results, out / "skills.png")
-    gallery(out / "seed0", results, out / "pictures.png")
+    gallery(out / "seed0", out / "pictures.png")
     print(table)
     print(f"{time.time() - begun:.0f} s; written to {out}: table.md, skills.png, pictures.png, metrics.json")
 
