@@ -88,7 +88,7 @@ def layered(unet: nn.Module, tokens: int) -> Iterator[None]:
     """
     layers = cross_attentions(unet)
     hooks = [
-        module.register_forward_pre_hook(partial(_own_part, i, len(layers), tokens), with_kwargs=True)
+        module.register_forward_pre_hook(partial(_own_part, i, len(layers), tokens, []), with_kwargs=True)
         for i, module in enumerate(layers.values())
     ]
     try:
@@ -98,7 +98,9 @@ def layered(unet: nn.Module, tokens: int) -> Iterator[None]:
             hook.remove()
 
 
-def _own_part(i: int, layers: int, tokens: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _own_part(
+    i: int, layers: int, tokens: int, last: list[Tensor], module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict] | None:
     states = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
     if not isinstance(states, Tensor) or states.shape[1] == tokens:
         return None
@@ -106,7 +108,10 @@ def _own_part(i: int, layers: int, tokens: int, module: nn.Module, args: tuple, 
         raise MoleShapeError(
             f"cross-attention layer {i}", expected=f"states of {tokens} or {layers} x {tokens} tokens", got=list(states.shape)
         )
-    own = states[:, i * tokens : (i + 1) * tokens]
+    # the very same part at every step, so that keys and values made of it can be kept
+    if not last or last[0] is not states or states.requires_grad:
+        last[:] = [states, states[:, i * tokens : (i + 1) * tokens]]
+    own = last[1]
     return (args[:1], kwargs | {"encoder_hidden_states": own}) if len(args) < 3 else ((args[0], own, *args[2:]), kwargs)
 
 

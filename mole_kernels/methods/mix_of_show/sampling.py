@@ -83,12 +83,15 @@ class regional:
         self._check_embeds()
         unet = self.pipe.unet
         self._before = dict(unet.attn_processors)
-        made, place = dict(self._before), 0
-        for name in self._before:
-            if ".attn2." in f".{name}":
-                made[name] = RegionalProcessor(self, place)
-                place += 1
-        if not place:
+        made = dict(self._before)
+        # down, mid, up, as embeddings are counted; diffusers names up_blocks before mid_block
+        parts = ("down_blocks", "mid_block", "up_blocks")
+        names = sorted(
+            (name for name in made if ".attn2." in f".{name}"),
+            key=lambda name: parts.index(head) if (head := name.partition(".")[0]) in parts else len(parts),
+        )
+        made |= {name: RegionalProcessor(self, place) for place, name in enumerate(names)}
+        if not names:
             raise MoleStateError("regional", "the UNet has no cross-attention layers (attn2)")
         try:
             self._hooks.append(unet.register_forward_pre_hook(self._see, with_kwargs=True))
