@@ -24,7 +24,7 @@ from mole_kernels.experts.lowrank import Expert
 from mole_kernels.files.reader import read_tensors
 from mole_kernels.files.writer import atomic_save
 from mole_kernels.io import load_expert, save_expert
-from mole_kernels.methods.difflora.features import Picture
+from mole_kernels.methods.difflora.features import ImageEncoder, Picture
 from mole_kernels.methods.difflora.manifest import Manifest, tensors_of
 from mole_kernels.methods.difflora.store import as_plain, read_json, write_json
 from mole_kernels.methods.mole.stages import train_expert
@@ -56,6 +56,20 @@ class MinimumSize:
     def __call__(self, picture: Picture) -> str | None:
         short = min(picture.size)
         return f"its shorter side has {short} pixels, at least {self.pixels} are asked for" if short < self.pixels else None
+
+
+@dataclass(frozen=True)
+class HasFace:
+    """Keeps pictures in which a face encoder, such as `InsightFaces`, finds a face."""
+
+    encoder: ImageEncoder
+
+    def __call__(self, picture: Picture) -> str | None:
+        try:
+            self.encoder([picture])
+        except MoleValueError as error:
+            return f"the face encoder got {error.got}" if error.got else error.problem
+        return None
 
 
 @dataclass(frozen=True)

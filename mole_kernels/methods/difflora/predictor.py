@@ -70,7 +70,7 @@ class Predictor(nn.Module):
     def prepare(self, pictures: Sequence[Picture], where: str = "prepare") -> dict[str, Tensor]:
         """What is made of n pictures once: {"face": [n,…], "image": [n,…]}, features of a frozen encoder, pixels for one that trains.
 
-        Raises MoleValueError for no pictures, MoleShapeError where an encoder gives features of another size.
+        Raises MoleValueError for no pictures or one without a face, MoleShapeError where an encoder gives features of another size.
         """
         if not len(pictures):
             raise MoleValueError(where, expected="at least one picture of each person", got="none")
@@ -79,7 +79,11 @@ class Predictor(nn.Module):
             if kind in self.own:
                 made[kind] = self.own[kind].pixels(pictures)  # type: ignore[operator]
                 continue
-            features = self.given[kind](pictures)
+            try:
+                features = self.given[kind](pictures)
+            # no face in a picture: the encoder does not know whose it is
+            except MoleValueError as error:
+                raise MoleValueError(f"{where}, {kind} encoder", error.problem, expected=error.expected, got=error.got) from error
             if features.shape != (len(pictures), self.dims[kind]):
                 raise MoleShapeError(
                     f"{where}, {kind} encoder", expected=f"features [{len(pictures)},{self.dims[kind]}]", got=tuple(features.shape),

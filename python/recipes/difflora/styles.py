@@ -15,7 +15,7 @@ from mole_kernels.demo import data
 
 @dataclass(frozen=True)
 class Style:
-    """slant: shear of the strokes · stroke: exponent of the ink, below 1 is bolder · hue: of the card, in 0..1; the ink is its complement"""
+    """slant: shear of the strokes · stroke: exponent of the ink, below 1 is bolder · hue: of the card; the ink is its complement"""
 
     slant: float
     stroke: float
