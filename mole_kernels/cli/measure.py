@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mole_kernels.backends import stacked, triton
+from mole_kernels.backends import cuda, stacked, triton
+from mole_kernels.dispatch.choose import HOPPER
 from mole_kernels.dispatch.suite import Call
 from mole_kernels.errors import printable
 
@@ -80,6 +81,8 @@ def programs(call: Call, names: list[str]) -> dict[str, Callable[[], list[Tensor
 
 
 def _way(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    if name in HOPPER:
+        return lambda *operands: cuda.forward(*operands, way=name.removeprefix("cuda_"))  # type: ignore[misc]
     return lambda *operands: triton.forward(*operands, way=name)  # type: ignore[misc]
 
 

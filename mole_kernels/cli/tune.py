@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mole_kernels.backends import cuda
 from mole_kernels.cli.screen import done, out, remark, table
 from mole_kernels.dispatch import tables
-from mole_kernels.dispatch.choose import CANDIDATES, choose, refusal
+from mole_kernels.dispatch.choose import CANDIDATES, HOPPER, choose, refusal
 from mole_kernels.dispatch.device import Device, known, present
 from mole_kernels.dispatch.suite import Call, suite
 from mole_kernels.dispatch.tables import Row, Table, key_of
@@ -78,7 +79,7 @@ def collect(calls: list[Call], device: Device, measure: Callable[[Call, list[str
         task = bar.add_task("measuring", total=len(calls))
         for call in calls:
             bar.update(task, description=f"{call.model} {call.problem.M}×{call.problem.K}×{call.problem.N} R={call.problem.R}")
-            names = [name for name in CANDIDATES if refusal(name, call.problem, call.use) is None]
+            names = [name for name in _candidates() if refusal(name, call.problem, call.use) is None]
             us, without = measure(call, names)
             failed += [f"{call.problem}, {call.use.direction}: {name}: {why}" for name, why in without.items()]
             if {"plain", "stacked"} <= set(us):
@@ -88,6 +89,11 @@ def collect(calls: list[Call], device: Device, measure: Callable[[Call, list[str
     software = {name: _version(name) for name in ("torch", "triton")} | {"cuda": str(torch.version.cuda)}
     utc = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     return Table(device.name, device.key, device.capability, device.processors, software, utc, tuple(rows)), failed
+
+
+def _candidates() -> tuple[str, ...]:
+    """All that can run on this machine."""
+    return CANDIDATES + HOPPER if cuda.why_not() is None else CANDIDATES
 
 
 def _version(name: str) -> str:
@@ -101,7 +107,7 @@ def summary(calls: list[Call], made: Table, device: Device) -> None:
     """How often each candidate was fastest, how often the model would have said so, and what its other choices would have cost."""
     found = regret(calls, made, device)
     rows = []
-    for name in CANDIDATES:
+    for name in CANDIDATES + HOPPER:
         guesses = [loss for guess, _, loss in found if guess == name]
         first = sum(best == name for _, best, _ in found)
         if first or guesses:
@@ -117,8 +123,8 @@ def regret(calls: list[Call], made: Table, device: Device) -> list[tuple[str, st
     rows = {row: row for row in made.rows}
     for call in calls:
         row = rows.get(key_of(call.problem, call.use))
-        guess = choose(call.problem, device, None, call.use).name
+        guess = choose(call.problem, device, None, call.use, _candidates()).name
         if row is not None and guess in row.us:
-            best = min((name for name in CANDIDATES if name in row.us), key=row.us.__getitem__)
+            best = min((name for name in CANDIDATES + HOPPER if name in row.us), key=row.us.__getitem__)
             found.append((guess, best, row.us[guess] / row.us[best]))
     return found
