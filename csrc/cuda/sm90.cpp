@@ -111,8 +111,9 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-Sizes sizes_of(int64_t B, int64_t T, int64_t K, int64_t N, int64_t R, int64_t E, int64_t S, bool token, bool pooled) {
-  const bool alone = S > 1 || pooled;
+// apart: samples name their sets, and their rows stay apart
+Sizes sizes_of(int64_t B, int64_t T, int64_t K, int64_t N, int64_t R, int64_t E, int64_t S, bool token, bool pooled, bool apart) {
+  const bool alone = S > 1 || pooled || apart;
   return {alone ? B : 1, alone ? T : B * T, K, N, R, E, token, pooled};
 }
 
@@ -129,9 +130,9 @@ struct Rooms {
 // The fastest tile for these sizes by prediction: warp groups, columns, extra columns, cluster, stages, shared bytes, grid, slices,
 // floats of z, floats of shares, counters, nanoseconds; or none and the reason.  device < 0: an H200 as it is nominally
 std::tuple<std::vector<int64_t>, std::string> sm90_plan(std::string way, std::vector<int64_t> sizes, bool token, bool pooled,
-                                                        int64_t device) {
+                                                        bool assigned, int64_t device) {
   STD_TORCH_CHECK(sizes.size() == 7, "mole_cuda: expected sizes B, T, K, N, R, E, S");
-  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled);
+  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled, assigned);
   const Candidate best = choose(way_of(way), s, device < 0 ? Card{} : card_of(int(device)));
   if (!best.reason.empty()) return {std::vector<int64_t>{}, best.reason};
   const Tile& t = best.tile;
@@ -144,7 +145,7 @@ std::tuple<std::vector<int64_t>, std::string> sm90_plan(std::string way, std::ve
 // all candidates, one to a line: groups columns extra cluster, then predicted microseconds or the reason why not
 std::string sm90_candidates(std::string way, std::vector<int64_t> sizes, bool token, bool pooled) {
   STD_TORCH_CHECK(sizes.size() == 7, "mole_cuda: expected sizes B, T, K, N, R, E, S");
-  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled);
+  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled, false);
   std::string text;
   for (const Candidate& c : candidates(way_of(way), s, Card{})) {
     text += std::to_string(c.tile.rows()) + "×" + std::to_string(c.tile.shape.columns) + "+" + std::to_string(c.tile.shape.extra) +
@@ -169,7 +170,7 @@ int64_t sm90_shared(std::string way, std::vector<int64_t> shape) {
 // y (and h, l, G where tensors for them are given) of one call; tile: warp groups, columns, extra columns, cluster, from sm90_plan.
 // Returns why TMA cannot take a tensor's layout, and has done nothing then; or an empty text.
 std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tensor up, Tensor scale, std::vector<int64_t> ranks, Maybe gate, Maybe phi,
-                  Maybe phi_bias, Maybe pool, Maybe pool_bias, Tensor y, Maybe h, Maybe token_gate, Maybe sample_gate, Maybe z, Maybe parts,
+                  Maybe phi_bias, Maybe pool, Maybe pool_bias, Maybe assignment, int64_t top_k, Tensor y, Maybe h, Maybe token_gate, Maybe sample_gate, Maybe z, Maybe parts,
                   Maybe flags, std::string way, std::vector<int64_t> tile) {
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 3 && weight.dim() == 2 && down.dim() == 3 && up.dim() == 3,
                   "mole_cuda: expected x [B,T,K] on a CUDA device, weight [N,K], down [S,R,K], up [S,N,R], got ", shape_of(x), ", ",
@@ -180,7 +181,8 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "mole_cuda: expected x in bfloat16 or float16");
   STD_TORCH_CHECK(B * T > 0 && B * T < int64_t(1) << 31 && K > 0 && N > 0 && R > 0, "mole_cuda: nothing to do, or too much, for x ", shape_of(x));
-  STD_TORCH_CHECK(S == 1 || S == B, "mole_cuda: expected down [S,R,K] with S = 1 or B = ", B, ", got ", shape_of(down));
+  STD_TORCH_CHECK(assignment || S == 1 || S == B, "mole_cuda: expected down [S,R,K] with S = 1 or B = ", B, ", got ", shape_of(down));
+  STD_TORCH_CHECK(S > 0 && top_k >= 0 && (top_k == 0 || phi), "mole_cuda: expected top_k = 0, or k ≥ 1 with phi, and at least one set");
   STD_TORCH_CHECK(E >= 1 && E <= MOST_EXPERTS, "mole_cuda: expected 1 to ", MOST_EXPERTS, " experts, got ", E);
   STD_TORCH_CHECK(tile.size() == 4, "mole_cuda: expected tile: warp groups, columns, extra columns, cluster");
   expect(weight, "weight", {N, K}, device);
@@ -191,7 +193,7 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
   for (auto [t, name] : {std::pair<const Tensor*, const char*>{&weight, "weight"}, {&down, "down"}, {&up, "up"}, {&y, "y"}})
     expect_type(*t, name, type);
 
-  const Sizes s = sizes_of(B, T, K, N, R, E, S, phi.has_value(), pool.has_value());
+  const Sizes s = sizes_of(B, T, K, N, R, E, S, phi.has_value(), pool.has_value(), assignment.has_value());
   const Way chosen = way_of(way);
   const std::string never = refusal(chosen, s);
   STD_TORCH_CHECK(never.empty(), "mole_cuda: ", way, " refuses: ", never);
@@ -202,7 +204,7 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
   const torch::stable::accelerator::DeviceGuard on(device);
   Call call{};
   Params& p = call.params;
-  const bool alone = S > 1 || pool.has_value();
+  const bool alone = S > 1 || pool.has_value() || assignment.has_value();
   std::string reason;
   call.x = grouped(reason, x, "x", alone);
   call.y = grouped(reason, y, "y", alone);
@@ -258,6 +260,13 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
     expect(*sample_gate, "sample_gate", {B, E}, device);
     p.sample_gate = static_cast<float*>(workspace(sample_gate, "sample_gate", ScalarType::Float, B * E, device));
   }
+  if (assignment) {
+    expect(*assignment, "assignment", {B}, device);
+    expect_type(*assignment, "assignment", ScalarType::Long);
+    STD_TORCH_CHECK(assignment->is_contiguous(), "mole_cuda: expected a contiguous assignment");
+    p.assignment = static_cast<const int64_t*>(assignment->data_ptr());
+  }
+  p.top_k = int32_t(std::min(top_k, E));
   if (h) {
     expect(*h, "h", {B, T, R}, device);
     p.h = workspace(h, "h", type, B * T * R, device);
@@ -268,7 +277,7 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
   p.parts = static_cast<float*>(workspace(parts, "parts", ScalarType::Float, rooms.parts, device));
   p.flags = static_cast<uint32_t*>(workspace(flags, "flags", ScalarType::Int, rooms.flags, device));
   p.T = int32_t(T), p.N = int32_t(N), p.K = int32_t(K), p.R = int32_t(R), p.E = int32_t(E);
-  p.span = int32_t(s.span), p.groups = int32_t(s.groups), p.many = S > 1, p.token = phi.has_value(), p.pooled = pool.has_value();
+  p.span = int32_t(s.span), p.groups = int32_t(s.groups), p.sets = int32_t(S), p.token = phi.has_value(), p.pooled = pool.has_value();
   for (int64_t e = 0; e < E; ++e) p.first[e + 1] = p.first[e] + int32_t(ranks[e]);
   STD_TORCH_CHECK(p.first[E] == R, "mole_cuda: the ranks do not add up to the rows of down ", shape_of(down));
   call.bf16 = type == ScalarType::BFloat16;
@@ -323,14 +332,14 @@ void sm90_ladder(Tensor x, Tensor weight, Maybe bias, Maybe z, Maybe up, Tensor 
 }  // namespace mole
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mole_cuda, m) {
-  m.def("sm90_plan(str way, int[] sizes, bool token, bool pooled, int device) -> (int[], str)");
+  m.def("sm90_plan(str way, int[] sizes, bool token, bool pooled, bool assigned, int device) -> (int[], str)");
   m.def("sm90_candidates(str way, int[] sizes, bool token, bool pooled) -> str");
   m.def("sm90_shared(str way, int[] shape) -> int");
   m.def(
       "sm90_ladder(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor? up, Tensor(a!) y, int step, int columns) -> ()");
   m.def(
       "sm90_forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, Tensor? gate, Tensor? phi, "
-      "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, Tensor(a!) y, Tensor(b!)? h, Tensor(c!)? token_gate, Tensor(d!)? sample_gate, "
+      "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, Tensor? assignment, int top_k, Tensor(a!) y, Tensor(b!)? h, Tensor(c!)? token_gate, Tensor(d!)? sample_gate, "
       "Tensor(e!)? z, Tensor(f!)? parts, Tensor(g!)? flags, str way, int[] tile) -> str");
 }
 

@@ -50,24 +50,36 @@ def reject(problem: Problem) -> str | None:
 @lru_cache(maxsize=4096)
 def _way(
     index: int | None, B: int, T: int, K: int, N: int, ranks: tuple[int, ...], S: int, dtype: torch.dtype, token: bool, sample: bool,
-    gate: tuple[bool, bool] | None, save: bool,
+    gate: tuple[bool, bool] | None, top_k: int, assigned: bool, save: bool,
 ) -> str:  # fmt: skip
     """What `choose` takes for a kind of call, of Triton's ways too; gate: whether the given one varies by sample, by token."""
-    problem = Problem(B, T, K, N, ranks, S, dtype, "cuda", token, sample, gate is not None)
+    problem = Problem(B, T, K, N, ranks, S, dtype, "cuda", token, sample, gate is not None, top_k, assigned)
     by_sample, by_token = gate or (False, False)
     device = devices.present(index)
     names = CANDIDATES + HOPPER if triton.reject(problem) is None else ("stacked", *HOPPER)
-    names = tuple(n for n in names if n not in HOPPER or not _plan(n.removeprefix("cuda_"), B, T, K, N, ranks, S, token, sample, index)[1])
+    names = tuple(
+        n for n in names if n not in HOPPER or not _plan(n.removeprefix("cuda_"), B, T, K, N, ranks, S, token, sample, assigned, index)[1]
+    )
     return choose(problem, device, for_device(device), Use(False, save, by_token, by_sample), names).name
 
 
 @lru_cache(maxsize=4096)
 def _plan(
-    way: str, B: int, T: int, K: int, N: int, ranks: tuple[int, ...], S: int, token: bool, sample: bool, index: int | None
+    way: str,
+    B: int,
+    T: int,
+    K: int,
+    N: int,
+    ranks: tuple[int, ...],
+    S: int,
+    token: bool,
+    sample: bool,
+    assigned: bool,
+    index: int | None,
 ) -> tuple[tuple[int, ...], str]:
     """The library's tile for a way, and the floats of z, floats of shares and counters that it needs; or the reason why it has none."""
     device = torch.cuda.current_device() if index is None else index
-    plan, reason = torch.ops.mole_cuda.sm90_plan(way, [B, T, K, N, sum(ranks), len(ranks), S], token, sample, device)
+    plan, reason = torch.ops.mole_cuda.sm90_plan(way, [B, T, K, N, sum(ranks), len(ranks), S], token, sample, assigned, device)
     return tuple(plan), reason
 
 
@@ -83,17 +95,17 @@ def forward(
     arguments = (x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k)
     B, T, K = x.shape
     kind = (B, T, K, weight.shape[0], tuple(ranks), down.shape[0])
-    token, sample, index = phi is not None, pool is not None, x.device.index
+    token, sample, assigned, index = phi is not None, pool is not None, assignment is not None, x.device.index
     chosen = way
     if chosen is None:
         varies = None if gate is None else (gate.shape[0] > 1, gate.shape[1] > 1)
-        chosen = _way(index, *kind, x.dtype, token, sample, varies, save)
+        chosen = _way(index, *kind, x.dtype, token, sample, varies, top_k if token else 0, assigned, save)
         if chosen not in HOPPER:
             return _elsewhere(arguments, chosen)
         chosen = chosen.removeprefix("cuda_")
     elif chosen not in WAYS:
         raise MoleBackendError("backend 'cuda'", f"has no way {chosen!r}: {', '.join(WAYS)}")
-    plan, reason = _plan(chosen, *kind, token, sample, index)
+    plan, reason = _plan(chosen, *kind, token, sample, assigned, index)
     if not reason:
         *outputs, reason = _run(chosen, plan, arguments)
     if not reason:
@@ -105,7 +117,7 @@ def forward(
 
 def _run(way: str, plan: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """One launch with the outputs and the workspace that it fills -> y, h, l, G, and why it was refused ("" where it was not)."""
-    x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, _, _ = arguments
+    x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k = arguments
     B, T, _ = x.shape
     E = len(ranks)
     floats = {"dtype": torch.float32, "device": x.device}
@@ -118,11 +130,11 @@ def _run(way: str, plan: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[A
     z = torch.empty(n_z, **floats) if n_z else None
     parts = torch.empty(n_parts, **floats) if n_parts else None
     counters = flags(x.device, n_flags) if n_flags else None
-    vectors = (t if t is None else t.contiguous() for t in (bias, scale, phi_bias, pool, pool_bias))
-    bias, scale, phi_bias, pool, pool_bias = vectors
+    vectors = (t if t is None else t.contiguous() for t in (bias, scale, phi_bias, pool, pool_bias, assignment))
+    bias, scale, phi_bias, pool, pool_bias, assignment = vectors
     reason = torch.ops.mole_cuda.sm90_forward(
-        x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, y, h, token_gate, sample_gate, z, parts, counters,
-        way, plan[:4],
+        x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, assignment,
+        top_k if phi is not None else 0, y, h, token_gate, sample_gate, z, parts, counters, way, plan[:4],
     )  # fmt: skip
     absent = torch.empty(0, **floats)
     gates = (absent if g is None else g for g in (token_gate, sample_gate))

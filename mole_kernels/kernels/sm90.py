@@ -33,12 +33,8 @@ def impossible(problem: Problem) -> str | None:
     """Why none of the ways computes `problem` on a Hopper GPU, or None."""
     if problem.dtype not in DTYPES:
         return f"has no kernels for {problem.dtype}"
-    if 0 in (problem.M, problem.K, problem.N, problem.R):
+    if 0 in (problem.M, problem.K, problem.N, problem.R, problem.S):
         return "there is nothing to compute"
-    if problem.top_k:
-        return "has no softmax over the experts"
-    if problem.assigned:
-        return "has no sets by assignment"
     if problem.M >= 1 << 31:
         return "takes fewer than 2^31 rows"
     for name, size in (("K", problem.K), ("N", problem.N), ("R", problem.R)):

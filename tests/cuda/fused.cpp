@@ -23,9 +23,9 @@ namespace {
 
 struct Case {
   std::string way;
-  int B, T, K, N, S, warp_groups, columns, extra, cluster;
+  int B, T, K, N, S, warp_groups, columns, extra, cluster, top_k;
   std::vector<int> ranks;
-  bool token, pooled, mask, save;
+  bool token, pooled, mask, save, assigned;
   uint64_t seed;
   unsigned resident;
   int R() const {
@@ -34,6 +34,8 @@ struct Case {
     return sum;
   }
   int E() const { return int(ranks.size()); }
+  // the set of a sample; with an assignment the last ones first, and none for the first sample
+  int set(int b) const { return assigned ? (b == 0 ? -1 : (S - 1 - b % S)) : S > 1 ? b : 0; }
 };
 
 template <class T>
@@ -67,13 +69,15 @@ struct Tensors {
   emu::Output<float> token_gate;
   emu::Memory<float> sample_gate, z, parts;
   emu::Memory<uint32_t> flags;
+  emu::Input<int64_t> assignment;
 
   explicit Tensors(const Case& c, size_t n_z, size_t n_parts, size_t n_flags)
       : x("x", size_t(c.B) * c.T * c.K), w("w", size_t(c.N) * c.K), bias("bias", c.N), down("down", size_t(c.S) * c.R() * c.K),
         up("up", size_t(c.S) * c.N * c.R()), phi("phi", size_t(c.E()) * c.K), scale("scale", c.E()), phi_bias("phi_bias", c.E()),
         pool("pool", size_t(c.S) * c.R()), pool_bias("pool_bias", c.E()), gate("gate", size_t(c.T) * c.E()),
         y("y", size_t(c.B) * c.T * c.N), h("h", c.save ? size_t(c.B) * c.T * c.R() : 1), token_gate("token_gate", c.token ? size_t(c.B) * c.T * c.E() : 1),
-        sample_gate("sample_gate", size_t(c.B) * c.E(), NAN), z("z", n_z + 1, NAN), parts("parts", n_parts + 1, NAN), flags("flags", n_flags + 1, 0) {
+        sample_gate("sample_gate", size_t(c.B) * c.E(), NAN), z("z", n_z + 1, NAN), parts("parts", n_parts + 1, NAN), flags("flags", n_flags + 1, 0), assignment("assignment", c.B) {
+    for (int b = 0; b < c.B; ++b) assignment[b] = c.set(b);
     emu::Random random(c.seed);
     const double in = 1 / std::sqrt(double(c.K)), rank = 1 / std::sqrt(double(c.R()));
     fill(x, random, 1), fill(w, random, in), fill(bias, random, 1), fill(down, random, in), fill(up, random, rank), fill(phi, random, 3 * in);
@@ -87,7 +91,7 @@ Params params_of(const Case& c, const Tile& t, const Sizes& s) {
   p.T = c.T, p.N = c.N, p.K = c.K, p.R = c.R(), p.E = c.E();
   p.span = int32_t(s.span), p.groups = int32_t(s.groups);
   p.row_tiles = int32_t(t.row_tiles), p.column_tiles = int32_t(t.column_tiles), p.slice = t.slice, p.slices = t.slices, p.stages = t.stages;
-  p.many = c.S > 1, p.token = c.token, p.pooled = c.pooled, p.save = c.save;
+  p.sets = c.S, p.top_k = c.top_k, p.token = c.token, p.pooled = c.pooled, p.save = c.save;
   p.gate_t = c.E(), p.gate_e = 1, p.pool_set = c.R();
   for (int e = 0; e < c.E(); ++e) p.first[e + 1] = p.first[e] + c.ranks[e];
   return p;
@@ -113,6 +117,27 @@ void run(const Case& c, const Tile& t, const Maps& maps, const Params& p) {
     emu::launch(launch, [&] { tile_kernel<T, GROUPS, BN, NX, false>(maps, p); });
 }
 
+// l of one row in float64
+template <class T>
+std::vector<double> token_gates(const Case& c, const Tensors<T>& d, int m) {
+  std::vector<double> logit(c.E()), l(c.E(), 0.0);
+  for (int e = 0; c.token && e < c.E(); ++e) {
+    logit[e] = d.phi_bias[e];
+    for (int k = 0; k < c.K; ++k) logit[e] += double(to_float(d.x[size_t(m) * c.K + k])) * to_float(d.phi[size_t(e) * c.K + k]);
+    l[e] = 1 / (1 + std::exp(-logit[e]));
+  }
+  if (!c.token || !c.top_k) return l;
+  double sum = 0;
+  for (int e = 0; e < c.E(); ++e) {
+    int before = 0;
+    for (int other = 0; other < c.E(); ++other) before += logit[other] > logit[e];
+    l[e] = before < c.top_k ? std::exp(logit[e]) : 0;
+    sum += l[e];
+  }
+  for (double& v : l) v /= sum;
+  return l;
+}
+
 // y [M,N], h, l, G in float64; slack: what ambiguous roundings of z may do to y
 template <class T>
 int compare(const Case& c, const Tensors<T>& d) {
@@ -120,12 +145,13 @@ int compare(const Case& c, const Tensors<T>& d) {
   std::vector<int> owner;
   for (int e = 0; e < E; ++e) owner.insert(owner.end(), c.ranks[e], e);
   std::vector<double> h(size_t(M) * R), gate(size_t(c.B) * E, 1.0);
-  const auto set = [&](int m) { return c.S > 1 ? m / c.T : 0; };
+  const auto set = [&](int m) { return std::max(0, c.set(m / c.T)); };
+  const auto none = [&](int m) { return c.set(m / c.T) < 0; };
   double worst_h = 0, worst_gate = 0, worst = 0, square = 0;
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r) {
       double sum = 0;
-      for (int k = 0; k < K; ++k) sum += double(to_float(d.x[size_t(m) * K + k])) * to_float(d.down[(size_t(set(m)) * R + r) * K + k]);
+      for (int k = 0; k < K && !none(m); ++k) sum += double(to_float(d.x[size_t(m) * K + k])) * to_float(d.down[(size_t(set(m)) * R + r) * K + k]);
       h[size_t(m) * R + r] = sum;
       if (c.save) worst_h = std::max(worst_h, (std::fabs(to_float(d.h[size_t(m) * R + r]) - sum) - step_of<T>(sum) / 2) / 0.3);
     }
@@ -133,19 +159,18 @@ int compare(const Case& c, const Tensors<T>& d) {
     for (int e = 0; e < E; ++e) {
       double logit = d.pool_bias[e];
       for (int r = 0; r < R; ++r)
-        for (int t = 0; t < c.T && owner[r] == e; ++t) logit += h[(size_t(b) * c.T + t) * R + r] * d.pool[size_t(c.S > 1 ? b : 0) * R + r] / c.T;
+        for (int t = 0; t < c.T && owner[r] == e; ++t) logit += h[(size_t(b) * c.T + t) * R + r] * d.pool[size_t(set(b * c.T)) * R + r] / c.T;
       gate[size_t(b) * E + e] = 1 / (1 + std::exp(-logit));
       worst_gate = std::max(worst_gate, std::fabs(gate[size_t(b) * E + e] - d.sample_gate[size_t(b) * E + e]));
     }
   for (int m = 0; m < M; ++m) {
     std::vector<double> z(R), doubt(R, 0.0);
+    const std::vector<double> local = token_gates(c, d, m);
     for (int e = 0; e < E; ++e) {
       double g = d.scale[e] * gate[size_t(m / c.T) * E + e];
       if (c.mask) g *= d.gate[size_t(m % c.T) * E + e];
       if (c.token) {
-        double logit = d.phi_bias[e];
-        for (int k = 0; k < K; ++k) logit += double(to_float(d.x[size_t(m) * K + k])) * to_float(d.phi[size_t(e) * K + k]);
-        const double l = 1 / (1 + std::exp(-logit));
+        const double l = local[e];
         worst_gate = std::max(worst_gate, std::fabs(l - d.token_gate[size_t(m) * E + e]));
         g *= l;
       }
@@ -161,7 +186,7 @@ int compare(const Case& c, const Tensors<T>& d) {
       for (int k = 0; k < K; ++k) sum += double(to_float(d.x[size_t(m) * K + k])) * to_float(d.w[size_t(n) * K + k]);
       for (int r = 0; r < R; ++r) {
         const double b = to_float(d.up[(size_t(set(m)) * N + n) * R + r]);
-        sum += z[r] * b, slack += doubt[r] * std::fabs(b);
+        sum += none(m) ? 0 : z[r] * b, slack += doubt[r] * std::fabs(b);
       }
       const double error = std::fabs(double(to_float(d.y[size_t(m) * N + n])) - sum);
       square += sum * sum;
@@ -179,7 +204,7 @@ int compare(const Case& c, const Tensors<T>& d) {
 
 template <class T>
 int test(const Case& c) {
-  const bool alone = c.S > 1 || c.pooled;
+  const bool alone = c.S > 1 || c.pooled || c.assigned;
   const Sizes s{alone ? c.B : 1, alone ? c.T : c.B * c.T, c.K, c.N, c.R(), c.E(), c.token, c.pooled};
   const Way way = c.way == "cluster" ? Way::cluster : c.way == "persistent" ? Way::persistent : Way::recompute;
   Card card;
@@ -200,11 +225,12 @@ int test(const Case& c) {
   p.gate = {c.mask ? d.gate.data() : nullptr, Kind::f32}, p.phi_bias = {d.phi_bias.data(), Kind::f32};
   p.pool = {d.pool.data(), Kind::f32}, p.pool_bias = {d.pool_bias.data(), Kind::f32};
   p.h = d.h.data(), p.token_gate = d.token_gate.data(), p.sample_gate = d.sample_gate.data();
+  p.assignment = c.assigned ? d.assignment.data() : nullptr;
   p.z = d.z.data(), p.parts = d.parts.data(), p.flags = d.flags.data();
   const uint32_t rows = uint32_t(tile.rows() / (way == Way::cluster ? c.cluster : 1));
   const Maps maps{map3(d.x, c.K, s.span, s.groups, DEPTH, rows, 128), map3(d.w, c.K, c.N, 1, DEPTH, c.columns, 128),
                   map3(d.down, c.K, c.R(), c.S, DEPTH, tile.slice, 128), map3(d.phi, c.K, c.E(), 1, DEPTH, LOGITS, 128),
-                  map3(d.up, c.R(), c.N, c.S, DEPTH, c.columns, 128), map3(d.y, c.N, s.span, s.groups, 32, 64, 64)};
+                  map3(d.up, c.R(), c.N, c.S, DEPTH, c.columns + (way == Way::persistent ? 0 : c.extra), 128), map3(d.y, c.N, s.span, s.groups, 32, 64, 64)};
 #ifndef MOLE_ONE_KERNEL
   if (c.warp_groups == 2)
     run<T, 2, 64, 24>(c, tile, maps, p);
@@ -229,6 +255,7 @@ int main(int argc, char** argv) {
   std::stringstream list(args.text("ranks", "8,16"));
   for (std::string r; std::getline(list, r, ',');) c.ranks.push_back(std::stoi(r));
   c.token = args.get("token", 1), c.pooled = args.get("pooled", 0), c.mask = args.get("mask", 0), c.save = args.get("save", 1);
+  c.top_k = args.get("topk", 0), c.assigned = args.get("assigned", 0);
   c.seed = args.seed(), c.resident = unsigned(args.get("resident", 0));
 #ifndef MOLE_ONE_KERNEL
   if (args.text("dtype", "bf16") == "fp16") return test<fp16>(c);

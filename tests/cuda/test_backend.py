@@ -30,8 +30,6 @@ def hopper_problem(**change):
         (dict(K=1281), "K = 1281 is no multiple of 8"),
         (dict(ranks=(3, 4)), "R = 7 is no multiple of 8"),
         (dict(T=0), "nothing to compute"),
-        (dict(top_k=2), "no softmax"),
-        (dict(assigned=True, S=5), "no sets by assignment"),
         (dict(ranks=(8,) * 9), "9 experts"),
         (dict(ranks=(8,) * 17, token_gate=False), "17 experts"),
     ],
@@ -57,19 +55,43 @@ class StandIn:
     def __init__(self, refuse=""):
         self.refuse, self.calls = refuse, []
 
-    def sm90_plan(self, way, sizes, token, sample, device):
+    def sm90_plan(self, way, sizes, token, sample, assigned, device):
         if way == "recompute" and sample:
             return [], "the sample gate needs every token"
         return [2, 160, 24, 4, 4, 200_000, 128, 4, 0 if way == "cluster" else 7, 5 * sample, 11], ""
 
     def sm90_forward(
-        self, x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, y, h, l, G, z, parts, flags, way, tile
+        self,
+        x,
+        weight,
+        bias,
+        down,
+        up,
+        scale,
+        ranks,
+        gate,
+        phi,
+        phi_bias,
+        pool,
+        pool_bias,
+        assignment,
+        top_k,
+        y,
+        h,
+        l,
+        G,
+        z,
+        parts,
+        flags,
+        way,
+        tile,
     ):
         self.calls.append((way, tuple(tile), z, parts, flags))
         if self.refuse:
             return self.refuse
         from mole_kernels.operands import Experts, Gates
 
+        assert assignment is None and top_k == 0
         wide = [None if t is None else t.double() for t in (x, weight, bias, down, up, gate, phi, phi_bias, pool, pool_bias)]
         truth = gated_lora_ref(*wide[:3], Experts(wide[3], wide[4], scale.double(), tuple(ranks)), Gates(*wide[5:]))
         for out, value in zip((y, l, G), truth):

@@ -52,13 +52,13 @@ def test_every_kernel_is_there_and_none_spills():
 @built
 def test_the_operators_say_what_is_wrong_without_a_gpu():
     ops = torch.ops.mole_cuda
-    plan, reason = ops.sm90_plan("cluster", [1, 2048, 1280, 1280, 64, 2, 1], True, False, -1)
+    plan, reason = ops.sm90_plan("cluster", [1, 2048, 1280, 1280, 64, 2, 1], True, False, False, -1)
     assert plan[:4] == [2, 160, 16, 8] and not reason
     with pytest.raises(RuntimeError, match="expected way cluster, persistent or recompute, got merge"):
-        ops.sm90_plan("merge", [1, 2048, 1280, 1280, 64, 2, 1], True, False, -1)
+        ops.sm90_plan("merge", [1, 2048, 1280, 1280, 64, 2, 1], True, False, False, -1)
     x = torch.zeros(1, 8, 8, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="sm90_forward"):
         ops.sm90_forward(
-            x, x[0], None, x, x, torch.ones(1), [8], None, None, None, None, None, x, None, None, None, None, None, None,
+            x, x[0], None, x, x, torch.ones(1), [8], None, None, None, None, None, None, 0, x, None, None, None, None, None, None,
             "cluster", [1, 128, 16, 2],
         )  # fmt: skip

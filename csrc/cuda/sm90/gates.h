@@ -22,6 +22,33 @@ MOLE_DEVICE void fill_owners(int32_t* owner, const Params& p, int columns, int t
   }
 }
 
+// the exponential of what is not above 0, by the sigmoid that we have
+MOLE_DEVICE float exp_below(float x) {
+  const float s = sigmoid(x);
+  return s / (1.0f - s);
+}
+
+// logits of one row -> softmax over the k largest, 0 for the others; of equal ones the first counts as the larger. In shared memory and
+// not unrolled: its registers would be the accumulators'
+MOLE_DEVICE void softmax_row(float* row, const Params& p) {
+#pragma unroll 1
+  for (int e = 0; p.phi_bias.at && e < p.E; ++e) row[e] += number(p.phi_bias, e);
+  unsigned chosen = 0;
+  float most = row[0], sum = 0;
+#pragma unroll 1
+  for (int e = 0; e < p.E; ++e) {
+    int before = 0;
+#pragma unroll 1
+    for (int other = 0; other < p.E; ++other) before += row[other] > row[e] || (row[other] == row[e] && other < e);
+    if (before < p.top_k) chosen |= 1u << e;
+    most = row[e] > most ? row[e] : most;
+  }
+#pragma unroll 1
+  for (int e = 0; e < p.E; ++e) sum += row[e] = chosen >> e & 1u ? exp_below(row[e] - most) : 0.0f;
+#pragma unroll 1
+  for (int e = 0; e < p.E; ++e) row[e] /= sum;
+}
+
 // γ_e of this warp's 16 rows -> gamma [64·groups,E+1], 0 for rows past the end and in the last column.  h [64,2H] a tile of h, its
 // logits from column `slice` on.  pooled: times the sample gate.  Each warp's rows are its own, so a warp barrier is enough.
 template <int H>
@@ -35,6 +62,8 @@ MOLE_DEVICE void row_gates(const float (&h)[H], float* gamma, const Params& p, c
       if (e >= 0 && e < p.E) mine[me.row(i) * pitch + e] = h[i];
     }
     __syncwarp();
+    if (p.top_k && me.lane < 16) softmax_row(mine + (me.warp * 16 + me.lane) * pitch, p);
+    __syncwarp();
   }
   for (int at = me.lane; at < 16 * pitch; at += 32) {
     const int row = me.warp * 16 + at / pitch, e = at % pitch;
@@ -45,7 +74,8 @@ MOLE_DEVICE void row_gates(const float (&h)[H], float* gamma, const Params& p, c
       g = number(p.scale, e);
       if (p.gate.at) g *= number(p.gate, b * p.gate_b + t * p.gate_t + e * p.gate_e);
       if (p.token) {
-        const float l = sigmoid(mine[row * pitch + e] + (p.phi_bias.at ? number(p.phi_bias, e) : 0.0f));
+        const float seen = mine[row * pitch + e];
+        const float l = p.top_k ? seen : sigmoid(seen + (p.phi_bias.at ? number(p.phi_bias, e) : 0.0f));
         if (writes) p.token_gate[m * p.E + e] = l;
         g *= l;
       }
@@ -85,7 +115,8 @@ template <int H>
 MOLE_DEVICE void pool_share(const float (&h)[H], float* sums, float* share, const int32_t* owner, const Params& p, const Rows& rows,
                        const Lane& me, int first) {
   float* mine = sums + (me.group * 4 + me.warp) * (2 * H);
-  const int64_t set = p.many ? rows.group * p.pool_set : 0;
+  const int chosen = set_of(p, rows.group);
+  const int64_t set = (chosen >= 0 && chosen < p.sets ? chosen : 0) * p.pool_set;
 #pragma unroll
   for (int i = 0; i < H; i += 4) {
 #pragma unroll

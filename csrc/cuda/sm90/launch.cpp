@@ -70,7 +70,8 @@ std::string encode_maps(Maps& maps, const Call& c, const Tile& t) {
   encode(maps.w, c.w, DEPTH, uint32_t(t.shape.columns), wide);
   encode(maps.down, c.down, DEPTH, uint32_t(t.slice), wide);
   encode(maps.phi, c.phi.at ? c.phi : c.down, DEPTH, LOGITS, wide);
-  encode(maps.up, c.up, DEPTH, uint32_t(t.shape.columns), wide);
+  // as many rows of B as the expand's wgmma is wide
+  encode(maps.up, c.up, DEPTH, uint32_t(t.shape.columns + (t.way == Way::persistent ? 0 : t.shape.extra)), wide);
   encode(maps.y, c.y, 32, 64, CU_TENSOR_MAP_SWIZZLE_64B);
   return error;
 }

@@ -32,7 +32,7 @@ MOLE_DEVICE Item y_item(const Params& p, int i) {
   const int rows = p.groups * p.row_tiles, width = TALL * p.column_tiles;
   const int top = i / width * TALL, height = rows - top < TALL ? rows - top : TALL;
   const Rows at = row_tile<BM>(p, top + i % width % height);
-  return {at, i % width / height * BN, p.many ? at.group : 0, false};
+  return {at, i % width / height * BN, set_of(p, at.group), false};
 }
 
 // the producer's side of the hand-over: what comes next, written where all consumers read it
@@ -55,7 +55,7 @@ template <int BM, int BN, int NH>
 MOLE_DEVICE void load_h_tile(const Maps& maps, const Params& p, unsigned char* smem, const Shared& at, Barriers& bars, Ring& ring,
                              int item) {
   const Rows rows = row_tile<BM>(p, item / p.slices);
-  const int first = item % p.slices * p.slice, set = p.many ? rows.group : 0;
+  const int first = item % p.slices * p.slice, set = set_of(p, rows.group);
   const uint32_t bytes = (BM + p.slice + (p.token ? LOGITS : 0)) * ROW_BYTES;
   for (int k = 0; k < p.K; k += DEPTH) {
     mbarrier_wait(&bars.empty[ring.slot], ring.phase ^ 1);

@@ -19,6 +19,12 @@ MOLE_DEVICE float number(const Numbers& of, int64_t i) {
   return to_float(static_cast<const fp16*>(of.at)[i]);
 }
 
+// the set of a group; outside 0 … S−1 there is none: TMA then loads zeros for A and B, and nothing is added to the base
+MOLE_DEVICE int set_of(const Params& p, int group) {
+  if (p.assignment) return int(p.assignment[group]);
+  return p.sets > 1 ? group : 0;
+}
+
 // barriers of one CTA, in shared memory
 struct Barriers {
   uint64_t full[8], empty[8];        // of each stage

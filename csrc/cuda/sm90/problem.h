@@ -32,8 +32,10 @@ struct Params {
   int32_t row_tiles;            // of one group
   int32_t column_tiles;         // of y
   int32_t slice, slices;        // columns of h in one tile of h, and how many of those
-  int32_t many;                 // 1: each sample has its own down and up
+  int32_t sets;                 // S of down and up: one for all groups, or each its own
+  const int64_t* assignment;    // [groups] the set of each group, anything outside 0 … S−1 for none; null: as `sets` says
   int32_t token, pooled, save;  // gates present; h wanted
+  int32_t top_k;                // 0: the token gate is a sigmoid; else a softmax over each row's k largest logits
   int32_t stages;
   const void* bias;             // [N] in the layer's dtype, or null
   Numbers scale, gate, phi_bias, pool, pool_bias;

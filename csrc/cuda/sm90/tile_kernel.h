@@ -24,11 +24,12 @@ MOLE_DEVICE Item tile_item(const Params& p, int i, int cluster, int rank) {
   const int across = (p.column_tiles + cluster - 1) / cluster;
   const int row = i / across, column = i % across;
   const int group = row / p.row_tiles, tile = row % p.row_tiles;
-  return {{group, tile, tile * BM}, (column * cluster + rank) * BN, p.many ? group : 0, column == 0};
+  return {{group, tile, tile * BM}, (column * cluster + rank) * BN, set_of(p, group), column == 0};
 }
 
-// what one elected lane does: x, W, A and phi for each 64 columns of K, then B for each 64 rank columns
-template <int BM, int BN, bool CLUSTER>
+// what one thread does: x, W, A and phi for each 64 columns of K, then B for each 64 rank columns. NX rows of B more than y's columns:
+// the expand then has the base's n, and ptxas need not find room for accumulators of two sizes (it does not: C7511). Nobody reads them
+template <int BM, int BN, int NX, bool CLUSTER>
 MOLE_DEVICE void produce_tiles(const Maps& maps, const Params& p, unsigned char* smem, const Shared& at, Barriers& bars, int cluster,
                                int rank, int items, int stride) {
   Ring ring;
@@ -54,7 +55,7 @@ MOLE_DEVICE void produce_tiles(const Maps& maps, const Params& p, unsigned char*
     }
     for (int r = 0; r < p.R; r += DEPTH) {
       wait_stage<CLUSTER>(&bars.empty[ring.slot], ring.phase ^ 1);
-      mbarrier_arrive_expect_tx(&bars.full[ring.slot], BN * ROW_BYTES);
+      mbarrier_arrive_expect_tx(&bars.full[ring.slot], (BN + NX) * ROW_BYTES);
       tma_load_3d(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.up, &bars.full[ring.slot], r, item.n0, item.set);
       ring.advance(p.stages);
     }
@@ -110,7 +111,6 @@ MOLE_DEVICE void consume_tiles(const Maps& maps, const Params& p, unsigned char*
     Item item = tile_item<BM, BN>(p, i, cluster, rank);
     item.rows.position += 64 * me.group;
     float acc[(BN + NX) / 2];
-    float(&y)[BN / 2] = reinterpret_cast<float(&)[BN / 2]>(acc);
     base_product<T, CLUSTER>(acc, stages, (p.K + DEPTH - 1) / DEPTH, ring, bars, me, cluster);
     const Lane lane = fresh(me);
     // a copy: were h gated in place, ptxas would move accumulators about and run the products one after another
@@ -125,15 +125,16 @@ MOLE_DEVICE void consume_tiles(const Maps& maps, const Params& p, unsigned char*
       unsigned char* z = smem + at.z;
       exchange<T>(h, p, z, at.z_pitch, bars, lane, cluster, rank, z_phase);
       const unsigned char* row = z + (lane.group * 64 + lane.row(0)) * at.z_pitch + lane.lane % 4 * 4;
-      expand<T, true>(y, p.R, stages, ring, bars, lane, cluster, [&](uint32_t(&a)[4], int j) {
+      expand<T, true>(acc, p.R, stages, ring, bars, lane, cluster, [&](uint32_t(&a)[4], int j) {
         for (int q = 0; q < 4; ++q) a[q] = *reinterpret_cast<const uint32_t*>(row + q % 2 * 8 * at.z_pitch + (j * 16 + q / 2 * 8) * 2);
       });
       named_barrier_sync(1 + lane.group, 128);
       if (lane.warp == 0 && lane.lane < cluster) mbarrier_arrive_remote(&bars.z_free[lane.group], lane.lane);
       z_phase ^= 1;
     } else {
-      expand_registers<T>(y, h, p.R, stages, ring, bars, lane);
+      expand_registers<T>(acc, h, p.R, stages, ring, bars, lane);
     }
+    const float(&y)[BN / 2] = reinterpret_cast<const float(&)[BN / 2]>(acc);
     store_tile<T>(y, smem + at.staging, &maps.y, p, item.n0, item.rows.position, item.rows.group, lane);
   }
   if (me.warp == 0 && me.lane == 0) bulk_wait<0>();
@@ -168,7 +169,7 @@ MOLE_DEVICE void tile_kernel(const Maps& maps, const Params& p) {
   const int items = p.groups * p.row_tiles * across, stride = int(gridDim.x) / cluster;
   if (thread < 128) {
     registers_decrease<40>();
-    if (thread == 0) produce_tiles<BM, BN, CLUSTER>(maps, p, smem, at, bars, cluster, rank, items, stride);
+    if (thread == 0) produce_tiles<BM, BN, NX, CLUSTER>(maps, p, smem, at, bars, cluster, rank, items, stride);
   } else {
     registers_increase<GROUPS == 1 ? 240 : 232>();
     consume_tiles<T, GROUPS, BN, NX, CLUSTER>(maps, p, smem, at, bars, Lane(thread - 128), cluster, rank, items, stride);
