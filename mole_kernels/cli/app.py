@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from mole_kernels.cli.difflora import difflora
 from mole_kernels.cli.screen import complain, remark
 from mole_kernels.cli.selma import selma
 from mole_kernels.cli.train import train
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(train, name="train")
 app.add_typer(selma, name="selma")
+app.add_typer(difflora, name="difflora")
 
 
 class Target(str, Enum):

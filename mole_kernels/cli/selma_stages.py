@@ -58,7 +58,7 @@ def paint(given: Given) -> None:
     asked, project = _plain(given), Project(given["work"])
     names = project.choose(asked["skill"] or ())
     wanted = {name: len(project.prompts(name)) for name in names}
-    pipe = _pipeline(asked["model"], asked["dtype"])
+    pipe = read_pipeline(asked["model"], asked["dtype"])
     for name in names:
         with _counting(f"pictures of {name}", wanted[name]) as count:
             made = make_pictures(project, name, pipe, _settings(asked), on_picture=count)
@@ -73,7 +73,7 @@ def teach(given: Given) -> None:
     training = _training(asked)
     # as mixed precision has it, since float32 factors beside a float16 model want autocast
     wide = "bfloat16" if training.config.mixed_precision == "bf16" and torch.cuda.is_available() else "float32"
-    pipe = _pipeline(asked["model"], asked["dtype"] or wide)
+    pipe = read_pipeline(asked["model"], asked["dtype"] or wide)
     training = replace(training, multiple=size_multiple(pipe))
     state = processes()
     if asked["joint"]:
@@ -101,7 +101,7 @@ def paint_for(given: Given) -> None:
     """Pictures for a file of questions."""
     asked = _plain(given)
     prompts = list(dict.fromkeys(tree.prompt for tree in load_questions(asked["questions"])))
-    pipe = _pipeline(asked["model"], asked["dtype"])
+    pipe = read_pipeline(asked["model"], asked["dtype"])
     with patch(pipe, {"expert": asked["expert"]}) if asked["expert"] else nullcontext(), _counting("pictures", len(prompts)) as count:
         draw(pipe, prompts, asked["folder"], _settings(asked), on_picture=count)
     _say_done(asked["folder"], f"{len(prompts)} pictures")
@@ -201,7 +201,7 @@ def _settings(asked: Given) -> PictureSettings:
     return PictureSettings(seed=asked["seed"], batch=asked["batch"], options=options)
 
 
-def _pipeline(name: str, dtype: str | None) -> Any:
+def read_pipeline(name: str, dtype: str | None) -> Any:
     """The pipeline on this process's device, from safetensors only."""
     device = processes().device
     if name == "demo":

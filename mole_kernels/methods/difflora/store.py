@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from mole_kernels.errors import MoleFileError, MoleKeyError, MoleShapeError, MoleValueError, printable
+from mole_kernels.errors import MoleError, MoleFileError, MoleKeyError, MoleShapeError, MoleValueError, printable
 from mole_kernels.files.reader import read_tensors
 from mole_kernels.files.writer import atomic_save, atomic_write
 from mole_kernels.methods.difflora.autoencoder import AutoencoderConfig, LoRAAutoencoder
@@ -180,6 +180,8 @@ def _build(where: str, make: Any) -> Any:
         # fresh weights are drawn and thrown away: the caller's random state is not theirs to move
         with torch.random.fork_rng(devices=[]):
             return make()
+    except MoleError:
+        raise
     except (KeyError, TypeError, AttributeError) as error:
         raise MoleFileError(where, f"its settings make no model ({type(error).__name__}: {printable(error, 200)})") from error
 
