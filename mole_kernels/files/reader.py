@@ -163,6 +163,9 @@ def open_regular(path: PathLike, *, root: PathLike | None = None, pickles: bool 
             if stat.S_ISREG(mode):
                 return FileIO(handle, "rb")
             os.close(handle)
+    # it is a ValueError too
+    except MoleFileError:
+        raise
     except FileNotFoundError:
         raise MoleFileError(where, "there is no such file") from None
     except (OSError, ValueError) as error:
