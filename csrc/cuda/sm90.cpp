@@ -284,6 +284,8 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
   call.device = device;
   call.stream = current_stream(device);
   const std::string failed = launch(call, c.tile);
+  // a driver that does not launch clusters cooperatively, or has no room for all of them now, refuses: another way may do
+  if (!failed.empty() && chosen == Way::cluster && p.pooled) return failed;
   STD_TORCH_CHECK(failed.empty(), "mole_cuda: ", way, ": ", failed);
   return "";
 }

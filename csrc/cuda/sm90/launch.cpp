@@ -121,7 +121,10 @@ std::string launch(const Call& call, const Tile& tile) {
   const bool together = tile.way == Way::cluster && params.pooled;
   Config config(tile.grid, 128 * (tile.shape.warp_groups + 1), tile.shared, tile.cluster, together, call.stream);
   void* arguments[2] = {&maps, &params};
-  return said("cudaLaunchKernelExC", cudaLaunchKernelExC(&config.launch, kernel, arguments));
+  const std::string failed = said("cudaLaunchKernelExC", cudaLaunchKernelExC(&config.launch, kernel, arguments));
+  // told here, it must not be told again by the next call that asks for errors
+  if (!failed.empty()) cudaGetLastError();
+  return failed;
 }
 
 std::string launch_ladder(int step, const Call& call, int columns) {

@@ -204,6 +204,7 @@ MOLE_DEVICE void persistent_kernel(const Maps& maps, const Params& p) {
   Barriers& bars = *reinterpret_cast<Barriers*>(smem + at.barriers);
   const int thread = int(threadIdx.x);
   if (thread == 0) {
+    prefetch_maps(maps);
     for (int s = 0; s < p.stages; ++s) {
       mbarrier_init(&bars.full[s], 1);
       mbarrier_init(&bars.empty[s], 4 * GROUPS);
@@ -219,6 +220,7 @@ MOLE_DEVICE void persistent_kernel(const Maps& maps, const Params& p) {
   if (thread < 128) {
     registers_decrease<40>();
     if (thread == 0) produce_items<BM, BN, NH>(maps, p, smem, at, bars);
+    __syncwarp();
   } else {
     registers_increase<GROUPS == 1 ? 240 : 232>();
     consume_items<T, GROUPS, BN, NH>(maps, p, smem, at, bars, Lane(thread - 128));

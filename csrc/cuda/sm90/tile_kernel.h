@@ -27,6 +27,11 @@ MOLE_DEVICE Item tile_item(const Params& p, int i, int cluster, int rank) {
   return {{group, tile, tile * BM}, (column * cluster + rank) * BN, set_of(p, group), column == 0};
 }
 
+// the driver's 128 bytes of each map take their way to the multiprocessor while barriers are made
+MOLE_DEVICE void prefetch_maps(const Maps& maps) {
+  for (const CUtensorMap* map : {&maps.x, &maps.w, &maps.down, &maps.up, &maps.y}) tma_prefetch(map);
+}
+
 // what one thread does: x, W, A and phi for each 64 columns of K, then B for each 64 rank columns. NX rows of B more than y's columns:
 // the expand then has the base's n, and ptxas need not find room for accumulators of two sizes (it does not: C7511). Nobody reads them
 template <int BM, int BN, int NX, bool CLUSTER>
@@ -150,6 +155,7 @@ MOLE_DEVICE void tile_kernel(const Maps& maps, const Params& p) {
   Barriers& bars = *reinterpret_cast<Barriers*>(smem + at.barriers);
   const int thread = int(threadIdx.x);
   if (thread == 0) {
+    prefetch_maps(maps);
     for (int s = 0; s < p.stages; ++s) {
       mbarrier_init(&bars.full[s], 1);
       mbarrier_init(&bars.empty[s], 4 * GROUPS * cluster);
@@ -170,6 +176,8 @@ MOLE_DEVICE void tile_kernel(const Maps& maps, const Params& p) {
   if (thread < 128) {
     registers_decrease<40>();
     if (thread == 0) produce_tiles<BM, BN, NX, CLUSTER>(maps, p, smem, at, bars, cluster, rank, items, stride);
+    // whole warps come to the barriers below
+    __syncwarp();
   } else {
     registers_increase<GROUPS == 1 ? 240 : 232>();
     consume_tiles<T, GROUPS, BN, NX, CLUSTER>(maps, p, smem, at, bars, Lane(thread - 128), cluster, rank, items, stride);
