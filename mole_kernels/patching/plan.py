@@ -159,6 +159,8 @@ def _check_some_match(name: str, expert: Expert, matched: Mapping[str, object], 
     if not keys:
         raise MoleKeyError(source_of(name, expert), expected="factors of at least one layer", got="none")
     if not matched and not any(names.find(key) in found.layers for key in keys):
+        if reasons := [f"{key}: {found.skipped[path]}" for key in keys if (path := names.find(key)) in found.skipped]:
+            raise MoleKeyError(source_of(name, expert), f"none of its {len(keys)} layers takes experts here: {few(reasons)}")
         raise MoleKeyError(
             source_of(name, expert), f"none of its {len(keys)} layers is in this {type(model).__name__}: {few(keys)}",
             hint=hint_for(expert, found, model),
