@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "patch": "mole_kernels.patching.apply",
     "plan": "mole_kernels.patching.plan",
+    "cache_text": "mole_kernels.patching.cache",
     "accelerate": "mole_kernels.patching.accelerate",
     "status": "mole_kernels.patching.status",
     "serve": "mole_kernels.serving.serve",

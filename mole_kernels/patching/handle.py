@@ -19,6 +19,7 @@ from mole_kernels.layers.attach import detach
 from mole_kernels.layers.linear import Gated
 from mole_kernels.patching import guards
 from mole_kernels.patching.blocks import Weight, by_layer, check_weight
+from mole_kernels.patching.cache import Check, Forward, TextCache, cache_text
 from mole_kernels.patching.collect import collect_bank, collect_gates
 from mole_kernels.patching.fold import Folded, fold
 from mole_kernels.patching.swap import swap_expert
@@ -75,6 +76,7 @@ class Handle:
         self._weights: dict[str, Weight] = dict.fromkeys(made.names, 1.0)
         self._active = True
         self._folded: Folded | None = None
+        self._cache: TextCache | None = None
 
     def __repr__(self) -> str:
         return f"Handle({len(self._patched)} layers, experts {', '.join(self._names)}{'' if self._active else ', removed'})"
@@ -194,6 +196,12 @@ class Handle:
         """Turn the experts off: the base model's output bit for bit. `with handle.disable():` turns them on at its end."""
         return self._switch(False)
 
+    def cache_text(self, *, check: Check = "sample", texts: int = 4) -> TextCache:
+        """Make the keys and values of cross-attention once per text, not once per step: see `cache_text`. `remove` closes it."""
+        self._check_active("cache_text")
+        self._cache = cache_text(self._plan.model, check=check, texts=texts)
+        return self._cache
+
     def fold(self, *, keep: bool = True) -> None:
         """Put the mixture into the weights (W' = W + Σ s g B A): the plain layer's speed, for gates that are constant. All or nothing.
 
@@ -227,6 +235,8 @@ class Handle:
                         parameter.requires_grad_(flag)
             guards.uninstall(self._places)
         self._active = False
+        if self._cache is not None:
+            self._cache.close()
 
     # -- keep -----------------------------------------------------------------------------------------------------------------------
 
@@ -271,7 +281,9 @@ class Handle:
             raise MoleStateError(
                 "Handle.remove", f"{path} no longer holds the experts of this patch", hint="remove the other patch of this layer first"
             )  # fmt: skip
-        if "forward" in one.module.__dict__ and "_old_forward" not in one.module.__dict__:
+        found = one.module.__dict__.get("forward")
+        # a text cache follows the class
+        if found is not None and not isinstance(found, Forward) and "_old_forward" not in one.module.__dict__:
             raise MoleStateError(
                 "Handle.remove", f"a hook replaced the forward of {path} after it was patched, and would go on calling the patched one",
                 hint="take that hook (diffusers' offload or layerwise casting) off first",
