@@ -25,15 +25,20 @@ from mole_kernels.experts.lowrank import LowRank
 
 @dataclass
 class Sums:
-    """What one layer's inputs come to: gram [K,K] float64 over all experts, cross {expert: A_i G_i [r_i,K] float64}, rows seen."""
+    """What one layer's inputs come to: gram [K,K] float64 over all experts, cross {expert: A_i G_i [r_i,K] float64}, rows seen.
+
+    few  the inputs themselves [n,K] while they are at most K/4, so a quarter of the Gram matrix: then G's directions are found from them,
+         at once and without squaring their spread, where the K x K eigenvalues would take a second; None once there were more
+    """
 
     gram: Tensor
     cross: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    few: Tensor | None = None
 
     @classmethod
     def of(cls, K: int, device: torch.device | str = "cpu") -> Sums:
-        return cls(torch.zeros(K, K, dtype=torch.float64, device=device))
+        return cls(torch.zeros(K, K, dtype=torch.float64, device=device), few=torch.zeros(0, K, dtype=torch.float64, device=device))
 
     @torch.no_grad()
     def add(self, name: str, factor: LowRank | None, x: Tensor) -> None:
@@ -52,6 +57,8 @@ class Sums:
         if not bool(square.diagonal().sum().isfinite()):
             raise MoleValueError(f"fuse, expert {name!r}", expected="finite inputs", got="NaN or Inf")
         self.gram += square
+        if self.few is not None:
+            self.few = torch.cat([self.few, rows]) if len(self.few) + len(rows) <= K // 4 else None
         if factor is not None:
             cross = (factor.down.detach().to(rows) @ rows.mT) @ rows
             self.cross[name] = self.cross[name] + cross if name in self.cross else cross
@@ -91,9 +98,11 @@ def fuse_layer(
     K = sums.gram.shape[0]
     if not any(sums.rows.values()):
         return Solved(averaged, 0.0, 0.0, 0.0, 0, 1.0)
-    values, vectors = torch.linalg.eigh(sums.gram)
+    values, vectors = _directions(sums)
     kept = values > max(cutoff, torch.finfo(torch.float64).eps * K) * values[-1].clamp_min(0)
-    inverse = 1 / (values + ridge * values.mean()) if ridge else torch.where(kept, 1 / values.where(kept, values.new_ones(())), 0)
+    inverse = (
+        1 / (values + ridge * sums.gram.diagonal().mean()) if ridge else torch.where(kept, 1 / values.where(kept, values.new_ones(())), 0)
+    )
     downs, ups = [], []
     for name, factor in factors.items():
         cross = sums.cross.get(name)
@@ -108,6 +117,14 @@ def fuse_layer(
     reached = values[kept]
     spread = (reached[-1] / reached[0]).item() if len(reached) else 1.0
     return Solved(made, base, by_weights, fused, int(kept.sum()), spread)
+
+
+def _directions(sums: Sums) -> tuple[Tensor, Tensor]:
+    """G's eigenvalues, rising, and eigenvectors [K,n]; without those that are zero where the inputs are few."""
+    if sums.few is None:
+        return torch.linalg.eigh(sums.gram)
+    _, values, vectors = torch.linalg.svd(sums.few, full_matrices=False)
+    return values.square().flip(0), vectors.mT.flip(1)
 
 
 def fused_by_weights(factors: Mapping[str, LowRank], weights: Mapping[str, float]) -> LowRank:

@@ -140,3 +140,25 @@ def test_bad_inputs_are_named_and_add_nothing():
     with pytest.raises(MoleValueError, match="0 <= cutoff < 1"):
         fuse_layer(factors, sums, cutoff=1.0)
     assert torch.equal(sums.gram, before)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_few_inputs_are_solved_from_themselves_to_the_same_end(ridge):
+    factors, _, sums, weights = problem(3, 24, 6)
+    assert sums.few is not None and sums.few.shape == (6, 24)
+    got = fuse_layer(factors, sums, weights, ridge=ridge)
+    sums.few = None
+    want = fuse_layer(factors, sums, weights, ridge=ridge)
+    torch.testing.assert_close(got.factor.delta(torch.float64), want.factor.delta(torch.float64), rtol=1e-7, atol=1e-9)
+    assert (got.directions, got.base) == (want.directions, want.base) and got.condition == pytest.approx(want.condition, rel=1e-6)
+
+
+def test_few_inputs_are_kept_up_to_a_quarter_of_k():
+    sums = Sums.of(24)
+    factor = LowRank(torch.ones(1, 24), torch.ones(2, 1))
+    sums.add("a", factor, torch.randn(6, 24))
+    assert sums.few is not None and len(sums.few) == 6
+    sums.add("a", factor, torch.randn(1, 24))
+    assert sums.few is None
+    sums.add("a", factor, torch.randn(1, 24))
+    assert sums.few is None and sums.rows == {"a": 8}
