@@ -117,13 +117,15 @@ def _tf32(x: Tensor) -> bool:
 
 def _tile(f, way: str = ""):
     from mole_kernels.kernels.triton.tiles import choose as tile_for
-    from mole_kernels.kernels.triton.tiles import fitted, for_recompute
+    from mole_kernels.kernels.triton.tiles import fitted, for_dense, for_recompute
 
     device = _device(f.x.device.index)
     gates = sum(g is not None for g in (f.phi, f.pool, f.gate))
     # D is made for a scale's gradient too
     tile = tile_for(f.M, f.K, f.N, f.R, f.x.dtype, device.capability, device.processors, way == "recompute")
     tile = fitted(tile, device.capability, f.backward, gates + f.backward, f.top_k > 0)
+    if way == "dense":
+        return for_dense(tile, device.capability)
     return for_recompute(tile, device.capability, gates) if way == "recompute" else tile
 
 

@@ -131,9 +131,8 @@ def added(c: Candidate, choice: Choice) -> float | None:
 def _line(c: Candidate, choice: Choice) -> list[Text]:
     style = "bold green" if c.name == choice.name else "" if c.possible else "dim"
     percent = added(c, choice)
-    launches = "–" if c.launches is None else str(c.launches)
     predicted, measured = ("–" if time is None else f"{time:.1f}" for time in (c.predicted, c.measured))
-    cells = (c.name, launches, predicted, measured, "–" if percent is None else f"{percent:+.0f}", c.lost or "taken")
+    cells = (c.name, str(c.launches), predicted, measured, "–" if percent is None else f"{percent:+.0f}", c.lost or "taken")
     return [Text(cell, style=style) for cell in cells]
 
 

@@ -27,7 +27,7 @@ MEANING = {
     "merge": "W with the experts merged in, then a library's product",
     "added": "shrink, base by a library, our expand on top",
     "stacked": "plain torch with stacked A and B",
-    "dense": "x times W and every ΔW",
+    "dense": "every ΔW made, then x times W and each of them, gated per token",
 }
 
 
@@ -36,7 +36,7 @@ class Candidate:
     """One way to compute the call.
 
     predicted, measured  microseconds; None where it cannot be, where it was not measured
-    launches             in one call, None where there is no kernel
+    launches             in one call
     lost                 why it was not taken, None for the one that was
     possible             it could have been taken
     """
@@ -44,7 +44,7 @@ class Candidate:
     name: str
     predicted: float | None
     measured: float | None
-    launches: int | None
+    launches: int
     lost: str | None
     possible: bool
 
@@ -120,20 +120,15 @@ def refusal(name: str, problem: Problem, use: Use) -> str | None:
         return sm90.impossible(problem)
     if name == "stacked":
         return None
-    if name == "dense":
-        if use.backward:
-            return "has no backward"
-        return "every sample has its own experts: each would need its own ΔW" if problem.S > 1 else "there is no kernel for it yet"
     mask = problem.given_gate and use.by_token
     return impossible(
-        name, problem.R, token=problem.token_gate, sample=problem.sample_gate, mask=mask, save=use.save, backward=use.backward
-    )
+        name, problem.R, token=problem.token_gate, sample=problem.sample_gate, mask=mask, save=use.save, backward=use.backward,
+        own=problem.S > 1 or problem.assigned,
+    )  # fmt: skip
 
 
-def launches(name: str, problem: Problem, use: Use) -> int | None:
+def launches(name: str, problem: Problem, use: Use) -> int:
     """Launches of one call, torch's included; of a backward, with the sums over tokens."""
-    if name == "dense":
-        return None
     if name in HOPPER:
         return 1
     if name == "stacked":
@@ -170,4 +165,5 @@ def _why(name: str, problem: Problem, device: Device, use: Use, predicted: dict[
         "persistent": "tiles of y wait for tiles of h in the first wave",
         "two_pass": "a second launch, and x is read again for h",
         "added": "three launches, y read and written once more",
+        "dense": "each ΔW is made, and x multiplied by it" if problem.E == 1 else f"each ΔW is made, and x multiplied by all {problem.E}",
     }[name]

@@ -25,6 +25,8 @@ SHRINK, SMALL, ELEMENTWISE, SUMS = 2.2, 1.6, 2.5, 2.5
 FLAG, ATOMIC, SAMPLE_WAIT = 0.8, 0.7, 1.0
 # adding the parts of a product whose K was split
 SPLIT = 1.2
+# of K, for which a tile computes nothing while one accumulator is gated and the next product's first loads arrive
+REFILL = 64
 # accumulators of one tile in 32-bit registers: what a multiprocessor's 65,536 leave for them
 REGISTERS = 51_200
 
@@ -150,10 +152,10 @@ def merge(w: Work, loop: Loop) -> float:
 
 
 def dense(w: Work, loop: Loop) -> float:
-    """x [W ; ΔW_1 … ΔW_E]ᵀ, the gates applied to the accumulators; each ΔW made anew."""
-    made = w.move(w.N * w.K * w.size * (1 + w.E)) + w.us(w.N * w.K * w.R / w.processors, 0.6)
-    logits = SHRINK + GAP + w.M * w.K * w.size / w.l2 if w.token or w.pooled else 0.0
-    return product(w, LIBRARY, w.K * (1 + w.E), w.N) + GAP + SHRINK + made + logits
+    """Each ΔW made anew (and the token gate), then the base and E products more, each in an accumulator of its own, gated and added."""
+    made = max(w.move(w.N * w.K * w.size * w.E), w.us(w.N * w.K * w.R / w.processors, 0.6))
+    logits = w.M * w.K * w.size / w.l2 if w.token else 0.0
+    return SHRINK + made + logits + _after(w) + product(w, loop, w.K * (1 + w.E), w.N, extra=w.E * REFILL)
 
 
 def small_launches(problem: Problem, use: Use) -> int:

@@ -25,7 +25,8 @@ from mole_kernels.settings import tables_folder
 
 FORMAT = "mole-kernels-dispatch-1"
 SHIPPED = Path(__file__).with_name("tables")
-CANDIDATES = ("persistent", "recompute", "two_pass", "merge", "added", "stacked", "cuda_cluster", "cuda_persistent", "cuda_recompute")
+CANDIDATES = ("persistent", "recompute", "two_pass", "merge", "added", "stacked", "dense",
+              "cuda_cluster", "cuda_persistent", "cuda_recompute")  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 GATES = ("none", "fixed", "mask", "token", "sample")
 DIRECTIONS = ("forward", "training", "backward")

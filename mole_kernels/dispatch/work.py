@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mole_kernels.dispatch.device import Device
-from mole_kernels.kernels.triton.tiles import choose, fitted, for_recompute, next_power
+from mole_kernels.kernels.triton.tiles import choose, fitted, for_dense, for_recompute, next_power
 from mole_kernels.problem import Problem
 
 
@@ -59,6 +59,8 @@ def ours(problem: Problem, device: Device, use: Use, candidate: str = "persisten
     tile = fitted(tile, device.capability, use.backward, gates)
     if candidate == "recompute":
         tile = for_recompute(tile, device.capability, problem.token_gate + problem.given_gate)
+    if candidate == "dense":
+        tile = for_dense(tile, device.capability)
     return Loop(((tile.BM, tile.width),), tile.BR, (1,), (1,), ticket=True)
 
 

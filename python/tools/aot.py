@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mole_kernels.kernels.triton.common import COUNTS
-from mole_kernels.kernels.triton.tiles import Tile, fitted, for_recompute, for_sums
+from mole_kernels.kernels.triton.tiles import Tile, fitted, for_dense, for_recompute, for_sums
 
 ARCHES = (80, 89, 90, 100, 120)
 # bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities)
@@ -77,15 +77,15 @@ class Row:
 FLOAT32 = ("scale", "gate", "phi_bias", "pool", "pool_bias", "token_gate", "sample_gate", "d", "parts", "q", "partial", "dpool",
            "dpool_bias", "dphi_bias", "dscale")  # fmt: skip
 INT64 = ("assignment",)
-INT32 = ("cols", "flags", "arrived", "counters")
-TENSORS = ("x", "w", "w2", "down", "up", "phi", "bias", "h", "z", "y", "dy", "ddown", "dup", "dphi", "dgate", "merged")
+INT32 = ("cols", "first", "flags", "arrived", "counters")
+TENSORS = ("x", "w", "w2", "down", "up", "phi", "bias", "h", "z", "y", "dy", "ddown", "dup", "dphi", "dgate", "merged", "delta", "delta2")
 
 
 def kernel_named(name: str):
     """The jit function `name`, from the module that has it."""
-    from mole_kernels.kernels.triton import expand, gradients, merge, persistent, recompute, regional, shrink
+    from mole_kernels.kernels.triton import dense, expand, gradients, merge, persistent, recompute, regional, shrink
 
-    return next(getattr(m, name) for m in (shrink, expand, persistent, recompute, merge, gradients, regional) if hasattr(m, name))
+    return next(getattr(m, name) for m in (shrink, expand, persistent, recompute, merge, dense, gradients, regional) if hasattr(m, name))
 
 
 def compile_build(build: Build, arch: int):
@@ -256,6 +256,17 @@ def _shrink(arch: int, way: str, gate: str) -> Build:
     return replace(b, constants=b.constants | dict(BM=tile.BS, BIAS=True, PDL=arch >= 90 and way == "fwd"), warps=tile.warps)
 
 
+def _dense(arch: int, gate: str, tile: Tile, suffix: str = "") -> list[Build]:
+    """ΔW's kernel and the product's, for a kind of gate that `dense` takes."""
+    tile = for_dense(tile, (arch // 10, arch % 10))
+    b = _product("dense_kernel", arch, "fwd", gate, tile, suffix)
+    blocks = dict(b.described)
+    more = (("delta", blocks["w"]), ("delta2", blocks["w2"])) if blocks else ()
+    product = replace(b, described=b.described + more, constants=b.constants | dict(PDL=arch >= 90))
+    made = b.constants | dict(BM=tile.BS, BN=min(tile.BN, 64), BK=min(tile.BK, 64), PDL=arch >= 90)
+    return [product, replace(b, id=f"delta-fwd-{gate}{suffix}", kernel="delta_kernel", constants=made, described=())]
+
+
 def _regional(arch: int, D: int) -> Build:
     """Attention to the texts of regions, 77 tokens each, for heads D wide."""
     from mole_kernels.kernels.triton.regional import tile_for
@@ -284,6 +295,10 @@ def builds() -> list[Build]:
             tile = for_recompute(WHOLE[arch], (arch // 10, arch % 10), GATES[gate]["TOKEN"] + GATES[gate]["GATE"])
             b = _product("recompute_kernel", arch, "fwd", gate, tile)
             out.append(replace(b, constants=b.constants | dict(BR=32)))
+        for gate in ("local", "mask", "softmax"):
+            out += _dense(arch, gate, WHOLE[arch])
+        if WHOLE[arch].tma:
+            out += _dense(arch, "mask", replace(WHOLE[arch], BX=32), "-160")[:1]
         merge = dict(ASSIGN=True, GATE=True, PRECISION="ieee", BN=64, BK=64, BZ=64)
         out.append(Build("merge", "merge_kernel", merge, 8, 2, unit=("swk", "sdk", "sur", "sge"), arches=(arch,)))
         out += [_regional(arch, D) for D in (40, 64, 128, 160)]
@@ -322,14 +337,14 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", help="90, say; default: all")
-    parser.add_argument("--only", default="", help="kernels whose id has this in it (a regular expression)")
+    parser.add_argument("--only", default="", help="rows whose id and architecture (merge sm_90) match this regular expression")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
     rows = []
     print(table([]))
     for build in builds():
         for arch in build.arches:
-            if re.search(options.only, build.id) and (not options.arch or arch in options.arch):
+            if re.search(options.only, f"{build.id} sm_{arch}") and (not options.arch or arch in options.arch):
                 rows.append(row_of(build, arch))
                 print(table(rows[-1:]).splitlines()[1], flush=True)
     if options.json:

@@ -155,7 +155,8 @@ def test_what_is_measured_becomes_a_table(tmp_path):
     assert len(failed) == len(lost) + sum(c.use.backward and c not in lost for c in calls)
     assert "too large" in " ".join(failed) and "two_pass: wrong by 30.0%" in " ".join(failed)
     for call, names in asked:
-        assert "stacked" in names and "dense" not in names
+        assert "stacked" in names
+        assert ("dense" in names) == (not call.problem.sample_gate and call.use.direction == "forward")
         assert ("merge" in names) == (not call.problem.token_gate and call.use.direction == "forward")
     path = tmp_path / "h200.json"
     path.write_text(dumps(made))
@@ -181,7 +182,11 @@ def test_softmax_gates_and_sets_are_asked_about(cli):
     assert "S=3 by assignment, gates top-2+sample" in out
     asked = json.loads(cli(*sizes, "--gate", "softmax", "--sets", 3, "--json")[1])["call"]
     assert (asked["top_k"], asked["assigned"], asked["S"]) == (3, True, 3)
-    for wrong, words in (("top-4", "top-1 … top-3"), ("softmax+local", "one kind of token gate"), ("top-1+top-2", "one kind of token gate")):
+    for wrong, words in (
+        ("top-4", "top-1 … top-3"),
+        ("softmax+local", "one kind of token gate"),
+        ("top-1+top-2", "one kind of token gate"),
+    ):
         code, _, err = cli(*sizes, "--gate", wrong)
         assert code and words in err
     assert "--sets" in cli(*sizes, "--sets", 2, "--per-sample")[2]

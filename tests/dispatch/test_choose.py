@@ -84,8 +84,9 @@ def test_the_chosen_time_grows_with_rows():
         ("recompute", dict(ranks=(4, 4), gate="mole"), Use(), "every token of a sample"),
         ("recompute", dict(ranks=(4, 4)), Use(backward=True), "has no backward"),
         ("added", {}, Use(backward=True), "has no backward"),
-        ("dense", dict(B=2, S=2), Use(), "each would need its own ΔW"),
-        ("dense", {}, Use(), "no kernel for it yet"),
+        ("dense", dict(B=2, S=2), Use(), "each set would need its own ΔW"),
+        ("dense", dict(gate="mole"), Use(), "sample gate is made of h"),
+        ("dense", {}, Use(save=True), "h is to be saved"),
         ("dense", {}, Use(backward=True), "has no backward"),
     ],
 )

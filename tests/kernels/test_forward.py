@@ -42,7 +42,9 @@ SHAPES = [
 RUNS = [(c.alone(), d) for c in GATES for d in (BF16, F32)] + [(c, BF16) for c in GATES] + [(GATES[-1].alone(), F16)]
 RUNS += [(c.alone(), BF16 if i % 2 else F32) for i, c in enumerate(SHAPES)] + [(c, F32 if i % 2 else BF16) for i, c in enumerate(SHAPES)]
 # roundings of each way: z (and W + ΔW), y; and the base where it is a product of its own
-ROUNDINGS = {"two_pass": 2, "persistent": 2, "recompute": 2, "added": 3, "merge": 3}
+ROUNDINGS = {"two_pass": 2, "persistent": 2, "recompute": 2, "added": 3, "merge": 3, "dense": 2}
+# ways that take no sample gate
+NO_SAMPLE_GATE = ("recompute", "dense")
 
 
 def ident(value):
@@ -53,10 +55,10 @@ def ident(value):
 @pytest.mark.parametrize("case, dtype", RUNS, ids=ident)
 def test_forward(case, way, dtype):
     call = case.make(dtype)
-    f = forward_of(call, save=way != "merge")
+    f = forward_of(call, save=way not in ("merge", "dense"))
     if refusal(way, f) is not None:
         return
-    if way in ("recompute", "merge", "added") and case.base:
+    if way in ("recompute", "merge", "added", "dense") and case.base:
         # the same tiles with another base: the low-rank part alone tells
         return
     with run(seed=case.T, resident=2), poisoned():
@@ -68,9 +70,9 @@ def test_forward(case, way, dtype):
     assert not b.flags.any(), "flags must be left at zero"
 
 
-@pytest.mark.parametrize("way", ["two_pass", "persistent", "recompute"])
+@pytest.mark.parametrize("way", ["two_pass", "persistent", *NO_SAMPLE_GATE])
 def test_the_gates_come_back(way):
-    call = Case(T=37, gate="local" if way == "recompute" else "both").make(F32)
+    call = Case(T=37, gate="local" if way in NO_SAMPLE_GATE else "both").make(F32)
     with run(resident=3), poisoned():
         b = WAYS[way](forward_of(call), SMALL)
     x, g = call.x.double(), call.gates
@@ -106,10 +108,10 @@ def test_each_expert_alone(way):
         assert_close_to_truth(b.y, one.truth(), F32, 1, f"expert {e}")
 
 
-@pytest.mark.parametrize("way", ["two_pass", "persistent", "recompute"])
+@pytest.mark.parametrize("way", ["two_pass", "persistent", *NO_SAMPLE_GATE])
 def test_nan_stays_where_it_belongs(way):
     """A NaN in one token's gate makes NaN of that token's row; a NaN in x, of its token's row, or of its sample's where gates pool."""
-    call = Case(T=20, ranks=(3, 20), gate="mask" if way == "recompute" else "mask+pooled").make(BF16)
+    call = Case(T=20, ranks=(3, 20), gate="mask" if way in NO_SAMPLE_GATE else "mask+pooled").make(BF16)
     gate = call.gates.gate.expand(2, 20, 2).clone()
     gate[1, 7, 1] = float("nan")
     x = call.x.clone()
@@ -118,7 +120,7 @@ def test_nan_stays_where_it_belongs(way):
         b = WAYS[way](forward_of(replace(call, x=x, gates=call.gates._replace(gate=gate))), SMALL)
     rows = torch.zeros(2, 20, dtype=torch.bool)
     rows[1, 7], rows[0, 3] = True, True
-    if way != "recompute":
+    if way not in NO_SAMPLE_GATE:
         rows[0] = True
     assert torch.equal(b.y.isnan(), rows[..., None].expand(b.y.shape))
 
@@ -137,9 +139,9 @@ def test_any_order_and_any_number_of_programs(case):
         assert torch.equal(b.y, results[0].y) and torch.equal(b.token_gate, results[0].token_gate)
 
 
-@pytest.mark.parametrize("way", ["two_pass", "persistent", "recompute"])
+@pytest.mark.parametrize("way", ["two_pass", "persistent", *NO_SAMPLE_GATE])
 def test_tensor_descriptors_change_no_bit(way):
-    case = Case(T=45, K=72, N=40, gate="local" if way == "recompute" else "both")
+    case = Case(T=45, K=72, N=40, gate="local" if way in NO_SAMPLE_GATE else "both")
     f = forward_of(case.make(BF16))
     with run(), poisoned():
         plain, described = (WAYS[way](f, replace(SMALL, tma=tma)) for tma in (False, True))
@@ -218,7 +220,7 @@ def test_a_batch_of_two_is_two_batches_of_one(way):
             assert torch.equal(one.y[0], both.y[b])
 
 
-@pytest.mark.parametrize("way", ["two_pass", "persistent", "recompute"])
+@pytest.mark.parametrize("way", ["two_pass", "persistent", *NO_SAMPLE_GATE])
 def test_gates_of_zero_give_the_base_layer(way):
     """Bit for bit what the same tiles give with no experts at all (up = 0)."""
     call = Case(T=21, K=48, gate="mask").make(BF16)

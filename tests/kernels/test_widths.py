@@ -12,19 +12,20 @@ from tests.backends.test_backends import assert_gradient
 from tests.kernels.interpreter import run
 from tests.kernels.support import SMALL, forward_of, poisoned
 from tests.kernels.test_backward import NAMES, saved, seed_of
+from tests.kernels.test_forward import NO_SAMPLE_GATE
 from tests.truth import Case, assert_close_to_truth
 
 WIDE = replace(SMALL, BX=16)
 
 
 @pytest.mark.parametrize("tma", [False, True])
-@pytest.mark.parametrize("way", ["two_pass", "persistent", "recompute", "added"])
+@pytest.mark.parametrize("way", ["two_pass", "persistent", "recompute", "added", "dense"])
 @pytest.mark.parametrize("N", [33, 48, 57])
 def test_forward(N, way, tma):
     """N ends in the first accumulator, with the tile, and in a next tile's."""
-    call = Case(T=19, K=40, N=N, ranks=(9, 12), gate="local" if way == "recompute" else "both").make(torch.bfloat16)
+    call = Case(T=19, K=40, N=N, ranks=(9, 12), gate="local" if way in NO_SAMPLE_GATE else "both").make(torch.bfloat16)
     with run(resident=2), poisoned():
-        b = WAYS[way](forward_of(call, True), replace(WIDE, tma=tma))
+        b = WAYS[way](forward_of(call, way != "dense"), replace(WIDE, tma=tma))
     assert_close_to_truth(b.y, call.truth(), torch.bfloat16, 3, way)
     assert not b.flags.any()
 

@@ -141,6 +141,12 @@ def expert_of_column(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([e for e, rank in enumerate(ranks) for _ in range(rank)], dtype=torch.int32).to(device)
 
 
+@lru_cache(maxsize=512)
+def first_columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """[E+1] int32: the first rank column of each expert, and R."""
+    return torch.tensor([sum(ranks[:e]) for e in range(len(ranks) + 1)], dtype=torch.int32).to(device)
+
+
 def buffers(f: Fused, tile: Tile, BM: int, y: bool = True) -> Buffers:
     """Buffers for one call whose tiles of h have BM rows; empty where the call has no use for one."""
     x = f.x

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mole_kernels.kernels.triton.dense import delta_kernel, dense_kernel
 from mole_kernels.kernels.triton.expand import expand_kernel
-from mole_kernels.kernels.triton.fused import Buffers, Fused, buffers, common_arguments, descriptors
+from mole_kernels.kernels.triton.fused import Buffers, Fused, buffers, common_arguments, descriptors, first_columns
 from mole_kernels.kernels.triton.merge import merge_kernel
 from mole_kernels.kernels.triton.persistent import persistent_kernel
 from mole_kernels.kernels.triton.recompute import recompute_kernel
@@ -140,6 +141,29 @@ def merge(f: Fused, tile: Tile) -> Buffers:
         b.y = torch.baddbmm(f.bias, f.x, merged.mT) if f.bias is not None else torch.bmm(f.x, merged.mT)
     else:
         b.y = F.linear(f.x, merged[0], f.bias)
+    return b
+
+
+def dense(f: Fused, tile: Tile) -> Buffers:
+    """Two launches: each ΔW_e = s_e·B_e A_e (and the token gate), then the base and all of them, gated per token. No h."""
+    b = buffers(replace(f, store_z=False), tile, tile.BM)
+    # rows of whole 16 bytes, as descriptors want them
+    swd = -(-f.K // 8) * 8
+    delta = torch.empty((f.E * f.N, swd), dtype=f.x.dtype, device=f.x.device)
+    n_t, BN, BK = f.row_tiles(tile.BS), min(tile.BN, 64), min(tile.BK, 64)
+    more = dict(delta=delta, delta2=delta, swd=swd, first=first_columns(f.ranks, f.x.device))
+    arguments = common_arguments(f, b) | more | dict(
+        n_t=n_t, BM=tile.BS, BN=BN, BK=BK, BZ=min(tile.BZ, next_power(max(f.ranks))), EVEN_K=f.K % BK == 0, PDL=tile.pdl
+    )  # fmt: skip
+    programs = f.E * -(-f.N // BN) * -(-f.K // BK) + (n_t if f.phi is not None else 0)
+    _start(delta_kernel, (programs,), arguments, tile)
+    n_m = f.groups * f.row_tiles(tile.BM)
+    arguments = _product_arguments(f, b, tile) | more | dict(n_t=f.row_tiles(tile.BM), n_m=n_m)
+    if arguments["TMA"]:
+        shape, strides = [f.E * f.N, f.K], [swd, 1]
+        arguments["delta"] = descriptor(delta, shape, strides, [tile.BN, tile.BK])
+        arguments["delta2"] = descriptor(delta, shape, strides, [tile.BX or tile.BN, tile.BK])
+    _start(dense_kernel, (n_m * -(-f.N // tile.width),), arguments, tile, **({"launch_pdl": True} if tile.pdl else {}))
     return b
 
 

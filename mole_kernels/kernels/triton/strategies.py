@@ -15,10 +15,12 @@ WAYS: dict[str, Callable[[Fused, Tile], Buffers]] = {
     "recompute": launch.recompute,
     "added": launch.added,
     "merge": launch.merge,
+    "dense": launch.dense,
 }
 
 
 def refusal(way: str, f: Fused) -> str | None:
     """Why `way` cannot compute the call, or None."""
     mask = f.gate is not None and f.gate.shape[1] != 1
-    return impossible(way, f.R, token=f.phi is not None, sample=f.pool is not None, mask=mask, save=f.save)
+    own = f.down.shape[0] > 1 or f.assignment is not None
+    return impossible(way, f.R, token=f.phi is not None, sample=f.pool is not None, mask=mask, save=f.save, own=own)

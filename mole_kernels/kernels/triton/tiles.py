@@ -88,7 +88,8 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, 
     gates: how many kinds of gate the call has, one more in the backward. Their epilogues add tiles of h and its gates: half as many columns
     of h at a time (Hopper's forward excepted, which holds them); and where the accumulators are in the threads' own registers and not
     a warp group's (all but Hopper and Blackwell's data-centre parts), half as many columns of y; with a softmax there, half as many
-    rows of the shrink. Hopper's backward holds 160 columns of y with two kinds of gate, 128 with three.
+    rows of the shrink. Consumer Ampere's and Ada's backward takes z in steps of 16 columns with two kinds of gate; Hopper's backward holds
+    160 columns of y with two kinds of gate, 128 with three.
     """
     if not gates:
         return tile
@@ -99,6 +100,8 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, 
     BN, BX = 64 if narrow else tile.BN, tile.BX
     if not own and backward and gates > 1 and tile.width > 128:
         BN, BX = 128, 32 if gates < 4 else 0
+    if capability[0] == 8 and not roomy(capability) and backward and gates > 2:
+        BZ = 16
     BS = min(tile.BS, 32) if own and softmax else tile.BS
     return replace(tile, BR=BR, BZ=BZ if own else tile.BZ, BN=BN, BX=BX, BS=BS)
 
@@ -107,6 +110,13 @@ def for_recompute(tile: Tile, capability: tuple[int, int], gates: int) -> Tile:
     """`tile` for a kernel that holds y's and h's accumulators at once, narrowed as `fitted` does."""
     narrow = capability[0] not in (9, 10) and gates > 0
     return replace(tile, BN=min(tile.BN, 64) if narrow else tile.BN, BX=0)
+
+
+def for_dense(tile: Tile, capability: tuple[int, int]) -> Tile:
+    """`tile` for a kernel that holds two accumulators of y: 160 columns at most, 64 where they are in the threads' own registers."""
+    if capability[0] not in (9, 10):
+        return replace(tile, BN=min(tile.BN, 64), BX=0)
+    return tile if tile.width <= 160 else replace(tile, BN=128, BX=0)
 
 
 def for_sums(R: int, dtype: torch.dtype, capability: tuple[int, int], busy: bool) -> tuple[int, int, int]:
