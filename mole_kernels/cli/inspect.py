@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -14,13 +15,17 @@ from rich.text import Text
 
 from mole_kernels.cli.screen import facts, number, out, table
 from mole_kernels.errors import MoleError, MoleWarning, printable
+from mole_kernels.experts.format import PREFIX, bank_from_tensors
 from mole_kernels.experts.lowrank import Expert, LowRank, split_component
-from mole_kernels.files.reader import printable_metadata, read_header
+from mole_kernels.files.reader import SafetensorsFile, printable_metadata, read_header
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.convert import kind_of
-from mole_kernels.io.experts import load_expert
-from mole_kernels.io.gates import GateFile, load_gates
+from mole_kernels.io.experts import expert_from_tensors, load_expert
+from mole_kernels.io.gates import GateFile, gates_from_tensors, load_gates
 
+# bytes: the factors of larger files are not read, so neither norms nor NaN are known of them; above any published LoRA
+READ_WHOLE = 2**30
+_SMALL = 4096
 METADATA_SHOWN = 12
 UNMATCHED_SHOWN = 10
 # what the tables above already say
@@ -32,15 +37,7 @@ _BLOCK = re.compile(r"^.*(?:blocks|layers|attentions|resnets|samplers)[._]\d+[._
 def show(path: Path, model: str | None, layers: bool) -> None:
     """Print all there is to say of a file; raises MoleError where it is broken or fits the model nowhere."""
     kind = kind_of(path)
-    experts: dict[str, Expert] = {}
-    gates: GateFile | None = None
-    if kind == "bank":
-        bank, gates = load_bank(path)
-        experts = bank.experts
-    elif kind == "gates":
-        gates = load_gates(path)
-    else:
-        experts = {path.name.removesuffix(".safetensors"): load_expert(path)}
+    experts, gates = _load(path, kind)
     console = out()
     console.print(facts(_summary(path, kind, experts, gates)), "")
     for part in _tables(experts, gates, layers):
@@ -48,6 +45,31 @@ def show(path: Path, model: str | None, layers: bool) -> None:
     _metadata(console, path)
     if model is not None:
         _match(console, model, experts, gates)
+
+
+def _load(path: Path, kind: str) -> tuple[dict[str, Expert], GateFile | None]:
+    """The experts and gates of a file; of a file over READ_WHOLE the factors are sizes only, on meta."""
+    name = path.name.removesuffix(".safetensors")
+    large = path.is_file() and path.stat().st_size > READ_WHOLE
+    if kind == "gates":
+        return {}, load_gates(path)
+    if not large and kind == "bank":
+        bank, gates = load_bank(path)
+        return bank.experts, gates
+    if not large:
+        return {name: load_expert(path)}, None
+    source = os.fsdecode(path)
+    with SafetensorsFile(path) as file:
+        entries, metadata = file.header.entries, file.header.metadata
+        big = {key for key, e in entries.items() if e.end - e.begin > _SMALL and (kind != "bank" or key.startswith(PREFIX))}
+        tensors = file.read([key for key in entries if key not in big])
+        tensors |= {key: torch.empty(entries[key].shape, dtype=entries[key].dtype, device="meta") for key in big}
+        # the order of the header is the order of the layers
+        tensors = {key: tensors[key] for key in entries}
+    if kind == "bank":
+        bank, rest = bank_from_tensors(tensors, metadata, source)
+        return bank.experts, gates_from_tensors(rest, metadata, source)
+    return {name: expert_from_tensors(tensors, metadata, source)}, None
 
 
 def _summary(path: Path, kind: str, experts: dict[str, Expert], gates: GateFile | None) -> Iterable[tuple[str, object]]:
@@ -58,6 +80,8 @@ def _summary(path: Path, kind: str, experts: dict[str, Expert], gates: GateFile 
     yield "file", path
     yield "is", what
     yield "holds", f"{len(header.entries):,} tensors, {size / 2**20:,.1f} MiB, {', '.join(dtypes)}"
+    if experts and size > READ_WHOLE:
+        yield "values", f"not read, and not checked for NaN: more than {READ_WHOLE / 2**30:.0f} GiB"
     if experts:
         origins = ", ".join(dict.fromkeys(expert.dialect for expert in experts.values()))
         yield "dialect", f"native; experts from {origins}" if kind == "bank" else origins
@@ -108,7 +132,7 @@ def _figures(layers: list[LowRank]) -> list[str]:
         _few(str(rank) for rank in sorted({layer.rank for layer in layers})),
         _few(number(scale) for scale in sorted({layer.scale for layer in layers})),
         # four digits are shown; float64 would take seconds at MoLE's ranks
-        number(sum(layer.norm(torch.float32) ** 2 for layer in layers) ** 0.5),
+        "—" if any(layer.down.is_meta for layer in layers) else number(sum(layer.norm(torch.float32) ** 2 for layer in layers) ** 0.5),
     ]
 
 
