@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests
+.PHONY: demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
@@ -37,6 +37,11 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py --suite cpu
+
+# every bad input met once, and what came of it written into docs/robustness.md; the licences of what is installed into docs/licences.md
+robustness: $(STAMP)
+	$(BIN)/python python/tools/robustness.py
+	$(BIN)/python python/tools/licences.py
 
 # diffusers' own LoRA tests with acceleration switched on; SOURCE is a checkout of diffusers
 diffusers-tests: $(STAMP)

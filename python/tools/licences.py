@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from itertools import chain
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "licences.md"
@@ -38,7 +40,7 @@ def direct() -> set[str]:
     """What the package itself and its extras for use name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     used = [extra for name, extra in project["optional-dependencies"].items() if name not in _DEVELOPMENT]
-    found = {normal(re.split(r"[\s\[<>=!~;]", line)[0]) for line in [*project["dependencies"], *sum(used, [])]}
+    found = {normal(re.split(r"[\s\[<>=!~;]", line)[0]) for line in chain(project["dependencies"], *used)}
     # extras name the package itself for what they share
     return found - {"mole-kernels"}
 
