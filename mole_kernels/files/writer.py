@@ -64,6 +64,16 @@ def atomic_write(path: PathLike, write: Callable[[BinaryIO], None]) -> None:
         ) from error
 
 
+def torch_save(value: object, file: BinaryIO) -> None:
+    """`torch.save`, with a full disk as the OSError it is: torch's writer ends by complaining of where it stands instead."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> tuple[bytes, list[str]]:
     """The file's bytes up to the data, and the keys in the order of their data."""
     if len(tensors) > MAX_TENSORS:

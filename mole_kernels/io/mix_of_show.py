@@ -19,7 +19,7 @@ from torch import Tensor
 from mole_kernels.errors import MoleFileError, MoleKeyError, MoleValueError, printable
 from mole_kernels.experts.lowrank import Expert, split_component
 from mole_kernels.files.reader import PathLike, open_regular
-from mole_kernels.files.writer import atomic_write
+from mole_kernels.files.writer import atomic_write, torch_save
 from mole_kernels.io.experts import expert_from_tensors
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -85,7 +85,7 @@ def save_mix_of_show(expert: Expert, embeddings: Mapping[str, Mapping[str, Tenso
         down, up = HALVES[layout]
         factors = {rest + down: layer.down, rest + up: layer.up if layer.scale == 1 else layer.up * layer.scale}
         params.setdefault(component or "unet", {}).update(_plain(factors))
-    atomic_write(path, lambda file: torch.save({"params": params}, file))
+    atomic_write(path, lambda file: torch_save({"params": params}, file))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

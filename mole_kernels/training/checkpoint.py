@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleWarning
+from mole_kernels.files.writer import torch_save
 
 FORMAT = "mole-kernels-run-1"
 _PREFIX, _UNFINISHED = "step-", ".unfinished-"
@@ -80,7 +81,8 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep_last: int) -> Pa
     # whatever stops the write, Ctrl-C included, leaves no half folder
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, OSError):
+        # safetensors has a name of its own for a full disk
+        if isinstance(error, OSError | SafetensorError):
             hint = "earlier checkpoints are untouched"
             raise MoleFileError(str(final), f"the checkpoint could not be written ({error})", hint=hint) from error
         raise
@@ -144,7 +146,8 @@ def _write(folder: Path, c: Checkpoint) -> None:
         save_file({k: v.detach().cpu().contiguous() for k, v in c.ema.items()}, folder / "ema.safetensors")
     losses = torch.tensor(c.losses, dtype=torch.float64)
     state = {"optimiser": c.optimiser, "losses": losses, "rng": c.rng, "data": c.data, "scaler": c.scaler}
-    torch.save(state, folder / "optimiser.pt")
+    with (folder / "optimiser.pt").open("wb") as file:
+        torch_save(state, file)
     about = {"format": FORMAT, "step": c.step, "ema": c.ema is not None, "config": c.config, "identity": c.identity}
     (folder / "run.json").write_text(json.dumps(about, indent=1))
     for path in (*folder.iterdir(), folder):
