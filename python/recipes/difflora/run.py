@@ -72,24 +72,28 @@ class Plan:
     denoiser_steps: int = 2000
 
 
-QUICK = Plan(seeds=2, hands=56, unseen=6, cards=16, asked=24, expert_steps=32, autoencoder_steps=400, denoiser_steps=400)
+QUICK = Plan(seeds=2, hands=56, unseen=6, cards=16, asked=24, expert_steps=32, autoencoder_steps=500, denoiser_steps=400)
+TINY = Plan(seeds=2, hands=24, unseen=3, cards=16, asked=24, expert_steps=32, autoencoder_steps=200, denoiser_steps=200)
 # small vectors, so that few identities and steps will do: two of attention's layers, rank 1
 TARGETS, RANK = ("to_v", "to_out.0"), 1
 # three stages, 64 times: of the paper's 256 there would be a dozen numbers left of these
-CHANNELS = (32, 64, 128)
+CHANNELS = (16, 64, 128)
 
 
 def main() -> None:
     """All seeds, then the table, the plots and results.json."""
     parser = argparse.ArgumentParser(description="DiffLoRA end to end on the demo's digits.")
     parser.add_argument("--quick", action="store_true", help="fewer hands and steps: under 15 minutes on two idle cores")
+    parser.add_argument("--tiny", action="store_true", help="fewer still: the run whose figures the docs have")
     parser.add_argument("--seeds", type=int, help="how many, instead")
     parser.add_argument("--out", type=Path, help="the folder for everything (default: build/recipes/difflora)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="seeds at once, one thread each")
     asked = parser.parse_args()
-    plan, begun = QUICK if asked.quick else Plan(), time.time()
+    plan, kind, begun = Plan(), "difflora", time.time()
+    if asked.quick or asked.tiny:
+        plan, kind = (TINY, "difflora_tiny") if asked.tiny else (QUICK, "difflora_quick")
     plan = replace(plan, seeds=asked.seeds or plan.seeds)
-    out = asked.out or Path("build/recipes/difflora_quick" if asked.quick else "build/recipes/difflora")
+    out = asked.out or Path("build/recipes") / kind
     out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(min(asked.workers, plan.seeds), mp_context=get_context("spawn")) as pool:
         seeds = list(pool.map(partial(run_seed, plan, out), range(plan.seeds)))
