@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mole_kernels.errors import MoleKeyError, MoleValueError
-from mole_kernels.experts.lowrank import Expert
+from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.functional import gated_lora_linear
 from mole_kernels.patching.apply import patch
 from tests.patching.peft_models import K, draw, twins
@@ -159,6 +159,18 @@ def rescaled(g: Ground) -> None:
     torch.compiler.reset()
 
 
+def folded_nan(g: Ground) -> None:
+    """An expert made in memory is the caller's own and may hold NaN; folding it into the weights is refused."""
+    nan = LowRank(torch.full((2, 6), float("nan")), torch.ones(10, 2))
+    handle = patch(g.model, {"a": Expert({"first": nan})})
+    held = [parameter.clone() for parameter in g.model.parameters()]
+    try:
+        handle.fold()
+    finally:
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(held, g.model.parameters()))
+        handle.remove()
+
+
 def nan_factors(g: Ground) -> dict[str, Tensor]:
     return {key: tensor.clone().fill_(float("nan")) for key, tensor in factors().items()}
 
@@ -223,6 +235,7 @@ CASES = [
         words=("12 NaN and 0 Inf",),
         deeper=("tests/patching/test_fold.py::test_overflow_is_refused",),
     ),
+    Case("P11-fold", SAYS[11], act=folded_nan, error=MoleValueError, words=("fold, layer first",)),
     peer(
         12, autocast, "finite gradients in each parameter's own dtype, in bf16 and fp16", "tests/patching/test_accelerate.py::test_autocast"
     ),

@@ -233,6 +233,8 @@ SAVES = (
     "tests/io/test_merge_files.py::test_76_ctrl_c_and_a_full_disk_leave_the_old_file",
     FIT + "test_a_failed_save_leaves_the_last_good_checkpoint",
     FIT + "test_killed_while_saving_and_broken_newest",
+    "tests/robustness/test_interrupted.py::test_76_a_full_disk_is_said_and_leaves_the_old_file",
+    "tests/robustness/test_interrupted.py::test_76_kill_9_while_a_bank_is_saved",
 )
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
