@@ -117,7 +117,7 @@ def _tf32(x: Tensor) -> bool:
 
 def _tile(f, way: str = ""):
     from mole_kernels.kernels.triton.tiles import choose as tile_for
-    from mole_kernels.kernels.triton.tiles import fitted, for_dense, for_recompute
+    from mole_kernels.kernels.triton.tiles import fitted, for_dense, for_recompute, rows_of_h
 
     device = _device(f.x.device.index)
     gates = sum(g is not None for g in (f.phi, f.pool, f.gate))
@@ -126,7 +126,9 @@ def _tile(f, way: str = ""):
     tile = fitted(tile, device.capability, f.backward, gates + f.backward, f.top_k > 0)
     if way == "dense":
         return for_dense(tile, device.capability)
-    return for_recompute(tile, device.capability, gates) if way == "recompute" else tile
+    if way == "recompute":
+        return for_recompute(tile, device.capability, gates)
+    return rows_of_h(tile, f.groups * f.row_tiles(tile.BM), -(-f.N // tile.width), f.R, device.processors)
 
 
 def forward(

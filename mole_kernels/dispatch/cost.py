@@ -11,7 +11,7 @@ from math import ceil, inf
 
 from mole_kernels.dispatch.device import Device
 from mole_kernels.dispatch.work import LIBRARY, Loop, Use, Work, ours, work
-from mole_kernels.kernels.triton.tiles import next_power
+from mole_kernels.kernels.triton.tiles import next_power, two_phases
 from mole_kernels.problem import Problem
 
 # a product's first loads and last stores, launch included: smallest cuBLAS products on Hopper take about this
@@ -103,25 +103,16 @@ def recompute(w: Work, loop: Loop) -> float:
     return max(best, _floor(w, w.K, w.N))
 
 
-def _two_phases(n_h: int, h: float, n_y: int, y: float, programs: int) -> float:
-    """Tiles of h, then tiles of y, each program its share; those that made one h more get no tile of the ragged last wave."""
-    rounds, late = divmod(n_h, programs)
-    waves, ragged = divmod(n_y, programs)
-    early = programs - late
-    if ragged <= early:
-        return max(rounds * h + (waves + (ragged > 0)) * y, (rounds + (late > 0)) * h + waves * y)
-    return (rounds + (late > 0)) * h + (waves + 1) * y
-
-
 def persistent(w: Work, loop: Loop) -> float:
     """Tiles of h first, tiles of y after, one launch; the ragged last wave takes what h cost where there is one."""
     best = inf
     width = min(loop.columns, next_power(w.R) if loop.ticket else max(16, w.R))
     for rows, columns in loop.tiles:
         n_m = _row_tiles(w, rows)
-        n_h, n_y = n_m * ceil(w.R / width), n_m * ceil(w.N / columns)
-        rate = max(0.35, tile_rate(rows, width)) if width >= 64 else 0.35
-        h = w.us(rows * (max(32, width) + w.token) * w.K, rate)
+        tall = loop.h_rows or rows
+        n_h, n_y = _row_tiles(w, tall) * ceil(w.R / width), n_m * ceil(w.N / columns)
+        rate = max(0.35, tile_rate(tall, width)) if width >= 64 else 0.35
+        h = w.us(tall * (max(32, width) + w.token) * w.K, rate)
         for s in loop.splits:
             if s == 3 or (s > 1 and (n_y * s > w.processors or w.K / s < 256)):
                 continue
@@ -129,7 +120,7 @@ def persistent(w: Work, loop: Loop) -> float:
             for k in loop.h_splits:
                 if k > 1 and w.K / k < 128:
                     continue
-                span = _two_phases(n_h * k, h / k, n_y * s, y, w.processors)
+                span = two_phases(n_h * k, h / k, n_y * s, y, w.processors)
                 best = min(best, max(span, h / k + w.us(rows * columns * w.R, tile_rate(rows, columns))))
     waits = FLAG + (ATOMIC if loop.ticket else 0) + (SAMPLE_WAIT if w.pooled else 0)
     return max(RAMP + best + waits, _floor(w, w.K, w.N))

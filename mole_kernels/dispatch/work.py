@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
 from mole_kernels.dispatch.device import Device
-from mole_kernels.kernels.triton.tiles import choose, fitted, for_dense, for_recompute, next_power
+from mole_kernels.kernels.triton.tiles import choose, fitted, for_dense, for_recompute, next_power, rows_of_h
 from mole_kernels.problem import Problem
 
 
@@ -39,13 +40,14 @@ LIBRARY_TILES = ((256, 128), (256, 160), (128, 256), (128, 192), (128, 160), (12
 
 @dataclass(frozen=True)
 class Loop:
-    """The main loops a candidate may choose from: tiles of y, the widest tile of h, into how many parts K may be split."""
+    """The main loops a candidate may choose from: tiles of y, the widest tile of h and its rows (0: y's), the splits of K."""
 
     tiles: tuple[tuple[int, int], ...] = LIBRARY_TILES
     columns: int = 256
     splits: tuple[int, ...] = (1, 2, 3, 4)
     h_splits: tuple[int, ...] = (1, 2, 4)
     ticket: bool = False
+    h_rows: int = 0
 
 
 LIBRARY = Loop()
@@ -61,7 +63,11 @@ def ours(problem: Problem, device: Device, use: Use, candidate: str = "persisten
         tile = for_recompute(tile, device.capability, problem.token_gate + problem.given_gate)
     if candidate == "dense":
         tile = for_dense(tile, device.capability)
-    return Loop(((tile.BM, tile.width),), tile.BR, (1,), (1,), ticket=True)
+    if candidate == "persistent":
+        alone = problem.S > 1 or problem.assigned or problem.sample_gate
+        n_m = problem.B * ceil(problem.T / tile.BM) if alone else ceil(problem.M / tile.BM)
+        tile = rows_of_h(tile, n_m, ceil(N / tile.width), problem.R, device.processors)
+    return Loop(((tile.BM, tile.width),), tile.BR, (1,), (1,), ticket=True, h_rows=tile.BH)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,27 @@ FLOAT32 = ("scale", "gate", "phi_bias", "pool", "pool_bias", "token_gate", "samp
            "dpool_bias", "dphi_bias", "dscale")  # fmt: skip
 INT64 = ("assignment",)
 INT32 = ("cols", "first", "flags", "arrived", "counters")
-TENSORS = ("x", "w", "w2", "down", "up", "phi", "bias", "h", "z", "y", "dy", "ddown", "dup", "dphi", "dgate", "merged", "delta", "delta2")
+TENSORS = (
+    "x",
+    "x2",
+    "w",
+    "w2",
+    "down",
+    "up",
+    "phi",
+    "bias",
+    "h",
+    "z",
+    "y",
+    "dy",
+    "ddown",
+    "dup",
+    "dphi",
+    "dgate",
+    "merged",
+    "delta",
+    "delta2",
+)
 
 
 def kernel_named(name: str):
@@ -238,13 +258,14 @@ def _product(kernel: str, arch: int, way: str, gate: str, tile: Tile, suffix: st
     tile = fitted(tile, (arch // 10, arch % 10), backward, backward + sum(GATES[gate][kind] for kind in KINDS))
     constants = LOOSE | GATES[gate] | dict(
         BACKWARD=backward, SAVE=not backward, NEED_D=backward and gate != "none", TMA=tile.tma, W_ROWS=not backward,
-        BM=tile.BM, BN=tile.BN, BX=tile.BX, BK=tile.BK, BR=tile.BR, BZ=tile.BZ, PDL=kernel == "expand_kernel" and arch >= 90,
+        BM=tile.BM, BH=tile.BH or tile.BM, BN=tile.BN, BX=tile.BX, BK=tile.BK, BR=tile.BR, BZ=tile.BZ,
+        PDL=kernel == "expand_kernel" and arch >= 90,
     )  # fmt: skip
     # every stride that is 1 in a launch on contiguous tensors
     unit = ("sxk", "swn", "sdr", "sun", "spk", "sge") if backward else ("sxk", "swk", "sdk", "sur", "spk", "sge")
     w_block = (tile.BK, tile.BN) if backward else (tile.BN, tile.BK)
     w2_block = w_block if not tile.BX else (tile.BK, tile.BX) if backward else (tile.BX, tile.BK)
-    described = (("x", (tile.BM, tile.BK)), ("w", w_block), ("w2", w2_block)) if tile.tma else ()
+    described = (("x", (tile.BM, tile.BK)), ("x2", (tile.BH or tile.BM, tile.BK)), ("w", w_block), ("w2", w2_block)) if tile.tma else ()
     id = f"{kernel.removesuffix('_kernel')}-{way}-{gate}{suffix}"
     return Build(id, kernel, constants, tile.warps, tile.stages, described=described, unit=unit, arches=(arch,))
 
@@ -295,6 +316,8 @@ def builds() -> list[Build]:
             tile = for_recompute(WHOLE[arch], (arch // 10, arch % 10), GATES[gate]["TOKEN"] + GATES[gate]["GATE"])
             b = _product("recompute_kernel", arch, "fwd", gate, tile)
             out.append(replace(b, constants=b.constants | dict(BR=32)))
+        for gate in ("none", "both"):
+            out += [_product("persistent_kernel", arch, way, gate, replace(WHOLE[arch], BH=64), "-h64") for way in ("fwd", "bwd")]
         for gate in ("local", "mask", "softmax"):
             out += _dense(arch, gate, WHOLE[arch])
         if WHOLE[arch].tma:

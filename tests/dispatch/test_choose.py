@@ -30,7 +30,7 @@ def test_persistent_is_near_the_best_there_at_any_rank(shape):
 
 
 def test_recompute_wins_tiny_ranks_on_one_wave():
-    for shape in ((4096, 640, 640), (512, 1280, 1280), (8192, 320, 320), (2048, 640, 640)):
+    for shape in ((512, 1280, 1280), (8192, 320, 320), (2048, 640, 640)):
         assert choose(problem(*shape, ranks=(4, 4), gate="mask"), H200).name == "recompute"
     assert choose(problem(4608, 3072, 12288, ranks=(4, 4), gate="mask"), H200).name != "recompute"
 

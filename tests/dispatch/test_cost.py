@@ -10,6 +10,7 @@ from mole_kernels.dispatch.device import KNOWN, Device, described, known
 from mole_kernels.dispatch.work import LIBRARY, Use, ours, work
 from mole_kernels.errors import MoleValueError
 from mole_kernels.kernels.triton import tiles
+from mole_kernels.kernels.triton.tiles import two_phases
 from tests.dispatch.support import H200, problem
 
 WAYS = ("persistent", "recompute", "two_pass", "merge", "added", "dense", "stacked", "plain")
@@ -121,7 +122,7 @@ def test_the_second_phase_spares_those_that_worked_in_the_first():
         free.sort()
         for tile in range(n_y):
             free[tile % programs] += y
-        assert cost._two_phases(n_h, h, n_y, y, programs) == pytest.approx(max(free))
+        assert two_phases(n_h, h, n_y, y, programs) == pytest.approx(max(free))
 
 
 def test_tile_rates_agree_with_those_the_tiles_are_chosen_by():

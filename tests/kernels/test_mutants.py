@@ -12,7 +12,7 @@ from mole_kernels.kernels.triton import backward as backward_module
 from mole_kernels.kernels.triton import launch
 from mole_kernels.kernels.triton.backward import Need
 from tests.backends.test_backends import assert_gradient
-from tests.kernels.interpreter import Bounds, Race, run
+from tests.kernels.interpreter import Bounds, Deadlock, Race, run
 from tests.kernels.support import SMALL, forward_of, poisoned
 from tests.kernels.test_backward import NAMES, gradients, seed_of
 from tests.truth import Case, assert_close_to_truth
@@ -25,13 +25,15 @@ BARRIER = "tl.debug_barrier()\n"
 MUTANTS = {
     "no barrier before the row's release": (
         "persistent",
-        BARRIER + "            tl.atomic_add(ready + i, 1",
-        "tl.atomic_add(ready + i, 1",
+        BARRIER + "            tl.atomic_add(ready + i_y, 1",
+        "tl.atomic_add(ready + i_y, 1",
         Race,
     ),
-    "a relaxed release": ("persistent", 'ready + i, 1, sem="release"', 'ready + i, 1, sem="relaxed"', Race),
+    "a relaxed release": ("persistent", 'ready + i_y, 1, sem="release"', 'ready + i_y, 1, sem="relaxed"', Race),
     "a relaxed wait": ("persistent", 'ready + i, 0, sem="acquire"', 'ready + i, 0, sem="relaxed"', Race),
-    "a wait for one tile too few": ("persistent", 'sem="acquire") < n_r', 'sem="acquire") < n_r - 1', Race),
+    "a wait for one tile too few": ("persistent", 'sem="acquire") < n_w', 'sem="acquire") < n_w - 1', Race),
+    "a wait for one half of the rows": ("persistent", "tl.minimum(BM // BH, ", "tl.minimum(1, ", Race),
+    "a half counted for another row tile": ("persistent", "(i % n_th) // (BM // BH)", "(i % n_th) % n_t", (Race, Deadlock)),
     "flags reset by the first to leave": ("persistent", "== n_p - 1:", "== 0:", Exception),
     "a lost mask of columns": ("shrink", "mask=m_k[:, None] & m_d[None, :], other=0.0), b_h", "mask=m_k[:, None], other=0.0), b_h", WRONG),
     "one set for all samples": ("shrink", "down + i_s * sds", "down + 0 * sds", AssertionError),
@@ -67,11 +69,11 @@ def mutant(tmp_path, module, old, new):
     return made
 
 
-def judge_forward(case, way, seeds):
+def judge_forward(case, way, seeds, tile=SMALL):
     call = case.make(torch.bfloat16)
     for seed in range(seeds):
         with run(seed, resident=3), poisoned():
-            b = way(forward_of(call), SMALL)
+            b = way(forward_of(call), tile)
         assert_close_to_truth(b.y, call.truth(), torch.bfloat16, 2)
         assert not b.flags.any()
 
@@ -86,10 +88,11 @@ def test_a_forward_mutant_is_killed(name, tmp_path, monkeypatch):
     kernel = "persistent_kernel" if module == "persistent" else f"{module}_kernel"
     way = launch.persistent if module == "persistent" else launch.two_pass
     case = case if name == "a bias dropped" else case.alone()
-    judge_forward(case, way, 2)
+    tile = replace(SMALL, BH=16) if "half" in name else SMALL
+    judge_forward(case, way, 2, tile)
     monkeypatch.setattr(launch, kernel, getattr(made, kernel))
     with pytest.raises(error):
-        judge_forward(case, way, 24)
+        judge_forward(case, way, 24, tile)
 
 
 @pytest.mark.parametrize("name", ROUTED)

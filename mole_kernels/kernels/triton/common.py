@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 # sizes that decide nothing about how memory is accessed: a kernel is not compiled anew when one of them is 1 or a multiple of 16
-COUNTS = ["T", "span", "n_t", "n_m", "n_r", "n_b", "M", "E", "sgb", "sgt", "sge", "sps", "top_k"]
+COUNTS = ["T", "span", "n_t", "n_th", "n_m", "n_r", "n_b", "M", "E", "sgb", "sgt", "sge", "sps", "top_k"]
 
 
 @triton.jit

@@ -178,7 +178,8 @@ def common_arguments(f: Fused, b: Buffers) -> dict[str, object]:
     absent = f.scale
     pool = f.pool is not None
     return dict(
-        x=f.x, w=f.w, w2=f.w, down=f.down, up=f.up, cols=expert_of_column(f.ranks, f.x.device), scale=f.scale, y=b.y, h=b.h, z=b.z, d=b.d,
+        x=f.x, x2=f.x, w=f.w, w2=f.w,
+        down=f.down, up=f.up, cols=expert_of_column(f.ranks, f.x.device), scale=f.scale, y=b.y, h=b.h, z=b.z, d=b.d,
         parts=b.parts, token_gate=b.token_gate, sample_gate=b.sample_gate, q=b.q if f.backward else b.sample_gate,
         bias=absent if f.bias is None else f.bias, gate=absent if f.gate is None else f.gate,
         phi=absent if f.phi is None else f.phi, phi_bias=absent if f.phi_bias is None else f.phi_bias,

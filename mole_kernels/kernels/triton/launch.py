@@ -97,15 +97,19 @@ def two_pass(f: Fused, tile: Tile) -> Buffers:
 
 def persistent(f: Fused, tile: Tile) -> Buffers:
     """One launch: h first, then y, handed over by flags."""
-    b = buffers(f, tile, tile.BM)
+    BH = tile.BH or tile.BM
+    b = buffers(f, tile, BH)
     BR, n_r = f.columns(tile)
-    n_t = f.row_tiles(tile.BM)
+    n_t, n_th = f.row_tiles(tile.BM), f.row_tiles(BH)
     n_m = f.groups * n_t
     n_tiles = n_m * -(-f.N // tile.width)
-    arguments = _product_arguments(f, b, tile) | dict(n_t=n_t, n_m=n_m, n_r=n_r, n_b=f.groups, BR=BR, flags=b.flags)
+    arguments = _product_arguments(f, b, tile) | dict(n_t=n_t, n_th=n_th, n_m=n_m, n_r=n_r, n_b=f.groups, BH=BH, BR=BR, flags=b.flags)
+    if arguments["TMA"]:
+        x: Any = arguments["x"]
+        arguments["x2"] = x if BH == tile.BM else descriptor(f.x, x.shape, x.strides, [BH, tile.BK])
     # a program of four warps leaves room for a second one; more programs than the GPU holds would be right too
     programs = tile.programs or _processors(f.x) * max(1, 8 // tile.warps)
-    _start(persistent_kernel, (min(programs, max(n_tiles, n_m * n_r)),), arguments, tile)
+    _start(persistent_kernel, (min(programs, max(n_tiles, f.groups * n_th * n_r)),), arguments, tile)
     return b
 
 

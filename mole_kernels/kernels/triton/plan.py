@@ -25,7 +25,7 @@ PLANNED = ("persistent", "two_pass", "recompute")
 OPERANDS = ("x", "w", "bias", "down", "up", "scale", "gate", "phi", "phi_bias", "pool", "pool_bias", "assignment")
 BUFFERS = ("y", "h", "z", "token_gate", "sample_gate", "parts", "flags")
 # arguments that are called otherwise than the tensor they are, in a forward
-CALLED = {"w2": "w", "arrived": "flags", "q": "sample_gate", "d": "scale"}
+CALLED = {"x2": "x", "w2": "w", "arrived": "flags", "q": "sample_gate", "d": "scale"}
 MOST = 4096
 
 _plans: dict[object, Plan] = {}
@@ -118,5 +118,5 @@ def record(key: object, way: str, f: Fused, tile: Tile) -> Buffers:
         full = grid[0], grid[1] if len(grid) > 1 else 1, 1
         steps.append(Step(kernel, compiled, full, tuple(values), tuple(places), tuple(described)))
     sizes = tuple(None if name in absent else (tuple(t.shape), t.dtype) for name in BUFFERS[:-1] for t in (getattr(b, name),))
-    _plans[key] = Plan(tuple(steps), sizes, 2 + f.groups * (f.row_tiles(min(tile.BM, tile.BS)) + 1), f.x.device)
+    _plans[key] = Plan(tuple(steps), sizes, 2 + f.groups * (f.row_tiles(min(tile.BM, tile.BS, tile.BH or tile.BM)) + 1), f.x.device)
     return b

@@ -21,6 +21,7 @@ class Tile:
     BM, BN, BK  rows, columns and depth of a base tile
     BX          columns beside the BN, in a second accumulator: tiles of 160 and 192 columns, which powers of two do not have
     BR          most columns of h in one tile; BZ depth of a step of the expand
+    BH          rows of a tile of h in the persistent kernel, 0: BM
     BS          rows of a tile of the shrink kernel, where it is a launch of its own
     group       row tiles that share columns of W in time
     tma         load x and w by tensor descriptors (Hopper and later) where their layout allows
@@ -34,6 +35,7 @@ class Tile:
     BK: int = 64
     BR: int = 64
     BZ: int = 64
+    BH: int = 0
     BS: int = 64
     warps: int = 8
     stages: int = 3
@@ -117,6 +119,31 @@ def for_dense(tile: Tile, capability: tuple[int, int]) -> Tile:
     if capability[0] not in (9, 10):
         return replace(tile, BN=min(tile.BN, 64), BX=0)
     return tile if tile.width <= 160 else replace(tile, BN=128, BX=0)
+
+
+def two_phases(n_h: int, h: float, n_y: int, y: float, programs: int) -> float:
+    """Tiles of h, then tiles of y, each program its share; those that made one h more get no tile of the ragged last wave."""
+    rounds, late = divmod(n_h, programs)
+    waves, ragged = divmod(n_y, programs)
+    early = programs - late
+    if ragged <= early:
+        return max(rounds * h + (waves + (ragged > 0)) * y, (rounds + (late > 0)) * h + waves * y)
+    return (rounds + (late > 0)) * h + (waves + 1) * y
+
+
+def rows_of_h(tile: Tile, n_m: int, n_n: int, R: int, processors: int) -> Tile:
+    """`tile` with tiles of h of 64 rows where that is predicted to shorten the persistent kernel: the first wave waits less for them.
+
+    n_m, n_n: row and column tiles of y. Not shorter: 64 rows are the least of Hopper's tensor-core instruction
+    """
+    BR = min(tile.BR, next_power(R))
+    rate = {128: 0.7, 64: 0.5} if BR >= 64 else {128: 0.35, 64: 0.35}
+
+    def span(rows: int) -> float:
+        n_h, h = n_m * tile.BM // rows * ceil(R / BR), rows * max(32, BR) / rate[rows]
+        return two_phases(n_h, h, n_m * n_n, tile.BM * tile.width / _RATE[tile.BM, tile.width], processors)
+
+    return replace(tile, BH=64 if tile.BM == 128 and span(64) < span(128) else 0)
 
 
 def for_sums(R: int, dtype: torch.dtype, capability: tuple[int, int], busy: bool) -> tuple[int, int, int]:
