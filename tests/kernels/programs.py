@@ -97,7 +97,9 @@ class Launch:
             if size > SHADOWED:
                 low = base + t.storage_offset() * t.element_size()
                 last = sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
-                self.ranges.append((low, low + (last + 1) * t.element_size()))
+                within = (low, low + (last + 1) * t.element_size())
+                # one tensor may be two arguments
+                self.ranges += [within] * (within not in self.ranges)
                 continue
             if base not in by_storage:
                 ints = [np.full(size, -1, np.int32) for _ in range(6)]
