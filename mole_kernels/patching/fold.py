@@ -77,6 +77,12 @@ def fold(model: object, patched: Iterable[Patched], *, keep: bool = True) -> Fol
             weight = _weight(module)
             new = _shifted(module, 1.0)
             if not new.isfinite().all() and weight.isfinite().all():
+                if new.isnan().any():
+                    raise MoleValueError(
+                        f"fold, layer {one.path}",
+                        "the folded weight would hold NaN",
+                        hint="an expert, a scale or a product of theirs is NaN",
+                    )
                 raise MoleValueError(f"fold, layer {one.path}", f"the folded weight overflows in {weight.dtype}", hint="fold in bfloat16")
             layer = _Layer(one.path, module, weight.detach().clone(), ())
             done.append(layer)

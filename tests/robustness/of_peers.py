@@ -235,7 +235,7 @@ CASES = [
         words=("12 NaN and 0 Inf",),
         deeper=("tests/patching/test_fold.py::test_overflow_is_refused",),
     ),
-    Case("P11-fold", SAYS[11], act=folded_nan, error=MoleValueError, words=("fold, layer first",)),
+    Case("P11-fold", SAYS[11], act=folded_nan, error=MoleValueError, words=("fold, layer first", "would hold NaN")),
     peer(
         12, autocast, "finite gradients in each parameter's own dtype, in bf16 and fp16", "tests/patching/test_accelerate.py::test_autocast"
     ),
