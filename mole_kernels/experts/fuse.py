@@ -147,7 +147,9 @@ def objective(factors: Mapping[str, LowRank], sums: Sums, weights: Mapping[str, 
         if wide is not None:
             total -= 2 * alpha * ((up.mT @ wide[0]) * (cross @ wide[1].mT)).sum().item()
     if wide is not None:
-        total += ((wide[0].mT @ wide[0]) * (wide[1] @ sums.gram @ wide[1].mT)).sum().item()
+        seen = None if sums.few is None else wide[1] @ sums.few.mT
+        inner = wide[1] @ sums.gram @ wide[1].mT if seen is None else seen @ seen.mT
+        total += ((wide[0].mT @ wide[0]) * inner).sum().item()
     return max(total, 0.0)
 
 
