@@ -39,8 +39,8 @@ class Site:
 
     @property
     def bytes(self) -> int:
-        """Of its Gram matrix, and of A G for every concept."""
-        return DOUBLE * (self.K**2 + sum(f.rank for f in self.factors.values()) * self.K)
+        """Of its Gram matrix, of the few inputs kept beside it at first, and of A G for every concept."""
+        return DOUBLE * (self.K**2 + self.K // 4 * self.K + sum(f.rank for f in self.factors.values()) * self.K)
 
     def sums(self) -> Sums:
         device = self.module.weight.device  # type: ignore[union-attr]

@@ -60,7 +60,8 @@ def text_encoders(pipe: Any) -> dict[str, tuple[Any, Any]]:
         encoder: Any = getattr(pipe, component, None)
         tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"), None)
         if isinstance(encoder, nn.Module) and tokenizer is not None:
-            if not hasattr(encoder, "get_input_embeddings") or encoder.config.model_type not in ("clip_text_model", "clip"):
+            config: Any = encoder.config
+            if not hasattr(encoder, "get_input_embeddings") or config.model_type not in ("clip_text_model", "clip"):
                 raise MoleTypeError(f"concepts: {component}", expected="a CLIP text model", got=type(encoder).__name__)
             found[component] = (encoder, tokenizer)
     if not found:
