@@ -8,6 +8,7 @@ work/shards/index.json      layout, settings, and which identity lies in which s
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -144,7 +145,8 @@ def keep_pictures(source: Path, out: Path, accept: PictureFilter, caption: str) 
     lines = []
     for i, name in enumerate(names):
         link = out / f"{i:05d}{Path(name).suffix.lower()}"
-        link.symlink_to((source / name).resolve())
+        # relative, so that pictures and data set can be moved together
+        link.symlink_to(os.path.relpath((source / name).resolve(), out.resolve()))
         text = captions.get(name) or read_beside(source / name) or caption
         lines.append(json.dumps({"file_name": link.name, "text": text}))
     # last: a folder without it was not finished
