@@ -45,3 +45,25 @@ def layout_over_picture(picture: Tensor, regions: Sequence[HasPlace], prompt: st
     if regions:
         drawn.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False, fontsize=8)
     return made
+
+
+def attention_over_picture(picture: Tensor, regions: Sequence[HasPlace], maps: Tensor) -> Figure:
+    """For each region the picture [3,H,W] in 0…1 under the map of where its words were read [regions,h,w], its outline drawn."""
+    if picture.dim() != 3 or picture.shape[0] != 3 or maps.dim() != 3 or maps.shape[0] != len(regions):
+        got = f"{tuple(picture.shape)}, {tuple(maps.shape)}"
+        raise MoleShapeError("attention_over_picture", expected=f"a picture [3,H,W] and maps [{len(regions)},h,w]", got=got)
+    H, W = picture.shape[1:]
+    wide = min(3.2 * W / H, 12 / max(len(regions), 1))
+    made = figure(wide * len(regions) + 0.9, wide * H / W + 0.5)
+    grey = picture.detach().float().cpu().clamp(0, 1).mean(0).numpy()
+    axes = made.subplots(1, len(regions), squeeze=False)[0]
+    high = max(float(maps.max()), 1e-6)
+    for i, (axis, region) in enumerate(zip(axes, regions)):
+        axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
+        shown = axis.imshow(maps[i].float().numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=high, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+        axis.contour(region.cover(H, W).float().numpy(), levels=[0.5], colors=[COLOURS[i % len(COLOURS)]], linewidths=1.5)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_title(region.prompt[:40], color=INK, fontsize=9)
+    made.colorbar(shown, ax=axes, label="attention to its words")
+    return made

@@ -9,6 +9,7 @@ import torch
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.gates.schedule import Clock, switch
+from mole_kernels.looking.layout import attention_over_picture
 from mole_kernels.methods.mix_of_show.regions import Region, grid_of, shares
 from mole_kernels.methods.mix_of_show.sampling import region_gates, regional
 from mole_kernels.patching.apply import patch
@@ -167,6 +168,45 @@ def test_one_text_for_each_layer(pipe):
     assert len(seen) == layers and sorted(f"{n}.processor" for n in ran) == sorted(order)
     found = {tuple(t[1].flatten().tolist()) for t in seen}
     assert found == {tuple(per_layer[0][0, 0, i].flatten().tolist()) for i in range(layers)}
+
+
+def test_where_each_regions_words_were_read(pipe):
+    """Nothing outside a region; inside, the attention that a hand-made softmax gives, and a picture of it."""
+    embeds = texts(1, 2, seed=1), texts(1, 2, seed=2)
+    plain = regional(pipe, REGIONS, embeds=embeds)
+    with pytest.raises(MoleStateError, match="nothing was recorded"):
+        plain.attention()
+    with regional(pipe, REGIONS, embeds=embeds, record=True) as state:
+        drawn = draw(pipe)
+    with plain:
+        assert torch.equal(draw(pipe), drawn)
+    maps = state.attention()
+    assert maps.shape == (1, 2, *SIZE)
+    for i, region in enumerate(REGIONS):
+        inside = region.cover(*SIZE)
+        assert (maps[0, i][inside] > 0).all() and maps[0, i].max() <= 1
+        outside = ~torch.nn.functional.interpolate(region.cover(4, 4)[None, None].float(), SIZE)[0, 0].bool() & ~inside
+        assert outside.any() and not maps[0, i][outside].any()
+    one = {}
+    with regional(pipe, REGIONS, embeds=embeds, record=True) as state, torch.no_grad():
+        attn = next(m for n, m in pipe.unet.named_modules() if n.endswith("attn2"))
+        attn.to_q.register_forward_hook(lambda m, a, y: one.update(q=y.unflatten(-1, (attn.heads, -1))))
+        pipe.unet(torch.randn(1, 4, *SIZE), 3, texts(1, seed=7))
+        k = attn.to_k(embeds[0][0, 0]).unflatten(-1, (attn.heads, -1))
+        p = torch.softmax(torch.einsum("thd,lhd->htl", one["q"][0], k) * attn.scale, -1)[..., 1:].sum(-1).mean(0)
+        grid = grid_of(len(p), *SIZE)
+        want = p * shares(REGIONS, *grid)[1]
+        total, count = state._read[grid]
+        layers = sum(m.heads > 0 for n, m in pipe.unet.named_modules() if n.endswith("attn2"))
+        assert 0 < count <= layers
+        if count == 1:
+            torch.testing.assert_close(total[0, 0].flatten(), want)
+        else:
+            assert (total[0, 0].flatten() + 1e-6 >= want).all()
+    made = attention_over_picture(torch.rand(3, 16, 16), REGIONS, maps[0])
+    assert [a.get_title() for a in made.axes[:2]] == ["left", "low"]
+    with pytest.raises(MoleShapeError, match=r"maps \[2,h,w\]"):
+        attention_over_picture(torch.rand(3, 16, 16), REGIONS, maps[0, :1])
 
 
 @pytest.mark.parametrize(

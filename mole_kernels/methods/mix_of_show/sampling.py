@@ -41,6 +41,7 @@ class regional:
     embeds    (positive, negative) texts of the regions instead of encoding them: [prompts, regions, L, C] each, or with one text for
               every cross-attention layer, [prompts, regions, layers, L, C], as extended textual inversion has them
     backend   of `regional_attention`
+    record    keep where each region's words were read, for `attention`; costs a second product of queries and keys
 
     K and V of every region are computed once and kept while the texts, the weights and the gates stay (torch's version counters say
     so); the queries are not copied. Guidance, several prompts and several pictures per prompt are followed.
@@ -60,6 +61,7 @@ class regional:
         elsewhere: Mapping[str, float] | None = None,
         embeds: tuple[Tensor, Tensor] | None = None,
         backend: str = "auto",
+        record: bool = False,
     ) -> None:
         if not hasattr(getattr(pipe, "unet", None), "attn_processors"):
             raise MoleTypeError("regional", expected="a pipeline with a UNet of cross-attention", got=type(pipe).__name__)
@@ -71,6 +73,7 @@ class regional:
         self.size = (height, width) if height and width else None
         self.experts = None if handle is None else _ExpertWeights(handle, self.by_prompt, elsewhere)
         self.embeds = embeds
+        self._read: dict[tuple[int, int], tuple[Tensor, int]] | None = {} if record else None
         self._tables: dict[tuple[object, ...], Tensor] = {}
         self._before: dict[str, Any] = {}
         self._hooks: list[Any] = []
@@ -114,6 +117,28 @@ class regional:
         self.pipe.unet.set_attn_processor(dict(self._before))
         if self.experts is not None:
             self.experts.clear()
+
+    def attention(self) -> Tensor:
+        """[samples, regions, h, w]: how much of each region's words every place read, mean over calls, layers and heads.
+
+        The share of the region there times the attention to its words, the first token (which takes what nothing else wants) left out.
+        The finest grid's size; raises MoleStateError where nothing was recorded.
+        """
+        if not self._read:
+            raise MoleStateError("regional.attention", "nothing was recorded", hint="regional(…, record=True), and draw something")
+        size = max(self._read, key=lambda grid: grid[0] * grid[1])
+        maps = [nn.functional.interpolate(total / count, size, mode="nearest") for total, count in self._read.values()]
+        return torch.stack(maps).mean(0)
+
+    def note(self, q: Tensor, k: Tensor, table: Tensor, scale: float) -> None:
+        """Add one layer's reading, where it is recorded.  q [B,H,T,D], k [B,1+S,H,L,D], table [B,1+S,T]"""
+        if self._read is None or self.size is None:
+            return
+        words = torch.softmax(torch.einsum("bhtd,bshld->bshtl", q.float(), k[:, 1:].float()) * scale, -1)[..., 1:].sum(-1).mean(2)
+        grid = grid_of(q.shape[2], *self.size)
+        seen = (words * table[:, 1:]).unflatten(2, grid).detach().cpu()
+        total, count = self._read.get(grid, (torch.zeros_like(seen), 0))
+        self._read[grid] = (total + seen, count + 1)
 
     # -- what the layers ask --------------------------------------------------------------------------------------------------------
 
@@ -209,6 +234,7 @@ class RegionalProcessor:
         q = _heads(attn, attn.to_q(hidden_states), attn.norm_q)
         k, v = self._keys_values(attn, encoder_hidden_states, B)
         table = self.state.table(B, T, q.device)
+        self.state.note(q, k, table, attn.scale)
         said = regional_attention(q, k, v, table, scale=attn.scale, backend=self.state.backend)
         out = attn.to_out[1](attn.to_out[0](said.transpose(1, 2).flatten(2).to(residual.dtype)))
         if attn.residual_connection:
