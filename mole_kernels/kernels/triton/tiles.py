@@ -104,8 +104,10 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, 
         BN, BX = 128, 32 if gates < 4 else 0
     if capability[0] == 8 and not roomy(capability) and backward and gates > 2:
         BZ = 16
+    # without descriptors data-centre Blackwell holds the addresses in registers too
+    pointers = capability[0] == 10 and backward and gates > 1 and not tile.tma
     BS = min(tile.BS, 32) if own and softmax else tile.BS
-    return replace(tile, BR=BR, BZ=BZ if own else tile.BZ, BN=BN, BX=BX, BS=BS)
+    return replace(tile, BR=BR, BZ=BZ if own or pointers else tile.BZ, BN=BN, BX=BX, BS=BS)
 
 
 def for_recompute(tile: Tile, capability: tuple[int, int], gates: int) -> Tile:
