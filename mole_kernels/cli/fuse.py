@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from mole_kernels.cli.pipelines import read_pipeline
 from mole_kernels.cli.screen import done, number, out, table
-from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
+from mole_kernels.errors import MoleValueError, printable
 from mole_kernels.methods.mix_of_show.concept import load_fusion_config
 from mole_kernels.methods.mix_of_show.folder import PIPELINE, save_dense, save_fused
 from mole_kernels.methods.mix_of_show.fusion import Fused, FusionSettings, fuse_pipeline, plan_fusion
@@ -28,7 +29,7 @@ def run(
 ) -> None:  # fmt: skip
     """Read everything, say what will be done, do it, write the folder."""
     concepts = load_fusion_config(config)
-    pipe = _pipeline(pipeline, dtype)
+    pipe = read_pipeline(pipeline, DTYPES[dtype] if dtype else None, command="fuse")
     if dry:
         out().print(str(plan_fusion(pipe, concepts, settings)), soft_wrap=True)
         return
@@ -80,27 +81,6 @@ def _tell(fused: Fused, layers: bool) -> None:
 def _row(name: str, count: int, sums: dict[str, float]) -> tuple[str, str, str, str, str, str]:
     ratio = sums["fused"] / sums["by_weights"] if sums["by_weights"] else 0.0
     return name, str(count), number(sums["base"]), number(sums["by_weights"]), number(sums["fused"]), number(ratio)
-
-
-def _pipeline(name: str, dtype: str | None) -> Any:
-    if name == "demo":
-        from mole_kernels.demo.model import load_pipeline
-
-        return load_pipeline()
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError as error:
-        raise MoleStateError("fuse", f"needs {error.name}", hint='pip install "mole-kernels[diffusers]"') from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = DTYPES[dtype] if dtype else torch.float32 if device == "cpu" else torch.float16
-    try:
-        pipe: Any = DiffusionPipeline.from_pretrained(name, torch_dtype=kind, use_safetensors=True, local_files_only=Path(name).is_dir())
-    # what diffusers raises for a folder that is none, is half there, or names classes it does not know
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
-        hint = "a folder in diffusers' layout holds model_index.json"
-        raise MoleFileError(printable(name, 300), f"no pipeline can be read from it ({printable(error, 300)})", hint=hint) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from mole_kernels.cli.pipelines import read_pipeline
 from mole_kernels.cli.screen import done
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
@@ -29,7 +30,7 @@ def write(files: Sequence[Path], out: Path, pipeline: Path | None, gates: Path |
         raise MoleStateError("report", "gates say something only of a run", hint="add --pipeline FOLDER")
     seen = picture = None
     if pipeline is not None:
-        seen, picture = _run(bank, chosen, pipeline, prompt, steps, seed)
+        seen, picture = _run(bank, chosen, str(pipeline), prompt, steps, seed)
     text = make_report(bank, seen, picture, title=", ".join(bank.names)[:120])
 
     def whole(file: BinaryIO) -> None:
@@ -52,14 +53,8 @@ def _read(files: Sequence[Path]) -> tuple[ExpertBank, GateFile | None]:
     return ExpertBank({name: load_expert(file) for name, file in zip(names, files)}), None
 
 
-def _run(bank: ExpertBank, gates: GateFile | None, folder: Path, prompt: str, steps: int, seed: int) -> tuple[Recorder, Tensor]:
-    from diffusers import DiffusionPipeline
-
-    if not (folder / "model_index.json").is_file():
-        raise MoleFileError(
-            str(folder), expected="a folder with a model_index.json", got="none", hint="a pipeline that was saved with save_pretrained"
-        )
-    pipe: Any = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True).to("cuda" if torch.cuda.is_available() else "cpu")
+def _run(bank: ExpertBank, gates: GateFile | None, folder: str, prompt: str, steps: int, seed: int) -> tuple[Recorder, Tensor]:
+    pipe = read_pipeline(folder, command="report")
     with patch(pipe, bank, gates) as handle:
         seen = _Sized(handle)
         generator = torch.Generator().manual_seed(seed)

@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from mole_kernels.cli import pipelines
 from mole_kernels.cli.screen import done, facts, number, out, table
-from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
+from mole_kernels.errors import MoleValueError, printable
 from mole_kernels.files.writer import atomic_write
 from mole_kernels.methods.selma.evaluate import evaluate
 from mole_kernels.methods.selma.generators import FileText, LocalText, TextGenerator
@@ -202,25 +203,8 @@ def _settings(asked: Given) -> PictureSettings:
 
 
 def read_pipeline(name: str, dtype: str | None) -> Any:
-    """The pipeline on this process's device, from safetensors only."""
-    device = processes().device
-    if name == "demo":
-        from mole_kernels.demo.model import load_pipeline
-
-        return load_pipeline()
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError as error:
-        raise MoleStateError("selma", f"needs {error.name}", hint='pip install "mole-kernels[selma]"') from error
-    kind = getattr(torch, dtype) if dtype else (torch.float32 if device.type == "cpu" else torch.float16)
-    try:
-        pipe: Any = DiffusionPipeline.from_pretrained(name, torch_dtype=kind, use_safetensors=True)
-    # what diffusers raises for a folder that is none, is half there, or names classes it does not know
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
-        hint = "a folder in diffusers' layout holds model_index.json"
-        raise MoleFileError(printable(name, 300), f"no pipeline can be read from it ({printable(error, 300)})", hint=hint) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    """The pipeline on this process's device."""
+    return pipelines.read_pipeline(name, getattr(torch, dtype) if dtype else None, processes().device, command="selma")
 
 
 def _plain(given: Given) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from mole_kernels.cli.pipelines import read_pipeline
 from mole_kernels.cli.screen import done, facts, out
-from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
+from mole_kernels.errors import MoleFileError, MoleValueError, printable
 from mole_kernels.io.dialects.paths import kohya_name, looks_like_sdxl
 from mole_kernels.io.experts import load_expert
 from mole_kernels.io.gates import OFFICIAL_NAMES, load_gates
@@ -173,19 +174,10 @@ def _echo(title: str, asked: Given, config: TrainConfig, folder: PictureFolder, 
 
 
 def _pipeline(name: str, dtype: torch.dtype) -> Any:
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError as error:
-        raise MoleStateError("train", f"needs {error.name}", hint='pip install "mole-kernels[train]"') from error
-    try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
-    # what diffusers raises for a folder that is none, is half there, or names classes it does not know
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
-        hint = "a folder in diffusers' layout holds model_index.json"
-        raise MoleFileError(printable(name, 300), f"no pipeline can be read from it ({printable(error, 300)})", hint=hint) from error
+    pipe = read_pipeline(name, dtype, processes().device, command="train")
     if not isinstance(getattr(pipe, "unet", None), torch.nn.Module):
         raise MoleFileError(printable(name, 300), expected="a pipeline with a UNet", got=type(pipe).__name__)
-    return pipe.to(processes().device)
+    return pipe
 
 
 def _batches(pipe: Any, folder: PictureFolder, asked: Given, batch_size: int) -> PictureBatches | None:
