@@ -80,6 +80,35 @@ def maps_over_picture(seen: Recorder, picture: Tensor, columns: int = 5, kind: s
     return made
 
 
+def maps_of_layers(seen: Recorder, step: int | None = None) -> Figure:
+    """One map for every expert and every kind of layer (every layer, where the recorder keeps them), at one step.
+
+    step  the middle one by default
+
+    Each expert's maps span one range, so that its layers can be compared.
+    """
+    kinds = seen.kinds()
+    if not kinds:
+        raise MoleStateError("maps_of_layers", "no patched layer sees the picture")
+    at = len(seen.steps) // 2 if step is None else step
+    maps = torch.stack([seen.maps(kind)[at] for kind in kinds])
+    across = min(len(kinds), 4)
+    down = -(-len(kinds) // across)
+    E, (H, W) = len(seen.names), maps.shape[-2:]
+    wide = min(2.4 * max(0.6, W / H), 13 / across)
+    made = figure(wide * across + 0.3, (wide * H / W + 0.35) * down * E)
+    grid = made.subplots(down * E, across, squeeze=False)
+    for axis in grid.flat:
+        axis.set_axis_off()
+    for e, name in enumerate(seen.names):
+        low, high = float(maps[:, e].min()), float(maps[:, e].max())
+        for i, kind in enumerate(kinds):
+            axis = grid[e * down + i // across][i % across]
+            axis.imshow(maps[i, e].numpy(), cmap="inferno", vmin=low, vmax=max(high, low + 1e-6))
+            axis.set_title(f"{name}, {kind}" if len(kind) < 28 else f"{name}, …{kind[-26:]}", color=INK, fontsize=8)
+    return made
+
+
 def spectra(values: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     """Singular values of every layer, each divided by its layer's largest, and their median.  expert -> layer -> falling [P]"""
     made = figure(1.6 + 3.8 * max(len(values), 1), 3.2)

@@ -49,15 +49,17 @@ class Recorder:
         seen.maps()      where, by step
 
     height, width  of the latents; layers whose tokens are no such grid (words) have no map
+    by_layer       keep a map for every layer, not one for each kind: layers x steps x experts x height x width numbers
     sample         which sample of the batch; −1, the last, is a prompt's conditional half under classifier-free guidance
 
-    Only eager forwards leave gates to read. What is kept is one number per layer, step and expert, and one map per kind of layer.
+    Only eager forwards leave gates to read. Kept are one number per layer, step and expert, and the maps.
     """
 
     handle: Handle
     height: int
     width: int
     sample: int = -1
+    by_layer: bool = False
     steps: list[int] = field(default_factory=list)
     _means: list[dict[str, Tensor]] = field(default_factory=list)
     _maps: list[dict[str, Tensor]] = field(default_factory=list)
@@ -86,8 +88,9 @@ class Recorder:
             place = grid(one.shape[0], self.height, self.width)
             if place is not None:
                 found = F.interpolate(one.mT.unflatten(1, place)[None], (self.height, self.width), mode="nearest")[0]
-                before, count = sums.get(kind_of(path), (torch.zeros_like(found), 0))
-                sums[kind_of(path)] = before + found, count + 1
+                where = path if self.by_layer else kind_of(path)
+                before, count = sums.get(where, (torch.zeros_like(found), 0))
+                sums[where] = before + found, count + 1
         self.steps.append(timestep)
         self._means.append(means)
         self._maps.append({kind: total / count for kind, (total, count) in sums.items()})
@@ -111,7 +114,7 @@ class Recorder:
         return list(rows), torch.stack(values)
 
     def maps(self, kind: str | None = None) -> Tensor:
-        """Where, by step: [steps,E,height,width], the mean over one kind of layer, or over all kinds that see the picture."""
+        """Where, by step: [steps,E,height,width], of one kind of layer (one layer, by_layer), or the mean over all with maps."""
         self._check_any()
         kinds = list(self._maps[0])
         if not kinds:
@@ -121,7 +124,7 @@ class Recorder:
         return torch.stack([at[kind] if kind else torch.stack(list(at.values())).mean(0) for at in self._maps])
 
     def kinds(self) -> list[str]:
-        """The kinds of layers that have maps."""
+        """The kinds of layers (the layers, by_layer) that have maps."""
         self._check_any()
         return list(self._maps[0])
 

@@ -52,6 +52,9 @@ def make_report(bank: ExpertBank, seen: Recorder | None = None, picture: Tensor 
         )
         if picture is not None and seen.kinds():
             parts.append(page.section("Where the gates look", MAP_TEXT, page.plot(plots.maps_over_picture(seen, picture), "gate maps")))
+        if seen.kinds():
+            middle = f"{LAYER_TEXT} Timestep {seen.steps[len(seen.steps) // 2]}."
+            parts.append(page.section("Layer by layer", middle, page.plot(plots.maps_of_layers(seen), "gate maps by kind of layer")))
     lead = f"{len(bank.names)} experts: " + ", ".join(bank.names)
     return page.page(title, title, lead, parts)
 
@@ -65,6 +68,7 @@ USAGE_TEXT = (
     "The mean gate (given, per token and per sample, multiplied; scales not included) of the sample's tokens, by kind of layer, from the "
     "first denoising step to the last."
 )
+LAYER_TEXT = "The same gates by kind of layer, in the middle of the run; the maps of one expert share their range of colours."
 MAP_TEXT = (
     "The gates of all kinds of layers whose tokens are places of the picture, averaged with equal weight and laid over the finished "
     "picture; each row spans its own range, which stands beside it."

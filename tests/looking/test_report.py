@@ -14,9 +14,9 @@ from mole_kernels.demo.model import ASSETS, load_pipeline
 from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert, LowRank
-from mole_kernels.gates.gate import MaskGate
 from mole_kernels.gates.schedule import Clock, switch
 from mole_kernels.io.save import save_expert
+from mole_kernels.looking.plots import maps_of_layers
 from mole_kernels.looking.record import Recorder, grid, kind_of, whole_gate
 from mole_kernels.looking.report import make_report, rank_for, spectrum
 from mole_kernels.patching.apply import patch
@@ -78,6 +78,29 @@ def test_the_recorder_says_what_the_gates_said():
     torch.testing.assert_close(found[1], torch.stack(want).mean(0))
 
 
+def test_every_layer_has_a_map_at_every_step_where_asked():
+    unet = tiny_unet()
+    handle = patch(unet, {"a": make_expert(unet), "b": make_expert(unet, seed=1)}, "local")
+    by_layer, by_kind = Recorder(handle, 8, 6, by_layer=True), Recorder(handle, 8, 6)
+    said = []
+    for seed in range(2):
+        run_unet(unet, seed=seed)
+        by_layer.take(seed)
+        by_kind.take(seed)
+        said.append({path: found.token[-1] for path, found in handle.gate_maps().items()})
+    seeing = [path for path, gate in said[0].items() if grid(len(gate), 8, 6)]
+    assert by_layer.kinds() == seeing and len(seeing) > len(by_kind.kinds())
+    for path in seeing:
+        for step in range(2):
+            gate = said[step][path]
+            want = torch.nn.functional.interpolate(gate.mT.reshape(1, 2, *grid(len(gate), 8, 6)), (8, 6))[0]
+            torch.testing.assert_close(by_layer.maps(path)[step], want)
+    kind = by_kind.kinds()[0]
+    torch.testing.assert_close(by_kind.maps(kind), torch.stack([by_layer.maps(p) for p in seeing if kind_of(p) == kind]).mean(0))
+    drawn = maps_of_layers(by_layer, step=1)
+    assert sum(len(axis.images) for axis in drawn.axes) == 2 * len(seeing)
+
+
 def test_what_was_not_recorded_is_named():
     unet = tiny_unet()
     seen = Recorder(patch(unet, {"a": make_expert(unet)}, "local"), 8, 6)
@@ -126,14 +149,14 @@ def test_the_page_escapes_names_and_holds_its_plots():
     unet = tiny_unet()
     name = "a <script>alert(1)</script>"
     bank = ExpertBank({name: make_expert(unet), "b": make_expert(unet, seed=1)})
-    handle = patch(unet, bank, lambda path, module, experts: MaskGate(torch.rand(1, len(experts.names))))
+    handle = patch(unet, bank, "local")
     seen = Recorder(handle, 8, 6)
     run_unet(unet)
     seen.take(3)
     text = make_report(bank, seen, torch.rand(3, 16, 12))
     page = Page(text)
     assert page.open == [] and "<script" not in text and "&lt;script&gt;" in text
-    assert all(uri.startswith("data:image/png;base64,") for uri in page.pictures) and len(page.pictures) == 3
+    assert all(uri.startswith("data:image/png;base64,") for uri in page.pictures) and len(page.pictures) == 5
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 
