@@ -136,6 +136,7 @@ def fuse(
     memory: Annotated[float | None, typer.Option(help="Megabytes for sums at once; with less, more runs.")] = None,
     cutoff: Annotated[float, typer.Option(help="Directions weaker than this part of the strongest are left to the base.")] = 1e-12,
     ridge: Annotated[float, typer.Option(help="Instead of a sharp cut: this part of the mean strength added to every direction.")] = 0.0,
+    lbfgs: Annotated[int, typer.Option(min=0, help="Steps of the paper's optimiser on each layer too, for the report; it takes 500.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the first noise.")] = 0,
     dtype: Annotated[Optional[Dtype], typer.Option(help="Of the model; without it float32 on a CPU, else float16.")] = None,  # noqa: UP045
     to: Annotated[Lora, typer.Option(help="The LoRA's dialect.")] = Lora.diffusers,
@@ -146,7 +147,7 @@ def fuse(
     """Several ED-LoRA concepts into one LoRA by gradient fusion in closed form (Mix-of-Show)."""
     from mole_kernels.cli.fuse import run, settings_of
 
-    settings = settings_of(template, steps, size, seed, memory, cutoff, ridge)
+    settings = settings_of(template, steps, size, seed, memory, cutoff, ridge, lbfgs)
     run(config, pipeline, out, settings, to.value, dtype.value if dtype else None, dense, layers, plan)
 
 

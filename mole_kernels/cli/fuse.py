@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +47,14 @@ def run(
 
 
 def settings_of(
-    templates: list[str] | None, steps: int, size: str | None, seed: int, memory: float | None, cutoff: float, ridge: float
+    templates: list[str] | None,
+    steps: int,
+    size: str | None,
+    seed: int,
+    memory: float | None,
+    cutoff: float,
+    ridge: float,
+    lbfgs: int = 0,
 ) -> FusionSettings:
     """What the command line said, checked."""
     height = width = None
@@ -60,14 +67,18 @@ def settings_of(
         raise MoleValueError("--memory", expected="megabytes above 0", got=memory)
     budget = None if memory is None else int(memory * 1e6)
     more: dict[str, Any] = {"templates": tuple(templates)} if templates else {}
-    return FusionSettings(steps=steps, height=height, width=width, seed=seed, memory=budget, cutoff=cutoff, ridge=ridge, **more)
+    return FusionSettings(
+        steps=steps, height=height, width=width, seed=seed, memory=budget, cutoff=cutoff, ridge=ridge, lbfgs=lbfgs, **more
+    )
 
 
 def _tell(fused: Fused, layers: bool) -> None:
-    columns = ("", "layers", "base", "weight fusion", "fused", "fused ÷ weight fusion")
+    columns: tuple[str, ...] = ("", "layers", "base", "weight fusion", "fused", "fused ÷ weight fusion")
     rows = [_row(group, int(sums["layers"]), sums) for group, sums in fused.totals().items()]
     if layers:
         rows += [_row(one.path, 1, one.row()) for one in fused.layers]
+    if any(one.lbfgs is not None for one in fused.layers):
+        columns = (*columns, "LBFGS", "÷ its time")
     out().print(table("Σ_i ‖(α_i ΔW_i − ΔW) X_i‖²", columns, rows, columns[1:]))
     short = sum(one.directions < one.K for one in fused.layers)
     out().print(f"{short} of {len(fused.layers)} layers have inputs in fewer directions than they have places; there the base stays.")
@@ -78,9 +89,12 @@ def _tell(fused: Fused, layers: bool) -> None:
         out().print(f"and {len(noted) - 5} more, in report.json")
 
 
-def _row(name: str, count: int, sums: dict[str, float]) -> tuple[str, str, str, str, str, str]:
+def _row(name: str, count: int, sums: Mapping[str, Any]) -> tuple[str, ...]:
     ratio = sums["fused"] / sums["by_weights"] if sums["by_weights"] else 0.0
-    return name, str(count), number(sums["base"]), number(sums["by_weights"]), number(sums["fused"]), number(ratio)
+    made = (name, str(count), number(sums["base"]), number(sums["by_weights"]), number(sums["fused"]), number(ratio))
+    if sums.get("lbfgs") is None:
+        return made
+    return (*made, number(sums["lbfgs"]), number(sums["seconds"] / sums["lbfgs_seconds"]) if sums["lbfgs_seconds"] else "–")
 
 
 @contextmanager

@@ -44,6 +44,18 @@ def test_a_folder_is_written_and_the_report_shown(folder):
     assert (folder / "out/pipeline/new_concept_cfg.json").read_text() == (folder / "out/new_concept_cfg.json").read_text()
 
 
+def test_the_papers_optimiser_stands_beside_every_layer(folder, tmp_path):
+    result = call(folder, "--lbfgs", "200", "--out", str(tmp_path))
+    assert result.exit_code == 0 and "LBFGS" in result.output
+    layers = json.loads((tmp_path / "report.json").read_text())["layers"]
+    assert len(layers) == 40
+    for layer in layers:
+        # float32 as in the paper's code, so it may end a rounding above; never below
+        assert layer["fused"] <= layer["lbfgs"] + 1e-6 * layer["base"] <= layer["base"] * (1 + 1e-5)
+        assert layer["lbfgs_seconds"] > 0 and layer["seconds"] > 0
+    assert sum(layer["lbfgs"] < 0.9 * layer["by_weights"] for layer in layers) > 20
+
+
 def test_a_plan_does_nothing(folder, tmp_path):
     result = call(folder, "--plan", "--memory", "0.01", "--out", str(tmp_path / "new"))
     assert result.exit_code == 0 and "sampling runs" in result.output

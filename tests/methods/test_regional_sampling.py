@@ -209,6 +209,43 @@ def test_where_each_regions_words_were_read(pipe):
         attention_over_picture(torch.rand(3, 16, 16), REGIONS, maps[0, :1])
 
 
+def test_the_adapters_features_are_weighed_by_region(pipe):
+    """In the pipeline that has one: what its UNet is handed, and that it is as before afterwards."""
+    from diffusers import StableDiffusionAdapterPipeline, T2IAdapter
+
+    torch.manual_seed(0)
+    parts = {n: p for n, p in pipe.components.items() if n != "image_encoder"}
+    channels = list(pipe.unet.config.block_out_channels)
+    drawer = StableDiffusionAdapterPipeline(**parts, adapter=T2IAdapter(3, channels, 1, 2), requires_safety_checker=False)
+    drawer.set_progress_bar_config(disable=True)
+    handed = []
+    drawer.unet.register_forward_pre_hook(
+        lambda m, a, k: handed.append([t.clone() for t in k["down_intrablock_additional_residuals"]]), with_kwargs=True
+    )
+
+    def run():
+        handed.clear()
+        one, two = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+        drawer(
+            prompt_embeds=texts(1, seed=7), negative_prompt_embeds=texts(1, seed=8), image=torch.rand(1, 3, 16, 16, generator=two),
+            height=16, width=16, num_inference_steps=1, guidance_scale=3.0, output_type="latent", generator=one,
+        )  # fmt: skip
+        return handed[0]
+
+    plain = run()
+    weights = [((0.0, 0.0, 1.0, 0.5), 0.25)]
+    with regional(drawer, [Region("x")], embeds=(texts(1, 1, seed=1), texts(1, 1, seed=2)), adapter=weights, adapter_elsewhere=2.0):
+        weighed = run()
+    assert len(plain) == len(channels) and plain[0].shape[0] == 2 and plain[0].norm() > 0
+    for before, after in zip(plain, weighed):
+        half = before.shape[3] // 2
+        torch.testing.assert_close(after[..., :half], 0.25 * before[..., :half])
+        torch.testing.assert_close(after[..., half:], 2.0 * before[..., half:])
+    assert all(torch.equal(a, b) for a, b in zip(run(), plain))
+    with pytest.raises(MoleTypeError, match="a pipeline with a T2I-Adapter"):
+        regional(pipe, [Region("x")], adapter=weights)
+
+
 @pytest.mark.parametrize(
     "call, error, words",
     [

@@ -9,6 +9,7 @@ Source: Mix-of-Show (Gu et al., NeurIPS 2023) and its code for what is fused wit
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mole_kernels.errors import MoleKeyError, MoleValueError, printable
-from mole_kernels.experts.fuse import Sums, fuse_layer
+from mole_kernels.experts.fuse import Sums, fuse_by_lbfgs, fuse_layer, objective
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.experts.merge import merge
 from mole_kernels.methods.mix_of_show.collect import Site, alone, listening, passes
@@ -43,6 +44,7 @@ class FusionSettings:
     height, width  of its picture; None for the pipeline's own
     memory     bytes that the sums may take at once, None for no limit; with less, layers go in groups, each with sampling runs of its own
     cutoff, ridge  see `experts.fuse.fuse_layer`
+    lbfgs      steps of the paper's optimiser on every layer too, for the report alone (the paper takes 500); 0 for none
     """
 
     templates: tuple[str, ...] = ("photo of a {}", "{}")
@@ -53,12 +55,15 @@ class FusionSettings:
     memory: int | None = None
     cutoff: float = 1e-12
     ridge: float = 0.0
+    lbfgs: int = 0
 
     def __post_init__(self) -> None:
         if not self.templates or any("{}" not in t for t in self.templates):
             raise MoleValueError("fuse: templates", expected="texts with {} for the concept", got=printable(self.templates))
         if self.steps < 1:
             raise MoleValueError("fuse: steps", expected="at least 1", got=self.steps)
+        if self.lbfgs < 0:
+            raise MoleValueError("fuse: lbfgs", expected="steps >= 0", got=self.lbfgs)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class LayerReport:
     rows        concept -> inputs seen       K  inputs of the layer     rank  of the result
     base, by_weights, fused  the objective of the base, of weight fusion and of the result
     directions  of K that the inputs reach   condition  largest ÷ smallest eigenvalue among them
+    seconds     to solve it
+    lbfgs, lbfgs_seconds  the objective where the optimiser stops, and how long it took; None where it was not asked for
     note        what to know about it: no inputs, fewer inputs than ranks; "" where nothing
     """
 
@@ -81,6 +88,9 @@ class LayerReport:
     fused: float
     directions: int
     condition: float
+    seconds: float = 0.0
+    lbfgs: float | None = None
+    lbfgs_seconds: float | None = None
     note: str = ""
 
     def row(self) -> dict[str, Any]:
@@ -97,13 +107,15 @@ class Fused:
     layers: list[LayerReport] = field(default_factory=list)
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """group -> sums over its layers of the three objectives."""
+        """group -> sums over its layers of the three objectives and the seconds, and of LBFGS's where every layer has them."""
         found = {}
         for group in GROUPS:
             own = [layer for layer in self.layers if layer.group == group]
             if own:
                 found[group] = {key: sum(getattr(layer, key) for layer in own) for key in ("base", "by_weights", "fused")}
-                found[group]["layers"] = len(own)
+                found[group] |= {"layers": len(own), "seconds": sum(layer.seconds for layer in own)}
+                if all(layer.lbfgs is not None for layer in own):
+                    found[group] |= {key: sum(getattr(layer, key) for layer in own) for key in ("lbfgs", "lbfgs_seconds")}
         return found
 
 
@@ -305,19 +317,32 @@ class _Run:
         for number, site in enumerate(sites):
             own = sums[site.path]
             alphas = {c.name: c.alpha(site.path) for c in self.concepts if c.name in site.factors}
+            begun = time.perf_counter()
             made = fuse_layer(site.factors, own, alphas, cutoff=self.settings.cutoff, ridge=self.settings.ridge)
+            seconds = time.perf_counter() - begun
             factor = made.factor.to(device="cpu")
             rows, wanted = sum(own.rows.values()), sum(f.rank for f in site.factors.values())
             note = "no inputs: weight fusion" if not rows else f"{rows} inputs for a rank of {wanted}" if rows < wanted else ""
             self.reports.append(
                 LayerReport(
                     site.path, site.group, dict(own.rows), site.K, factor.rank, made.base, made.by_weights, made.fused, made.directions,
-                    made.condition, note,
+                    made.condition, seconds, *self._by_lbfgs(site, own, alphas), note,
                 )
             )  # fmt: skip
             if not quiet:
                 self.tell(f"{site.group}, solved", number + 1, len(sites))
             yield site.path, factor
+
+    def _by_lbfgs(self, site: Site, sums: Sums, alphas: Mapping[str, float]) -> tuple[float | None, float | None]:
+        """The objective that the optimiser ends at, and its seconds; where there is nothing to fit, that of the base it starts from."""
+        if not self.settings.lbfgs:
+            return None, None
+        if not sums.cross:
+            return objective(site.factors, sums, alphas, None), 0.0
+        begun = time.perf_counter()
+        delta = fuse_by_lbfgs(site.factors, sums, alphas, self.settings.lbfgs).double()
+        seconds = time.perf_counter() - begun
+        return objective(site.factors, sums, alphas, LowRank(delta, torch.eye(len(delta), dtype=delta.dtype, device=delta.device))), seconds
 
 
 def _check(concepts: Sequence[Concept]) -> None:

@@ -14,7 +14,8 @@ from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, Mo
 from mole_kernels.gates.block import BlockGate
 from mole_kernels.gates.softmax import GivenGate
 from mole_kernels.layers.linear import Gated
-from mole_kernels.methods.mix_of_show.regions import Region, grid_of, shares
+from mole_kernels.methods.mix_of_show.adapters import Weights, weigh
+from mole_kernels.methods.mix_of_show.regions import Region, check_box, grid_of, shares
 from mole_kernels.patching.handle import Handle
 
 
@@ -41,6 +42,8 @@ class regional:
     embeds    (positive, negative) texts of the regions instead of encoding them: [prompts, regions, L, C] each, or with one text for
               every cross-attention layer, [prompts, regions, layers, L, C], as extended textual inversion has them
     backend   of `regional_attention`
+    adapter   weights by box for the features of the pipeline's T2I-Adapter, see `adapters.weigh` and `adapters.parse_adapter_weights`;
+              places outside all boxes have `adapter_elsewhere`
     record    keep where each region's words were read, for `attention`; costs a second product of queries and keys
 
     K and V of every region are computed once and kept while the texts, the weights and the gates stay (torch's version counters say
@@ -62,6 +65,8 @@ class regional:
         embeds: tuple[Tensor, Tensor] | None = None,
         backend: str = "auto",
         record: bool = False,
+        adapter: Weights | None = None,
+        adapter_elsewhere: float = 1.0,
     ) -> None:
         if not hasattr(getattr(pipe, "unet", None), "attn_processors"):
             raise MoleTypeError("regional", expected="a pipeline with a UNet of cross-attention", got=type(pipe).__name__)
@@ -72,6 +77,11 @@ class regional:
         shares(self.by_prompt[0], 1, 1, overlap=overlap)
         self.size = (height, width) if height and width else None
         self.experts = None if handle is None else _ExpertWeights(handle, self.by_prompt, elsewhere)
+        if adapter is not None and not isinstance(getattr(pipe, "adapter", None), nn.Module):
+            raise MoleTypeError("regional: adapter", expected="a pipeline with a T2I-Adapter", got=type(pipe).__name__)
+        for box, _ in adapter or ():
+            check_box(box, "regional: adapter")
+        self.adapter, self.adapter_elsewhere = adapter, adapter_elsewhere
         self.embeds = embeds
         self._read: dict[tuple[int, int], tuple[Tensor, int]] | None = {} if record else None
         self._tables: dict[tuple[object, ...], Tensor] = {}
@@ -98,6 +108,8 @@ class regional:
             raise MoleStateError("regional", "the UNet has no cross-attention layers (attn2)")
         try:
             self._hooks.append(unet.register_forward_pre_hook(self._see, with_kwargs=True))
+            if self.adapter is not None:
+                self._hooks.append(self.pipe.adapter.register_forward_hook(self._weigh))
             if self.experts is not None:
                 self._hooks += self.experts.hook(self)
             unet.set_attn_processor(made)
@@ -169,6 +181,10 @@ class regional:
         chosen = [self.embeds[1 if negative else 0][p] for p, negative in self.samples(B)]
         whole = torch.stack(chosen)
         return whole[:, :, place] if whole.dim() == 5 else whole
+
+    def _weigh(self, module: nn.Module, args: tuple[Any, ...], features: Sequence[Tensor]) -> list[Tensor]:
+        assert self.adapter is not None
+        return weigh(features, self.adapter, self.adapter_elsewhere)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         latents = args[0] if args else kwargs["sample"]
