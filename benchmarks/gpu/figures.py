@@ -7,8 +7,17 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from benchmarks.gpu.report import COLOURS, LABELS, grouped
-from benchmarks.gpu.results import Row, rank, rows
+from benchmarks.gpu.results import Row, grouped, rank, rows
+
+COLOURS = {"ours": "#d1495b", "stacked": "#30638e", "lorafusion": "#8f5ea8", "peft": "#7a9e7e", "eager": "#edae49", "merged": "#888888"}
+LABELS = {
+    "ours": "ours (layer, gates included)",
+    "stacked": "stacked addmm",
+    "lorafusion": "LoRAFusion's scheme",
+    "peft": "PEFT (no gates)",
+    "eager": "the paper's layer",
+    "merged": "merged weights",
+}
 
 TICKS = (1, 1.1, 1.25, 1.5, 2, 3, 5, 8, 12)
 MOST_SHAPES = 40

@@ -7,33 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.goals import claim, weighted
-from benchmarks.gpu.results import Row, rank, rows
+from benchmarks.gpu.results import Row, grouped, rank, rows
 from benchmarks.report import geometric
 
 Result = dict[str, Any]
-COLOURS = {"ours": "#d1495b", "stacked": "#30638e", "lorafusion": "#8f5ea8", "peft": "#7a9e7e", "eager": "#edae49", "merged": "#888888"}
-LABELS = {
-    "ours": "ours (layer, gates included)",
-    "stacked": "stacked addmm",
-    "lorafusion": "LoRAFusion's scheme",
-    "peft": "PEFT (no gates)",
-    "eager": "the paper's layer",
-    "merged": "merged weights",
-}
 PEERS = ("ours", "stacked", "lorafusion", "compiled", "eager", "peft", "merged")
 
 
 def others(result: Result) -> list[str]:
     """Our backends and ways, and what a user's file brought."""
     return sorted({r["method"] for r in result["cases"]} - {"plain", "plain again", *PEERS})
-
-
-def grouped(found: list[Row]) -> dict[str, dict[str, Row]]:
-    """case id -> method -> row, in the file's order."""
-    table: dict[str, dict[str, Row]] = {}
-    for row in found:
-        table.setdefault(row["id"], {})[row["method"]] = row
-    return table
 
 
 def head(result: Result) -> list[str]:

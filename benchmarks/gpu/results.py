@@ -68,6 +68,14 @@ def _times(row: Row, where: str) -> Iterator[str]:
         yield f"{where}: no ratio to the plain layer"
 
 
+def grouped(found: list[Row]) -> dict[str, dict[str, Row]]:
+    """case id -> method -> row, in the file's order."""
+    table: dict[str, dict[str, Row]] = {}
+    for row in found:
+        table.setdefault(row["id"], {})[row["method"]] = row
+    return table
+
+
 def text(result: dict[str, Any]) -> str:
     """One case a line."""
     head = {k: v for k, v in result.items() if k != "cases"}

@@ -14,8 +14,9 @@ from mole_kernels.gates.gate import Gate
 from mole_kernels.layers.attach import attach, reject
 from mole_kernels.patching import guards
 from mole_kernels.patching.gating import make_gate
-from mole_kernels.patching.handle import Handle, Patched, Scale, check_weights
+from mole_kernels.patching.handle import Handle, Scale, check_weights
 from mole_kernels.patching.pack import pack
+from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, PlannedLayer, Targets, plan
 from mole_kernels.patching.targets import roots
 from mole_kernels.patching.undo import all_or_nothing

@@ -15,7 +15,7 @@ from mole_kernels.gates.gate import MoLEGate
 from mole_kernels.io.gates import GateFile, GateTensors
 
 if TYPE_CHECKING:
-    from mole_kernels.patching.handle import Patched
+    from mole_kernels.patching.patched import Patched
     from mole_kernels.patching.plan import Plan
 
 

@@ -21,7 +21,7 @@ from mole_kernels.layers.linear import Gated
 from mole_kernels.patching.targets import roots
 
 if TYPE_CHECKING:
-    from mole_kernels.patching.handle import Patched
+    from mole_kernels.patching.patched import Patched
 
 
 @dataclass

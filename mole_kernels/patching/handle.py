@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor, nn
 
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
-from mole_kernels.experts.layer import LayerExperts
-from mole_kernels.gates.gate import Gate
 from mole_kernels.io.bank import save_bank
 from mole_kernels.io.gates import GateFile, save_gates
 from mole_kernels.layers.attach import detach
@@ -22,6 +19,7 @@ from mole_kernels.patching.blocks import Weight, by_layer, check_weight
 from mole_kernels.patching.cache import Check, Forward, TextCache, cache_text
 from mole_kernels.patching.collect import collect_bank, collect_gates
 from mole_kernels.patching.fold import Folded, fold
+from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.swap import swap_expert
 from mole_kernels.patching.undo import all_or_nothing
 from mole_kernels.patching.weights import ScaleWriter
@@ -34,21 +32,6 @@ if TYPE_CHECKING:
 
     from mole_kernels.patching.plan import Plan
     from mole_kernels.patching.sources import Source
-
-
-@dataclass
-class Patched:
-    """One patched layer: its module, what was put on it, its own parameters' requires_grad before, and each expert's rank.
-
-    A rank is smaller than the packed one after a swap to a smaller expert; 0 where the new expert lacks the layer.
-    """
-
-    path: str
-    module: nn.Module
-    experts: LayerExperts
-    gate: Gate | None
-    flags: dict[str, bool]
-    ranks: dict[str, int]
 
 
 class GateMap(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,13 +15,11 @@ from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.patching.blocks import Weight, weight_at
 from mole_kernels.patching.names import Names, few
 from mole_kernels.patching.pack import check_narrowing
+from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, PlannedLayer, check_factor, source_of, where_in
 from mole_kernels.patching.sources import Source, read_expert
 from mole_kernels.patching.targets import scan
 from mole_kernels.patching.undo import all_or_nothing
-
-if TYPE_CHECKING:
-    from mole_kernels.patching.handle import Patched
 
 
 def swap_expert(
