@@ -47,11 +47,11 @@ robustness: $(STAMP)
 diffusers-tests: $(STAMP)
 	$(BIN)/python python/tools/diffusers_suite.py $(if $(SOURCE),--source $(SOURCE))
 
-# kernels compiled for GPUs that are not here: registers, spills, tensor-core instructions; by another Triton with TRITON=<version>,
-# which is unpacked beside the environment and leaves it as it is
+# kernels compiled for GPUs that are not here: registers, spills, tensor-core instructions; some of them with ONLY=<pattern> and ARCH=<90>;
+# by another Triton, unpacked beside the environment, with TRITON=<version>
 OTHER := $(if $(TRITON),build/triton-$(TRITON))
 aot: $(STAMP) $(OTHER)
-	PYTHONPATH=$(if $(OTHER),$(OTHER):). $(BIN)/python python/tools/aot.py
+	PYTHONPATH=$(if $(OTHER),$(OTHER):). $(BIN)/python python/tools/aot.py $(if $(ONLY),--only '$(ONLY)') $(if $(ARCH),--arch $(ARCH))
 
 # CUDA kernels on a CPU, over many schedules: every planted fault must be named, every kernel right and free of races
 emulate: $(STAMP)
