@@ -22,8 +22,8 @@ This package is under Apache-2.0 (`LICENSE`) and copies no code of theirs; nothi
 |---|---|---|---|
 """
 # texts in the licence field that begin with something else
-_BY_HAND = {"kiwisolver": "BSD-3-Clause"}
-_DEVELOPMENT = ("test", "dev")
+_BY_HAND = {"kiwisolver": "BSD-3-Clause", "sigstore-models": "MIT"}
+_DEVELOPMENT = ("test", "docs", "dev")
 
 
 def normal(name: str) -> str:
