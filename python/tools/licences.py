@@ -21,9 +21,9 @@ This package is under Apache-2.0 (`LICENSE`) and copies no code of theirs; nothi
 | package | version | licence | |
 |---|---|---|---|
 """
-# texts in the licence field that begin with something else
+# no licence field, or one that begins with something else; read from the licence files
 _BY_HAND = {"kiwisolver": "BSD-3-Clause", "sigstore-models": "MIT"}
-_DEVELOPMENT = ("test", "docs", "dev")
+_DEVELOPMENT = ("test", "docs", "fuzz", "dev")
 
 
 def normal(name: str) -> str:
