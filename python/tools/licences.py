@@ -22,7 +22,7 @@ This package is under Apache-2.0 (`LICENSE`) and copies no code of theirs; nothi
 |---|---|---|---|
 """
 # no licence field, or one that begins with something else; read from the licence files
-_BY_HAND = {"kiwisolver": "BSD-3-Clause", "sigstore-models": "MIT"}
+_BY_HAND = {"atheris": "Apache-2.0", "kiwisolver": "BSD-3-Clause", "sigstore-models": "MIT"}
 _DEVELOPMENT = ("test", "docs", "fuzz", "dev")
 
 
