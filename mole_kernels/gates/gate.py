@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,16 @@ class MoLEGate(Gate):
                 p = collapsed(up, scale, head, experts.ranks)
                 kept = self._pool = Pool(p, key, (up.detach(), scale.detach(), head.detach()))
         return kept.p
+
+    def forget(self) -> None:
+        """Make p anew at the next call, and let go of what it was made of."""
+        self._pool = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # FSDP puts gathered parameters in for each forward, whose values change without a version
+        if isinstance(value, nn.Parameter):
+            self._pool = None
 
     def __getstate__(self):
         return {**self.__dict__, "_pool": None}
