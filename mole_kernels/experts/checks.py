@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError
+from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, printable
 from mole_kernels.experts.lowrank import LowRank
-from mole_kernels.files.limits import DTYPE_NAMES
+from mole_kernels.files.limits import DTYPE_NAMES, finite
 
 
-def checked_lowrank(where: str, down: Tensor, up: Tensor, scale: float = 1.0, conv: bool = False) -> LowRank:
-    """A LowRank of factors as a file holds them: [R,K] and [N,R], or [R,K,1,1] and [N,R,1,1].
+def checked_lowrank(where: str, down: Tensor, up: Tensor, scale: float = 1.0, conv: bool | tuple[int, int] = False) -> LowRank:
+    """A LowRank of factors as a file holds them: [R,K] and [N,R], of a convolution [R,K,kh,kw] and [N,R,1,1].
 
     where  file and layer, for messages
     Raises MoleTypeError (dtype), MoleShapeError (dimensions, rank), MoleValueError (NaN or Inf).
@@ -21,6 +21,9 @@ def checked_lowrank(where: str, down: Tensor, up: Tensor, scale: float = 1.0, co
     for half, name in ((down, "A (down)"), (up, "B (up)")):
         if half.dtype not in DTYPE_NAMES:
             raise MoleTypeError(f"{where}, {name}", expected=f"dtype {', '.join(DTYPE_NAMES.values())}", got=half.dtype)
+    if down.dim() == 4 and tuple(down.shape[2:]) != (1, 1):
+        conv = (down.shape[2], down.shape[3])
+        down = down.flatten(1)
     conv = conv or down.dim() == 4 or up.dim() == 4
     down, up = _matrix(f"{where}, A (down)", down), _matrix(f"{where}, B (up)", up)
     if min(down.shape[0], up.shape[1]) < 1:
@@ -63,8 +66,8 @@ def checked_alpha(where: str, alpha: Tensor | float) -> float:
         alpha = alpha.detach().float().item() if alpha.element_size() == 1 else alpha.item()
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise MoleTypeError(where, expected="a number as alpha", got=type(alpha).__name__)
-    if not math.isfinite(alpha):
-        raise MoleValueError(where, expected="a finite alpha", got=alpha)
+    if not finite(alpha):
+        raise MoleValueError(where, expected="a finite alpha that float32 holds", got=printable(alpha, 40))
     return float(alpha)
 
 
@@ -74,9 +77,8 @@ def _matrix(where: str, tensor: Tensor) -> Tensor:
     if tensor.dim() == 4:
         raise MoleShapeError(
             where,
-            expected="a linear layer or a 1x1 convolution",
+            expected="a matrix or a 1x1 convolution: the kernel is A's",
             got=f"a {tensor.shape[2]}x{tensor.shape[3]} convolution, {list(tensor.shape)}",
-            hint="LoRA on larger convolutions is not supported yet",
         )
     if tensor.dim() != 2:
         raise MoleShapeError(where, expected="a matrix", got=f"shape {list(tensor.shape)}")

@@ -2,7 +2,8 @@
 
     expert.<name>.<path>.down [R,K]   expert.<name>.<path>.up [N,R]
     metadata: format "mole_kernels", format_version "1", and `experts`, a JSON list in bank order; for each expert its name, the dialect
-    it came from, its distinct ranks, its scale with the layers that differ, its 1x1 convolutions, and its own metadata.
+    it came from, its distinct ranks, its scale with the layers that differ, its convolutions (1x1 by path; of larger ones
+    [path, height, width]), and its own metadata.
 
 Gates (`io.gates`) may stand in the same file under `gate.`.
 """
@@ -10,7 +11,6 @@ Gates (`io.gates`) may stand in the same file under `gate.`.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from mole_kernels.errors import MoleFileError, MoleKeyError, printable
 from mole_kernels.experts.checks import checked_lowrank
 from mole_kernels.experts.lowrank import Expert
-from mole_kernels.files.limits import parse_json
+from mole_kernels.files.limits import finite, parse_json
 
 if TYPE_CHECKING:
     from mole_kernels.experts.bank import ExpertBank
@@ -62,7 +62,7 @@ def bank_tensors(bank: ExpertBank) -> tuple[dict[str, Tensor], dict[str, str]]:
                 "ranks": sorted(expert.ranks()),
                 "scale": usual,
                 "scales": {path: layer.scale for path, layer in expert.layers.items() if layer.scale != usual},
-                "conv": [path for path, layer in expert.layers.items() if layer.conv],
+                "conv": [path if layer.conv is True else [path, *layer.kernel] for path, layer in expert.layers.items() if layer.conv],
                 "metadata": dict(expert.metadata),
             }
         )
@@ -94,19 +94,21 @@ def _expert(record: dict[str, Any], layers: dict[str, dict[str, Tensor]], source
     single = [f"{path} ({'no up' if 'down' in half else 'no down'})" for path, half in layers.items() if len(half) != 2]
     if single:
         raise MoleKeyError(printable(source), f"expert {record['name']!r} lacks half of {', '.join(map(printable, single[:5]))}")
-    unknown = (set(record["scales"]) | set(record["conv"])) - set(layers)
+    conv: dict[str, bool | tuple[int, int]] = {
+        one if isinstance(one, str) else one[0]: True if isinstance(one, str) else (one[1], one[2]) for one in record["conv"]
+    }
+    unknown = (set(record["scales"]) | set(conv)) - set(layers)
     if unknown:
         raise MoleKeyError(
             printable(source), f"the metadata of expert {record['name']!r} names {printable(sorted(unknown)[0])}, which has no tensors"
         )
-    conv = set(record["conv"])
     found = {
         path: checked_lowrank(
             f"{printable(source)}, expert {record['name']!r}, {printable(path)}",
             half["down"],
             half["up"],
             float(record["scales"].get(path, record["scale"])),
-            path in conv,
+            conv.get(path, False),
         )
         for path, half in layers.items()
     }
@@ -121,7 +123,7 @@ def _expert(record: dict[str, Any], layers: dict[str, dict[str, Tensor]], source
 def _records(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]]:
     """The metadata's list of experts, every field of the right type."""
     where = f"{printable(source)}, metadata of the experts"
-    records = parse_json(metadata.get("experts", "[]"), where)
+    records = parse_json(metadata.get("experts", "[]"), where, "the text")
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records) or len(records) > 1000:
         raise MoleFileError(where, expected="a list of experts", got="something else")
     for record in records:
@@ -131,11 +133,11 @@ def _records(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]]:
             and isinstance(record["dialect"], str)
             and isinstance(record["ranks"], list)
             and isinstance(record["conv"], list)
-            and all(isinstance(path, str) for path in record["conv"])
+            and all(isinstance(one, str) or _kernel(one) for one in record["conv"])
             and isinstance(record["metadata"], dict)
             and all(isinstance(value, str) for value in record["metadata"].values())
             and isinstance(record["scales"], dict)
-            and all(_finite(scale) for scale in (record["scale"], *record["scales"].values()))
+            and all(finite(scale) for scale in (record["scale"], *record["scales"].values()))
         )
         if not right:
             raise MoleFileError(
@@ -146,5 +148,6 @@ def _records(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]]:
     return records
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _kernel(value: object) -> bool:
+    """[path, height, width]"""
+    return isinstance(value, list) and len(value) == 3 and isinstance(value[0], str) and all(type(n) is int and n > 0 for n in value[1:])

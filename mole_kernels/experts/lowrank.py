@@ -43,16 +43,16 @@ def cast(where: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.de
 class LowRank:
     """One expert on one layer: ΔW = scale · up · down.
 
-    down   [R,K]
+    down   [R,K]; of a k×k convolution [R, K·k·k], so that ΔW reshapes to its weight [N,K,k,k]
     up     [N,R]
     scale  the convention's scale (see `scales`), without any adapter weight
-    conv   the file held the factors of a 1x1 convolution ([R,K,1,1] and [N,R,1,1])
+    conv   False for a linear layer, True for a 1x1 convolution (files hold [R,K,1,1] and [N,R,1,1]), (height, width) of a larger kernel
     """
 
     down: Tensor
     up: Tensor
     scale: float = 1.0
-    conv: bool = False
+    conv: bool | tuple[int, int] = False
 
     def __post_init__(self) -> None:
         if self.down.dim() != 2 or self.up.dim() != 2 or self.down.shape[0] != self.up.shape[1] or self.down.shape[0] < 1:
@@ -65,6 +65,11 @@ class LowRank:
 
     def __repr__(self) -> str:
         return f"LowRank({self.out_features}x{self.in_features}, rank {self.rank}, scale {self.scale:g}, {self.up.dtype})"
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Height and width of the convolution's kernel; (1, 1) for a linear layer too."""
+        return (1, 1) if isinstance(self.conv, bool) else self.conv
 
     @property
     def rank(self) -> int:

@@ -167,5 +167,5 @@ def _bits_stay(layers: Sequence[LowRank], weights: Sequence[float]) -> bool:
     return len(dtypes) == 1 and len(shares) == 1 and dtypes.pop().itemsize > 1
 
 
-def _conv(layers: Sequence[LowRank]) -> bool:
-    return any(layer.conv for layer in layers)
+def _conv(layers: Sequence[LowRank]) -> bool | tuple[int, int]:
+    return next((layer.conv for layer in layers if layer.conv), False)

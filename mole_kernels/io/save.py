@@ -79,8 +79,8 @@ def _kohya(expert: Expert, dtype: torch.dtype | None, sdxl: bool) -> tuple[dict[
 
 
 def _as_stored(layer: LowRank, dtype: torch.dtype | None, path: str) -> tuple[Tensor, Tensor]:
-    """(down, up) as files hold them: cast, and with four dimensions for a 1x1 convolution."""
+    """(down, up) as files hold them: cast, and with four dimensions for a convolution."""
     layer = layer.to(dtype, where=printable(path))
     if layer.conv:
-        return layer.down[:, :, None, None], layer.up[:, :, None, None]
+        return layer.down.unflatten(1, (-1, *layer.kernel)), layer.up[:, :, None, None]
     return layer.down, layer.up

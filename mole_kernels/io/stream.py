@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,7 +52,7 @@ def save_layers(
     read_as  the dialect that the paths were read in: a kohya name that stayed flat cannot be written in diffusers' dialect
     made     how this expert came about, for the file's metadata
     """
-    seen: dict[str, tuple[int, int, int, float, bool]] = {}
+    seen: dict[str, tuple[int, int, int, float, bool | tuple[int, int]]] = {}
     note = {"mole_kernels": made} if made else {}
 
     def parts() -> Iterator[tuple[str, Tensor]]:
@@ -91,9 +92,11 @@ def _size(layer: LayerKeys, entries: Mapping[str, Entry], where: str) -> Size:
     """Sizes of one layer from the header; what is wrong with them is found before anything is read."""
     down, up = entries[layer.keys["down"]], entries[layer.keys["up"]]
     shapes = [entry.shape[:2] if entry.shape[2:] == (1, 1) else entry.shape for entry in (down, up)]
+    if len(shapes[0]) == 4:
+        shapes[0] = (shapes[0][0], math.prod(shapes[0][1:]))
     if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1] or 0 in (*shapes[0], *shapes[1]):
         raise MoleShapeError(
-            f"{where}, {printable(layer.path)}", expected="A [R,K] and B [N,R] of one rank, of a linear layer or a 1x1 convolution",
+            f"{where}, {printable(layer.path)}", expected="A [R,K] and B [N,R] of one rank, of a linear layer or a convolution",
             got=f"A {list(down.shape)}, B {list(up.shape)}",
         )  # fmt: skip
     return Size(shapes[1][0], shapes[0][1], shapes[0][0], stored_dtype([down.dtype, up.dtype]))

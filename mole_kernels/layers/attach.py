@@ -13,7 +13,8 @@ from torch import nn
 from mole_kernels.errors import MoleStateError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.gate import Gate
-from mole_kernels.layers.linear import Gated, GatedLoRAConv2d, GatedLoRALinear, check_fit, is_pointwise
+from mole_kernels.layers.conv import GatedLoRAConv2d, conv_sizes, reject_conv
+from mole_kernels.layers.linear import Gated, GatedLoRALinear, check_fit
 
 GATED_CLASS: dict[type, type] = {nn.Linear: GatedLoRALinear, nn.Conv2d: GatedLoRAConv2d}
 PLAIN_CLASS: dict[type, type] = {gated: plain for plain, gated in GATED_CLASS.items()}
@@ -26,9 +27,8 @@ def reject(module: nn.Module) -> str | None:
         return "it already holds experts"
     if type(module) not in GATED_CLASS:
         return f"{type(module).__name__} has a forward of its own; only nn.Linear and nn.Conv2d themselves are replaced"
-    if isinstance(module, nn.Conv2d) and not is_pointwise(module):
-        size = "x".join(map(str, module.kernel_size))
-        return f"a {size} convolution (stride {module.stride}, groups {module.groups}) is not a linear layer at every pixel"
+    if isinstance(module, nn.Conv2d) and (reason := reject_conv(module)):
+        return reason
     assert isinstance(module, nn.Linear | nn.Conv2d)
     if not module.weight.is_floating_point():
         return f"its weight is stored as {module.weight.dtype}"
@@ -49,7 +49,7 @@ def attach(module: nn.Module, experts: LayerExperts, gate: Gate | None = None, b
     if isinstance(module, nn.Linear):
         check_fit("attach", module.in_features, module.out_features, experts)
     else:
-        check_fit("attach", module.in_channels, module.out_channels, experts)  # type: ignore[arg-type]
+        check_fit("attach", *conv_sizes(module), experts)  # type: ignore[arg-type]
     module.__class__ = GATED_CLASS[type(module)]
     _follow_class(module)
     module.attach_experts(experts, gate, backend)  # type: ignore[operator]

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mole_kernels.errors import MoleStateError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.gates.gate import MoLEGate
 from mole_kernels.io.gates import GateFile, GateTensors
+from mole_kernels.layers.conv import conv_of
 
 if TYPE_CHECKING:
     from mole_kernels.patching.patched import Patched
@@ -28,7 +29,7 @@ def collect_bank(patched: Iterable[Patched], made: Plan) -> ExpertBank:
             if rank:
                 whole = one.experts.factor(name)
                 layers[name][one.path] = LowRank(
-                    whole.down[:rank].clone(), whole.up[:, :rank].clone(), whole.scale, conv=isinstance(one.module, nn.Conv2d)
+                    whole.down[:rank].clone(), whole.up[:, :rank].clone(), whole.scale, conv=conv_of(one.module)
                 )  # fmt: skip
     experts = {
         name: Expert(layers[name], dialect="memory", source=made.experts[name].source, metadata=made.experts[name].metadata)

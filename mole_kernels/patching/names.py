@@ -82,7 +82,7 @@ def hint_for(expert: Expert, found: Scan, model: object) -> str:
         return f"nearest layers here: {few(nearest)}"
     if found.layers:
         return f"layers here are called {few(list(found.layers))}"
-    return "this model has no nn.Linear or 1x1 nn.Conv2d that can be patched"
+    return "this model has no nn.Linear or nn.Conv2d that can be patched"
 
 
 def _family(paths: Iterable[str], text_width: int | None = None) -> str | None:

@@ -118,6 +118,11 @@ def check_factor(where: Callable[[], str], layer: PlannedLayer, factor: LowRank,
     N, K = sizes(layer.module)
     if factor.conv and isinstance(layer.module, nn.Linear):
         raise MoleShapeError(where(), expected=f"factors of a linear layer, {layer.path} is one", got="factors of a convolution")
+    if factor.conv and isinstance(layer.module, nn.Conv2d) and factor.kernel != layer.module.kernel_size:
+        here, there = ("x".join(map(str, kernel)) for kernel in (layer.module.kernel_size, factor.kernel))
+        raise MoleShapeError(
+            where(), expected=f"factors of a {here} convolution, {layer.path} is one", got=f"factors of a {there} convolution"
+        )
     if (factor.in_features, factor.out_features) != (K, N):
         raise MoleShapeError(
             where(), expected=f"down [R,{K}] and up [{N},R] for layer {layer.path}",

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from mole_kernels.errors import MoleTypeError
 from mole_kernels.experts.lowrank import COMPONENTS
 from mole_kernels.layers.attach import reject
+from mole_kernels.layers.conv import conv_sizes
 from mole_kernels.layers.linear import Gated
 
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,9 +29,9 @@ _FUSED_FROM = {
 class Scan:
     """Every named module of a model or pipeline, sorted by whether it can take experts.
 
-    layers     path -> nn.Linear or 1x1 nn.Conv2d that can be patched
+    layers     path -> nn.Linear or nn.Conv2d that can be patched
     patched    path -> layers that already hold experts
-    skipped    path -> why a linear layer or 1x1 convolution cannot be patched
+    skipped    path -> why a linear layer or convolution cannot be patched
     others     path -> any other module (for messages)
     parents    path -> the module that holds the layer
     first      a second path of a shared module -> its first path
@@ -77,7 +78,7 @@ def scan(model: object) -> Scan:
                 found.parents[path] = parent
             if isinstance(module, Gated):
                 found.patched[path] = module
-            elif not isinstance(module, nn.Linear) and not (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
+            elif not isinstance(module, nn.Linear | nn.Conv2d):
                 found.others.setdefault(path, module)
             elif reason := refusal(module, parent, path.rpartition(".")[2]):
                 found.skipped[path] = reason
@@ -147,6 +148,8 @@ def denoiser(components: tuple[str, ...]) -> str | None:
 
 
 def sizes(layer: nn.Module) -> tuple[int, int]:
-    """(N, K) of a linear layer or 1x1 convolution."""
-    N, K = layer.weight.shape[:2]  # type: ignore[union-attr, index]
+    """(N, K) of a linear layer, or of a convolution as one over the patches that its pixels see."""
+    if isinstance(layer, nn.Conv2d):
+        return conv_sizes(layer)[::-1]
+    N, K = layer.weight.shape  # type: ignore[union-attr, misc]
     return N, K

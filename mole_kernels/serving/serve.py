@@ -10,6 +10,7 @@ from torch import nn
 from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.layers.conv import conv_of
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.handle import Handle
 from mole_kernels.patching.plan import Targets, plan
@@ -67,7 +68,7 @@ def serve(
 
 def _zeros(module: nn.Module) -> LowRank:
     N, K = sizes(module)
-    return LowRank(torch.zeros(1, K), torch.zeros(N, 1), conv=isinstance(module, nn.Conv2d))
+    return LowRank(torch.zeros(1, K), torch.zeros(N, 1), conv=conv_of(module))
 
 
 class Served:

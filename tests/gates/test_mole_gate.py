@@ -8,7 +8,8 @@ from mole_kernels.errors import MoleShapeError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.gates.gate import ConstantGate, MaskGate, MoLEGate, SampleGate
-from mole_kernels.layers.linear import GatedLoRAConv2d, GatedLoRALinear
+from mole_kernels.layers.conv import GatedLoRAConv2d
+from mole_kernels.layers.linear import GatedLoRALinear
 
 
 def experts_of(ranks, K, N, dtype=torch.float64, seed=0):

@@ -13,7 +13,8 @@ from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.gates.gate import MoLEGate
 from mole_kernels.layers.attach import attach, detach, reject
-from mole_kernels.layers.linear import GatedLoRAConv2d, GatedLoRALinear
+from mole_kernels.layers.conv import GatedLoRAConv2d
+from mole_kernels.layers.linear import GatedLoRALinear
 
 
 def experts(K, N, ranks=(3, 2)):
@@ -54,9 +55,8 @@ def test_off_is_the_base_bit_for_bit():
 @pytest.mark.parametrize(
     "module, words",
     [
-        (nn.Conv2d(8, 6, 3), "3x3 convolution"),
         (nn.Conv2d(8, 8, 1, groups=2), "groups 2"),
-        (nn.Conv2d(8, 8, 1, stride=2), "stride"),
+        (nn.Conv3d(8, 8, 1), "forward of its own"),
         (nn.MultiheadAttention(8, 2).out_proj, "forward of its own"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), "forward of its own"),
         (nn.Embedding(8, 6), "forward of its own"),

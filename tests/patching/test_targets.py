@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize, weight_norm
 
 from mole_kernels.errors import MoleTypeError
-from mole_kernels.patching.targets import mole_targets, scan
+from mole_kernels.patching.targets import mole_targets, scan, sizes
 
 SD15 = {"cross_attention_dim": 768}
 SDXL = {
@@ -90,10 +90,9 @@ def _quantised() -> nn.Module:
         (lambda: weight_norm(nn.Linear(4, 4)), "not a plain parameter"),
         (_float8, "float8_e4m3fn"),
         (_quantised, "_Packed"),
-        (lambda: nn.Conv2d(4, 4, 1, stride=2), "stride"),
         (lambda: nn.Conv2d(4, 4, 1, groups=2), "groups"),
     ],
-    ids=["subclass", "replaced-forward", "parametrised", "weight-norm", "float8", "tensor-subclass", "stride", "groups"],
+    ids=["subclass", "replaced-forward", "parametrised", "weight-norm", "float8", "tensor-subclass", "groups"],
 )
 def test_what_would_not_be_exact_is_skipped_with_a_reason(make, reason):
     found = scan(nn.ModuleDict({"layer": make(), "plain": nn.Linear(4, 4)}))
@@ -108,8 +107,10 @@ def test_owners_that_read_weights_themselves():
     assert set(found.skipped) == {"self_attn.out_proj", "linear1", "linear2"}
 
 
-def test_larger_convolutions_are_no_candidates():
-    assert "conv" in scan(nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3)})).others
+def test_convolutions_of_any_kernel_are_layers_over_patches():
+    found = scan(nn.ModuleDict({"conv": nn.Conv2d(4, 6, (3, 2), stride=2), "up": nn.ConvTranspose2d(4, 4, 3), "line": nn.Conv1d(4, 4, 3)}))
+    assert list(found.layers) == ["conv"] and sizes(found.layers["conv"]) == (6, 24)
+    assert {"up", "line"} <= set(found.others)
 
 
 def test_peft_layers_are_known_by_the_layer_they_wrap(unet):

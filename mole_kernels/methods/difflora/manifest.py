@@ -65,6 +65,10 @@ class Manifest:
     @classmethod
     def of_expert(cls, expert: Expert) -> Manifest:
         """The layout of an expert: of every layer `<path>.down` and `<path>.up`, in the file's order."""
+        if larger := [path for path, factor in expert.layers.items() if factor.kernel != (1, 1)]:
+            raise MoleValueError(
+                f"expert ({expert.source})", expected="linear layers and 1x1 convolutions", got=f"a larger convolution, {larger[0]}"
+            )
         made = cls.of(tensors_of(expert))
         scales = {path: factor.scale for path, factor in expert.layers.items()}
         return cls(made.entries, scales, tuple(path for path, factor in expert.layers.items() if factor.conv))
