@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
+from mole_kernels.files.text import read_json
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768}
@@ -108,10 +108,7 @@ def _import(package: str) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MoleFileError(printable(path, 300), f"cannot be read as JSON ({type(error).__name__})") from error
+    found = read_json(path)
     if not isinstance(found, dict):
         raise MoleFileError(printable(path, 300), expected="a JSON object", got=type(found).__name__)
     return found

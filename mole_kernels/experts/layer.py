@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleValueError
 from mole_kernels.experts.lowrank import LowRank
+from mole_kernels.files.limits import finite
 from mole_kernels.operands import Experts
 
 
@@ -103,8 +103,8 @@ class LayerExperts(nn.Module):
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """scale_e = base_scale_e · weight, for the experts named; the others keep theirs."""
         for name, weight in weights.items():
-            if not math.isfinite(weight):
-                raise MoleValueError(f"weight of expert {name!r}", expected="a finite number", got=weight)
+            if not finite(weight, torch.float32):
+                raise MoleValueError(f"weight of expert {name!r}", expected="a finite number that float32 holds", got=weight)
             self.index(name)
         for name, weight in weights.items():
             e = self.index(name)

@@ -6,6 +6,7 @@ import math
 from typing import Literal, get_args
 
 from mole_kernels.errors import MoleValueError
+from mole_kernels.files.limits import finite
 
 Convention = Literal["kohya", "peft", "mix_of_show", "rslora"]
 
@@ -21,7 +22,7 @@ def scale_of(convention: Convention, alpha: float | None, rank: int) -> float:
         raise MoleValueError("scale_of", expected="rank >= 1", got=rank)
     if alpha is None:
         return 1.0
-    if not math.isfinite(alpha):
+    if not finite(alpha):
         raise MoleValueError("scale_of", expected="a finite alpha", got=alpha)
     if convention == "mix_of_show":
         return float(alpha)

@@ -40,7 +40,7 @@ def read_index(index: PathLike, *, root: PathLike | None = None) -> dict[str, st
             raise MoleFileError(where, expected=f"an index of at most {MAX_HEADER:,} bytes", got="more")
         text = file.read(MAX_HEADER)
     check_json_size(text, where)
-    found = parse_json(text, where)
+    found = parse_json(text, where, "the index")
     names = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(names, dict) or len(names) > MAX_TENSORS:
         raise MoleFileError(where, expected="an index with a weight_map", got="something else")

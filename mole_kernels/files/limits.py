@@ -44,15 +44,23 @@ def check_json_size(text: bytes, where: str) -> None:
     raise MoleFileError(where, expected=f"at most {MAX_TENSORS:,} tensors", got=f"a header of {len(text):,} bytes that names more")
 
 
-def parse_json(text: bytes | str, where: str) -> Any:
+def finite(value: object, dtype: torch.dtype = torch.float64) -> bool:
+    """Whether this is a number (no bool) that `dtype` holds: no NaN, no Inf, no integer of four hundred digits."""
+    largest = torch.finfo(dtype).max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
+
+
+def parse_json(text: bytes | str, where: str, what: str = "the header") -> Any:
     """JSON from a stranger: UTF-8, no key twice, no depth that ends the interpreter, no NaN."""
+
+    hint = "is this a safetensors file?" if what == "the header" else ""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) != len(items):
             seen: set[str] = set()
             twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise MoleFileError(where, f"the key '{printable(twice)}' is there twice", hint="one name may stand for one tensor only")
+            raise MoleFileError(where, f"the key '{printable(twice)}' is there twice", hint="one name may stand for one thing only")
         return found
 
     def constant(name: str) -> Any:
@@ -61,10 +69,10 @@ def parse_json(text: bytes | str, where: str) -> Any:
     try:
         return json.loads(text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
     except UnicodeDecodeError as error:
-        raise MoleFileError(where, f"the header is not UTF-8 (byte {error.start})") from None
+        raise MoleFileError(where, f"{what} is not UTF-8 (byte {error.start})") from None
     except RecursionError:
-        raise MoleFileError(where, "the header is nested too deep") from None
+        raise MoleFileError(where, f"{what} is nested too deep") from None
     except MoleFileError:
         raise
     except ValueError as error:
-        raise MoleFileError(where, f"the header is not JSON ({printable(error)})", hint="is this a safetensors file?") from None
+        raise MoleFileError(where, f"{what} is not JSON ({printable(error)})", hint=hint) from None

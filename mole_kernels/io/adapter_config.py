@@ -36,7 +36,7 @@ class AdapterConfig:
         if KEY not in metadata:
             return cls()
         where = f"{where}, metadata '{KEY}'"
-        found = parse_json(metadata[KEY], where)
+        found = parse_json(metadata[KEY], where, "the text")
         if not isinstance(found, dict):
             raise MoleFileError(where, expected="a JSON object", got=type(found).__name__)
         parts: dict[str | None, dict[str, Any]] = {}

@@ -114,7 +114,7 @@ def gates_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     """The native gates among `tensors`, all of which must be gates; None where there are none."""
     if "gates" not in metadata and not tensors:
         return None
-    said = parse_json(metadata.get("gates", "null"), f"{where}, metadata of the gates")
+    said = parse_json(metadata.get("gates", "null"), f"{where}, metadata of the gates", "the text")
     known = (
         isinstance(said, dict)
         and set(said) == {"experts", "metadata"}

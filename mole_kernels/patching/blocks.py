@@ -6,7 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
+import torch
+
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.files.limits import finite
 from mole_kernels.patching.targets import roots
 
 # one weight for all layers, or one for each by its path
@@ -33,8 +36,11 @@ def check_weight(name: str, given: object) -> None:
         number = float(given)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise MoleTypeError(where, expected="a number", got=type(given).__name__) from None
-    if not math.isfinite(number):
-        raise MoleValueError(where, expected="a finite number", got=number)
+    except OverflowError:
+        number = math.inf
+    # scales are kept in float32
+    if not finite(number, torch.float32):
+        raise MoleValueError(where, expected="a finite number that float32 holds", got=number)
 
 
 def by_layer(name: str, blocks: Mapping[str, Any], model: object, paths: Iterable[str]) -> dict[str, float]:

@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from mole_kernels.errors import printable
+from mole_kernels.errors import MoleFileError, printable
+from mole_kernels.files.text import read_text
 
 METADATA = "metadata.jsonl"
 
@@ -21,9 +22,9 @@ def read_captions(root: Path, column: str = "text") -> tuple[dict[str, str], dic
     for path in sorted(root.rglob(METADATA)):
         name = path.relative_to(root).as_posix()
         try:
-            lines = path.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            bad[name] = f"cannot be read as text ({type(error).__name__})"
+            lines = read_text(path).splitlines()
+        except MoleFileError as error:
+            bad[name] = f"cannot be read as text ({error.problem or error})"
             continue
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -56,6 +57,7 @@ def _parse(line: str, column: str, root: Path, folder: Path) -> tuple[str, str] 
     name = os.path.normpath(os.path.join(folder.relative_to(root).as_posix(), said["file_name"])).replace(os.sep, "/")
     if name.startswith(("../", "/")) or "\0" in name:
         return f"names a file outside the folder: {printable(said['file_name'])}"
-    if not (root / name).is_file():
+    # os.path, which takes a name that no file can have for one that is not there
+    if not os.path.isfile(root / name):
         return f"names a file that is not there: {printable(said['file_name'])}"
     return name, said[column].strip()

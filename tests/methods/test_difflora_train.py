@@ -197,5 +197,5 @@ def test_broken_folders_are_named(tmp_path):
     with pytest.raises(MoleFileError, match=r"not the weights that model\.json was written with"):
         load_predictor(tmp_path)
     path.write_text("{")
-    with pytest.raises(MoleFileError, match="cannot be read as JSON"):
+    with pytest.raises(MoleFileError, match="is not JSON"):
         load_predictor(tmp_path)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_kernels.errors import MoleError, MoleFileError, MoleKeyError, MoleShapeError, MoleValueError, printable
+from mole_kernels.files import text as files
 from mole_kernels.files.reader import read_tensors
 from mole_kernels.files.writer import atomic_save, atomic_write
 from mole_kernels.methods.difflora.autoencoder import AutoencoderConfig, LoRAAutoencoder
@@ -109,12 +110,9 @@ def small_settings(encoder: nn.Module) -> dict[str, int]:
 
 def read_json(path: Path, form: str, expected: str) -> dict[str, Any]:
     """A JSON object whose "format" is `form`; MoleFileError else."""
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise MoleFileError(printable(path.parent, 300), expected=expected, got=f"no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise MoleFileError(printable(path, 300), f"cannot be read as JSON ({type(error).__name__})") from error
+    if not path.exists():
+        raise MoleFileError(printable(path.parent, 300), expected=expected, got=f"no {path.name}")
+    record = files.read_json(path)
     if not isinstance(record, dict) or record.get("format") != form:
         got = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise MoleFileError(printable(path, 300), expected=f"format {form}", got=printable(got), hint="made by another mole_kernels?")

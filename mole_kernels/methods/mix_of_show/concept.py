@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +12,9 @@ from torch import Tensor
 
 from mole_kernels.errors import MoleFileError, MoleKeyError, MoleTypeError, MoleValueError, printable
 from mole_kernels.experts.lowrank import Expert
+from mole_kernels.files.limits import finite
 from mole_kernels.files.reader import PathLike, read_tensors
+from mole_kernels.files.text import read_json
 from mole_kernels.files.writer import atomic_save
 from mole_kernels.io import load_expert, save_expert
 from mole_kernels.io.mix_of_show import load_mix_of_show_parts, save_mix_of_show
@@ -113,12 +113,7 @@ def load_fusion_config(path: PathLike) -> list[Concept]:
     A lora_path that is not absolute is looked for beside the configuration first. Raises MoleFileError that names entry and field.
     """
     where = printable(path, 300)
-    try:
-        entries = json.loads(Path(os.fsdecode(path)).read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise MoleFileError(where, f"no JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise MoleFileError(where, f"cannot be read ({type(error).__name__})") from None
+    entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise MoleFileError(where, expected=f"a list of entries with {', '.join(FIELDS)}", got=type(entries).__name__)
     return [_entry(entry, f"{where}, entry {i}", Path(os.fsdecode(path)).parent) for i, entry in enumerate(entries)]
@@ -133,7 +128,7 @@ def _entry(entry: Any, where: str, folder: Path) -> Concept:
     if name is not None and not isinstance(name, str):
         raise MoleFileError(f"{where}, concept_name", expected="a string", got=printable(name))
     beside = folder / entry["lora_path"]
-    source = beside if beside.exists() else Path(entry["lora_path"])
+    source = beside if os.path.exists(beside) else Path(entry["lora_path"])
     alphas = {key: _alpha(entry.get(key, 1.0), f"{where}, {key}") for key in ("unet_alpha", "text_encoder_alpha")}
     return load_concept(source, name, **alphas)
 
@@ -141,8 +136,8 @@ def _entry(entry: Any, where: str, folder: Path) -> Concept:
 def _alpha(value: Any, where: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise MoleTypeError(where, expected="alpha as a number", got=printable(value))
-    if not math.isfinite(value):
-        raise MoleValueError(where, expected="a finite alpha", got=value)
+    if not finite(value):
+        raise MoleValueError(where, expected="a finite alpha", got=printable(value))
     return float(value)
 
 

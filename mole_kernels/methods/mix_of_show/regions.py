@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, printable
+from mole_kernels.files.limits import finite
 
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
@@ -62,7 +63,7 @@ class Region:
 
 def check_box(box: Box, where: str) -> None:
     """Raises MoleValueError for a box outside the picture, empty or upside down."""
-    if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
+    if len(box) != 4 or not all(map(finite, box)):
         raise MoleValueError(where, expected="a box of four finite numbers (y0, x0, y1, x1)", got=printable(str(box)))
     y0, x0, y1, x1 = box
     if min(box) < 0 or max(box) > 1:
@@ -147,6 +148,9 @@ def read_regions(source: str | Sequence[Mapping[str, Any]]) -> list[Region]:
             source = json.loads(source)
         except json.JSONDecodeError as error:
             raise MoleValueError(f"regions, character {error.pos}", f"no JSON: {error.msg}") from error
+        # a number of thousands of digits; lists in lists without an end
+        except (ValueError, RecursionError) as error:
+            raise MoleValueError("regions", f"no JSON that can be read: {printable(error)}") from error
     if not isinstance(source, Sequence) or isinstance(source, str):
         raise MoleTypeError("regions", expected="a list of regions", got=type(source).__name__)
     return [_read_one(i, item) for i, item in enumerate(source)]
@@ -165,7 +169,7 @@ def _read_one(i: int, item: Any) -> Region:
     if "prompt" not in item:
         raise MoleValueError(where, expected='a "prompt"', got="none")
     for name, weight in item.get("experts", {}).items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        if not finite(weight):
             raise MoleValueError(f"{where}.experts.{printable(name)}", expected="a finite number", got=printable(str(weight)))
     box = tuple(item.get("box", WHOLE))
     check_box(box, where)  # type: ignore[arg-type]

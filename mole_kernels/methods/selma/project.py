@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
+from mole_kernels.files.text import read_text
 from mole_kernels.files.writer import atomic_write
 from mole_kernels.methods.selma.skills import Skill
 
@@ -158,10 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MoleFileError(printable(path, 300), f"cannot be read ({printable(error)})") from error
+    return read_text(path)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

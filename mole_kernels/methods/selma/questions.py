@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_kernels.errors import MoleFileError, MoleValueError, printable
+from mole_kernels.files.text import read_json, read_text
 
 YES, NO = "yes", "no"
 
@@ -85,10 +86,7 @@ def load_dsg(path: str | Path) -> list[Tree]:
 def load_tifa(path: str | Path) -> list[Tree]:
     """TIFA's list: JSON [{"caption", "question", "answer", "choices", and, if there, "element_type"}, …]; no dependencies."""
     where = printable(path, 300)
-    try:
-        rows: Any = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MoleFileError(where, f"cannot be read as JSON ({type(error).__name__}: {printable(error)})") from error
+    rows: Any = read_json(path)
     if not isinstance(rows, list):
         raise MoleFileError(where, expected="a JSON list", got=type(rows).__name__)
     items: dict[str, tuple[str, list[Question]]] = {}
@@ -114,12 +112,11 @@ def tree(prompt: str, questions: Mapping[str, str], dependencies: Mapping[str, S
 def _rows(path: str | Path, needed: Sequence[str]) -> list[dict[str, str]]:
     where = printable(path, 300)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if lacking := [key for key in needed if key not in (reader.fieldnames or ())]:
-                raise MoleFileError(where, expected=f"columns {', '.join(needed)}", got=f"none called {', '.join(lacking)}")
-            return list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
+        if lacking := [key for key in needed if key not in (reader.fieldnames or ())]:
+            raise MoleFileError(where, expected=f"columns {', '.join(needed)}", got=f"none called {', '.join(lacking)}")
+        return list(reader)
+    except csv.Error as error:
         raise MoleFileError(where, f"cannot be read as CSV ({printable(error)})") from error
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mole_kernels.errors import MoleFileError, MoleValueError, printable
+from mole_kernels.files.text import read_json
 
 SEEDS = 3
 
@@ -99,10 +99,7 @@ SKILLS: Mapping[str, Skill] = {
 def load_skills(path: str | Path) -> dict[str, Skill]:
     """Skills of a JSON file {name: {"seeds": [three prompts], "about": "…"}}, in its order."""
     where = printable(path, 300)
-    try:
-        table: Any = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MoleFileError(where, f"cannot be read as JSON ({type(error).__name__}: {error})") from error
+    table: Any = read_json(path)
     if not isinstance(table, dict) or not table or not all(isinstance(entry, dict) for entry in table.values()):
         raise MoleFileError(where, expected='{name: {"seeds": [three prompts], "about": "…"}}', got=printable(table))
     return {name: Skill(name, entry.get("seeds", ()), str(entry.get("about", ""))) for name, entry in table.items()}
