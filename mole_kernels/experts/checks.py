@@ -67,7 +67,7 @@ def checked_alpha(where: str, alpha: Tensor | float) -> float:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise MoleTypeError(where, expected="a number as alpha", got=type(alpha).__name__)
     if not finite(alpha):
-        raise MoleValueError(where, expected="a finite alpha that float32 holds", got=printable(alpha, 40))
+        raise MoleValueError(where, expected="a finite alpha", got=printable(alpha, 40))
     return float(alpha)
 
 
