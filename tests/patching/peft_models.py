@@ -47,6 +47,17 @@ def calls() -> tuple[int, dict[str, int]]:
     return report["accelerated"], report["fallbacks"]
 
 
+def error(got: Tensor, truth: Tensor) -> float:
+    return ((got.double() - truth).norm() / truth.norm()).item()
+
+
+def assert_as_right(got: Tensor, theirs: Tensor, truth: Tensor) -> None:
+    """No further from float64 than 1.5 times PEFT's own forward, with a floor of two roundings of the output."""
+    floor = 2 * torch.finfo(got.dtype).eps
+    assert got.dtype == theirs.dtype and got.shape == theirs.shape
+    assert error(got, truth) <= max(1.5 * error(theirs, truth), floor)
+
+
 def tiny_sd3() -> Any:
     from diffusers import SD3Transformer2DModel
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import mole_kernels as mk
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
-from tests.patching.peft_models import K, N, calls, draw, make, twins
+from tests.patching.peft_models import K, N, assert_as_right, calls, draw, make, twins
 
 peft = pytest.importorskip("peft")
 lora = pytest.importorskip("peft.tuners.lora")
@@ -25,17 +25,6 @@ def fresh_counts() -> Iterator[None]:
     mk.status(reset=True)
     yield
     mk.status(reset=True)
-
-
-def error(got: Tensor, truth: Tensor) -> float:
-    return ((got.double() - truth).norm() / truth.norm()).item()
-
-
-def assert_as_right(got: Tensor, theirs: Tensor, truth: Tensor) -> None:
-    """No further from float64 than 1.5 times PEFT's own forward, with a floor of two roundings of the output."""
-    floor = 2 * torch.finfo(got.dtype).eps
-    assert got.dtype == theirs.dtype and got.shape == theirs.shape
-    assert error(got, truth) <= max(1.5 * error(theirs, truth), floor)
 
 
 @pytest.mark.parametrize("base", [True, False], ids=["with-base", "low-rank-alone"])

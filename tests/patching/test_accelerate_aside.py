@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mole_kernels as mk
-from tests.patching.peft_models import K, N, calls, draw, twins
+from tests.patching.peft_models import K, calls, draw, twins
 
 peft = pytest.importorskip("peft")
 
@@ -23,17 +23,14 @@ def fresh_counts() -> Iterator[None]:
     mk.status(reset=True)
 
 
-def half_adapter(layer: Any) -> None:
-    layer.lora_A.half(), layer.lora_B.half()
+def offload_hook(layer: Any) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    add_hook_to_module(layer.lora_B["a0"], ModelHook())
 
 
-def offload_hook(child: str) -> Callable[[Any], None]:
-    def put(layer: Any) -> None:
-        from accelerate.hooks import ModelHook, add_hook_to_module
-
-        add_hook_to_module(layer.base_layer if child == "base" else layer.lora_B["a0"], ModelHook())
-
-    return put
+def half_second(layer: Any) -> None:
+    layer.lora_A["a1"].half(), layer.lora_B["a1"].half()
 
 
 def casting_hooks(layer: Any) -> None:
@@ -41,17 +38,6 @@ def casting_hooks(layer: Any) -> None:
     from diffusers.hooks import apply_layerwise_casting
 
     apply_layerwise_casting(layer, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=())
-
-
-class Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def other_base(layer: Any) -> None:
-    doubled = Doubled(K, N)
-    doubled.load_state_dict(layer.base_layer.state_dict())
-    layer.base_layer = doubled
 
 
 @dataclass(frozen=True)
@@ -76,15 +62,11 @@ ASIDES = [
     Aside("none-active", "no adapter is active", lambda layer: layer.set_adapter([])),
     Aside("dora", "a LoRA variant (DoRA and its like)", config={"use_dora": True}),
     Aside("lora-bias", "lora_bias", config={"lora_bias": True}),
-    Aside("base-subclass", f"the base layer is a {__name__.partition('.')[0]}.Doubled", other_base),
-    Aside("forward-hook", "hooks on the base layer", lambda layer: layer.base_layer.register_forward_hook(lambda m, a, y: y * 2)),
     Aside("pre-hook", ON_ADAPTER, lambda layer: layer.lora_A["a1"].register_forward_pre_hook(lambda m, a: a[0] * 2)),
     Aside("backward-hook", ON_ADAPTER, lambda layer: layer.lora_B["a0"].register_full_backward_hook(lambda *a: None)),
-    Aside("accelerate-base", "hooks on the base layer", offload_hook("base")),
-    Aside("accelerate-up", ON_ADAPTER, offload_hook("up")),
-    Aside("layerwise-casting", "hooks on the base layer", casting_hooks),
-    Aside("mixed-dtypes", "weights and input of different dtypes", half_adapter),
-    Aside("trainable-base", "the base layer wants a gradient", lambda layer: layer.base_layer.requires_grad_(True)),
+    Aside("accelerate-up", ON_ADAPTER, offload_hook),
+    Aside("layerwise-casting", ON_ADAPTER, casting_hooks),
+    Aside("adapters-differ", "adapters of different dtypes", half_second),
 ]  # fmt: skip
 
 
@@ -120,6 +102,18 @@ def test_double_input_to_a_float_layer_fails_as_in_peft():
     with pytest.raises(RuntimeError) as ours:
         fast(draw(3, K, dtype=torch.float64))
     assert str(ours.value) == str(theirs.value)
+
+
+def test_told_not_to_cast_the_input_it_fails_as_in_peft():
+    plain, fast = twins()
+    said = []
+    for model in (plain, fast):
+        model[0].lora_A.half(), model[0].lora_B.half()
+        model[0].cast_input_dtype_enabled = False
+        with pytest.raises(RuntimeError) as error:
+            model(draw(3, K))
+        said.append(str(error.value))
+    assert said[0] == said[1] and calls() == (0, {"weights and input of different dtypes": 1})
 
 
 def test_global_hooks_and_function_transforms_step_aside():
@@ -166,7 +160,7 @@ def test_hook_on_the_layer_itself_outlives_remove():
     assert calls() == (2, {})
 
 
-COMPILED_ASIDES = ("disabled", "merged", "base-subclass", "lora-bias", "none-active")
+COMPILED_ASIDES = ("disabled", "merged", "lora-bias", "none-active")
 
 
 @pytest.mark.parametrize("case", [case for case in ASIDES if case.id in COMPILED_ASIDES], ids=str)

@@ -20,7 +20,8 @@ from tests.patching.conftest import tiny_pipeline
 from tests.patching.peft_models import FAMILIES, Pair, lora_config
 
 DISABLED, MERGED = "adapters are disabled", "adapters are merged into the weight"
-VARIANT, BASE_HOOKS = "a LoRA variant (DoRA and its like)", "hooks on the base layer"
+VARIANT = "a LoRA variant (DoRA and its like)"
+BASE_HOOKS, ADAPTER_HOOKS = "hooks on the base layer", "hooks on lora_A, lora_B or lora_dropout"
 
 
 @pytest.fixture(params=FAMILIES)
@@ -155,8 +156,9 @@ def test_layerwise_casting_spares_the_adapters(family: str, compute: torch.dtype
         model.to(compute)
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
     theirs, ours = pair.outputs()
-    assert torch.equal(ours, theirs)
-    assert pair.counts() == (0, {BASE_HOOKS: len(pair.handle.layers)})
+    assert (ours - theirs).norm() <= 8 * torch.finfo(compute).eps * theirs.norm()
+    assert mk.status()["base_called"] == {BASE_HOOKS: len(pair.handle.layers)}
+    assert pair.counts() == (len(pair.handle.layers), {})
 
 
 def test_layerwise_casting_of_adapters_too(pair: Pair):
@@ -168,7 +170,7 @@ def test_layerwise_casting_of_adapters_too(pair: Pair):
     assert pair.fast.state_dict()[_an_adapter(pair.fast)].dtype == torch.float8_e4m3fn
     theirs, ours = pair.outputs()
     assert torch.equal(ours, theirs)
-    assert pair.counts() == (0, {BASE_HOOKS: len(pair.handle.layers)})
+    assert pair.counts() == (0, {ADAPTER_HOOKS: len(pair.handle.layers)})
 
 
 def _an_adapter(model: nn.Module) -> str:
@@ -186,7 +188,7 @@ def test_sequential_offload(pair: Pair):
     assert pair.fast.get_parameter(_an_adapter(pair.fast)).is_meta
     theirs, ours = pair.outputs()
     assert torch.equal(ours, theirs)
-    assert pair.counts() == (0, {BASE_HOOKS: len(pair.handle.layers)})
+    assert pair.counts() == (0, {ADAPTER_HOOKS: len(pair.handle.layers)})
     for model in pair.both:
         remove_hook_from_submodules(model)
     assert torch.equal(pair.assert_same(), before)
@@ -200,7 +202,7 @@ def test_group_offload_of_leaves(pair: Pair):
         apply_group_offloading(model, torch.device("cpu"), torch.device("cpu"), "leaf_level")
     theirs, ours = pair.outputs()
     assert torch.equal(ours, theirs)
-    assert pair.counts() == (0, {BASE_HOOKS: len(pair.handle.layers)})
+    assert pair.counts() == (0, {ADAPTER_HOOKS: len(pair.handle.layers)})
 
 
 @pytest.mark.parametrize("extra, reason", [({"use_dora": True}, VARIANT), ({"lora_bias": True}, "lora_bias")], ids=["dora", "bias"])
