@@ -86,14 +86,14 @@ def _reject(layer: nn.Module) -> str | None:
         return f"{type(layer).__name__} may change in ways that leave no trace; only nn.Linear and our own layers are kept"
     if isinstance(layer.__dict__.get("forward"), Forward) or isinstance(layer.__dict__.get("_old_forward"), Forward):
         return "another cache is on it"
-    if _offloaded(layer):
+    if offloaded(layer):
         return "offload hooks move its weights"
     if "forward" in layer.__dict__:
         return "its forward has been replaced on the instance"
     return None
 
 
-def _offloaded(layer: nn.Module) -> bool:
+def offloaded(layer: nn.Module) -> bool:
     return "_hf_hook" in layer.__dict__ or "_diffusers_hook" in layer.__dict__
 
 
@@ -217,7 +217,7 @@ class Forward:
             return "gradients are on"
         if not unobserved((x,)):
             return "a compiler, profiler, tensor mode or tensor subclass looks on"
-        if _offloaded(layer):
+        if offloaded(layer):
             return "offload hooks move its weights"
         if self.owner is None or all(child is not layer for child in self.owner._modules.values()):
             return "its attention calls another layer in its place (PEFT's, for one)"
@@ -266,7 +266,7 @@ def state_of(layer: nn.Module, x: Tensor, check: Check) -> State | None:
     """How the layer stands for input x; None where a tensor counts no versions."""
     tensors: list[Tensor] = []
     settings: list[object] = []
-    _collect(layer, tensors, settings)
+    collect(layer, tensors, settings)
     if any(t.is_inference() for t in tensors):
         return None
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
@@ -279,7 +279,7 @@ def state_of(layer: nn.Module, x: Tensor, check: Check) -> State | None:
     return State(tensors, key, [_sample(t) for t in tensors if t.is_cpu])
 
 
-def _collect(module: nn.Module, tensors: list[Tensor], settings: list[object]) -> None:
+def collect(module: nn.Module, tensors: list[Tensor], settings: list[object]) -> None:
     """Every tensor and plain setting of a module and those inside it; all that our layers and gates read is among them."""
     settings += (type(module), *((n, v) for n, v in module.__dict__.items() if type(v) in SETTINGS and n not in MADE))
     places = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
@@ -289,7 +289,7 @@ def _collect(module: nn.Module, tensors: list[Tensor], settings: list[object]) -
         tensors.append(route.current)
     for child in module._modules.values():
         if child is not None:
-            _collect(child, tensors, settings)
+            collect(child, tensors, settings)
 
 
 def _sample(t: Tensor) -> Tensor:
