@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness
+.PHONY: mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
@@ -58,6 +58,17 @@ emulate: $(STAMP)
 	MOLE_EMULATE_SEEDS=4 $(BIN)/python -m pytest -n $(JOBS) tests/emulator
 	$(BIN)/python python/tools/emulate.py --jobs $(JOBS)
 	$(BIN)/python tests/cuda/mutants.py
+
+# the same over a hundred schedules each, and once more with AddressSanitizer and UBSan over kernel and emulator: hours on two cores
+SEEDS ?= 100
+emulate-long: $(STAMP)
+	MOLE_EMULATE_SEEDS=$(SEEDS) $(BIN)/python -m pytest -n $(JOBS) tests/emulator
+	$(BIN)/python python/tools/emulate.py --jobs $(JOBS) --seeds $(SEEDS) $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python python/tools/emulate.py --jobs $(JOBS) --seeds $(SEEDS) --flavour address $(if $(ONLY),--only $(ONLY))
+
+# every fault planted in every backend, CUDA's in the emulator: which test notices it, into docs/kernels/mutants.md
+mutants: $(STAMP)
+	$(BIN)/python python/tools/mutants.py --cuda
 
 # the kernels in the interpreter of another Triton: make triton-tests TRITON=<version>
 triton-tests: $(STAMP) $(OTHER)
