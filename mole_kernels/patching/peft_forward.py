@@ -20,7 +20,7 @@ from mole_kernels.errors import MoleBackendError
 from mole_kernels.functional import gated_lora_linear
 from mole_kernels.operands import Experts
 from mole_kernels.patching import status
-from mole_kernels.patching.peft_read import PLAIN_TENSORS, Read, package, read
+from mole_kernels.patching.peft_read import PLAIN_TENSORS, Read, is_quantised, package, read
 from mole_kernels.precision import gate_dtype
 
 # PEFT's layers over quantised bases whose forward is lora.Linear's, and where they live; classes for them are made on demand
@@ -168,17 +168,21 @@ def _added(x: Tensor, found: Read) -> Tensor:
 
 
 def _call(base: nn.Module, x: Tensor) -> Tensor:
+    """base(x); where its package has nothing to compute it with, an error that says so."""
     if torch.compiler.is_compiling():
         return base(x)
     try:
         return base(x)
-    except (NotImplementedError, ImportError) as error:
+    # a table without the format raises KeyError, which of another layer could mean anything
+    except (NotImplementedError, ImportError, KeyError) as error:
+        if isinstance(error, KeyError) and not is_quantised(base):
+            raise
         kind, weight = type(base), base._parameters.get("weight")
         of = "" if weight is None or type(weight) in PLAIN_TENSORS else f" with a {package(type(weight))}.{type(weight).__name__}"
         raise MoleBackendError(
             f"{package(kind)}.{kind.__name__}{of}",
-            f"this base layer has no kernel for a {x.dtype} input on {x.device.type}: {error or type(error).__name__}",
-            hint="it is called as it is; without adapters it fails alike. another dtype, device or build of that package may have one",
+            f"this base layer has no kernel for a {x.dtype} input on {x.device.type}: {str(error) or type(error).__name__}",
+            hint="it is called as it is; without adapters it fails alike. Another format, dtype, device or build of that package may have one",
         ) from error
 
 

@@ -163,7 +163,10 @@ def package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-def _fresh(base: nn.Module) -> bool:
-    if torch.compiler.is_compiling() or hooked(base):
-        return False
+def is_quantised(base: nn.Module) -> bool:
+    """A layer, or the weight of one, that one of the packages known here quantised."""
     return package(type(base)) in QUANTISED_BY or package(type(base._parameters.get("weight"))) in QUANTISED_BY
+
+
+def _fresh(base: nn.Module) -> bool:
+    return not torch.compiler.is_compiling() and not hooked(base) and is_quantised(base)
