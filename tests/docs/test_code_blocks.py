@@ -24,7 +24,7 @@ def test_page_runs(page: Path, tmp_path, monkeypatch):
     world.briefly(monkeypatch)
     first = "flux" if "flux()" in text else "pipeline"
     pipe = getattr(world, first)()
-    world.write_files("\n".join(block.code for block in todo), pipe)
+    world.write_files("\n".join(block.before + block.code for block in todo), pipe)
     names = {"Path": Path, "mk": world.mk, "torch": world.torch, "world": world, "pipe": pipe, "prompt": "a cat", "gates": "mole"}
     names["experts"] = {"face": world.expert(pipe, 0), "hand": world.expert(pipe, 1)}
     for block in todo:

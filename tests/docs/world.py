@@ -126,6 +126,12 @@ def flux() -> Any:
     return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer.eval(), **parts)
 
 
+def flux_inputs() -> dict[str, torch.Tensor]:
+    """Six places and three words, as the tiny transformer takes them."""
+    parts = {"hidden_states": torch.randn(1, 6, 4), "encoder_hidden_states": torch.randn(1, 3, 24), "img_ids": torch.zeros(6, 3)}
+    return parts | {"pooled_projections": torch.randn(1, 20), "timestep": torch.tensor([0.5]), "txt_ids": torch.zeros(3, 3)}
+
+
 def expert(model: Any, seed: int = 0, rank: int = 4) -> Expert:
     """Random factors for every attention layer of a pipeline's denoiser, named as diffusers names them."""
     component = "unet" if hasattr(model, "unet") else "transformer"
