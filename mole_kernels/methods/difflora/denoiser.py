@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mole_kernels.errors import MoleShapeError, MoleValueError
+from mole_kernels.errors import MoleShapeError, MoleValueError, printable
+
+MOST_LAYERS = 1024
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class DenoiserConfig:
         for name in ("latent_channels", "latent_length", "condition_dim", "depth", "width", "heads", "patch"):
             if getattr(self, name) < 1:
                 raise MoleValueError(f"DenoiserConfig: {name}", expected="at least 1", got=getattr(self, name))
+        # settings come out of files too
+        if self.depth > MOST_LAYERS:
+            raise MoleValueError("DenoiserConfig: depth", expected=f"at most {MOST_LAYERS}", got=printable(self.depth))
 
     @property
     def tokens(self) -> int:

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleFileError, MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError
+from mole_kernels.errors import MoleFileError, MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError, printable
 from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.files.limits import finite, parse_json
 from mole_kernels.patching.names import Names, few
 from mole_kernels.patching.targets import scan, sizes
 
@@ -173,21 +174,45 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: str = "manifest") -> Manifest:
         """Raises MoleFileError for text that is none, or of a newer version."""
+        held = parse_json(text, where, "the layout")
         try:
-            held = json.loads(text)
             version = held["version"]
             entries = tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in held["entries"])
             made = cls(entries, dict(held["scales"]), tuple(held["conv"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise MoleFileError(where, f"no layout of a LoRA vector: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MoleFileError(where, f"no layout of a LoRA vector: {printable(error)}") from error
         if version != VERSION:
-            raise MoleFileError(where, expected=f"version {VERSION}", got=version, hint="made by a newer mole_kernels")
-        offset = 0
-        for entry in entries:
-            if entry.offset != offset or entry.dtype not in _BY_NAME or any(not isinstance(n, int) or n < 0 for n in entry.shape):
-                raise MoleFileError(where, f"{entry.name}: its place does not follow the one before")
-            offset += entry.size
+            raise MoleFileError(where, expected=f"version {VERSION}", got=printable(version), hint="made by a newer mole_kernels")
+        made._check_entries(where)
+        made._check_layers(where)
         return made
+
+    def _check_entries(self, where: str) -> None:
+        """Entries of a stranger: named once, of known dtypes, each at the end of the one before, with a value among them."""
+        offset, names = 0, set()
+        for entry in self.entries:
+            # bool is an int too, and a size of more than an exabyte is none
+            whole = all(type(n) is int and 0 <= n < 2**60 for n in (*entry.shape, entry.offset))
+            plain = isinstance(entry.name, str) and entry.name not in names and entry.dtype in list(_BY_NAME)
+            if not (plain and type(entry.exponent) is int and abs(entry.exponent) < 1000):
+                raise MoleFileError(where, expected="names, dtypes and exponents of tensors", got=printable(entry, 200))
+            names.add(entry.name)
+            if not whole or entry.offset != offset:
+                raise MoleFileError(where, f"{printable(entry.name)}: its place does not follow the one before")
+            offset += entry.size
+        if not 0 < offset < 2**60:
+            raise MoleFileError(where, expected="at least one value", got="none" if not offset else "more than any machine holds")
+
+    def _check_layers(self, where: str) -> None:
+        """Every layer that has a scale has both factors, [R,K] and [N,R]."""
+        shapes = {entry.name: entry.shape for entry in self.entries}
+        for path, scale in self.scales.items():
+            down, up = shapes.get(f"{path}.down", ()), shapes.get(f"{path}.up", ())
+            if not finite(scale) or len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
+                got = f"scale {printable(scale, 40)}, {list(down)} and {list(up)}"
+                raise MoleFileError(where, expected=f"a scale and factors [R,K] and [N,R] of {printable(path)}", got=got)
+        if not all(isinstance(path, str) and path in self.scales for path in self.conv):
+            raise MoleFileError(where, expected="convolutions among the layers", got=printable(self.conv))
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         known = {entry.name for entry in self.entries}

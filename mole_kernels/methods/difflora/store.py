@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mole_kernels.errors import MoleError, MoleFileError, MoleKeyError, MoleShapeError, MoleValueError, printable
 from mole_kernels.files import text as files
-from mole_kernels.files.reader import read_tensors
+from mole_kernels.files.reader import read_header, read_tensors
 from mole_kernels.files.writer import atomic_save, atomic_write
 from mole_kernels.methods.difflora.autoencoder import AutoencoderConfig, LoRAAutoencoder
 from mole_kernels.methods.difflora.denoiser import DenoiserConfig, LoRADenoiser
@@ -39,9 +39,10 @@ def save_autoencoder(folder: str | Path, autoencoder: LoRAAutoencoder, manifest:
 def load_autoencoder(folder: str | Path) -> tuple[LoRAAutoencoder, Manifest]:
     """Raises MoleFileError, MoleKeyError or MoleShapeError for a folder that holds no such model whole."""
     record, where = _read(Path(folder), ("autoencoder", "predictor"))
-    autoencoder = _build(where, lambda: LoRAAutoencoder(AutoencoderConfig(**record["autoencoder"])))
     prefix = "autoencoder." if record["kind"] == "predictor" else ""
-    _load(Path(folder), record, autoencoder, prefix)
+    path = Path(folder) / record["weights"]
+    autoencoder = _build(where, lambda: LoRAAutoencoder(AutoencoderConfig(**record["autoencoder"])), path, prefix)
+    _load(path, record, autoencoder, prefix)
     return autoencoder.eval(), _manifest(record, where)
 
 
@@ -95,8 +96,9 @@ def load_predictor(folder: str | Path, *, face: ImageEncoder | None = None, imag
         denoiser = LoRADenoiser(DenoiserConfig(**record["denoiser"]))
         return Predictor(_manifest(record, where), autoencoder, features, denoiser, encoders, int(record["timesteps"]))
 
-    predictor = _build(where, build)
-    _load(Path(folder), record, predictor)
+    path = Path(folder) / record["weights"]
+    predictor = _build(where, build, path)
+    _load(path, record, predictor)
     return predictor.eval()
 
 
@@ -152,14 +154,19 @@ def _read(folder: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     return record, where
 
 
-def _load(folder: Path, record: Mapping[str, Any], module: nn.Module, prefix: str = "") -> None:
+def _load(path: Path, record: Mapping[str, Any], module: nn.Module, prefix: str = "") -> None:
     """Every tensor and no other, in its shape and dtype; the module is as before where anything differs."""
-    path = folder / record["weights"]
     tensors, _ = read_tensors(path)
     where = printable(path, 300)
     if _digest(tensors) != record.get("digest"):
         raise MoleFileError(where, "these are not the weights that model.json was written with")
     held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    _check_fit(where, held, module)
+    module.load_state_dict(held)
+
+
+def _check_fit(where: str, held: Mapping[str, Any], module: nn.Module) -> None:
+    """MoleKeyError or MoleShapeError unless `held`, anything with shape and dtype by name, is what the module's tensors are."""
     wanted = module.state_dict()
     absent, extra = [n for n in wanted if n not in held], [n for n in held if n not in wanted]
     if absent or extra:
@@ -169,18 +176,24 @@ def _load(folder: Path, record: Mapping[str, Any], module: nn.Module, prefix: st
         if held[name].shape != tensor.shape or held[name].dtype != tensor.dtype:
             got = f"{list(held[name].shape)} {held[name].dtype}"
             raise MoleShapeError(f"{where}, {name}", expected=f"{list(tensor.shape)} {tensor.dtype}", got=got)
-    module.load_state_dict(held)
 
 
-def _build(where: str, make: Any) -> Any:
-    """What `make` makes; the settings of a file that make nothing are the file's fault."""
+def _build(where: str, make: Callable[[], Any], weights: Path, prefix: str = "") -> Any:
+    """What `make` makes; the settings of a file that make nothing are the file's fault.
+
+    A stranger's sizes are first met on meta, where they cost nothing, and must be those of the weights beside them.
+    """
+    entries = {name.removeprefix(prefix): e for name, e in read_header(weights).entries.items() if name.startswith(prefix)}
     try:
+        with torch.device("meta"):
+            _check_fit(printable(weights, 300), entries, make())
         # fresh weights are drawn and thrown away: the caller's random state is not theirs to move
         with torch.random.fork_rng(devices=[]):
             return make()
     except MoleError:
         raise
-    except (KeyError, TypeError, AttributeError) as error:
+    # what torch's layers raise for sizes that make none
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise MoleFileError(where, f"its settings make no model ({type(error).__name__}: {printable(error, 200)})") from error
 
 
