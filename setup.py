@@ -210,11 +210,12 @@ def ninja_file(torch: Torch, tools: Toolchain, out: Path, env: Mapping[str, str]
             compile("nvcc", source, f"cuda_{source.stem}", cuda)
         if has_hopper(gencode):
             host = [*shared, *include, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter", f"-ccbin={tools.cxx}"]
-            for source in [ROOT / "csrc/cuda/sm90.cpp", *sorted((ROOT / "csrc/cuda/sm90").glob("*.cpp"))]:
+            for source in [*sorted((ROOT / "csrc/cuda").glob("*.cpp")), *sorted((ROOT / "csrc/cuda/sm90").glob("*.cpp"))]:
                 compile("nvcc", source, f"sm90_{source.stem}", host)
             hopper = [*shared, "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={tools.cxx}"]
             compile("kernels", ROOT / "csrc/cuda/ladder/kernels.cu", "sm90_ladder", hopper)
-            for way in ("cluster", "persistent", "recompute"):
+            ways = ("cluster", "persistent", "recompute")
+            for way in (*ways, *(f"{way}_dx" for way in ways)):
                 for dtype in ("bf16", "fp16"):
                     names = [f"-DMOLE_WAY={way}", f"-DMOLE_DTYPE={dtype}", f"-DMOLE_SHAPES=MOLE_SM90_{way.upper()}"]
                     compile("kernels", ROOT / "csrc/cuda/sm90/kernels.cu", f"sm90_{way}_{dtype}", [*hopper, *names])

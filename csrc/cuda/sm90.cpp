@@ -1,138 +1,15 @@
 // torch.ops.mole_cuda.sm90_*: the sm_90 kernels on tensors. Checks name the tensor and its shape; nothing is allocated here.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "sm90/launch.h"
-
-// weak: with a torch that has no CUDA the library still loads, and this is null
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "operands.h"
 
 namespace mole {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
-using namespace sm90;
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? "," : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-void expect(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, int device) {
-  bool good = t.dim() == int64_t(sizes.size());
-  for (int64_t i = 0; good && i < t.dim(); ++i) good = t.size(i) == sizes.begin()[i];
-  std::string wanted = "[";
-  for (int64_t n : sizes) wanted += (wanted.size() > 1 ? "," : "") + std::to_string(n);
-  STD_TORCH_CHECK(good, "mole_cuda: expected ", name, " ", wanted, "], got ", shape_of(t));
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device() == device, "mole_cuda: expected ", name, " on CUDA device ", device, ", where x is");
-}
-
-void expect_type(const Tensor& t, const char* name, ScalarType type) {
-  STD_TORCH_CHECK(t.scalar_type() == type, "mole_cuda: ", name, " ", shape_of(t), " has another dtype than this kernel takes for it");
-}
-
-// room for `count` elements that the kernel may use as it likes
-void* workspace(const Maybe& t, const char* name, ScalarType type, int64_t count, int device) {
-  if (count == 0) return nullptr;
-  STD_TORCH_CHECK(t && t->is_cuda() && t->get_device() == device && t->scalar_type() == type && t->is_contiguous() && t->numel() >= count,
-                  "mole_cuda: expected workspace ", name, " of ", count, " contiguous elements on CUDA device ", device);
-  return t->data_ptr();
-}
-
-Way way_of(const std::string& name) {
-  for (Way way : {Way::cluster, Way::persistent, Way::recompute})
-    if (name == name_of(way)) return way;
-  STD_TORCH_CHECK(false, "mole_cuda: expected way cluster, persistent or recompute, got ", name);
-  return Way::cluster;
-}
-
-Kind kind_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Kind::f32;
-    case ScalarType::BFloat16: return Kind::bf16;
-    case ScalarType::Half: return Kind::f16;
-    default: STD_TORCH_CHECK(false, "mole_cuda: expected ", name, " ", shape_of(t), " in float32, bfloat16 or float16");
-  }
-  return Kind::f32;
-}
-
-Numbers numbers(const Maybe& t, const char* name) {
-  if (!t) return {nullptr, Kind::f32};
-  return {t->data_ptr(), kind_of(*t, name)};
-}
-
-// strides of dimensions with one element say nothing and may be anything: here they are what TMA takes
-Operand tidy(Operand o) {
-  if (o.size[1] == 1) o.stride[0] = (o.size[0] + 7) / 8 * 8;
-  if (o.size[2] == 1) o.stride[1] = o.size[1] * o.stride[0];
-  return o;
-}
-
-// [rows, columns] with unit columns, as one slab
-Operand matrix(const Tensor& t) { return tidy({t.data_ptr(), {t.size(1), t.size(0), 1}, {t.stride(0), 0}}); }
-// [slabs, rows, columns] with unit columns
-Operand slabs(const Tensor& t) { return tidy({t.data_ptr(), {t.size(2), t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}}); }
-
-// why TMA cannot take this tensor; a layout is no error, another way may take it
-void refuse_layout(std::string& reason, const Tensor& t, const char* name, const Operand& o) {
-  if (!reason.empty()) return;
-  const int64_t last = t.dim() - 1;
-  if (t.size(last) != 1 && t.stride(last) != 1)
-    reason = std::string(name) + " " + shape_of(t) + " has no contiguous last dimension (TMA)";
-  else
-    reason = layout_refusal(name, o);
-}
-
-// x or y [B,T,*] as groups of rows: the batch as one long group where samples share everything
-Operand grouped(std::string& reason, const Tensor& t, const char* name, bool alone) {
-  if (alone) return slabs(t);
-  if (t.size(0) != 1 && t.size(1) != 1 && t.stride(0) != t.size(1) * t.stride(1))
-    reason = std::string(name) + " " + shape_of(t) + " has samples that do not follow one another (TMA)";
-  const int64_t rows = t.size(0) * t.size(1);
-  return tidy({t.data_ptr(), {t.size(2), rows, 1}, {t.size(1) == 1 ? t.stride(0) : t.stride(1), 0}});
-}
-
-cudaStream_t current_stream(int device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "mole_cuda: this torch has no CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-// apart: samples name their sets, and their rows stay apart
-Sizes sizes_of(int64_t B, int64_t T, int64_t K, int64_t N, int64_t R, int64_t E, int64_t S, bool token, bool pooled, bool apart) {
-  const bool alone = S > 1 || pooled || apart;
-  return {alone ? B : 1, alone ? T : B * T, K, N, R, E, token, pooled};
-}
-
-// floats of z and of the shares of pooled logits, and counters, that a tile needs
-struct Rooms {
-  int64_t z, parts, flags;
-  Rooms(const Tile& t, const Sizes& s) : z(0), parts(0), flags(0) {
-    if (t.way == Way::persistent) z = s.groups * s.span * s.R;
-    if (s.pooled) parts = s.groups * t.row_tiles * t.slices * t.shape.warp_groups * s.E;
-    if (s.pooled || t.way == Way::persistent) flags = Flags{int32_t(s.groups), int32_t(t.row_tiles)}.count();
-  }
-};
-
 // The fastest tile for these sizes by prediction: warp groups, columns, extra columns, cluster, stages, shared bytes, grid, slices,
-// floats of z, floats of shares, counters, nanoseconds; or none and the reason.  device < 0: an H200 as it is nominally
+// floats of z, floats of shares, counters, nanoseconds; or none and the reason. K and N are the layer's, of dX too.  device < 0: an H200 as it is nominally
 std::tuple<std::vector<int64_t>, std::string> sm90_plan(std::string way, std::vector<int64_t> sizes, bool token, bool pooled,
-                                                        bool assigned, int64_t device) {
+                                                        bool assigned, bool backward, int64_t device) {
   STD_TORCH_CHECK(sizes.size() == 7, "mole_cuda: expected sizes B, T, K, N, R, E, S");
-  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled, assigned);
+  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled, assigned, backward);
   const Candidate best = choose(way_of(way), s, device < 0 ? Card{} : card_of(int(device)));
   if (!best.reason.empty()) return {std::vector<int64_t>{}, best.reason};
   const Tile& t = best.tile;
@@ -145,7 +22,7 @@ std::tuple<std::vector<int64_t>, std::string> sm90_plan(std::string way, std::ve
 // all candidates, one to a line: groups columns extra cluster, then predicted microseconds or the reason why not
 std::string sm90_candidates(std::string way, std::vector<int64_t> sizes, bool token, bool pooled) {
   STD_TORCH_CHECK(sizes.size() == 7, "mole_cuda: expected sizes B, T, K, N, R, E, S");
-  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled, false);
+  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled, false, false);
   std::string text;
   for (const Candidate& c : candidates(way_of(way), s, Card{})) {
     text += std::to_string(c.tile.rows()) + "×" + std::to_string(c.tile.shape.columns) + "+" + std::to_string(c.tile.shape.extra) +
@@ -154,13 +31,17 @@ std::string sm90_candidates(std::string way, std::vector<int64_t> sizes, bool to
   return text;
 }
 
-// bytes of shared memory of a kernel at 2048×1280×1280, R = 64, with a token gate; -1 where it does not take that
+// bytes of shared memory of a kernel at 2048×1280×1280, R = 64, with a token gate; -1 where it does not take that.
+// way: a kernel's name, "cluster" or "cluster_dx"
 int64_t sm90_shared(std::string way, std::vector<int64_t> shape) {
   STD_TORCH_CHECK(shape.size() == 3, "mole_cuda: expected warp groups, columns, extra columns");
+  const size_t suffix = way.find("_dx");
+  const bool back = suffix != std::string::npos;
+  way = way.substr(0, suffix);
   const Way chosen = way_of(way);
   for (int cluster = 8; cluster >= 1; cluster /= 2) {
     if ((chosen == Way::cluster) != (cluster > 1)) continue;
-    const Sizes s{1, 2048, 1280, 1280, 64, 2, true, false};
+    const Sizes s{1, 2048, 1280, 1280, 64, 2, true, false, back};
     const Candidate c = consider(chosen, {int(shape[0]), int(shape[1]), int(shape[2])}, cluster, s, Card{});
     if (c.reason.empty()) return c.tile.shared;
   }
@@ -188,12 +69,11 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
   expect(weight, "weight", {N, K}, device);
   expect(down, "down", {S, R, K}, device);
   expect(up, "up", {S, N, R}, device);
-  expect(scale, "scale", {E}, device);
   expect(y, "y", {B, T, N}, device);
   for (auto [t, name] : {std::pair<const Tensor*, const char*>{&weight, "weight"}, {&down, "down"}, {&up, "up"}, {&y, "y"}})
     expect_type(*t, name, type);
 
-  const Sizes s = sizes_of(B, T, K, N, R, E, S, phi.has_value(), pool.has_value(), assignment.has_value());
+  const Sizes s = sizes_of(B, T, K, N, R, E, S, phi.has_value(), pool.has_value(), assignment.has_value(), false);
   const Way chosen = way_of(way);
   const std::string never = refusal(chosen, s);
   STD_TORCH_CHECK(never.empty(), "mole_cuda: ", way, " refuses: ", never);
@@ -238,20 +118,10 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
     expect(**t, name, {size}, device);
     STD_TORCH_CHECK((*t)->is_contiguous(), "mole_cuda: expected a contiguous ", name);
   }
-  STD_TORCH_CHECK(scale.is_contiguous(), "mole_cuda: expected a contiguous scale");
-  p.scale = {scale.data_ptr(), kind_of(scale, "scale")};
+  take_gates(p, scale, gate, assignment, B, T, E, device);
   p.phi_bias = numbers(phi_bias, "phi_bias");
   p.pool_bias = numbers(pool_bias, "pool_bias");
-  p.gate = numbers(gate, "gate");
   p.pool = numbers(pool, "pool");
-  if (gate) {
-    STD_TORCH_CHECK(gate->dim() == 3 && gate->is_cuda() && gate->get_device() == device && (gate->size(0) == 1 || gate->size(0) == B) &&
-                        (gate->size(1) == 1 || gate->size(1) == T) && gate->size(2) == E,
-                    "mole_cuda: expected gate broadcastable to [", B, ",", T, ",", E, "] on x's device, got ", shape_of(*gate));
-    p.gate_b = gate->size(0) == 1 ? 0 : gate->stride(0);
-    p.gate_t = gate->size(1) == 1 ? 0 : gate->stride(1);
-    p.gate_e = E == 1 ? 0 : gate->stride(2);
-  }
   if (pool) {
     expect(*pool, "pool", {S, R}, device);
     STD_TORCH_CHECK(pool->is_contiguous(), "mole_cuda: expected a contiguous pool");
@@ -259,12 +129,6 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
     STD_TORCH_CHECK(sample_gate, "mole_cuda: expected sample_gate to be filled");
     expect(*sample_gate, "sample_gate", {B, E}, device);
     p.sample_gate = static_cast<float*>(workspace(sample_gate, "sample_gate", ScalarType::Float, B * E, device));
-  }
-  if (assignment) {
-    expect(*assignment, "assignment", {B}, device);
-    expect_type(*assignment, "assignment", ScalarType::Long);
-    STD_TORCH_CHECK(assignment->is_contiguous(), "mole_cuda: expected a contiguous assignment");
-    p.assignment = static_cast<const int64_t*>(assignment->data_ptr());
   }
   p.top_k = int32_t(std::min(top_k, E));
   if (h) {
@@ -276,10 +140,7 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
   p.z = static_cast<float*>(workspace(z, "z", ScalarType::Float, rooms.z, device));
   p.parts = static_cast<float*>(workspace(parts, "parts", ScalarType::Float, rooms.parts, device));
   p.flags = static_cast<uint32_t*>(workspace(flags, "flags", ScalarType::Int, rooms.flags, device));
-  p.T = int32_t(T), p.N = int32_t(N), p.K = int32_t(K), p.R = int32_t(R), p.E = int32_t(E);
-  p.span = int32_t(s.span), p.groups = int32_t(s.groups), p.sets = int32_t(S), p.token = phi.has_value(), p.pooled = pool.has_value();
-  for (int64_t e = 0; e < E; ++e) p.first[e + 1] = p.first[e] + int32_t(ranks[e]);
-  STD_TORCH_CHECK(p.first[E] == R, "mole_cuda: the ranks do not add up to the rows of down ", shape_of(down));
+  take_sizes(p, s, T, S, ranks);
   call.bf16 = type == ScalarType::BFloat16;
   call.device = device;
   call.stream = current_stream(device);
@@ -334,7 +195,7 @@ void sm90_ladder(Tensor x, Tensor weight, Maybe bias, Maybe z, Maybe up, Tensor 
 }  // namespace mole
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mole_cuda, m) {
-  m.def("sm90_plan(str way, int[] sizes, bool token, bool pooled, bool assigned, int device) -> (int[], str)");
+  m.def("sm90_plan(str way, int[] sizes, bool token, bool pooled, bool assigned, bool backward, int device) -> (int[], str)");
   m.def("sm90_candidates(str way, int[] sizes, bool token, bool pooled) -> str");
   m.def("sm90_shared(str way, int[] shape) -> int");
   m.def(

@@ -4,20 +4,7 @@
 //
 // An element of y may be off by half a unit of its last place, by 1e-6 of y's typical size, and by what a z within 1e-6 of a rounding
 // boundary makes when it falls to the other side. h is held to half a unit, the gates to 1e-6.
-#include <cmath>
-#include <cstdio>
-#include <memory>
-#include <sstream>
-#include <string>
-#include <vector>
-
-#include "../../csrc/emulator/emulator.h"
-//
-#include "../../csrc/cuda/sm90/persistent_kernel.h"
-#include "../../csrc/cuda/sm90/tile.h"
-
-using namespace mole;
-using namespace mole::sm90;
+#include "truth.h"
 
 namespace {
 
@@ -37,28 +24,6 @@ struct Case {
   // the set of a sample; with an assignment the last ones first, and none for the first sample
   int set(int b) const { return assigned ? (b == 0 ? -1 : (S - 1 - b % S)) : S > 1 ? b : 0; }
 };
-
-template <class T>
-double step_of(double v) {
-  const int bits = std::is_same_v<T, bf16> ? 8 : 11, smallest = std::is_same_v<T, bf16> ? -126 : -14;
-  int exponent;
-  std::frexp(v, &exponent);
-  return std::ldexp(1.0, std::max(exponent - 1, smallest) - bits + 1);
-}
-
-template <class T>
-double rounded(double v) {
-  return v == 0 ? 0 : std::nearbyint(v / step_of<T>(v)) * step_of<T>(v);
-}
-
-template <class T>
-void fill(const emu::Array<T>& a, emu::Random& random, double scale) {
-  for (size_t i = 0; i < a.size(); ++i) a[i] = from_float<T>(float(random.uniform() * scale));
-}
-
-void fill(const emu::Array<float>& a, emu::Random& random, double scale) {
-  for (size_t i = 0; i < a.size(); ++i) a[i] = float(random.uniform() * scale);
-}
 
 // the tensors of one call
 template <class T>
@@ -95,11 +60,6 @@ Params params_of(const Case& c, const Tile& t, const Sizes& s) {
   p.gate_t = c.E(), p.gate_e = 1, p.pool_set = c.R();
   for (int e = 0; e < c.E(); ++e) p.first[e + 1] = p.first[e] + c.ranks[e];
   return p;
-}
-
-template <class T>
-CUtensorMap map3(const emu::Array<T>& a, uint64_t columns, uint64_t rows, uint64_t slabs, uint32_t box_columns, uint32_t box_rows, int swizzle) {
-  return emu::tensor_map_3d(a.data(), {columns, rows, slabs}, {columns * 2, rows * columns * 2}, {box_columns, box_rows, 1}, swizzle);
 }
 
 template <class T, int GROUPS, int BN, int NX>
@@ -206,17 +166,13 @@ template <class T>
 int test(const Case& c) {
   const bool alone = c.S > 1 || c.pooled || c.assigned;
   const Sizes s{alone ? c.B : 1, alone ? c.T : c.B * c.T, c.K, c.N, c.R(), c.E(), c.token, c.pooled};
-  const Way way = c.way == "cluster" ? Way::cluster : c.way == "persistent" ? Way::persistent : Way::recompute;
-  Card card;
-  card.processors = 4, card.clusters[1] = 4, card.clusters[2] = c.pooled ? 64 : 2, card.clusters[4] = c.pooled ? 64 : 1;
-  const Candidate chosen = consider(way, {c.warp_groups, c.columns, c.extra}, c.cluster, s, card);
-  if (std::string never = refusal(way, s) + chosen.reason; !never.empty()) {
-    std::printf("refused: %s\n", never.c_str());
+  const Way way = way_of(c.way);
+  const Candidate chosen = tile_for(way, {c.warp_groups, c.columns, c.extra}, c.cluster, s);
+  if (!chosen.reason.empty()) {
+    std::printf("refused: %s\n", chosen.reason.c_str());
     return 2;
   }
-  Tile tile = chosen.tile;
-  // few stages, so that slots come round again at small K
-  tile.stages = 3, tile.shared = layout_of(tile, 3).total;
+  const Tile& tile = chosen.tile;
   const Flags flags{int(s.groups), int(tile.row_tiles)};
   const size_t shares = size_t(s.groups * tile.row_tiles) * tile.slices * c.warp_groups * c.E();
   const Tensors<T> d(c, size_t(c.B) * c.T * c.R(), shares, size_t(flags.count()));
@@ -252,8 +208,7 @@ int main(int argc, char** argv) {
   c.warp_groups = args.get("groups", 1), c.cluster = c.way == "cluster" ? args.get("cluster", 2) : 1;
   const bool narrow = args.get("narrow", 0);
   c.columns = narrow ? 32 : 64, c.extra = narrow ? 16 : 24;
-  std::stringstream list(args.text("ranks", "8,16"));
-  for (std::string r; std::getline(list, r, ',');) c.ranks.push_back(std::stoi(r));
+  c.ranks = numbers_in(args.text("ranks", "8,16"));
   c.token = args.get("token", 1), c.pooled = args.get("pooled", 0), c.mask = args.get("mask", 0), c.save = args.get("save", 1);
   c.top_k = args.get("topk", 0), c.assigned = args.get("assigned", 0);
   c.seed = args.seed(), c.resident = unsigned(args.get("resident", 0));

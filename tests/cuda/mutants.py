@@ -21,6 +21,7 @@ from emulate import Outcome, build, digest, run  # noqa: E402
 CLUSTER = "way=cluster b=2 t=70 k=72 n=264"
 PERSISTENT = "way=persistent b=2 t=70 k=72 n=264"
 RECOMPUTE = "way=recompute b=2 t=70 k=72 n=264 ranks=8,8"
+DX = "b=2 t=70 n=72 k=264 topk=2 ranks=8,5,11"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Mutant:
     new: str
     arguments: str
     seeds: int = 6
+    program: str = "fused"
 
 
 MUTANTS = [
@@ -62,7 +64,7 @@ MUTANTS = [
     Mutant("z is announced before all of it is there", "tile_kernel.h",
            "  named_barrier_sync(1 + me.group, 128);\n  if (me.warp == 0 && me.lane < cluster) mbarrier_arrive_remote(&bars.z_full",
            "  if (me.warp == 0 && me.lane < cluster) mbarrier_arrive_remote(&bars.z_full", CLUSTER),
-    Mutant("z is overwritten before the peers have read it", "tile_kernel.h", "  mbarrier_wait_cluster(&bars.z_free[me.group], phase ^ 1);\n", "",
+    Mutant("z is overwritten before the peers have read it", "tile_kernel.h", "mbarrier_wait_cluster(&bars.z_free[me.group], phase ^ 1);", "",
            CLUSTER + " t=300"),
     Mutant("no cluster barrier at the end", "tile_kernel.h", "  if (CLUSTER)\n    cluster_sync();\n  else if (p.pooled)",
            "  if (p.pooled)", CLUSTER),
@@ -75,7 +77,7 @@ MUTANTS = [
            CLUSTER + " pooled=1"),
     Mutant("the shares are read without a barrier after the counter", "gates.h",
            "  __syncwarp();\n  if (int(before) != shares - 1) return;", "  if (int(before) != shares - 1) return;", CLUSTER + " pooled=1"),
-    Mutant("the first sample's gate for all", "gates.h", "g *= p.sample_gate[b * p.E + e]", "g *= p.sample_gate[e]", CLUSTER + " pooled=1"),
+    Mutant("the first sample's gate for all", "gates.h", "g *= p.sample_gate[m / p.T * p.E + e]", "g *= p.sample_gate[e]", CLUSTER + " pooled=1"),
     Mutant("the counters are not put back", "gates.h", "for (int i = lane; i < count; i += 32) p.flags[i] = 0;", "(void)count;", PERSISTENT),
     Mutant("tiles of h are not awaited", "persistent_kernel.h",
            "      wait_for(p.flags + flags.rows_ready(item.rows.group, item.rows.tile), p.slices * GROUPS, lane);", "      (void)0;", PERSISTENT),
@@ -91,9 +93,37 @@ MUTANTS = [
            PERSISTENT + " ranks=8"),
 ]  # fmt: skip
 
+# dX: the name, the file, the fault, and the way that it shows in
+MUTANTS += [
+    Mutant(name, file, old, new, f"{DX} way={way}", program="dx") for way, name, file, old, new in [
+        ("recompute", "W's sixteen rows are found as if it lay the other way", "pipeline.h", "RIGHT_STEP = BACK ? 16 * BOX * 2 : 32;", "RIGHT_STEP = 32;"),
+        ("recompute", "the next 32 columns of W are looked for too near", "pipeline.h", "(p, depth * BOX * 2, 8 * BOX * 2)", "(p, 16 * BOX * 2, 8 * BOX * 2)"),
+        ("recompute", "phi's boxes are taken for as deep as A's", "pipeline.h", "stages.x_bytes, 16 * STEPS)", "stages.x_bytes, DEPTH)"),
+        ("recompute", "phi is awaited with A's bytes", "tile_kernel.h", "ALL * LOGIT_DEPTH * 2)", "ALL * ROW_BYTES)"),
+        ("cluster ranks=8,13,19", "the columns of V of another CTA", "tile_kernel.h", "&maps.down, full, k, rank * p.slice,", "&maps.down, full, k, 0,"),
+        ("recompute", "the saved gate of another row", "backward.h", "g *= p.token_gate[m * p.E + e];", "g *= p.token_gate[e];"),
+        ("recompute", "h of rows past the end", "backward.h", "if (r < p.R && rows.holds(p, row))\n      h =", "if (r < p.R)\n      h ="),
+        ("recompute", "D without an expert's last column", "backward.h", "column < to ?", "column < to - 1 ?"),
+        ("recompute", "D of half a row", "backward.h", "      sums[s] += __shfl_xor_sync(0xffffffffu, sums[s], 2);\n", ""),
+        ("recompute", "a sigmoid's derivative for a softmax", "backward.h", "(p.top_k ? all : gd[1])", "gd[1]"),
+        ("recompute ranks=3,5,2,4,7,3", "a softmax's sum over four experts", "backward.h", "  all += __shfl_xor_sync(0xffffffffu, all, 2);\n", "  all += 0;\n"),
+        ("recompute", "D is read before the warp has met", "tile_kernel.h", "  });\n  __syncwarp();\n}", "  });\n}"),
+        ("cluster ranks=8,13,19", "D of this CTA's columns alone", "tile_kernel.h", "c < cluster; ++c) sum +=", "c < 1; ++c) sum +="),
+        ("cluster", "shares of D for the first CTA alone", "tile_kernel.h", "to < cluster; to += 4", "to < 1; to += 4"),
+        ("cluster", "shares of D are overwritten before the peers have read them", "tile_kernel.h", "    if (CLUSTER) await_free_z(bars, lane, z_phase);\n    if constexpr (BACK) give_shares<T, BM, CLUSTER>(h, p, parts, item, lane, cluster, rank);\n",
+         "    if constexpr (BACK) give_shares<T, BM, CLUSTER>(h, p, parts, item, lane, cluster, rank);\n    if (CLUSTER) await_free_z(bars, lane, z_phase);\n"),
+        ("cluster", "dh is handed on ungated", "tile_kernel.h", "    gate_columns(h, gamma, owner, p, lane, rank * p.slice);\n    if (BACK && item.first && p.dh) save_columns<T>(h, p.dh, p, item.rows, lane, rank * p.slice);\n",
+         "    if (BACK && item.first && p.dh) save_columns<T>(h, p.dh, p, item.rows, lane, rank * p.slice);\n    gate_columns(h, gamma, owner, p, lane, rank * p.slice);\n"),
+        ("persistent", "dh is announced before all of it is stored", "persistent_kernel.h", "  save_columns<T>(v, p.dh, p, rows, me, first);\n  named_barrier_sync(1 + me.group, 128);\n", "  save_columns<T>(v, p.dh, p, rows, me, first);\n"),
+        ("persistent ranks=8,20,20", "D of one slice alone", "persistent_kernel.h", "j < p.slices; ++j", "j < 1; ++j"),
+        ("persistent", "dh of the row before", "persistent_kernel.h", "static_cast<const char*>(p.dh) + (rows.index(p, row) * p.R", "static_cast<const char*>(p.dh) + ((rows.index(p, row) ^ 1) * p.R"),
+    ]
+]  # fmt: skip
+
 
 def kill(mutant: Mutant) -> Outcome | None:
-    """The first run that notices the fault, None where none does. Raises ValueError where the source does not hold `old` exactly once."""
+    """The first run that notices the fault, None where none does. Raises ValueError where the source does not hold `old` exactly once, or
+    the kernel refuses the arguments."""
     with tempfile.TemporaryDirectory() as folder:
         copytree(ROOT / "csrc/cuda", Path(folder) / "csrc/cuda")
         copytree(ROOT / "csrc/emulator", Path(folder) / "csrc/emulator")
@@ -105,10 +135,12 @@ def kill(mutant: Mutant) -> Outcome | None:
         source.write_text(text.replace(mutant.old, mutant.new))
         # the compiled program is kept by what went into it, and it goes by the true sources: the fault must be in the name
         mark = digest([], [mutant.file, mutant.old, mutant.new])
-        program = build(Path(folder) / "tests/cuda/fused.cpp", "check", ("MOLE_ONE_KERNEL", f"MOLE_MUTANT=0x{mark}"))
+        program = build(Path(folder) / f"tests/cuda/{mutant.program}.cpp", "check", ("MOLE_ONE_KERNEL", f"MOLE_MUTANT=0x{mark}"))
     # as `make emulate` runs it: a livelock counts as noticed too
     for seed in range(mutant.seeds):
         outcome = run(program, [*mutant.arguments.split(), f"seed={seed}"], mutant.name, timeout=60)
+        if outcome.code == 2:
+            raise ValueError(f"{mutant.name}: {outcome.output.strip()}")
         if not outcome.ok:
             return outcome
     return None

@@ -26,7 +26,7 @@ MOLE_DEVICE void start_ring(Barriers& bars, int stages) {
 
 // one thread: the stages of one tile's K steps
 template <int BM, int BN>
-MOLE_DEVICE void load_steps(const Maps& maps, const Params& p, const Stages& stages, unsigned char* smem, Barriers& bars, Ring& ring, int m0,
+MOLE_DEVICE void load_steps(const Maps& maps, const Params& p, const Stages<false>& stages, unsigned char* smem, Barriers& bars, Ring& ring, int m0,
                             int n0) {
   for (int k = 0; k < p.K; k += DEPTH) {
     mbarrier_wait(&bars.empty[ring.slot], ring.phase ^ 1);
@@ -54,7 +54,7 @@ template <class T, int GROUPS, int BN>
 MOLE_DEVICE void plain(const Maps& maps, const Params& p) {
   constexpr int BM = 64 * GROUPS;
   unsigned char* smem = dynamic_smem();
-  const Stages stages{smem, (BM + BN) * ROW_BYTES, BM * ROW_BYTES, p.stages};
+  const Stages<false> stages{smem, (BM + BN) * ROW_BYTES, BM * ROW_BYTES, p.stages};
   Barriers& bars = *reinterpret_cast<Barriers*>(smem + p.stages * stages.bytes);
   start_ring<GROUPS>(bars, p.stages);
   const int thread = int(threadIdx.x), m0 = int(blockIdx.x) / p.column_tiles * BM, n0 = int(blockIdx.x) % p.column_tiles * BN;

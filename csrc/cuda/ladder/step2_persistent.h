@@ -24,7 +24,7 @@ template <class T, int GROUPS, int BN>
 MOLE_DEVICE void persistent(const Maps& maps, const Params& p) {
   constexpr int BM = 64 * GROUPS;
   unsigned char* smem = dynamic_smem();
-  const Stages stages{smem, (BM + BN) * ROW_BYTES, BM * ROW_BYTES, p.stages};
+  const Stages<false> stages{smem, (BM + BN) * ROW_BYTES, BM * ROW_BYTES, p.stages};
   Barriers& bars = *reinterpret_cast<Barriers*>(smem + p.stages * stages.bytes);
   start_ring<GROUPS>(bars, p.stages);
   const int thread = int(threadIdx.x), tiles = p.row_tiles * p.column_tiles;

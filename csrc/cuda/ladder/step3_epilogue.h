@@ -9,7 +9,7 @@ namespace mole::ladder {
 
 // the stages of the rank columns; maps.down is z [1,M,R]
 template <int BM, int BN>
-MOLE_DEVICE void load_rank_steps(const Maps& maps, const Params& p, const Stages& stages, unsigned char* smem, Barriers& bars, Ring& ring,
+MOLE_DEVICE void load_rank_steps(const Maps& maps, const Params& p, const Stages<false>& stages, unsigned char* smem, Barriers& bars, Ring& ring,
                                  const Place& at) {
   for (int r = 0; r < p.R; r += DEPTH) {
     mbarrier_wait(&bars.empty[ring.slot], ring.phase ^ 1);
@@ -27,7 +27,7 @@ template <class T, int GROUPS, int BN>
 MOLE_DEVICE void epilogue(const Maps& maps, const Params& p) {
   constexpr int BM = 64 * GROUPS;
   unsigned char* smem = dynamic_smem();
-  const Stages stages{smem, (BM + BN) * ROW_BYTES, BM * ROW_BYTES, p.stages};
+  const Stages<false> stages{smem, (BM + BN) * ROW_BYTES, BM * ROW_BYTES, p.stages};
   unsigned char* staging = smem + p.stages * stages.bytes;
   Barriers& bars = *reinterpret_cast<Barriers*>(staging + BM * BN * 2);
   start_ring<GROUPS>(bars, p.stages);

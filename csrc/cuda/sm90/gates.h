@@ -49,6 +49,13 @@ MOLE_DEVICE void softmax_row(float* row, const Params& p) {
   for (int e = 0; e < p.E; ++e) row[e] /= sum;
 }
 
+// s·gate of row m for expert e
+MOLE_DEVICE float given(const Params& p, int64_t m, int e) {
+  float g = number(p.scale, e);
+  if (p.gate.at) g *= number(p.gate, m / p.T * p.gate_b + m % p.T * p.gate_t + e * p.gate_e);
+  return g;
+}
+
 // γ_e of this warp's 16 rows -> gamma [64·groups,E+1], 0 for rows past the end and in the last column.  h [64,2H] a tile of h, its
 // logits from column `slice` on.  pooled: times the sample gate.  Each warp's rows are its own, so a warp barrier is enough.
 template <int H>
@@ -70,30 +77,28 @@ MOLE_DEVICE void row_gates(const float (&h)[H], float* gamma, const Params& p, c
     float g = 0;
     if (e < p.E && rows.holds(p, row)) {
       const int64_t m = rows.index(p, row);
-      const int64_t b = m / p.T, t = m % p.T;
-      g = number(p.scale, e);
-      if (p.gate.at) g *= number(p.gate, b * p.gate_b + t * p.gate_t + e * p.gate_e);
+      g = given(p, m, e);
       if (p.token) {
         const float seen = mine[row * pitch + e];
         const float l = p.top_k ? seen : sigmoid(seen + (p.phi_bias.at ? number(p.phi_bias, e) : 0.0f));
         if (writes) p.token_gate[m * p.E + e] = l;
         g *= l;
       }
-      if (pooled) g *= p.sample_gate[b * p.E + e];
+      if (pooled) g *= p.sample_gate[m / p.T * p.E + e];
     }
     mine[row * pitch + e] = g;
   }
   __syncwarp();
 }
 
-// h as it is, in the layer's dtype.  first: column of R where this tile of h begins
+// h as it is -> out [M,R] in the layer's dtype.  first: column of R where this tile of h begins
 template <class T, int H>
-MOLE_DEVICE void save_columns(const float (&h)[H], const Params& p, const Rows& rows, const Lane& me, int first) {
+MOLE_DEVICE void save_columns(const float (&h)[H], void* out, const Params& p, const Rows& rows, const Lane& me, int first) {
 #pragma unroll
   for (int i = 0; i < H; i += 2) {
     const int row = me.row(i), column = me.column(i), r = first + column;
     if (column < p.slice && r < p.R && rows.holds(p, row))
-      *reinterpret_cast<uint32_t*>(static_cast<char*>(p.h) + (rows.index(p, row) * p.R + r) * 2) = pack2<T>(h[i], h[i + 1]);
+      *reinterpret_cast<uint32_t*>(static_cast<char*>(out) + (rows.index(p, row) * p.R + r) * 2) = pack2<T>(h[i], h[i + 1]);
   }
 }
 

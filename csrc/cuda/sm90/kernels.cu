@@ -19,6 +19,21 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) persistent(const __grid
   persistent_kernel<T, GROUPS, BN, NH>(maps, p);
 }
 
+template <class T, int GROUPS, int BN, int NX>
+__global__ void __launch_bounds__(128 * (GROUPS + 1), 1) cluster_dx(const __grid_constant__ Maps maps, const __grid_constant__ Params p) {
+  tile_kernel<T, GROUPS, BN, NX, true, true>(maps, p);
+}
+
+template <class T, int GROUPS, int BN, int NX>
+__global__ void __launch_bounds__(128 * (GROUPS + 1), 1) recompute_dx(const __grid_constant__ Maps maps, const __grid_constant__ Params p) {
+  tile_kernel<T, GROUPS, BN, NX, false, true>(maps, p);
+}
+
+template <class T, int GROUPS, int BN, int NH>
+__global__ void __launch_bounds__(128 * (GROUPS + 1), 1) persistent_dx(const __grid_constant__ Maps maps, const __grid_constant__ Params p) {
+  persistent_kernel<T, GROUPS, BN, NH, true>(maps, p);
+}
+
 #define MOLE_PASTE(a, b, c) a##_##b##_##c
 #define MOLE_NAME(way, dtype) MOLE_PASTE(find, way, dtype)
 

@@ -11,18 +11,23 @@ const void* find(int step, int columns);
 
 namespace mole::sm90 {
 
-const void* find_cluster_bf16(const Shape&);
-const void* find_cluster_fp16(const Shape&);
-const void* find_persistent_bf16(const Shape&);
-const void* find_persistent_fp16(const Shape&);
-const void* find_recompute_bf16(const Shape&);
-const void* find_recompute_fp16(const Shape&);
+#define MOLE_BOTH_DTYPES(way)                  \
+  const void* find_##way##_bf16(const Shape&); \
+  const void* find_##way##_fp16(const Shape&); \
+  static const void* find_##way(const Shape& shape, bool bf16) { return bf16 ? find_##way##_bf16(shape) : find_##way##_fp16(shape); }
+MOLE_BOTH_DTYPES(cluster)
+MOLE_BOTH_DTYPES(persistent)
+MOLE_BOTH_DTYPES(recompute)
+MOLE_BOTH_DTYPES(cluster_dx)
+MOLE_BOTH_DTYPES(persistent_dx)
+MOLE_BOTH_DTYPES(recompute_dx)
+#undef MOLE_BOTH_DTYPES
 
-const void* kernel_of(Way way, const Shape& shape, bool bf16) {
+const void* kernel_of(Way way, const Shape& shape, bool bf16, bool back) {
   switch (way) {
-    case Way::cluster: return bf16 ? find_cluster_bf16(shape) : find_cluster_fp16(shape);
-    case Way::persistent: return bf16 ? find_persistent_bf16(shape) : find_persistent_fp16(shape);
-    default: return bf16 ? find_recompute_bf16(shape) : find_recompute_fp16(shape);
+    case Way::cluster: return back ? find_cluster_dx(shape, bf16) : find_cluster(shape, bf16);
+    case Way::persistent: return back ? find_persistent_dx(shape, bf16) : find_persistent(shape, bf16);
+    default: return back ? find_recompute_dx(shape, bf16) : find_recompute(shape, bf16);
   }
 }
 
@@ -67,12 +72,21 @@ std::string encode_maps(Maps& maps, const Call& c, const Tile& t) {
   };
   const auto wide = CU_TENSOR_MAP_SWIZZLE_128B;
   encode(maps.x, c.x, DEPTH, rows, wide);
+  encode(maps.y, c.y, 32, 64, CU_TENSOR_MAP_SWIZZLE_64B);
+  if (t.back) {
+    // boxes of 32 outputs, however many of them a tile takes
+    const auto narrow = CU_TENSOR_MAP_SWIZZLE_64B;
+    encode(maps.w, c.w, BOX, DEPTH, narrow);
+    encode(maps.down, c.down, BOX, DEPTH, narrow);
+    encode(maps.up, c.up, BOX, DEPTH, narrow);
+    encode(maps.phi, c.phi.at ? c.phi : c.up, BOX, LOGIT_DEPTH, narrow);
+    return error;
+  }
   encode(maps.w, c.w, DEPTH, uint32_t(t.shape.columns), wide);
   encode(maps.down, c.down, DEPTH, uint32_t(t.slice), wide);
   encode(maps.phi, c.phi.at ? c.phi : c.down, DEPTH, LOGITS, wide);
   // as many rows of B as the expand's wgmma is wide
   encode(maps.up, c.up, DEPTH, uint32_t(t.shape.columns + (t.way == Way::persistent ? 0 : t.shape.extra)), wide);
-  encode(maps.y, c.y, 32, 64, CU_TENSOR_MAP_SWIZZLE_64B);
   return error;
 }
 
@@ -90,7 +104,7 @@ Card card_of(int device) {
   cudaDeviceGetAttribute(&card.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   // any kernel that fills a multiprocessor's shared memory tells how many clusters of such fit
   const Shape shape = shapes_of(Way::cluster).front();
-  const void* kernel = kernel_of(Way::cluster, shape, true);
+  const void* kernel = kernel_of(Way::cluster, shape, true, false);
   allow_shared(kernel, card.shared);
   card.clusters[1] = card.processors;
   for (int c = 2; c <= 8; c *= 2) {
@@ -106,7 +120,7 @@ Card card_of(int device) {
 }
 
 std::string launch(const Call& call, const Tile& tile) {
-  const void* kernel = kernel_of(tile.way, tile.shape, call.bf16);
+  const void* kernel = kernel_of(tile.way, tile.shape, call.bf16, tile.back);
   if (!kernel) return "there is no kernel for this tile";
   Maps maps;
   if (std::string error = encode_maps(maps, call, tile); !error.empty()) return error;
@@ -130,7 +144,7 @@ std::string launch(const Call& call, const Tile& tile) {
 std::string launch_ladder(int step, const Call& call, int columns) {
   const void* kernel = step >= 1 && step <= 4 ? ladder::find(step, columns) : nullptr;
   if (!kernel || !call.bf16) return "the ladder has steps 1 to 4, tiles of 160 and 256 columns, and bfloat16 alone";
-  const Tile tile{Way::cluster, {2, columns, 0}, 1, 0, 0, 0, 0, 0, ceil_div(call.params.span, 128), ceil_div(call.params.N, columns)};
+  const Tile tile{Way::cluster, {2, columns, 0}, 1, 0, 0, 0, 0, 0, ceil_div(call.params.span, 128), ceil_div(call.params.N, columns), false, 0};
   Maps maps;
   std::string error;
   const auto encode = [&](CUtensorMap& map, const Operand& o, uint32_t width, uint32_t rows, CUtensorMapSwizzle swizzle) {

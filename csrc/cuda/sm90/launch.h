@@ -18,6 +18,7 @@ struct Operand {
   int64_t stride[2];
 };
 
+// of dX in its own roles: x is dY, y is dX, down is B and up is A
 struct Call {
   Operand x, w, down, phi, up, y;  // phi.at null where there is no token gate
   Params params;                   // without what the tile decides
@@ -33,7 +34,7 @@ std::string layout_refusal(const char* name, const Operand& o);
 Card card_of(int device);
 
 // the kernel of a tile, null where there is none
-const void* kernel_of(Way way, const Shape& shape, bool bf16);
+const void* kernel_of(Way way, const Shape& shape, bool bf16, bool back);
 
 // an error message, or empty. Allocates nothing on the device; in a graph capture like any launch.
 std::string launch(const Call& call, const Tile& tile);

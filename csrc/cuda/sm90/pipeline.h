@@ -78,28 +78,57 @@ MOLE_DEVICE void wait_stage(uint64_t* empty, uint32_t parity) {
     mbarrier_wait(empty, parity);
 }
 
-// where the stages lie: `x_bytes` of x's tile first, then rows of W
+// The tiles of W, A and B, each the right operand of a product over the rows of a stage. Forward: K-major, a row of 128 bytes for each
+// output. Backward: output-major, boxes of 32 outputs, in each a row of 64 bytes for every index summed over (64-byte swizzle; 160 columns
+// are five boxes where the 128-byte swizzle would want three of 64)
+template <bool BACK>
+MOLE_DEVICE uint64_t right_operand(const void* p, int depth) {
+  if constexpr (BACK) return wgmma_descriptor<Swizzle::B64>(p, depth * BOX * 2, 8 * BOX * 2);
+  return wgmma_descriptor_k128(p);
+}
+
+// bytes from 16 of what is summed over to the next
+template <bool BACK>
+constexpr int RIGHT_STEP = BACK ? 16 * BOX * 2 : 32;
+
+template <bool BACK>
+constexpr Major RIGHT_MAJOR = BACK ? Major::MN : Major::K;
+
+// one tile of W, A or B: `depth` of what is summed over from `inner` on, `columns` outputs (backward) from `outer` on
+template <bool BACK>
+MOLE_DEVICE void load_right(unsigned char* at, const CUtensorMap* map, uint64_t* full, int inner, int outer, int slab, int columns = 0,
+                            int depth = DEPTH) {
+  if constexpr (BACK) {
+    for (int c = 0; c < columns; c += BOX) tma_load_3d(at + c * depth * 2, map, full, outer + c, inner, slab);
+  } else {
+    tma_load_3d(at, map, full, inner, outer, slab);
+  }
+}
+
+// where the stages lie: `x_bytes` of x's tile first, then the tile of W
+template <bool BACK>
 struct Stages {
   const unsigned char* at;
   int bytes, x_bytes, count;
 };
 
 // acc [64,N] (+)= this warp group's rows of x times the rows of W in one stage, as a group of wgmma in flight
-template <class T, int REGS>
-MOLE_DEVICE void multiply_stage(float (&acc)[REGS], const Stages& stages, const Ring& ring, Barriers& bars, const Lane& me, bool add) {
+template <class T, int REGS, bool BACK>
+MOLE_DEVICE void multiply_stage(float (&acc)[REGS], const Stages<BACK>& stages, const Ring& ring, Barriers& bars, const Lane& me, bool add) {
   mbarrier_wait(&bars.full[ring.slot], ring.phase);
   const unsigned char* stage = stages.at + ring.slot * stages.bytes;
-  const uint64_t x = wgmma_descriptor_k128(stage + me.group * 64 * ROW_BYTES), w = wgmma_descriptor_k128(stage + stages.x_bytes);
+  const uint64_t x = wgmma_descriptor_k128(stage + me.group * 64 * ROW_BYTES), w = right_operand<BACK>(stage + stages.x_bytes, DEPTH);
   wgmma_fence();
 #pragma unroll
-  for (int kk = 0; kk < DEPTH / 16; ++kk) wgmma<T>(acc, wgmma_advance(x, kk * 32), wgmma_advance(w, kk * 32), add || kk > 0);
+  for (int kk = 0; kk < DEPTH / 16; ++kk)
+    wgmma<T, Major::K, RIGHT_MAJOR<BACK>>(acc, wgmma_advance(x, kk * 32), wgmma_advance(w, kk * RIGHT_STEP<BACK>), add || kk > 0);
   wgmma_commit();
 }
 
 // acc [64,N] = x_tile · (rows of W)ᵀ over `steps` ≥ 1 stages; a stage is released while the next is being multiplied.
 // The first step stands before the loop: with a branch inside, ptxas would run the products one after another.
-template <class T, bool CLUSTER, int REGS>
-MOLE_DEVICE void base_product(float (&acc)[REGS], const Stages& stages, int steps, Ring& ring, Barriers& bars, const Lane& me,
+template <class T, bool CLUSTER, int REGS, bool BACK>
+MOLE_DEVICE void base_product(float (&acc)[REGS], const Stages<BACK>& stages, int steps, Ring& ring, Barriers& bars, const Lane& me,
                               int cluster) {
   wgmma_hold(acc);
   multiply_stage<T>(acc, stages, ring, bars, me, false);
@@ -117,15 +146,15 @@ MOLE_DEVICE void base_product(float (&acc)[REGS], const Stages& stages, int step
   release_stage<CLUSTER>(&bars.empty[previous], me, cluster);
 }
 
-// acc [64,N] += 64 columns of z, A operands in registers, times the same columns of B in the next stage
-template <class T, bool CLUSTER, int REGS>
-MOLE_DEVICE void expand_step(float (&acc)[REGS], const uint32_t (&a)[DEPTH / 16][4], const Stages& stages, Ring& ring, Barriers& bars,
+// acc [64,N] += 16·STEPS columns of z, A operands in registers, times the same columns of B in the next stage
+template <class T, bool CLUSTER, int STEPS, int REGS, bool BACK>
+MOLE_DEVICE void expand_step(float (&acc)[REGS], const uint32_t (&a)[STEPS][4], const Stages<BACK>& stages, Ring& ring, Barriers& bars,
                              const Lane& me, int cluster) {
   mbarrier_wait(&bars.full[ring.slot], ring.phase);
-  const uint64_t up = wgmma_descriptor_k128(stages.at + ring.slot * stages.bytes + stages.x_bytes);
+  const uint64_t up = right_operand<BACK>(stages.at + ring.slot * stages.bytes + stages.x_bytes, 16 * STEPS);
   wgmma_fence(acc);
 #pragma unroll
-  for (int kk = 0; kk < DEPTH / 16; ++kk) wgmma<T>(acc, a[kk], wgmma_advance(up, kk * 32));
+  for (int kk = 0; kk < STEPS; ++kk) wgmma<T, RIGHT_MAJOR<BACK>>(acc, a[kk], wgmma_advance(up, kk * RIGHT_STEP<BACK>));
   wgmma_commit();
   wgmma_wait<0>();
   wgmma_hold(acc);
@@ -134,8 +163,8 @@ MOLE_DEVICE void expand_step(float (&acc)[REGS], const uint32_t (&a)[DEPTH / 16]
 }
 
 // acc [64,N] += z · Bᵀ; fragment(a, j) fills z's columns 16j … 16j+15 as an A operand
-template <class T, bool CLUSTER, int REGS, class Fragment>
-MOLE_DEVICE void expand(float (&acc)[REGS], int rank, const Stages& stages, Ring& ring, Barriers& bars, const Lane& me, int cluster,
+template <class T, bool CLUSTER, int REGS, bool BACK, class Fragment>
+MOLE_DEVICE void expand(float (&acc)[REGS], int rank, const Stages<BACK>& stages, Ring& ring, Barriers& bars, const Lane& me, int cluster,
                         Fragment fragment) {
   for (int r = 0; r < rank; r += DEPTH) {
     uint32_t a[DEPTH / 16][4];
@@ -149,8 +178,8 @@ MOLE_DEVICE void expand(float (&acc)[REGS], int rank, const Stages& stages, Ring
 }
 
 // the same with z in the registers that h was accumulated in: an accumulator of 16 columns is an A operand but for its rounding
-template <class T, int REGS, int H>
-MOLE_DEVICE void expand_registers(float (&acc)[REGS], const float (&z)[H], int rank, const Stages& stages, Ring& ring, Barriers& bars,
+template <class T, int REGS, int H, bool BACK>
+MOLE_DEVICE void expand_registers(float (&acc)[REGS], const float (&z)[H], int rank, const Stages<BACK>& stages, Ring& ring, Barriers& bars,
                                   const Lane& me) {
 #pragma unroll
   for (int r = 0; r < 2 * H; r += DEPTH) {

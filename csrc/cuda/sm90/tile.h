@@ -26,24 +26,33 @@ inline const char* name_of(Way way) {
   X(1, 128, 136)
 #define MOLE_SM90_RECOMPUTE(X) \
   X(2, 128, 24) X(2, 128, 40) X(2, 160, 24) X(2, 160, 40) X(2, 192, 24) X(2, 192, 40) X(1, 128, 24) X(1, 128, 40)
+// dX: columns of dX, columns of V; no logits ride along
+#define MOLE_SM90_CLUSTER_DX(X) \
+  X(2, 128, 16) X(2, 128, 32) X(2, 160, 16) X(2, 160, 32) X(2, 160, 64) X(2, 192, 16) X(2, 192, 32) X(1, 128, 16) X(1, 128, 32)
+#define MOLE_SM90_PERSISTENT_DX(X) \
+  X(2, 128, 128) X(2, 160, 32) X(2, 160, 128) X(2, 192, 128) X(2, 256, 32) X(2, 256, 128) X(1, 128, 32) X(1, 128, 128)
+#define MOLE_SM90_RECOMPUTE_DX(X) X(2, 128, 16) X(2, 128, 32) X(2, 160, 16) X(2, 160, 32) X(2, 192, 16) X(2, 192, 32) X(1, 128, 32)
 
 struct Shape {
   int warp_groups, columns, extra;
 };
 
-inline std::vector<Shape> shapes_of(Way way) {
+inline std::vector<Shape> shapes_of(Way way, bool back = false) {
 #define MOLE_SHAPE(groups, columns, extra) {groups, columns, extra},
   static const std::vector<Shape> cluster{MOLE_SM90_CLUSTER(MOLE_SHAPE)}, persistent{MOLE_SM90_PERSISTENT(MOLE_SHAPE)},
-      recompute{MOLE_SM90_RECOMPUTE(MOLE_SHAPE)};
+      recompute{MOLE_SM90_RECOMPUTE(MOLE_SHAPE)}, cluster_dx{MOLE_SM90_CLUSTER_DX(MOLE_SHAPE)},
+      persistent_dx{MOLE_SM90_PERSISTENT_DX(MOLE_SHAPE)}, recompute_dx{MOLE_SM90_RECOMPUTE_DX(MOLE_SHAPE)};
 #undef MOLE_SHAPE
+  if (back) return way == Way::cluster ? cluster_dx : way == Way::persistent ? persistent_dx : recompute_dx;
   return way == Way::cluster ? cluster : way == Way::persistent ? persistent : recompute;
 }
 
-// groups, span: row tiles do not straddle `groups` groups of `span` rows
+// groups, span: row tiles do not straddle `groups` groups of `span` rows. back: dX, K and N in its own roles (K is summed over)
 struct Sizes {
   int64_t groups, span;
   int64_t K, N, R, E;
   bool token, pooled;
+  bool back = false;
 };
 
 // one GPU. clusters[c]: how many clusters of c CTAs with all of a multiprocessor's shared memory are resident at once
@@ -58,6 +67,8 @@ struct Tile {
   Shape shape;
   int cluster, slice, slices, stages, shared, grid;
   int64_t row_tiles, column_tiles;
+  bool back;
+  int parts;  // shares of D of one row that lie in shared memory
   int rows() const { return 64 * shape.warp_groups; }
 };
 
@@ -81,9 +92,10 @@ inline double product_us(double macs, double rate) { return 2 * macs / (989.4e6 
 
 inline Shared layout_of(const Tile& t, int stages) {
   const bool stacked = t.way != Way::persistent;
-  const int loaded = stacked ? t.shape.columns + t.shape.extra : std::max(t.shape.columns, t.shape.extra);
+  const int extra = t.back ? boxed(t.shape.extra) : t.shape.extra;
+  const int loaded = stacked ? t.shape.columns + extra : std::max(t.shape.columns, extra);
   return shared_layout(t.rows(), t.shape.columns, loaded, stages, t.way == Way::cluster ? t.slices * t.slice : 0, t.shape.extra,
-                       t.slices * t.slice + LOGITS);
+                       t.slices * t.slice + LOGITS, t.parts);
 }
 
 // as many stages as shared memory holds, at most 6: more hide no latency that is left
@@ -99,7 +111,8 @@ constexpr double RAMP_US = 3.0, EXCHANGE_US = 0.6, FLAG_US = 0.8, TICKET_US = 0.
 
 inline double tile_us(const Tile& t, const Sizes& s) {
   const double rows = t.rows(), columns = t.shape.columns, extra = t.way == Way::persistent ? 0 : t.shape.extra;
-  return product_us(rows * ((columns + extra) * s.K + columns * s.R), tile_rate(t.rows(), t.shape.columns));
+  const double inner = s.R + (s.back && s.token ? LOGIT_DEPTH : 0);
+  return product_us(rows * ((columns + extra) * s.K + columns * inner), tile_rate(t.rows(), t.shape.columns));
 }
 
 inline double predict(const Tile& t, const Sizes& s, const Card& card) {
@@ -121,10 +134,11 @@ inline double predict(const Tile& t, const Sizes& s, const Card& card) {
 }
 
 inline Candidate consider(Way way, Shape shape, int cluster, const Sizes& s, const Card& card) {
-  Tile t{way, shape, cluster, shape.extra - (s.token ? LOGITS : 0), 1, 0, 0, 0, 0, 0};
+  Tile t{way, shape, cluster, shape.extra - (s.token && !s.back ? LOGITS : 0), 1, 0, 0, 0, 0, 0, s.back, 0};
   t.row_tiles = ceil_div(s.span, t.rows());
   t.column_tiles = ceil_div(s.N, shape.columns);
   t.slices = way == Way::cluster ? cluster : int(ceil_div(s.R, t.slice));
+  t.parts = s.back && s.token && way != Way::persistent ? cluster * int(s.E) : 0;
   const auto no = [&](std::string reason) { return Candidate{t, 0, std::move(reason)}; };
   if (way != Way::persistent && int64_t(t.slices) * t.slice < s.R)
     return no(std::to_string(t.slices * t.slice) + " columns of h are fewer than R = " + std::to_string(s.R));
@@ -147,10 +161,12 @@ inline Candidate consider(Way way, Shape shape, int cluster, const Sizes& s, con
 // why no tile of this way can be, whatever its size; empty where one may
 inline std::string refusal(Way way, const Sizes& s) {
   const auto needs8 = [](const char* what, int64_t n) { return std::string(what) + " = " + std::to_string(n) + " is no multiple of 8 (TMA)"; };
-  if (s.K % 8) return needs8("K", s.K);
-  if (s.N % 8) return needs8("N", s.N);
+  // by the names of the layer
+  if (s.K % 8) return needs8(s.back ? "N" : "K", s.K);
+  if (s.N % 8) return needs8(s.back ? "K" : "N", s.N);
   if (s.R % 8) return needs8("R", s.R);
   if (s.E > (s.token ? LOGITS : MOST_EXPERTS)) return std::to_string(s.E) + " experts are more than the kernel's columns for their gates";
+  if (s.back && s.pooled) return "the sample gate's gradient needs every token of a sample before the first dX";
   if (way == Way::recompute && s.pooled) return "the sample gate needs every token of a sample before the first output";
   return "";
 }
@@ -158,7 +174,7 @@ inline std::string refusal(Way way, const Sizes& s) {
 // all of them, refused ones too
 inline std::vector<Candidate> candidates(Way way, const Sizes& s, const Card& card) {
   std::vector<Candidate> all;
-  for (const Shape& shape : shapes_of(way)) {
+  for (const Shape& shape : shapes_of(way, s.back)) {
     if (way != Way::cluster) all.push_back(consider(way, shape, 1, s, card));
     for (int c = 2; way == Way::cluster && c <= 8; c *= 2) all.push_back(consider(way, shape, c, s, card));
   }
