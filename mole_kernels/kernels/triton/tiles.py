@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import metadata
 from math import ceil
 
 import torch
+
+
+def _prefetches() -> bool:
+    try:
+        major, minor = metadata.version("triton").split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 9)
+
+
+# from 3.9 on Triton loads a product's next operands into registers while this one's are multiplied, and Hopper's epilogues need more too
+PREFETCHES = _prefetches()
 
 
 def next_power(n: int, low: int = 16) -> int:
@@ -91,11 +104,14 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, 
     of h at a time (Hopper's forward excepted, which holds them); and where the accumulators are in the threads' own registers and not
     a warp group's (all but Hopper and Blackwell's data-centre parts), half as many columns of y; with a softmax there, half as many
     rows of the shrink. Consumer Ampere's and Ada's backward takes z in steps of 16 columns with two kinds of gate; Hopper's backward holds
-    160 columns of y with two kinds of gate, 128 with three.
+    160 columns of y with two kinds of gate, 128 with three. Where Triton prefetches operands into registers, steps are half as deep and
+    one more of them is on its way, so the shared memory is the same.
     """
+    own = capability[0] not in (9, 10)
+    if PREFETCHES and own and tile.BK > 32:
+        tile = replace(tile, BK=32, stages=tile.stages + 1)
     if not gates:
         return tile
-    own = capability[0] not in (9, 10)
     narrow = own and (backward or gates > 2) and tile.BM * tile.BN >= 128 * 128
     wide = capability[0] == 9 and not backward
     BR, BZ = (n if wide else min(n, 32) for n in (tile.BR, tile.BZ))
@@ -107,7 +123,9 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, 
     # without descriptors data-centre Blackwell holds the addresses in registers too
     pointers = capability[0] == 10 and backward and gates > 1 and not tile.tma
     BS = min(tile.BS, 32) if own and softmax else tile.BS
-    return replace(tile, BR=BR, BZ=BZ if own or pointers else tile.BZ, BN=BN, BX=BX, BS=BS)
+    if PREFETCHES and not own:
+        BZ = min(BZ, 16 if backward else 32)
+    return replace(tile, BR=BR, BZ=BZ if own or pointers or PREFETCHES else tile.BZ, BN=BN, BX=BX, BS=BS)
 
 
 def for_recompute(tile: Tile, capability: tuple[int, int], gates: int) -> Tile:
@@ -151,7 +169,11 @@ def rows_of_h(tile: Tile, n_m: int, n_n: int, R: int, processors: int) -> Tile:
 def for_sums(R: int, dtype: torch.dtype, capability: tuple[int, int], busy: bool) -> tuple[int, int, int]:
     """Tokens of a step, columns of K or N and columns of h of one job of the sums over tokens.
 
-    busy: sets by assignment, or a given gate beside others; half as many columns where accumulators are in the threads' own registers
+    busy: sets by assignment, or a given gate beside others; half as many columns where accumulators are in the threads' own registers,
+    and where Triton prefetches; with both, half as many tokens too
     """
     BT, BC, BR = (32, 32, 32) if dtype == torch.float32 else (64, 128, 64)
-    return BT, min(BC, 64) if busy and capability[0] not in (9, 10) else BC, min(BR, next_power(R))
+    own = capability[0] not in (9, 10)
+    if PREFETCHES and own:
+        BT = 32
+    return BT, min(BC, 64) if busy and (own or PREFETCHES) else BC, min(BR, next_power(R))
