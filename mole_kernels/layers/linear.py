@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Gated(nn.Module):
     backend: str
     experts_on: bool
     last_gates: LastGates | None
+    # layers with the same input, whose outputs one of them makes for all: `Handle.group`
+    group: Any = None
 
     def mixture(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x Wᵀ + b + Σ_e s_e·g_e·(x A_eᵀ) B_eᵀ for tokens x [...,K] and weight [N,K]."""
@@ -73,6 +75,8 @@ class GatedLoRALinear(Gated, nn.Linear):
         return layer.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.group is not None and (y := self.group.take(self, x)) is not None:
+            return y
         return self.mixture(x, self.weight, self.bias) if self.experts_on else F.linear(x, self.weight, self.bias)
 
 

@@ -33,24 +33,28 @@ def patch(
     backend: str = "auto",
     allow_large_rank: bool = False,
     cache_text: bool = False,
+    group: bool = False,
 ) -> Handle:
     """Put experts and gates onto the layers they name, all or nothing; `Handle.remove` takes them off bit for bit.
 
     scales   expert name -> adapter weight to start with (1 where not given), see `Handle.set_scales`
     backend  "auto", or the backend that every patched layer shall use
     cache_text  whether keys and values of cross-attention are made once per text (`Handle.cache_text`)
+    group    whether projections of one tensor (q, k, v) are one product where that is exact and faster (`Handle.group`)
     The other arguments and the errors are those of `plan`. The base weights of patched layers are frozen until `remove`.
     Experts and a file's gates come frozen, in the layer's dtype and on its device; fresh gates are trainable, in float32.
     """
     made = plan(model, experts, gates, strict=strict, targets=targets, allow_large_rank=allow_large_rank)
     handle = apply(made, scales=scales, backend=backend)
-    if cache_text:
-        try:
+    try:
+        if group:
+            handle.group()
+        if cache_text:
             handle.cache_text()
-        # all or nothing: no half of what was asked for
-        except MoleStateError:
-            handle.remove()
-            raise
+    # all or nothing: no half of what was asked for
+    except BaseException:
+        handle.remove()
+        raise
     return handle
 
 

@@ -19,6 +19,7 @@ from mole_kernels.patching.blocks import Weight, by_layer, check_weight
 from mole_kernels.patching.cache import Check, Forward, TextCache, cache_text
 from mole_kernels.patching.collect import collect_bank, collect_gates
 from mole_kernels.patching.fold import Folded, fold
+from mole_kernels.patching.grouped import Groups
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.swap import swap_expert
 from mole_kernels.patching.undo import all_or_nothing
@@ -60,6 +61,7 @@ class Handle:
         self._active = True
         self._folded: Folded | None = None
         self._cache: TextCache | None = None
+        self.groups = Groups(nn.Module(), ())
 
     def __repr__(self) -> str:
         return f"Handle({len(self._patched)} layers, experts {', '.join(self._names)}{'' if self._active else ', removed'})"
@@ -185,6 +187,17 @@ class Handle:
         self._cache = cache_text(self._plan.model, check=check, texts=texts)
         return self._cache
 
+    def group(self) -> Groups:
+        """Layers that read one tensor (q, k, v of an attention) become one product where that is exact and faster; the rest stay.
+
+        Their weights are moved to lie side by side, none twice. `Groups.report()` says what was grouped and why the others were not;
+        `Groups.remove()`, and `remove`, take the groups apart again, bit for bit.
+        """
+        self._check_active("group")
+        self.groups.remove()
+        self.groups = Groups(self._plan.model, self.layers.values())
+        return self.groups
+
     def fold(self, *, keep: bool = True) -> None:
         """Put the mixture into the weights (W' = W + Σ s g B A): the plain layer's speed, for gates that are constant. All or nothing.
 
@@ -209,6 +222,7 @@ class Handle:
         self._check_active("remove")
         for path, one in self._patched.items():
             self._check_ours(path, one)
+        self.groups.remove()
         with all_or_nothing([*self.layers.values(), *(module for module, _, _ in self._places)]):
             for one in self._patched.values():
                 detach(one.module)
