@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-
-from torch import nn
+from collections.abc import Sequence
 
 from mole_kernels.errors import printable
 from mole_kernels.experts.lowrank import Expert, flatten, split_component
-from mole_kernels.patching.targets import Scan, denoiser
+from mole_kernels.io.dialects.families import agree, families, families_of, titles
+from mole_kernels.patching.targets import Scan, denoiser, sizes
 
 # a text encoder holds this level in some versions of transformers and not in others
 _OPTIONAL_LEVEL = "text_model_"
@@ -72,10 +71,8 @@ def few(names: Sequence[str], count: int = 3) -> str:
 
 def hint_for(expert: Expert, found: Scan, model: object) -> str:
     """Why a file may fit nothing in this model."""
-    theirs, ours = _family_of_expert(expert), _family_of_model(found)
-    this = f"this {type(model).__name__} is a {ours}" if ours else f"this is a {type(model).__name__}"
-    if theirs is not None and theirs != ours:
-        return f"these look like keys of a {theirs}; {this}"
+    if text := other_family(expert, found, model):
+        return text
     names = Names(found)
     nearest = names.nearest(next(iter(expert.layers)))
     if nearest:
@@ -85,48 +82,15 @@ def hint_for(expert: Expert, found: Scan, model: object) -> str:
     return "this model has no nn.Linear or nn.Conv2d that can be patched"
 
 
-def _family(paths: Iterable[str], text_width: int | None = None) -> str | None:
-    """Which model's layers these names look like, or None.
-
-    text_width  K of a cross-attention's to_k, which tells the Stable Diffusion UNets apart where it is a published one
-    """
-    flat = " ".join(flatten(path) for path in paths)
-    for name, signs in _SIGNS:
-        if all(sign in flat for sign in signs):
-            if name != "Stable Diffusion UNet":
-                return name
-            by_depth = "SDXL UNet" if "transformer_blocks_1_" in flat else "Stable Diffusion 1 or 2 UNet"
-            return {768: "Stable Diffusion 1 UNet", 1024: "Stable Diffusion 2 UNet", 2048: "SDXL UNet"}.get(text_width or 0, by_depth)
-    return None
+def other_family(expert: Expert, found: Scan, model: object) -> str:
+    """What the file's names look like and what this model is, where the two differ; else ""."""
+    theirs, ours = families_of(expert), families_of_model(found)
+    if not theirs or agree(theirs, ours):
+        return ""
+    kind = type(model).__name__
+    return f"these look like keys of a {titles(theirs)}; " + (f"this {kind} is a {titles(ours)}" if ours else f"this is a {kind}")
 
 
-def _family_of_expert(expert: Expert) -> str | None:
-    width = next((layer.in_features for path, layer in expert.layers.items() if flatten(path).endswith("attn2_to_k")), None)
-    return _family(expert.layers, width)
-
-
-def _family_of_model(found: Scan) -> str | None:
-    layers = {**found.layers, **found.patched}
-    width = next((m.in_features for p, m in layers.items() if p.endswith("attn2.to_k") and isinstance(m, nn.Linear)), None)
-    return _family(layers, width)
-
-
-# first match wins; every sign must occur in the flattened names
-_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Stable Diffusion UNet", ("down_blocks_", "attentions_")),
-    ("Stable Diffusion UNet", ("up_blocks_", "attentions_")),
-    ("Stable Diffusion UNet", ("mid_block_", "attentions_")),
-    ("Stable Diffusion UNet", ("input_blocks_",)),
-    ("Stable Diffusion UNet", ("output_blocks_",)),
-    ("FLUX transformer", ("single_transformer_blocks_",)),
-    ("FLUX transformer", ("double_blocks_",)),
-    ("FLUX transformer", ("single_blocks_",)),
-    ("Qwen-Image transformer", ("transformer_blocks_", "img_mlp")),
-    ("Qwen-Image transformer", ("transformer_blocks_", "img_mod")),
-    ("SD3 or FLUX transformer", ("transformer_blocks_", "add_q_proj")),
-    ("SD3 transformer", ("joint_blocks_",)),
-    ("Wan transformer", ("blocks_", "ffn_net")),
-    ("Wan transformer", ("blocks_", "cross_attn")),
-    ("text encoder", ("encoder_layers_", "self_attn")),
-    ("Z-Image transformer", ("layers_", "attention_to_q")),
-)
+def families_of_model(found: Scan) -> tuple[str, ...]:
+    """Which known model these layers are, by their names."""
+    return families({path: sizes(m)[1] for path, m in (found.layers | found.patched).items()})

@@ -14,7 +14,7 @@ from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.io.gates import GateFile, GateTensors
 from mole_kernels.layers.attach import reject
 from mole_kernels.patching.gating import match_gates
-from mole_kernels.patching.names import Names, few, hint_for
+from mole_kernels.patching.names import Names, few, hint_for, other_family
 from mole_kernels.patching.sources import GateMaker, Source, read_experts, read_gates
 from mole_kernels.patching.table import plan_table
 from mole_kernels.patching.targets import Scan, scan, sizes
@@ -97,7 +97,7 @@ def plan(
     matched = {name: _match(name, expert, names, found, wanted, made) for name, expert in by_name.items()}
     for name, expert in by_name.items():
         _check_some_match(name, expert, matched[name], found, names, model)
-    _report(made, names, strict)
+    _report(made, names, found, strict)
     for path, module in found.layers.items():
         layer = PlannedLayer(path, module, found.parents.get(path))
         for name, expert in by_name.items():
@@ -172,7 +172,7 @@ def _check_some_match(name: str, expert: Expert, matched: Mapping[str, object], 
         )  # fmt: skip
 
 
-def _report(made: Plan, names: Names, strict: bool) -> None:
+def _report(made: Plan, names: Names, found: Scan, strict: bool) -> None:
     """Unused keys: an error, or a warning where the caller asked for one."""
     problems = []
     for name, keys in made.unmatched.items():
@@ -182,7 +182,8 @@ def _report(made: Plan, names: Names, strict: bool) -> None:
         text = f"{len(keys)} of the {len(expert.layers)} layers of {source_of(name, expert)} meet no layer: {few(keys)}"
         reasons = [f"{printable(key)}: {made.skipped[path]}" for key in keys if (path := names.find(key)) in made.skipped]
         nearest = names.nearest(keys[0])
-        text += f" ({reasons[0]})" if reasons else f" (nearest: {few(nearest)})" if nearest else ""
+        other = other_family(expert, found, made.model)
+        text += f" ({reasons[0]})" if reasons else f" ({other})" if other else f" (nearest: {few(nearest)})" if nearest else ""
         problems.append(text)
     if problems and strict:
         raise MoleKeyError("experts", "; ".join(problems), hint="strict=False goes on without them and lists them in plan.unmatched")

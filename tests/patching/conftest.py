@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.layers.conv import conv_of
 from mole_kernels.patching.targets import mole_targets, scan, sizes
 
 TEXT_WIDTH = 12
@@ -110,7 +111,7 @@ def make_expert(
     for path in paths:
         N, K = sizes(layers[path])
         down, up = torch.randn(rank, K, generator=generator), torch.randn(N, rank, generator=generator)
-        factors[rename(path)] = LowRank(down / K**0.5, up / rank**0.5, scale, conv=isinstance(layers[path], nn.Conv2d))
+        factors[rename(path)] = LowRank(down / K**0.5, up / rank**0.5, scale, conv_of(layers[path]))
     return Expert(factors, source=f"expert of seed {seed}")
 
 

@@ -69,7 +69,7 @@ def test_31_no_key_matches_is_always_an_error(unet):
             plan(unet, {"e": Expert(keys, source="flux.safetensors")}, strict=strict)
         message = str(error.value)
         assert "flux.safetensors" in message and "single_transformer_blocks.0.attn.to_q" in message and "and 2 more" in message
-        assert "FLUX transformer" in message and "UNet2DConditionModel" in message and "Stable Diffusion" in message
+        assert "FLUX.1 transformer" in message and "UNet2DConditionModel" in message and "Stable Diffusion" in message
 
 
 def test_31_sdxl_and_sd1_are_told_apart_by_width(unet):
