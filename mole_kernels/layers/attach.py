@@ -7,6 +7,8 @@ Whoever holds the layer (a processor's list, an optimiser, an offload hook) keep
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -32,7 +34,7 @@ def reject(module: nn.Module) -> str | None:
     assert isinstance(module, nn.Linear | nn.Conv2d)
     if not module.weight.is_floating_point():
         return f"its weight is stored as {module.weight.dtype}"
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+    if "forward" in module.__dict__ and not follows_class(module):
         return "its forward has been replaced on the instance"
     taken = [name for name in ATTRIBUTES if hasattr(module, name)]
     return f"it already has an attribute {taken[0]!r}" if taken else None
@@ -50,8 +52,8 @@ def attach(module: nn.Module, experts: LayerExperts, gate: Gate | None = None, b
         check_fit("attach", module.in_features, module.out_features, experts)
     else:
         check_fit("attach", *conv_sizes(module), experts)  # type: ignore[arg-type]
-    module.__class__ = GATED_CLASS[type(module)]
-    _follow_class(module)
+    before, module.__class__ = type(module), GATED_CLASS[type(module)]
+    follow_class(module, before)
     module.attach_experts(experts, gate, backend)  # type: ignore[operator]
     return module  # type: ignore[return-value]
 
@@ -63,11 +65,31 @@ def detach(module: nn.Module) -> None:
     for name in ATTRIBUTES:
         if hasattr(module, name):
             delattr(module, name)
-    module.__class__ = PLAIN_CLASS[type(module)]
-    _follow_class(module)
+    module.__dict__.pop("tokens_group", None)
+    before, module.__class__ = type(module), PLAIN_CLASS[type(module)]
+    follow_class(module, before)
 
 
-def _follow_class(module: nn.Module) -> None:
-    # accelerate's hooks call the forward they found on the instance when they came: give them the new class's
+def follows_class(module: nn.Module) -> bool:
+    """Whatever stands for the module's forward on the instance calls its class's in the end, in a place that can be given another."""
+    return "_old_forward" in module.__dict__ or any(True for _ in _captured(module, type(module)))
+
+
+def _captured(module: nn.Module, cls: type) -> Iterator[tuple[Any, str]]:
+    """(object, attribute) of each place where a hook of accelerate or diffusers keeps the forward of `cls` that it found on the module."""
+    registry = module.__dict__.get("_diffusers_hook")
+    places = [(module, "forward")]
+    places += [(ref, name) for ref in getattr(registry, "_fn_refs", ()) for name in ("forward", "original_forward")]
+    for holder, name in places:
+        found = vars(holder).get(name)
+        if getattr(found, "__func__", None) is cls.forward and found.__self__ is module:  # type: ignore[attr-defined, union-attr]
+            yield holder, name
+
+
+def follow_class(module: nn.Module, before: type) -> None:
+    """Hooks call the forward that they found on the instance when they came, that of the class `before`: give them the new class's."""
+    forward = types.MethodType(type(module).forward, module)
     if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+        module.__dict__["_old_forward"] = forward
+    for holder, name in list(_captured(module, before)):
+        vars(holder)[name] = forward

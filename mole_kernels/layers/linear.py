@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mole_kernels.errors import MoleShapeError
+from mole_kernels.errors import MoleShapeError, MoleStateError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.functional import NO_GATES, gated_lora_linear_with_gates
 from mole_kernels.gates.gate import Gate
+from mole_kernels.layers import spread
 from mole_kernels.operands import Experts, Gates
+from mole_kernels.ops.direct import PLAIN
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LastGates(NamedTuple):
@@ -31,19 +36,30 @@ class Gated(nn.Module):
     backend: str
     experts_on: bool
     last_gates: LastGates | None
+    # the ranks that share a batch's tokens, whose pooled gates look at all of them: `Handle.split_tokens`
+    tokens_group: ProcessGroup | None = None
     # layers with the same input, whose outputs one of them makes for all: `Handle.group`
     group: Any = None
 
     def mixture(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x Wᵀ + b + Σ_e s_e·g_e·(x A_eᵀ) B_eᵀ for tokens x [...,K] and weight [N,K]."""
-        return self.mixture_of(x, weight, bias, self.experts.operands(), self.operands_of_gate())
+        experts = self.experts
+        if spread.offloaded(experts):
+            with spread.loaded(experts, self.gate):
+                return self.mixture_of(x, weight, bias, experts.operands(), self.operands_of_gate())
+        return self.mixture_of(x, weight, bias, experts.operands(), self.operands_of_gate())
 
     def operands_of_gate(self) -> Gates:
         return NO_GATES if self.gate is None else self.gate.operands(self.experts)
 
     def mixture_of(self, x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates) -> Tensor:
         """`mixture` of operands given; what the gates said is kept."""
-        y, token, sample = gated_lora_linear_with_gates(x, weight, bias, experts, gates, backend=self.backend)
+        if gates.pool is not None and self.tokens_group is not None:
+            gates = spread.pool_over(self.tokens_group, x, experts, gates)
+        if type(weight) not in PLAIN and spread.is_sharded(weight):
+            y, token, sample = spread.sharded_linear(x, weight, bias, experts, gates)
+        else:
+            y, token, sample = gated_lora_linear_with_gates(x, weight, bias, experts, gates, backend=self.backend)
         if not torch.compiler.is_compiling():
             # past nn.Module's search for parameters and modules, which costs more than the tuple
             object.__setattr__(self, "last_gates", LastGates(token, sample, None if gates.gate is None else gates.gate.detach()))
@@ -54,8 +70,24 @@ class Gated(nn.Module):
         self.experts_on, self.last_gates = True, None
 
     def __getstate__(self):
-        # the last call's activations are no part of the layer
-        return {**self.__dict__, "last_gates": None}
+        # the last call's activations are no part of the layer, and a process group belongs to its process
+        return {name: value for name, value in self.__dict__.items() if name != "tokens_group"} | {"last_gates": None}
+
+    def _apply(self, fn, recurse: bool = True):
+        """Storage in 8 bits (diffusers' layerwise casting) is for the base: experts and gates keep the dtype they have."""
+        super()._apply(fn, recurse=False)
+        if recurse:
+            for child in self.children():
+                child._apply(lambda t: _not_in_8_bits(t, fn(t)))
+        return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if "." in name:
+            raise MoleStateError(
+                f"parallelize_module of a {type(self).__name__}", f"torch would shard its experts ({name}) as if they were the weight",
+                hint="parallelize_module first, then patch",
+            )  # fmt: skip
+        super().register_parameter(name, param)
 
 
 class GatedLoRALinear(Gated, nn.Linear):
@@ -78,6 +110,12 @@ class GatedLoRALinear(Gated, nn.Linear):
         if self.group is not None and (y := self.group.take(self, x)) is not None:
             return y
         return self.mixture(x, self.weight, self.bias) if self.experts_on else F.linear(x, self.weight, self.bias)
+
+
+def _not_in_8_bits(old: Tensor, new: Tensor) -> Tensor:
+    if new.is_floating_point() and new.element_size() == 1 and old.element_size() > 1:
+        return old.to(new.device)
+    return new
 
 
 def check_fit(where: str, K: int, N: int, experts: LayerExperts) -> None:

@@ -6,19 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from mole_kernels.backends.select import BACKENDS
 from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.gates.block import BlockGate
 from mole_kernels.gates.gate import Gate
 from mole_kernels.layers.attach import attach, reject
 from mole_kernels.patching import guards
 from mole_kernels.patching.gating import make_gate
 from mole_kernels.patching.handle import Handle, Scale, check_weights
+from mole_kernels.patching.offload import in_groups, regroup
 from mole_kernels.patching.pack import pack
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, PlannedLayer, Targets, plan
 from mole_kernels.patching.targets import roots
+from mole_kernels.patching.turns import Turns
 from mole_kernels.patching.undo import all_or_nothing
 
 
@@ -72,15 +76,27 @@ def apply(made: Plan, *, scales: Mapping[str, Scale] | None = None, backend: str
         made_gates = {path: make_gate(made.gates, layer, layer.gates, packed[path]) for path, layer in made.layers.items()}
     patched = [_record(layer, packed[path], made_gates[path]) for path, layer in made.layers.items()]
     places = guards.guarded(roots(made.model), {path: layer.parent for path, layer in made.layers.items() if layer.parent is not None})
-    with all_or_nothing([*(p.module for p in patched), *(module for module, _, _ in places)]):
+    parts = _used_roots(made)
+    regrouped = in_groups(parts)
+    # a block's router keeps what it said of the batch for the layers of the block
+    turns = Turns(one_at_a_time=any(isinstance(one.gate, BlockGate) for one in patched))
+    with all_or_nothing([*(p.module for p in patched), *(module for module, _, _ in places), *parts]):
         for one in patched:
             for name in one.flags:
                 one.module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
             attach(one.module, one.experts, one.gate, backend)
         guards.install(places)
-        handle = Handle(patched, made, places)
+        turns.watch(parts)
+        handle = Handle(patched, made, places, parts, turns)
         handle.set_scales(scales or {})
+        regroup(regrouped)
     return handle
+
+
+def _used_roots(made: Plan) -> list[nn.Module]:
+    """The module, or those components of the pipeline that hold a planned layer."""
+    parts = roots(made.model)
+    return [root for name, root in parts.items() if not name or any(f"{path}.".startswith(f"{name}.") for path in made.layers)]
 
 
 def _record(layer: PlannedLayer, experts: LayerExperts, gate: Gate | None) -> Patched:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
@@ -12,7 +13,8 @@ from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.io.bank import save_bank
 from mole_kernels.io.gates import GateFile, save_gates
-from mole_kernels.layers.attach import detach
+from mole_kernels.layers import spread
+from mole_kernels.layers.attach import detach, follows_class
 from mole_kernels.layers.linear import Gated
 from mole_kernels.patching import guards
 from mole_kernels.patching.blocks import Weight, by_layer, check_weight
@@ -20,8 +22,11 @@ from mole_kernels.patching.cache import Check, Forward, TextCache, cache_text
 from mole_kernels.patching.collect import collect_bank, collect_gates
 from mole_kernels.patching.fold import Folded, fold
 from mole_kernels.patching.grouped import Groups
+from mole_kernels.patching.offload import in_groups, regroup
 from mole_kernels.patching.patched import Patched
+from mole_kernels.patching.sources import read_expert
 from mole_kernels.patching.swap import swap_expert
+from mole_kernels.patching.turns import Turns
 from mole_kernels.patching.undo import all_or_nothing
 from mole_kernels.patching.weights import ScaleWriter
 
@@ -30,6 +35,8 @@ Scale: TypeAlias = float | Mapping[str, Any]
 
 if TYPE_CHECKING:
     import os
+
+    from torch.distributed import ProcessGroup
 
     from mole_kernels.patching.plan import Plan
     from mole_kernels.patching.sources import Source
@@ -50,10 +57,14 @@ class GateMap(NamedTuple):
 class Handle:
     """What `patch` returns. Also a context manager that removes the patch at its end."""
 
-    def __init__(self, patched: Sequence[Patched], made: Plan, places: list[tuple[nn.Module, str, list[str]]]) -> None:
+    def __init__(
+        self, patched: Sequence[Patched], made: Plan, places: list[tuple[nn.Module, str, list[str]]], roots: Sequence[nn.Module],
+        turns: Turns,
+    ) -> None:  # fmt: skip
         self._patched = {one.path: one for one in patched}
         self._plan = made
         self._places = places
+        self._roots, self._turns = list(roots), turns
         self._names = made.names
         self._writer = ScaleWriter(made.names)
         self._scales: dict[str, Scale] = dict.fromkeys(made.names, 1.0)
@@ -120,6 +131,7 @@ class Handle:
     def expert_parameters(self, name: str | None = None) -> list[nn.Parameter]:
         """down and up of every layer; with a name, of the layers of that expert, which must hold it alone (they are packed)."""
         self._check_active("expert_parameters")
+        self._check_here("expert_parameters")
         ones = list(self._patched.values())
         if name is not None:
             self._check_names("expert_parameters", [name])
@@ -133,6 +145,7 @@ class Handle:
     def gate_parameters(self) -> list[nn.Parameter]:
         """Every parameter of every layer's gate."""
         self._check_active("gate_parameters")
+        self._check_here("gate_parameters")
         # gates of one block may share their router
         return list(dict.fromkeys(p for one in self._patched.values() if one.gate is not None for p in one.gate.parameters()))
 
@@ -155,9 +168,11 @@ class Handle:
         self._check_active("set_scales")
         checked = check_weights(scales, self._names)
         weights = {n: by_layer(n, s, self.model, self._patched) if isinstance(s, Mapping) else s for n, s in checked.items()}
-        self._scales.update(checked)
-        self._weights.update(weights)
-        self._writer.write({path: one.experts for path, one in self._patched.items()}, self._weights)
+        layers = {path: one.experts for path, one in self._patched.items()}
+        with self._turns.change(), self._fetched(write=True, always=any(one.scale.is_meta for one in layers.values())):
+            self._scales.update(checked)
+            self._weights.update(weights)
+            self._writer.write(layers, self._weights)
 
     def swap(self, name: str, source: Source, *, strict: bool = True) -> None:
         """Replace one expert by another, all or nothing; its adapter weight and gate rows stay.
@@ -168,10 +183,18 @@ class Handle:
         """
         self._check_active("swap")
         self._check_names("swap", [name])
-        expert = swap_expert(self._patched, self._plan, name, source, strict, self._weights)
-        self._plan.experts = {**self._plan.experts, name: expert}
-        # it has staged the old base scales
-        self._writer = ScaleWriter(self._names)
+        if any(spread.is_sharded(one.experts.down) for one in self._patched.values()):
+            raise MoleStateError("Handle.swap", "the experts are sharded over ranks", hint="swap first, then fully_shard")
+        # no forward waits for a file
+        expert = read_expert(name, source, self.model)
+        with self._turns.change(), self._fetched(write=True):
+            before = [one.experts for one in self._patched.values()]
+            expert = swap_expert(self._patched, self._plan, name, expert, strict, self._weights)
+            self._plan.experts = {**self._plan.experts, name: expert}
+            # it has staged the old base scales
+            self._writer = ScaleWriter(self._names)
+            if any(one.experts is not old for one, old in zip(self._patched.values(), before)):
+                regroup(in_groups(self._roots))
 
     def enable(self) -> _Switch:
         """Turn the experts on (again); `with handle.enable():` goes back at its end."""
@@ -194,8 +217,9 @@ class Handle:
         `Groups.remove()`, and `remove`, take the groups apart again, bit for bit.
         """
         self._check_active("group")
-        self.groups.remove()
-        self.groups = Groups(self._plan.model, self.layers.values())
+        with self._turns.change():
+            self.groups.remove()
+            self.groups = Groups(self._plan.model, self.layers.values())
         return self.groups
 
     def fold(self, *, keep: bool = True) -> None:
@@ -205,14 +229,39 @@ class Handle:
         Until `unfold`, only what reads the handle is allowed.
         """
         self._check_active("fold")
-        self._folded = fold(self._plan.model, self._patched.values(), keep=keep)
+        with self._turns.change():
+            self._folded = fold(self._plan.model, self._patched.values(), keep=keep)
 
     def unfold(self) -> None:
         """Take the mixture out of the weights again and compute it beside them, as before `fold`."""
         if self._folded is None:
             raise MoleStateError("Handle.unfold", "nothing is folded", hint="handle.fold() comes first")
-        self._folded.unfold()
-        self._folded = None
+        with self._turns.change():
+            self._folded.unfold()
+            self._folded = None
+
+    def hold(self) -> AbstractContextManager[None]:
+        """`with handle.hold(): pipe(…)`: no other thread's change comes in between, so that all steps of a picture see one model.
+
+        Without it every forward of the model (of each patched component) is wholly before or wholly after a change through this handle;
+        changes wait for the forwards that run. Not so inside torch.compile of the whole model and for layers called on their own.
+        """
+        return self._turns.hold()
+
+    def change(self) -> AbstractContextManager[None]:
+        """`with handle.change(): handle.swap(…); handle.set_scales(…)`: other threads' forwards see all of it or none."""
+        return self._turns.change()
+
+    def split_tokens(self, group: ProcessGroup | None) -> None:
+        """The batch's tokens are spread over the ranks of `group` (context parallel): gates per sample look at all of them.
+
+        One all-reduce of [B,R] for each layer with such a gate, with its gradient. Token gates need nothing; masks and given gates are
+        this rank's part. None: each rank's tokens are a batch of their own again. Copies and saved models forget the group.
+        """
+        self._check_active("split_tokens")
+        with self._turns.change():
+            for one in self._patched.values():
+                one.module.tokens_group = group  # type: ignore[assignment]
 
     def remove(self) -> None:
         """Take everything off, all or nothing: modules, flags and outputs are bit for bit as they were before the patch.
@@ -222,30 +271,35 @@ class Handle:
         self._check_active("remove")
         for path, one in self._patched.items():
             self._check_ours(path, one)
-        self.groups.remove()
-        with all_or_nothing([*self.layers.values(), *(module for module, _, _ in self._places)]):
-            for one in self._patched.values():
-                detach(one.module)
-                for name, flag in one.flags.items():
-                    parameter = one.module._parameters.get(name)
-                    if parameter is not None and parameter.requires_grad != flag:
-                        parameter.requires_grad_(flag)
-            guards.uninstall(self._places)
-        self._active = False
-        if self._cache is not None:
-            self._cache.close()
+        with self._turns.change():
+            self.groups.remove()
+            with all_or_nothing([*self.layers.values(), *(module for module, _, _ in self._places), *self._roots]):
+                for one in self._patched.values():
+                    detach(one.module)
+                    for name, flag in one.flags.items():
+                        parameter = one.module._parameters.get(name)
+                        if parameter is not None and parameter.requires_grad != flag:
+                            parameter.requires_grad_(flag)
+                guards.uninstall(self._places)
+                self._turns.unwatch(self._roots)
+                self._active = False
+            if self._cache is not None:
+                self._cache.close()
+            regroup(in_groups(self._roots))
 
     # -- keep -----------------------------------------------------------------------------------------------------------------------
 
     def bank(self) -> ExpertBank:
         """The experts as they stand (copies), adapter weights not included."""
         self._check_active("bank")
-        return collect_bank(self._patched.values(), self._plan)
+        with self._fetched():
+            return collect_bank(self._patched.values(), self._plan)
 
     def gates(self) -> GateFile | None:
         """The MoLE gates as they stand (copies); None where no layer has any. Other kinds of gates raise MoleStateError."""
         self._check_active("gates")
-        return collect_gates(self._patched.values(), self._names)
+        with self._fetched():
+            return collect_gates(self._patched.values(), self._names)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Experts and gates into one safetensors file, which `patch` and `load_bank` read."""
@@ -268,6 +322,13 @@ class Handle:
         if self._folded is not None and what not in ("with", "bank", "gates"):
             raise MoleStateError(f"Handle.{what}", "the experts are folded into the weights", hint="handle.unfold() first")
 
+    def _check_here(self, what: str) -> None:
+        if any(spread.offloaded(one.experts) for one in self._patched.values()):
+            raise MoleStateError(
+                f"Handle.{what}", "offload hooks hold the experts between calls, and would drop their gradients",
+                hint="accelerate.hooks.remove_hook_from_submodules(model) first",
+            )  # fmt: skip
+
     def _check_names(self, what: str, names: Sequence[str]) -> None:
         for name in names:
             if name not in self._names:
@@ -280,7 +341,7 @@ class Handle:
             )  # fmt: skip
         found = one.module.__dict__.get("forward")
         # a text cache follows the class
-        if found is not None and not isinstance(found, Forward) and "_old_forward" not in one.module.__dict__:
+        if found is not None and not isinstance(found, Forward) and not follows_class(one.module):
             raise MoleStateError(
                 "Handle.remove", f"a hook replaced the forward of {path} after it was patched, and would go on calling the patched one",
                 hint="take that hook (diffusers' offload or layerwise casting) off first",
@@ -290,24 +351,36 @@ class Handle:
         self._check_active("enable" if on else "disable")
         modules = list(self.layers.values())
         before = [bool(module.experts_on) for module in modules]
-        for module in modules:
-            module.experts_on = on  # type: ignore[assignment]
-        return _Switch(modules, before)
+        with self._turns.change():
+            for module in modules:
+                module.experts_on = on  # type: ignore[assignment]
+        return _Switch(modules, before, self._turns)
+
+    @contextmanager
+    def _fetched(self, *, write: bool = False, always: bool = True) -> Iterator[None]:
+        """Inside the block the tensors are here that accelerate's hooks keep elsewhere; with `write` what was written is kept."""
+        ones = self._patched.values()
+        if always and any(spread.offloaded(one.experts) for one in ones):
+            with spread.loaded(*(module for one in ones for module in (one.experts, one.gate)), write=write):
+                yield
+        else:
+            yield
 
 
 class _Switch:
     """What `enable` and `disable` return: nothing to do with it, or `with` it to go back at the end."""
 
-    def __init__(self, modules: list[nn.Module], before: list[bool]) -> None:
-        self._modules, self._before = modules, before
+    def __init__(self, modules: list[nn.Module], before: list[bool], turns: Turns) -> None:
+        self._modules, self._before, self._turns = modules, before, turns
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *exc: object) -> None:
-        for module, on in zip(self._modules, self._before):
-            if isinstance(module, Gated):
-                module.experts_on = on
+        with self._turns.change():
+            for module, on in zip(self._modules, self._before):
+                if isinstance(module, Gated):
+                    module.experts_on = on
 
 
 def _require_grad(parameters: list[nn.Parameter], on: bool) -> list[nn.Parameter]:

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from mole_kernels.errors import MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import LowRank
+from mole_kernels.files.limits import finite
+from mole_kernels.layers.spread import execution_device
 
 
 def pack(path: str, factors: Mapping[str, LowRank], module: nn.Module) -> LayerExperts:
-    """The experts of one layer, in its dtype and on its device (on their own while the layer itself is still on meta)."""
+    """The experts of one layer, in its dtype and on its device; while it is on meta on that of its offload hook, or on their own."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    device = next(iter(factors.values())).down.device if weight.is_meta else weight.device
+    device = weight.device if not weight.is_meta else execution_device(module) or next(iter(factors.values())).down.device
     experts = LayerExperts.from_factors(factors, dtype=weight.dtype, device=device)
     for name, factor in factors.items():
         span = experts.span(name)
@@ -29,6 +31,11 @@ def check_narrowing(name: str, path: str, factor: LowRank, down: Tensor, up: Ten
 
     down, up  the factors after the cast
     """
+    if not finite(factor.scale, torch.float32):
+        raise MoleValueError(
+            f"expert {name!r}, layer {path}", expected="a finite scale that float32 holds", got=factor.scale,
+            hint="scales are kept in float32 whatever the layer's dtype",
+        )  # fmt: skip
     # twice: float32 and bfloat16 end at nearly the same number, and a pass over every bfloat16 expert would be for nothing
     limit = 2 * torch.finfo(down.dtype).max
     if max(torch.finfo(factor.down.dtype).max, torch.finfo(factor.up.dtype).max) <= limit:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from mole_kernels.layers.attach import follow_class
+
 
 @contextmanager
 def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
@@ -36,7 +38,9 @@ class _Snapshot:
         self.flags: list[tuple[Tensor, bool]] = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
 
     def restore(self) -> None:
-        self.module.__class__ = self.cls
+        before, self.module.__class__ = type(self.module), self.cls
+        if before is not self.cls:
+            follow_class(self.module, before)
         self.module.__dict__.clear()
         self.module.__dict__.update(self.attributes)
         for name, table in self.tables.items():
