@@ -182,7 +182,7 @@ def _call(base: nn.Module, x: Tensor) -> Tensor:
         raise MoleBackendError(
             f"{package(kind)}.{kind.__name__}{of}",
             f"this base layer has no kernel for a {x.dtype} input on {x.device.type}: {str(error) or type(error).__name__}",
-            hint="it is called as it is; without adapters it fails alike. Another format, dtype, device or build of that package may have one",
+            hint="without adapters it fails alike; another format, dtype, device or build of that package may have one",
         ) from error
 
 
