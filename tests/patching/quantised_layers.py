@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 K, N = 64, 96
+# diffusers imports these two wherever they are installed: a second more for every process, warnings, and bitsandbytes asks the model hub
+BESIDE = "bitsandbytes and torchao are kept out of the environment: make quantised-tests runs with them"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ FEW = [
 
 def quantised(case: Quantised) -> nn.Module:
     """nn.Sequential of one linear layer, quantised."""
-    pytest.importorskip(case.package)
+    pytest.importorskip(case.package, reason=f"{case.package} is not installed; {BESIDE}")
     torch.manual_seed(0)
     linear = nn.Linear(K, N).to(case.dtype).requires_grad_(False)
     return {"bitsandbytes": by_bitsandbytes, "torchao": by_torchao, "optimum.quanto": by_quanto, "gguf": by_gguf}[case.package](
