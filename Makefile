@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness docs
+.PHONY: mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness docs fuzz
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
@@ -47,6 +47,12 @@ docs: $(STAMP)
 robustness: $(STAMP)
 	$(BIN)/python python/tools/robustness.py
 	$(BIN)/python python/tools/licences.py
+
+# readers of strangers' bytes under atheris, then the model under random calls and faults; finds are kept in build/fuzz. SECONDS=600
+fuzz: SECONDS ?= 60
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
+	MOLE_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/fuzz/test_machine.py
 
 # diffusers' own LoRA tests with acceleration switched on; SOURCE is a checkout of diffusers
 diffusers-tests: $(STAMP)
