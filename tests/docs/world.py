@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mole_kernels.experts.lowrank import Expert
 from mole_kernels.io.save import save_expert
 from mole_kernels.patching.targets import mole_targets, scan, sizes
 from mole_kernels.training.config import TrainConfig
+from tests.docs.blocks import ROOT
 
 WIDTH, STEPS = 32, 2
 WORDS = ("man", "cat", "dog")
@@ -201,3 +203,11 @@ def concept(model: Any) -> Any:
     count = len(cross_attentions(model.unet))
     rows = {f"<potter{i}>": {"text_encoder": torch.randn(count, WIDTH)} for i in (1, 2)}
     return Concept("<potter1> <potter2>", expert(model), rows)
+
+
+def hub(folder: Path) -> Path:
+    """The operator as a repository of the kernels package."""
+    sys.path.insert(0, str(ROOT / "python/tools"))
+    import hf_kernels
+
+    return hf_kernels.assemble(folder)
