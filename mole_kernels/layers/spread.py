@@ -94,6 +94,22 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
+def offload_like(new: nn.Module, old: nn.Module) -> None:
+    """Put the offload hook of `old` on the module that comes into its place."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    hook: Any = old._hf_hook
+    for one in getattr(hook, "hooks", (hook,)):
+        if isinstance(one, AlignDevicesHook) and one.offload:
+            add_hook_to_module(new, AlignDevicesHook(one.execution_device, offload=True, offload_buffers=one.offload_buffers))
+
+
+def compute_dtype(layer: nn.Module) -> torch.dtype:
+    """What the layer computes in: its weight's dtype, or what diffusers' layerwise casting makes of it for each forward."""
+    hook = getattr(layer.__dict__.get("_diffusers_hook"), "hooks", {}).get("layerwise_casting")
+    return layer.weight.dtype if hook is None else hook.compute_dtype  # type: ignore[union-attr, return-value]
+
+
 # -- sharded ---------------------------------------------------------------------------------------------------------------------------
 
 

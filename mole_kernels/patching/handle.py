@@ -26,7 +26,7 @@ from mole_kernels.patching.offload import in_groups, regroup
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.sources import read_expert
 from mole_kernels.patching.swap import swap_expert
-from mole_kernels.patching.turns import Turns
+from mole_kernels.patching.turns import Switch, Turns
 from mole_kernels.patching.undo import all_or_nothing
 from mole_kernels.patching.weights import ScaleWriter
 
@@ -187,20 +187,25 @@ class Handle:
             raise MoleStateError("Handle.swap", "the experts are sharded over ranks", hint="swap first, then fully_shard")
         # no forward waits for a file
         expert = read_expert(name, source, self.model)
-        with self._turns.change(), self._fetched(write=True):
+        with self._turns.change():
             before = [one.experts for one in self._patched.values()]
-            expert = swap_expert(self._patched, self._plan, name, expert, strict, self._weights)
+            with self._fetched(write=True):
+                expert = swap_expert(self._patched, self._plan, name, expert, strict, self._weights)
             self._plan.experts = {**self._plan.experts, name: expert}
             # it has staged the old base scales
             self._writer = ScaleWriter(self._names)
-            if any(one.experts is not old for one, old in zip(self._patched.values(), before)):
+            anew = [(one.experts, old) for one, old in zip(self._patched.values(), before) if one.experts is not old]
+            for new, old in anew:
+                if spread.offloaded(old):
+                    spread.offload_like(new, old)
+            if anew:
                 regroup(in_groups(self._roots))
 
-    def enable(self) -> _Switch:
+    def enable(self) -> Switch:
         """Turn the experts on (again); `with handle.enable():` goes back at its end."""
         return self._switch(True)
 
-    def disable(self) -> _Switch:
+    def disable(self) -> Switch:
         """Turn the experts off: the base model's output bit for bit. `with handle.disable():` turns them on at its end."""
         return self._switch(False)
 
@@ -347,14 +352,14 @@ class Handle:
                 hint="take that hook (diffusers' offload or layerwise casting) off first",
             )  # fmt: skip
 
-    def _switch(self, on: bool) -> _Switch:
+    def _switch(self, on: bool) -> Switch:
         self._check_active("enable" if on else "disable")
         modules = list(self.layers.values())
         before = [bool(module.experts_on) for module in modules]
         with self._turns.change():
             for module in modules:
                 module.experts_on = on  # type: ignore[assignment]
-        return _Switch(modules, before, self._turns)
+        return Switch(modules, before, self._turns)
 
     @contextmanager
     def _fetched(self, *, write: bool = False, always: bool = True) -> Iterator[None]:
@@ -365,22 +370,6 @@ class Handle:
                 yield
         else:
             yield
-
-
-class _Switch:
-    """What `enable` and `disable` return: nothing to do with it, or `with` it to go back at the end."""
-
-    def __init__(self, modules: list[nn.Module], before: list[bool], turns: Turns) -> None:
-        self._modules, self._before, self._turns = modules, before, turns
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exc: object) -> None:
-        with self._turns.change():
-            for module, on in zip(self._modules, self._before):
-                if isinstance(module, Gated):
-                    module.experts_on = on
 
 
 def _require_grad(parameters: list[nn.Parameter], on: bool) -> list[nn.Parameter]:

@@ -11,7 +11,7 @@ from mole_kernels.errors import MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.files.limits import finite
-from mole_kernels.layers.spread import execution_device
+from mole_kernels.layers.spread import compute_dtype, execution_device
 
 
 def pack(path: str, factors: Mapping[str, LowRank], module: nn.Module) -> LayerExperts:
@@ -19,7 +19,7 @@ def pack(path: str, factors: Mapping[str, LowRank], module: nn.Module) -> LayerE
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     device = weight.device if not weight.is_meta else execution_device(module) or next(iter(factors.values())).down.device
-    experts = LayerExperts.from_factors(factors, dtype=weight.dtype, device=device)
+    experts = LayerExperts.from_factors(factors, dtype=compute_dtype(module), device=device)
     for name, factor in factors.items():
         span = experts.span(name)
         check_narrowing(name, path, factor, experts.down[:, span], experts.up[:, :, span])

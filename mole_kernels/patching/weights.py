@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ class ScaleWriter:
         self._weights = torch.ones(len(self._names), dtype=torch.float32)
         self._groups: list[_Group] = []
         self._bases: list[Tensor] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle would make of the staged tensor's parts tensors of their own
+        return ScaleWriter, (self._names,)
 
     @torch.no_grad()
     def write(self, layers: Mapping[str, LayerExperts], weights: Mapping[str, Weight]) -> None:
