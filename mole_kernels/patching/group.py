@@ -284,7 +284,7 @@ def _stands_aside(layers: Sequence[GatedLoRALinear]) -> str | None:
             return "a layer holds experts no longer"
         if not layer.experts_on:
             return "the experts are off"
-        if getattr(layer, "tokens_group", None) is not None:
+        if layer.tokens_group is not None:
             return "its tokens are split over ranks"
         if type(layer.weight) not in PLAIN:
             return f"a weight is stored as {type(layer.weight).__name__}"
