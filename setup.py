@@ -172,7 +172,9 @@ def ninja_file(torch: Torch, tools: Toolchain, out: Path, env: Mapping[str, str]
     shared = [f"-I{ROOT / 'csrc'}", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-std=c++17", "-O3"]
     # maybe-uninitialized: gcc 12 says it of its own _mm512_undefined
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
-    cxx = [*shared, "-fPIC", "-fvisibility=hidden", *warnings, *env.get("CXXFLAGS", "").split()]
+    # messages name sources; the folders of the machine that built a wheel are nobody's business
+    named = [f"-ffile-prefix-map={ROOT}=mole_kernels", f"-ffile-prefix-map={Path(torch.library).parent}=torch"]
+    cxx = [*shared, "-fPIC", "-fvisibility=hidden", *named, *warnings, *env.get("CXXFLAGS", "").split()]
     lines = [
         "rule cxx",
         "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
@@ -205,21 +207,23 @@ def ninja_file(torch: Torch, tools: Toolchain, out: Path, env: Mapping[str, str]
     libs, link = f"-L{torch.library} -ltorch -ltorch_cpu", f"{tools.cxx} -shared -Wl,--no-as-needed"
     if tools.nvcc:
         gencode = cuda_gencode(env.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
-        cuda = [*shared, *include, *gencode, "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={tools.cxx}"]
+        through = ",".join(["-fPIC", "-fvisibility=hidden", *named])
+        cuda = [*shared, *include, *gencode, f"-Xcompiler={through}", f"-ccbin={tools.cxx}"]
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             compile("nvcc", source, f"cuda_{source.stem}", cuda)
         if has_hopper(gencode):
-            host = [*shared, *include, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter", f"-ccbin={tools.cxx}"]
+            host = [*shared, *include, f"-Xcompiler={through},-Wall,-Wextra,-Wno-unused-parameter", f"-ccbin={tools.cxx}"]
             for source in [*sorted((ROOT / "csrc/cuda").glob("*.cpp")), *sorted((ROOT / "csrc/cuda/sm90").glob("*.cpp"))]:
                 compile("nvcc", source, f"sm90_{source.stem}", host)
-            hopper = [*shared, "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={tools.cxx}"]
+            hopper = [*shared, "-gencode=arch=compute_90a,code=sm_90a", f"-Xcompiler={through}", f"-ccbin={tools.cxx}"]
             compile("kernels", ROOT / "csrc/cuda/ladder/kernels.cu", "sm90_ladder", hopper)
             ways = ("cluster", "persistent", "recompute")
             for way in (*ways, *(f"{way}_dx" for way in ways)):
                 for dtype in ("bf16", "fp16"):
                     names = [f"-DMOLE_WAY={way}", f"-DMOLE_DTYPE={dtype}", f"-DMOLE_SHAPES=MOLE_SM90_{way.upper()}"]
                     compile("kernels", ROOT / "csrc/cuda/sm90/kernels.cu", f"sm90_{way}_{dtype}", [*hopper, *names])
-        # nvcc links, for it alone knows where its static runtime lies
+        # nvcc links, for it alone knows where its static runtime lies; past its own device link, which would keep its arguments as text
+        libs = f"-Xlinker=-L{torch.library},-ltorch,-ltorch_cpu"
         link = f"{tools.nvcc} -shared -cudart=static -ccbin={tools.cxx} -Xlinker=--no-as-needed"
     lines += [f"link = {link}"]
     lines += [f"build {ninja_escape(str(out))}: link {' '.join(objects)}", f"  libs = {libs}"]

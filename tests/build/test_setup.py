@@ -162,3 +162,14 @@ def test_this_install_was_built_for_every_supported_torch():
     if not report.exists() or not json.loads(report.read_text())["built"]:
         pytest.skip("the package was installed without a compiler")
     assert json.loads(report.read_text())["target"] == "0x020b000000000000"
+
+
+def test_the_library_names_no_folder_of_the_machine_that_built_it(build):
+    text = ninja_text(build, "/cuda/bin/nvcc", TORCH_CUDA_ARCH_LIST="9.0")
+    flags = [line for line in text.splitlines() if line.startswith("  flags")]
+    assert flags and all(
+        f"-ffile-prefix-map={build.ROOT}=" in line and "-ffile-prefix-map=/torch=" in line.replace("/lib", "") for line in flags
+    )
+    # nvcc keeps the arguments of its device link as text in the library
+    assert "  libs = -Xlinker=-L/torch/lib,-ltorch,-ltorch_cpu" in text
+    assert "  libs = -L/torch/lib -ltorch -ltorch_cpu" in ninja_text(build, None)
