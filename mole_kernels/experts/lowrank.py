@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleValueError, printable
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 
 
 def flatten(path: str) -> str:

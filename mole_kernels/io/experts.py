@@ -8,19 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleKeyError, MoleTypeError, MoleWarning, printable
+from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, MoleWarning, printable
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.checks import checked_alpha, checked_lowrank
 from mole_kernels.experts.format import FORMAT, bank_from_tensors
 from mole_kernels.experts.lowrank import Expert, LowRank, flatten
 from mole_kernels.experts.scales import scale_of
+from mole_kernels.experts.shared import store_once
 from mole_kernels.files.reader import PathLike, read_tensors
 from mole_kernels.io.adapter_config import AdapterConfig
 from mole_kernels.io.dialects.keys import parse_key, some_keys, unsupported
 from mole_kernels.io.dialects.paths import module_path
-from mole_kernels.io.foreign import convert_with_pipeline, needs_pipeline
+from mole_kernels.io.foreign import convert_with_pipeline, needs_pipeline, pipeline_of_file
 
 HALVES = {"down": "A (down)", "up": "B (up)"}
 
@@ -38,7 +40,8 @@ def load_expert(source: PathLike | Mapping[str, Tensor], *, pipeline: Any = None
     """An expert from a safetensors file or a mapping of tensors; the dialect is detected, nothing in the file is left out in silence.
 
     source    diffusers or PEFT keys of any age, kohya (SD 1.x, 2.x, SDXL), Mix-of-Show, or a single file of ours with one expert
-    pipeline  a diffusers pipeline or its class: files of other models go through its public `lora_state_dict`
+    pipeline  a diffusers pipeline or its class: files of other models go through its public `lora_state_dict`; "auto" tells the class
+              from the keys where they need one. Without it, kohya's names of such models stay flat and BFL's stay BFL's
     alpha     the alpha of a Mix-of-Show file, which does not hold it: its scale is alpha itself (default 1)
     Scale: alpha/R (kohya, PEFT), alpha/√R where PEFT's metadata says rsLoRA, 1 where there is no alpha.
     Raises MoleFileError, MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError; warns of alpha 0.
@@ -69,6 +72,8 @@ def expert_from_tensors(
         ):
             raise MoleTypeError(f"{where}, '{printable(key)}'", expected="a tensor under a str", got=type(tensor).__name__)
     refuse_unsupported(tensors, where)
+    if pipeline == "auto":
+        pipeline = pipeline_of_file(tensors, where)
     if pipeline is not None and needs_pipeline(pipeline):
         tensors = convert_with_pipeline(tensors, pipeline, where)
     layers = collect_layers(tensors, where)
@@ -80,7 +85,7 @@ def expert_from_tensors(
     zero = [path for path, layer in found.items() if layer.scale == 0]
     if zero:
         warnings.warn(f"{where}: alpha is 0 on {len(zero)} layers, which do nothing: {some_keys(zero)}", MoleWarning, stacklevel=3)
-    return Expert(found, dialect="+".join(sorted(dialects)), source=source, metadata=dict(metadata))
+    return Expert(store_once(found), dialect="+".join(sorted(dialects)), source=source, metadata=dict(metadata))
 
 
 def _only(bank: ExpertBank, where: str) -> Expert:
@@ -118,7 +123,7 @@ def collect_layers(tensors: Mapping[str, Any], where: str) -> list[LayerKeys]:
                 hint="keep one spelling of each layer",
             )
         layer.keys[half] = key
-        if half != "alpha":
+        if half in HALVES:
             layer.dialect = dialect
     if strangers:
         raise MoleKeyError(
@@ -136,7 +141,10 @@ def collect_layers(tensors: Mapping[str, Any], where: str) -> list[LayerKeys]:
 
 def layer_of(layer: LayerKeys, tensors: Mapping[str, Any], config: AdapterConfig, where: str, alpha: float | None) -> LowRank:
     at = f"{where}, {printable(layer.path)}"
-    pair = checked_lowrank(at, tensors[layer.keys["down"]].detach(), tensors[layer.keys["up"]].detach())
+    down = tensors[layer.keys["down"]].detach()
+    if "mid" in layer.keys:
+        down = _with_core(f"{at}, lora_mid", tensors[layer.keys["mid"]].detach(), down)
+    pair = checked_lowrank(at, down, tensors[layer.keys["up"]].detach())
     if "alpha" in layer.keys:
         if config:
             raise MoleKeyError(where, "has both alpha keys and PEFT metadata", hint="one of them must give the scale")
@@ -146,6 +154,17 @@ def layer_of(layer: LayerKeys, tensors: Mapping[str, Any], config: AdapterConfig
     else:
         scale = config.scale(layer.path, pair.rank, at)
     return LowRank(pair.down, pair.up, scale, pair.conv)
+
+
+def _with_core(where: str, mid: Tensor, down: Tensor) -> Tensor:
+    """A [R,K,kh,kw] of LoCon's three convolutions: 1×1 down [R,K,1,1], then a core mid [R,R,kh,kw]; the 1×1 up is B as ever."""
+    R = down.shape[0] if down.dim() else 0
+    if mid.dim() != 4 or tuple(mid.shape[:2]) != (R, R) or down.dim() not in (2, 4) or down.numel() != R * down.shape[1]:
+        raise MoleShapeError(where, expected="a core [R,R,kh,kw] behind A [R,K,1,1]", got=f"{list(mid.shape)} behind {list(down.shape)}")
+    if not mid.is_floating_point():
+        raise MoleTypeError(where, expected="a core of floating dtype", got=mid.dtype)
+    wide = torch.promote_types(mid.dtype, torch.float32)
+    return torch.einsum("rshw,sk->rkhw", mid.to(wide), down.flatten(1).to(wide)).to(down.dtype)
 
 
 def _hint(strangers: list[str]) -> str:

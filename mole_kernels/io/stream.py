@@ -92,6 +92,9 @@ def _size(layer: LayerKeys, entries: Mapping[str, Entry], where: str) -> Size:
     """Sizes of one layer from the header; what is wrong with them is found before anything is read."""
     down, up = entries[layer.keys["down"]], entries[layer.keys["up"]]
     shapes = [entry.shape[:2] if entry.shape[2:] == (1, 1) else entry.shape for entry in (down, up)]
+    if "mid" in layer.keys and len(shapes[0]) == 2:
+        mid = entries[layer.keys["mid"]].shape
+        shapes[0] = (*shapes[0], *mid[2:]) if len(mid) == 4 and mid[:2] == (shapes[0][0],) * 2 else mid
     if len(shapes[0]) == 4:
         shapes[0] = (shapes[0][0], math.prod(shapes[0][1:]))
     if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1] or 0 in (*shapes[0], *shapes[1]):

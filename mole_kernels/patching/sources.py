@@ -15,6 +15,7 @@ from mole_kernels.experts.lowrank import Expert
 from mole_kernels.gates.gate import Gate
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.experts import load_expert
+from mole_kernels.io.foreign import pipeline_for
 from mole_kernels.io.gates import GateFile, load_gates
 
 Path: TypeAlias = str | os.PathLike[str]
@@ -55,7 +56,7 @@ def read_expert(name: str, source: Source, model: object) -> Expert:
         return source
     if not isinstance(source, str | os.PathLike | Mapping):
         raise MoleTypeError(f"expert {name!r}", expected="a path, a mapping of tensors or an Expert", got=type(source).__name__)
-    pipeline = model if hasattr(model, "lora_state_dict") and not isinstance(model, nn.Module) else None
+    pipeline = model if hasattr(model, "lora_state_dict") and not isinstance(model, nn.Module) else pipeline_for(model)
     return load_expert(source, pipeline=pipeline)
 
 

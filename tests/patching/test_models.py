@@ -7,7 +7,6 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from mole_kernels.patching.apply import patch
 from mole_kernels.patching.plan import plan
 from mole_kernels.patching.targets import mole_targets, scan, sizes
 from tests.patching.conftest import State, make_expert
-from tests.patching.zoo import DENOISERS, ENCODERS, FULL, TARGETS, Model, full_size, randn
+from tests.patching.zoo import DENOISERS, ENCODERS, FULL, TARGETS, Model, full_size, pipeline_of, randn
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -73,33 +72,6 @@ def test_gates_of_every_kind_run(case: Model):
     assert len(maps) > 0.8 * len(handle.layers)
     assert all(m.token is not None and m.sample is not None and m.token.shape[-1] == 2 for m in maps.values())
     assert torch.equal(case.run(model), base)
-
-
-def pipeline_of(case: Model) -> Any:
-    """The pipeline class around the tiny denoiser and text encoders; what a patch does not look at is None."""
-    import inspect
-
-    import diffusers
-
-    cls = getattr(diffusers, case.pipeline)
-    encoders = {str(model): model for model in ENCODERS}
-    texts = {
-        "StableDiffusionXLPipeline": ("clip", "clip-projected"),
-        "StableDiffusion3Pipeline": ("clip-projected", "clip-projected", "t5"),
-        "FluxPipeline": ("clip", "t5"),
-        "Flux2Pipeline": ("qwen3",),
-        "QwenImagePipeline": ("qwen2.5-vl",),
-        "ZImagePipeline": ("qwen3",),
-        "WanPipeline": ("umt5",),
-    }.get(case.pipeline, ("clip",))
-    parts: dict[str, Any] = dict.fromkeys(
-        name for name, p in inspect.signature(cls.__init__).parameters.items() if p.default is p.empty and name != "self"
-    )
-    parts |= {f"text_encoder_{i + 1}" if i else "text_encoder": encoders[name].make() for i, name in enumerate(texts)}
-    parts["unet" if "unet" in parts else "transformer"] = case.make()
-    if case.pipeline.startswith("StableDiffusion"):
-        parts["scheduler"] = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
-    return cls(**parts, **({"requires_safety_checker": False} if case.pipeline == "StableDiffusionPipeline" else {}))
 
 
 @pytest.mark.parametrize("case", DENOISERS, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,6 +179,32 @@ ENCODERS = [
     ),
     Model("qwen3", "transformers", "Qwen3ForCausalLM", QWEN | {"head_dim": 6}, lambda m: m(WORDS), "Qwen3Config"),
 ]  # fmt: skip
+
+
+def pipeline_of(case: Model) -> Any:
+    """The pipeline class around the tiny denoiser and text encoders; what a patch does not look at is None."""
+    import diffusers
+
+    cls = getattr(diffusers, case.pipeline)
+    encoders = {str(model): model for model in ENCODERS}
+    texts = {
+        "StableDiffusionXLPipeline": ("clip", "clip-projected"),
+        "StableDiffusion3Pipeline": ("clip-projected", "clip-projected", "t5"),
+        "FluxPipeline": ("clip", "t5"),
+        "Flux2Pipeline": ("qwen3",),
+        "QwenImagePipeline": ("qwen2.5-vl",),
+        "ZImagePipeline": ("qwen3",),
+        "WanPipeline": ("umt5",),
+    }.get(case.pipeline, ("clip",))
+    parts: dict[str, Any] = dict.fromkeys(
+        name for name, p in inspect.signature(cls.__init__).parameters.items() if p.default is p.empty and name != "self"
+    )
+    parts |= {f"text_encoder_{i + 1}" if i else "text_encoder": encoders[name].make() for i, name in enumerate(texts)}
+    parts["unet" if "unet" in parts else "transformer"] = case.make()
+    if case.pipeline.startswith("StableDiffusion"):
+        parts["scheduler"] = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+    return cls(**parts, **({"requires_safety_checker": False} if case.pipeline == "StableDiffusionPipeline" else {}))
+
 
 # name in benchmarks/linear_shapes.json -> class and configuration; what is left out is the class's default
 FULL: dict[str, tuple[str, dict[str, Any]]] = {

@@ -22,6 +22,7 @@ ENDINGS: tuple[tuple[str, str, str], ...] = (
     ("_lora.up.weight", "up", "processor"),
     (".lora_down.weight", "down", "kohya"),
     (".lora_up.weight", "up", "kohya"),
+    (".lora_mid.weight", "mid", "kohya"),
     (".alpha", "alpha", ""),
 )
 
@@ -32,7 +33,13 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (r"\.lokr_", "LoKr"),
     (r"\.hada_", "LoHa"),
     (r"\.oft_", "OFT"),
-    (r"\.lora_mid\.", "a LoCon core (Tucker) tensor"),
+    (r"\.boft_", "BOFT"),
+    (r"\.ia3_|\.on_input\Z", "IA3"),
+    (r"\.vera_", "VeRA"),
+    (r"\.(?:a1|a2|b1|b2|bm1|bm2)\.weight\Z", "GLoRA"),
+    (r"\.scalar\Z", "a learned LyCORIS scalar"),
+    (r"\.bias_(?:indices|values|size)\Z", "a sparse bias difference"),
+    (r"\.(?:query|key)_norm\.scale\Z|\.norm_(?:added_)?[qk]\.weight\Z", "full weights of a norm"),
     (r"\.lora_embedding_", "an embedding LoRA"),
     (r"\.lora_[AB](\.[^.]+)?\.bias\Z", "a LoRA bias"),
     (r"[._]lora[._](down|up)\.bias\Z", "a LoRA bias"),
@@ -48,7 +55,7 @@ _UNSUPPORTED = tuple((re.compile(part), what) for part, what in UNSUPPORTED)
 
 
 class Part(NamedTuple):
-    """What a key says: `half` ("down", "up", "alpha") of `module`, spelled as the file spells it."""
+    """What a key says: `half` ("down", "up", "mid", "alpha") of `module`, spelled as the file spells it."""
 
     module: str
     half: str

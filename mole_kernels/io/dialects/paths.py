@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -9,7 +10,13 @@ from mole_kernels.experts.lowrank import flatten, split_component
 from mole_kernels.io.dialects import ldm
 
 # kohya's prefix -> the pipeline's component
-KOHYA_PREFIXES = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder"}
+KOHYA_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "lora_te_": "text_encoder",
+}
 
 # wrappers that tools put before the path
 WRAPPERS = ("base_model.model.",)
@@ -24,18 +31,23 @@ WORDS = (
     "attentions", "resnets", "downsamplers", "upsamplers", "attn1", "attn2", "ff", "net", "proj", "conv", "conv1", "conv2",
     "encoder", "layers", "mlp", "fc1", "fc2",
 )  # fmt: skip
-_TOKEN = re.compile("(" + "|".join(sorted((*ATOMS, *WORDS, r"\d+"), key=len, reverse=True)) + r")(?:_|\Z)")
+UNET_PARTS = (*ATOMS, *WORDS)
 
 # before PEFT, attention processors held the LoRA, under names of their own
 PROCESSOR = {"to_out": "to_out.0"}
 PROCESSOR_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-def unflatten(flat: str) -> str:
+@functools.cache
+def _token(parts: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("(" + "|".join(sorted((*parts, r"\d+"), key=len, reverse=True)) + r")(?:_|\Z)")
+
+
+def unflatten(flat: str, known: tuple[str, ...] = UNET_PARTS) -> str:
     """down_blocks_0_attentions_1_proj_in -> down_blocks.0.attentions.1.proj_in; a name with an unknown part stays flat."""
-    parts, position = [], 0
+    token, parts, position = _token(known), [], 0
     while position < len(flat):
-        match = _TOKEN.match(flat, position)
+        match = token.match(flat, position)
         if match is None:
             return flat
         parts.append(match.group(1))
