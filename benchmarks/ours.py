@@ -16,6 +16,7 @@ from torch import Tensor
 from mole_kernels.backends.select import BACKENDS
 from mole_kernels.dispatch import choose
 from mole_kernels.dispatch.work import Use
+from mole_kernels.errors import MoleBackendError
 from mole_kernels.problem import Problem
 
 BACKWARD_WAYS = ("persistent", "two_pass")
@@ -44,11 +45,18 @@ class Forced:
     @property
     def has_backward(self) -> bool:
         """A backward that takes this way by name."""
-        return self.way in BACKWARD_WAYS and "way" in inspect.signature(self.module.backward).parameters
+        named = getattr(self.module, "BACKWARD_WAYS", BACKWARD_WAYS)
+        return self.way in named and "way" in inspect.signature(self.module.backward).parameters
 
     def backward(self, *args: Any) -> tuple[Tensor, ...]:
         way = {"way": self.way} if self.has_backward else {"way": "persistent"} if interpreting() else {}
-        return self.module.backward(*args, **way, **small_tile())
+        try:
+            return self.module.backward(*args, **way, **small_tile())
+        except MoleBackendError:
+            # the way has a forward for this call and no dX (a sample gate, no tile): the dispatcher's choice
+            if not self.has_backward:
+                raise
+            return self.module.backward(*args, **small_tile())
 
 
 def small_tile() -> dict[str, Any]:

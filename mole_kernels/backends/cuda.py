@@ -1,7 +1,8 @@
-"""The operator by the compiled Hopper kernels (csrc/cuda/sm90): cluster, persistent, recompute. Forward in one launch.
+"""The operator by the compiled Hopper kernels (csrc/cuda/sm90): cluster, persistent, recompute. Forward in one launch, dX in one.
 
 Which way computes a call: `dispatch/choose.py` among these and Triton's ways; where one of Triton's wins, where a layout is none that
-TMA takes, and for the backward, the call goes on to the Triton backend (or, without Triton, to plain torch).
+TMA takes, and for a backward with a sample gate or without dX, the call goes on to the Triton backend (or, without Triton, to plain
+torch). The sums over tokens, the backward's second launch, are always Triton's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from mole_kernels.kernels.triton.workspace import flags
 from mole_kernels.problem import Problem
 
 name = "cuda"
+# of dX too
+BACKWARD_WAYS = WAYS
 
 
 @lru_cache(maxsize=1)
@@ -50,17 +53,16 @@ def reject(problem: Problem) -> str | None:
 @lru_cache(maxsize=4096)
 def _way(
     index: int | None, B: int, T: int, K: int, N: int, ranks: tuple[int, ...], S: int, dtype: torch.dtype, token: bool, sample: bool,
-    gate: tuple[bool, bool] | None, top_k: int, assigned: bool, save: bool,
+    gate: tuple[bool, bool] | None, top_k: int, assigned: bool, save: bool, backward: bool,
 ) -> str:  # fmt: skip
-    """What `choose` takes for a kind of call, of Triton's ways too; gate: whether the given one varies by sample, by token."""
+    """What `choose` takes for a call, or its backward, of Triton's ways too; gate: whether the given one varies by sample, by token."""
     problem = Problem(B, T, K, N, ranks, S, dtype, "cuda", token, sample, gate is not None, top_k, assigned)
     by_sample, by_token = gate or (False, False)
     device = devices.present(index)
-    names = CANDIDATES + HOPPER if triton.reject(problem) is None else ("stacked", *HOPPER)
-    names = tuple(
-        n for n in names if n not in HOPPER or not _plan(n.removeprefix("cuda_"), B, T, K, N, ranks, S, token, sample, assigned, index)[1]
-    )
-    return choose(problem, device, for_device(device), Use(False, save, by_token, by_sample), names).name
+    others, kind = triton.reject(problem) is None, (B, T, K, N, ranks, S, token, sample, assigned, backward, index)
+    able = [n for n in HOPPER if (others or not backward) and not _plan(n.removeprefix("cuda_"), *kind)[1]]
+    names = (*(CANDIDATES if others else ("stacked",)), *able)
+    return choose(problem, device, for_device(device), Use(backward, save, by_token, by_sample), names).name
 
 
 @lru_cache(maxsize=4096)
@@ -75,11 +77,12 @@ def _plan(
     token: bool,
     sample: bool,
     assigned: bool,
+    backward: bool,
     index: int | None,
 ) -> tuple[tuple[int, ...], str]:
     """The library's tile for a way, and the floats of z, floats of shares and counters that it needs; or the reason why it has none."""
     device = torch.cuda.current_device() if index is None else index
-    plan, reason = torch.ops.mole_cuda.sm90_plan(way, [B, T, K, N, sum(ranks), len(ranks), S], token, sample, assigned, device)
+    plan, reason = torch.ops.mole_cuda.sm90_plan(way, [B, T, K, N, sum(ranks), len(ranks), S], token, sample, assigned, backward, device)
     return tuple(plan), reason
 
 
@@ -99,13 +102,13 @@ def forward(
     chosen = way
     if chosen is None:
         varies = None if gate is None else (gate.shape[0] > 1, gate.shape[1] > 1)
-        chosen = _way(index, *kind, x.dtype, token, sample, varies, top_k if token else 0, assigned, save)
+        chosen = _way(index, *kind, x.dtype, token, sample, varies, top_k if token else 0, assigned, save, False)
         if chosen not in HOPPER:
             return _elsewhere(arguments, chosen)
         chosen = chosen.removeprefix("cuda_")
     elif chosen not in WAYS:
         raise MoleBackendError("backend 'cuda'", f"has no way {chosen!r}: {', '.join(WAYS)}")
-    plan, reason = _plan(chosen, *kind, token, sample, assigned, index)
+    plan, reason = _plan(chosen, *kind, token, sample, assigned, False, index)
     if not reason:
         *outputs, reason = _run(chosen, plan, arguments)
     if not reason:
@@ -158,9 +161,61 @@ def _elsewhere(arguments: Any, way: str | None) -> tuple[Tensor, ...]:
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: Tensor, ranks: tuple[int, ...], gate: Tensor | None,
     phi: Tensor | None, pool: Tensor | None, h: Tensor, token_gate: Tensor, sample_gate: Tensor, need: list[bool],
-    assignment: Tensor | None = None, top_k: int = 0,
+    assignment: Tensor | None = None, top_k: int = 0, way: str | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The nine gradients by Triton's two launches, or without Triton by plain torch: h, l and G are saved in the same form."""
-    refused = triton.reject(_problem(x, weight, down, ranks)) is not None
-    run = stacked.backward if refused else triton.backward
-    return run(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k)
+    """The nine gradients: dX by one of our launches, the sums over tokens by Triton's second; or all by Triton, or by plain torch.
+
+    `way` (cluster, persistent, recompute) overrides the choice of who makes dX; where nobody wants dX it says nothing.
+    Raises MoleBackendError where the way that was asked for by name cannot compute dX.
+    """
+    arguments = (dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k)
+    kind = (*x.shape, weight.shape[0], tuple(ranks), down.shape[0])
+    token, sample, assigned, index = phi is not None, pool is not None, assignment is not None, x.device.index
+    second = triton.reject(_problem(x, weight, down, ranks))
+    chosen = way
+    if not need[0] or (way is None and second is not None):
+        return _backward_elsewhere(arguments, None, second)
+    if chosen is None:
+        varies = None if gate is None else (gate.shape[0] > 1, gate.shape[1] > 1)
+        chosen = _way(index, *kind, x.dtype, token, sample, varies, top_k if token else 0, assigned, False, True)
+        if chosen not in HOPPER:
+            return _backward_elsewhere(arguments, chosen, second)
+        chosen = chosen.removeprefix("cuda_")
+    elif chosen not in WAYS:
+        raise MoleBackendError("backend 'cuda'", f"has no way {chosen!r}: {', '.join(WAYS)}")
+    plan, reason = _plan(chosen, *kind, token, sample, assigned, True, index)
+    reason = reason or second or ""
+    if not reason:
+        *first, reason = _run_dx(chosen, plan, arguments)
+    if not reason:
+        run: Any = triton.backward
+        return run(*arguments, first=tuple(first))
+    if way is not None:
+        raise MoleBackendError(f"backend 'cuda', dX by way {way!r}", reason, hint="way=None takes the best that fits")
+    return _backward_elsewhere(arguments, None, second)
+
+
+def _run_dx(way: str, plan: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One launch -> dX, dh [B,T,R] and shares of D [slices,B·T,E] (None where nobody wants them), and why it was refused ("")."""
+    dy, x, weight, down, up, scale, ranks, gate, phi, _, h, token_gate, _, need, assignment, top_k = arguments
+    B, T, _ = x.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    # `persistent` hands them over to its own tiles of dX
+    dh = x.new_empty(B, T, down.shape[1]) if need[1] or way == "persistent" else None
+    wanted = need[3] or (need[4] and gate is not None) or phi is not None
+    d = torch.empty(plan[7], B * T, len(ranks), dtype=torch.float32, device=x.device) if wanted else None
+    counters = flags(x.device, plan[10]) if plan[10] else None
+    scale, assignment = (t if t is None else t.contiguous() for t in (scale, assignment))
+    reason = torch.ops.mole_cuda.sm90_backward(
+        dy, weight, down, up, scale, ranks, gate, phi, assignment, top_k if phi is not None else 0, h.contiguous(),
+        token_gate if phi is not None else None, dx, dh, d, counters, way, plan[:4],
+    )  # fmt: skip
+    return dx, dh, d, reason
+
+
+def _backward_elsewhere(arguments: Any, way: str | None, refused: str | None) -> tuple[Tensor, ...]:
+    """The same backward by Triton, or where it refuses, by plain torch; way: of Triton's, None lets it choose."""
+    if refused is not None or way == "stacked":
+        return stacked.backward(*arguments)
+    run: Any = triton.backward
+    return run(*arguments, way=way)

@@ -164,14 +164,15 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: Tensor, ranks: tuple[int, ...],
     gate: Tensor | None, phi: Tensor | None, pool: Tensor | None, h: Tensor, token_gate: Tensor, sample_gate: Tensor,
-    need: list[bool], assignment: Tensor | None = None, top_k: int = 0, way: str | None = None, tile=None,
+    need: list[bool], assignment: Tensor | None = None, top_k: int = 0, way: str | None = None, tile=None, first=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The nine gradients; what nobody needs is empty. Deterministic: two runs are bit-equal.
 
-    `way` ("persistent", "two_pass", "stacked") and `tile` override the choice, which only dX leaves open.
+    `way` ("persistent", "two_pass", "stacked") and `tile` override the choice, which only dX leaves open. first: dX, dh and shares of D
+    where another kernel made them (kernels/triton/backward.py), so that only the sums over tokens are left.
     """
     empty = 0 in (x.numel(), weight.shape[0], down.shape[0], down.shape[1])
-    if way is None and not empty and need[0]:
+    if way is None and not empty and need[0] and first is None:
         way = way_of(x, weight, down, ranks, gate, phi, pool, False, True, assignment is not None, top_k)
     if empty or way == "stacked":
         return stacked.backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k)
@@ -183,4 +184,4 @@ def backward(
     f = _call(x, weight, None, down, up, scale, ranks, gate, phi, None, pool, None, assignment, top_k, False)
     f = replace(f, h=h.contiguous(), token_gate=token_gate, sample_gate=sample_gate)
     dy = _tame(dy)
-    return run(f, dy, Need(*need), tile or _tile(swapped(dy, f.w, f.down, f.up, f)), way != "two_pass")
+    return run(f, dy, Need(*need), tile or _tile(swapped(dy, f.w, f.down, f.up, f)), way != "two_pass", first)

@@ -107,17 +107,20 @@ def choose(
 def _predict(name: str, problem: Problem, device: Device, use: Use) -> float:
     if name not in HOPPER:
         return cost.predict(name, problem, device, use)
-    return inf if refusal(name, problem, use) else hopper.predict(name.removeprefix("cuda_"), work(problem, device, use))
+    if refusal(name, problem, use):
+        return inf
+    w = work(problem, device, use)
+    first = hopper.predict(name.removeprefix("cuda_"), w, problem.token_gate, use.backward)
+    # the sums over tokens are Triton's second launch
+    return first + cost.GAP + cost.sums(w) if use.backward else first
 
 
 def refusal(name: str, problem: Problem, use: Use) -> str | None:
     """Why a candidate cannot compute the call, or None."""
     if name in HOPPER:
-        if use.backward:
-            return "has no backward"
-        if name == "cuda_recompute" and problem.sample_gate:
+        if name == "cuda_recompute" and problem.sample_gate and not use.backward:
             return "the sample gate needs every token of a sample before the first output"
-        return sm90.impossible(problem)
+        return sm90.impossible(problem, use.backward)
     if name == "stacked":
         return None
     mask = problem.given_gate and use.by_token
@@ -130,7 +133,7 @@ def refusal(name: str, problem: Problem, use: Use) -> str | None:
 def launches(name: str, problem: Problem, use: Use) -> int:
     """Launches of one call, torch's included; of a backward, with the sums over tokens."""
     if name in HOPPER:
-        return 1
+        return 1 + use.backward
     if name == "stacked":
         return cost.small_launches(problem, use) + (5 if use.backward else 3)
     return LAUNCHES[name] + use.backward

@@ -11,6 +11,8 @@ from mole_kernels.kernels.sm90 import CLUSTERS, LOGITS, SHAPES
 # the latency of the second-level cache
 RAMP, EXCHANGE, FLAG, TICKET, SAMPLE = 3.0, 0.6, 0.8, 0.7, 1.0
 SHARED = 232_448
+# backward: columns that a copy of W brings at once; depth of the product that adds dlogit·Φ
+BOX, LOGIT_DEPTH = 32, 16
 # clusters of so many CTAs that are resident at once on 132 multiprocessors: some parts of the chip hold no whole number of them
 RESIDENT = {1: 132, 2: 66, 4: 32, 8: 16}
 
@@ -22,11 +24,12 @@ def tile_rate(rows: int, columns: int) -> float:
     return next((rate for least, rate in steps if area >= least), 0.5)
 
 
-def _stages(way: str, groups: int, columns: int, extra: int, z_columns: int, padded: int) -> int:
-    """Stages that fit in shared memory, at most six."""
+def _stages(way: str, groups: int, columns: int, extra: int, z_columns: int, padded: int, back: bool, parts: int) -> int:
+    """Stages that fit in shared memory, at most six. parts: shares of D of one row that lie there."""
     rows = 64 * groups
-    loaded = max(columns, extra) if way == "persistent" else columns + extra
-    rest = rows * columns * 2 + (rows * (z_columns * 2 + 16) if z_columns else 0) + rows * 17 * 4
+    wide = ceil(extra / BOX) * BOX if back else extra
+    loaded = max(columns, wide) if way == "persistent" else columns + wide
+    rest = rows * parts * 4 + rows * columns * 2 + (rows * (z_columns * 2 + 16) if z_columns else 0) + rows * 17 * 4
     rest += rows // 16 * extra * 4 + (padded + 3) // 4 * 16 + 256
     return min(6, (SHARED - rest) // ((rows + loaded) * 128))
 
@@ -35,22 +38,24 @@ def _resident(w: Work, cluster: int) -> int:
     return RESIDENT[cluster] * w.processors // 132
 
 
-def _tile(way: str, w: Work, groups: int, columns: int, extra: int, cluster: int) -> float:
+def _tile(way: str, w: Work, groups: int, columns: int, extra: int, cluster: int, back: bool, token: bool) -> float:
     """Microseconds of the whole launch with one tile, infinite where it cannot be."""
-    rows, slice_ = 64 * groups, extra - (LOGITS if w.token else 0)
+    rows, slice_ = 64 * groups, extra - (LOGITS if token and not back else 0)
     row_tiles, column_tiles = w.groups * ceil(w.span / rows), ceil(w.N / columns)
     slices = cluster if way == "cluster" else ceil(w.R / slice_)
     if way != "persistent" and slices * slice_ < w.R:
         return inf
     if (way == "recompute" and slices > 1) or (way == "cluster" and column_tiles < cluster):
         return inf
-    if _stages(way, groups, columns, extra, slices * slice_ if way == "cluster" else 0, slices * slice_ + LOGITS) < 3:
+    parts = cluster * w.E if back and token and way != "persistent" else 0
+    if _stages(way, groups, columns, extra, slices * slice_ if way == "cluster" else 0, slices * slice_ + LOGITS, back, parts) < 3:
         return inf
     clusters = row_tiles * ceil(column_tiles / cluster)
     if way == "cluster" and w.pooled and clusters > _resident(w, cluster):
         return inf
     stacked = 0 if way == "persistent" else extra
-    y = w.us(rows * ((columns + stacked) * w.K + columns * w.R), tile_rate(rows, columns))
+    inner = w.R + (LOGIT_DEPTH if back and token else 0)
+    y = w.us(rows * ((columns + stacked) * w.K + columns * inner), tile_rate(rows, columns))
     sample = SAMPLE if w.pooled else 0
     if way != "persistent":
         return RAMP + ceil(clusters / _resident(w, cluster)) * y + (EXCHANGE if cluster > 1 else 0) + sample
@@ -63,7 +68,11 @@ def _tile(way: str, w: Work, groups: int, columns: int, extra: int, cluster: int
     return RAMP + span + FLAG + TICKET + sample
 
 
-def predict(way: str, w: Work) -> float:
-    """Microseconds of cluster, persistent or recompute with its best tile; infinite where none fits."""
+def predict(way: str, w: Work, token: bool, back: bool = False) -> float:
+    """Microseconds of cluster, persistent or recompute with its best tile; infinite where none fits.
+
+    back: of its dX alone, the first launch of a backward, w in the swapped roles; token: there is a token gate
+    """
     clusters = CLUSTERS if way == "cluster" else (1,)
-    return min(_tile(way, w, groups, columns, extra, c) for groups, columns, extra in SHAPES[way] for c in clusters)
+    shapes = SHAPES[f"{way}_dx" if back else way]
+    return min(_tile(way, w, groups, columns, extra, c, back, token) for groups, columns, extra in shapes for c in clusters)

@@ -13,7 +13,7 @@ WAYS = ("cluster", "persistent", "recompute")
 CLUSTERS = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_EXPERTS, LOGITS = 16, 8
-# warp groups of 64 rows, columns of y, columns of h and logits
+# warp groups of 64 rows, columns of y, columns of h and logits; of dX (`_dx`) columns of dX, columns of V
 SHAPES = {
     "cluster": (
         (2, 128, 16), (2, 128, 24), (2, 128, 40), (2, 128, 72), (2, 160, 16), (2, 160, 24), (2, 160, 40), (2, 160, 72), (2, 192, 16),
@@ -26,11 +26,20 @@ SHAPES = {
     "recompute": (
         (2, 128, 24), (2, 128, 40), (2, 160, 24), (2, 160, 40), (2, 192, 24), (2, 192, 40), (1, 128, 24), (1, 128, 40),
     ),
+    "cluster_dx": (
+        (2, 128, 16), (2, 128, 32), (2, 160, 16), (2, 160, 32), (2, 160, 64), (2, 192, 16), (2, 192, 32), (1, 128, 16), (1, 128, 32),
+    ),
+    "persistent_dx": (
+        (2, 128, 128), (2, 160, 32), (2, 160, 128), (2, 192, 128), (2, 256, 32), (2, 256, 128), (1, 128, 32), (1, 128, 128),
+    ),
+    "recompute_dx": (
+        (2, 128, 16), (2, 128, 32), (2, 160, 16), (2, 160, 32), (2, 192, 16), (2, 192, 32), (1, 128, 32),
+    ),
 }  # fmt: skip
 
 
-def impossible(problem: Problem) -> str | None:
-    """Why none of the ways computes `problem` on a Hopper GPU, or None."""
+def impossible(problem: Problem, backward: bool = False) -> str | None:
+    """Why none of the ways computes `problem` on a Hopper GPU (backward: its dX), or None."""
     if problem.dtype not in DTYPES:
         return f"has no kernels for {problem.dtype}"
     if 0 in (problem.M, problem.K, problem.N, problem.R, problem.S):
@@ -40,6 +49,8 @@ def impossible(problem: Problem) -> str | None:
     for name, size in (("K", problem.K), ("N", problem.N), ("R", problem.R)):
         if size % 8:
             return f"{name} = {size} is no multiple of 8 (TMA)"
+    if backward and problem.sample_gate:
+        return "the sample gate's gradient needs every token of a sample before the first dX"
     most = LOGITS if problem.token_gate else MOST_EXPERTS
     if most < problem.E:
         return f"{problem.E} experts are more than the kernel's columns for their gates ({most})"

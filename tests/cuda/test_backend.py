@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mole_kernels.backends import cuda
+from mole_kernels.backends import cuda, stacked
 from mole_kernels.backends.select import BACKENDS, select
 from mole_kernels.dispatch.choose import CANDIDATES, HOPPER, candidates_of, choose
 from mole_kernels.dispatch.device import KNOWN
@@ -52,10 +52,35 @@ def test_it_comes_before_triton():
 class StandIn:
     """The library's two operators on CPU tensors: plans come from a table, y and the rest from the reference."""
 
+    def sm90_backward(self, dy, weight, down, up, scale, ranks, gate, phi, assignment, top_k, h, l, dx, dh, d, flags, way, tile):
+        """dX, dh and D in float64 and in two shares, sample by sample."""
+        self.calls.append((way, tuple(tile), dh, d, flags))
+        if self.refuse:
+            return self.refuse
+        owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+        gamma = scale.double().expand(*dy.shape[:2], -1)
+        gamma = gamma * (1 if gate is None else gate.double()) * (1 if l is None else l.double())
+        sets = [0 if len(down) == 1 else b for b in range(len(dy))] if assignment is None else assignment.tolist()
+        V = torch.stack([dy[b].double() @ up[s].double() * (s >= 0) for b, s in enumerate(sets)])
+        D = torch.zeros_like(gamma).index_add_(2, owner, V * h.double())
+        z, out = gamma[..., owner] * V, dy.double() @ weight.double()
+        out += torch.stack([z[b] @ down[s].double() for b, s in enumerate(sets)])
+        if phi is not None:
+            out += (gamma * D - l * ((gamma * D).sum(-1, keepdim=True) if top_k else gamma * D)) @ phi.double()
+        dx.copy_(out)
+        if dh is not None:
+            dh.copy_(z)
+        if d is not None:
+            d.zero_()
+            d[0], d[-1] = 0.25 * D.flatten(0, 1), d[0] + 0.75 * D.flatten(0, 1) if len(d) == 1 else 0.75 * D.flatten(0, 1)
+        return ""
+
     def __init__(self, refuse=""):
         self.refuse, self.calls = refuse, []
 
-    def sm90_plan(self, way, sizes, token, sample, assigned, device):
+    def sm90_plan(self, way, sizes, token, sample, assigned, backward, device):
+        if backward and sample:
+            return [], "the sample gate's gradient needs every token"
         if way == "recompute" and sample:
             return [], "the sample gate needs every token"
         return [2, 160, 24, 4, 4, 200_000, 128, 4, 0 if way == "cluster" else 7, 5 * sample, 11], ""
@@ -170,4 +195,76 @@ def test_the_dispatcher_takes_the_cluster_on_layers_of_one_wave():
 def test_candidates_of_hopper_alone():
     assert candidates_of(KNOWN["a100"]) == CANDIDATES and set(candidates_of(KNOWN["h200"])) == {*CANDIDATES, *HOPPER}
     backward = choose(hopper_problem(), KNOWN["h200"], None, Use(backward=True), candidates_of(KNOWN["h200"]))
-    assert all(backward.of(name).lost == "has no backward" for name in HOPPER) and len(HOPPER) == len(sm90.WAYS)
+    assert all(backward.of(name).launches == 2 for name in HOPPER) and len(HOPPER) == len(sm90.WAYS)
+    assert backward.of("cuda_cluster").possible and backward.of("cuda_recompute").lost == "no tile of it fits"
+    pooled = choose(hopper_problem(sample_gate=True), KNOWN["h200"], None, Use(backward=True), candidates_of(KNOWN["h200"]))
+    assert all("before the first dX" in pooled.of(name).lost for name in HOPPER)
+
+
+def gradients(case, need=9, dtype=torch.float16, **way):
+    """The nine gradients by the cuda backend, those wanted in float64 by autograd, and the backend's arguments."""
+    call = case.make(dtype)
+    dy = torch.randn(case.B, case.T, case.N, generator=torch.Generator().manual_seed(7)).to(dtype)
+    e, g = call.experts, call.gates
+    args = (call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias, True)
+    _, h, token, sample = stacked.forward(*args, e.assignment, g.top_k)
+    args = (dy, call.x, call.weight, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.pool, h, token, sample)
+    got = cuda.backward(*args, [i < need for i in range(9)], e.assignment, g.top_k, **way)
+    names = ("x", "down", "up", "scale", "gate", "phi", "phi_bias", "pool", "pool_bias")
+    return dict(zip(names, got)), call.truth_grads(dy)[0], args
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton's second launch on the CPU, with a small tile."""
+    from tests.kernels.support import SMALL
+
+    monkeypatch.setattr(cuda.triton, "reject", lambda problem: None)
+    run = cuda.triton.backward
+    monkeypatch.setattr(cuda.triton, "backward", lambda *args, **options: run(*args, **options, tile=SMALL))
+
+
+@pytest.mark.parametrize(
+    "way, case",
+    [
+        ("cluster", Case(gate="local+mask", ranks=(3, 5))),
+        ("persistent", Case(gate="top1+constant", ranks=(3, 5), S=2)),
+        ("persistent", Case(gate="none", S=-2, B=3)),
+        ("cluster", Case(gate="top2", ranks=(3, 5), S=-2, B=3)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_dx_by_one_launch_and_the_sums_by_tritons_second(stand_in, interpreted, way, case):
+    ops = stand_in()
+    got, truth, _ = gradients(case, way=way)
+    ((used, tile, dh, d, _),) = ops.calls
+    assert used == way and tile == (2, 160, 24, 4) and dh.shape == (case.B, case.T, case.R) and d.shape == (4, case.B * case.T, case.E)
+    for name, t in truth.items():
+        assert (got[name].double() - t).norm() <= 0.02 * t.norm(), name
+
+
+def test_only_what_is_wanted_is_made(stand_in, interpreted):
+    ops = stand_in()
+    gradients(Case(gate="none"), need=1, way="cluster")
+    ((_, _, dh, d, _),) = ops.calls
+    assert dh is None and d is None
+    # nobody wants dX: no launch of ours, whatever way was named
+    ops.calls.clear()
+    case = Case(gate="none")
+    args = gradients(case, need=1, way="cluster")[2]
+    ops.calls.clear()
+    cuda.backward(*args, [False, True, *[False] * 7], way="cluster")
+    assert not ops.calls
+
+
+def test_where_dx_goes_that_the_kernel_does_not_take(stand_in, interpreted, monkeypatch):
+    with pytest.raises(MoleBackendError, match="every token"):
+        stand_in()
+        gradients(Case(gate="pooled"), way="cluster")
+    ops = stand_in(refuse="dy has a stride of 67 elements")
+    with pytest.raises(MoleBackendError, match="stride of 67"):
+        gradients(Case(gate="local"), way="persistent")
+    ops.calls.clear()
+    monkeypatch.setattr(cuda, "_way", lambda *_: "cuda_cluster")
+    got, truth, _ = gradients(Case(gate="local"))
+    assert len(ops.calls) == 1 and (got["x"].double() - truth["x"]).norm() <= 0.02 * truth["x"].norm()

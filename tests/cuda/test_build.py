@@ -52,13 +52,21 @@ def test_every_kernel_is_there_and_none_spills():
 @built
 def test_the_operators_say_what_is_wrong_without_a_gpu():
     ops = torch.ops.mole_cuda
-    plan, reason = ops.sm90_plan("cluster", [1, 2048, 1280, 1280, 64, 2, 1], True, False, False, -1)
+    plan, reason = ops.sm90_plan("cluster", [1, 2048, 1280, 1280, 64, 2, 1], True, False, False, False, -1)
     assert plan[:4] == [2, 160, 16, 8] and not reason
+    for way in sm90.WAYS[:2]:
+        plan, reason = ops.sm90_plan(way, [1, 2048, 640, 1280, 64, 2, 1], True, False, False, True, -1)
+        assert tuple(plan[:3]) in sm90.SHAPES[f"{way}_dx"] and not reason
+    assert "before the first dX" in ops.sm90_plan("cluster", [1, 2048, 1280, 1280, 64, 2, 1], True, True, False, True, -1)[1]
     with pytest.raises(RuntimeError, match="expected way cluster, persistent or recompute, got merge"):
-        ops.sm90_plan("merge", [1, 2048, 1280, 1280, 64, 2, 1], True, False, False, -1)
+        ops.sm90_plan("merge", [1, 2048, 1280, 1280, 64, 2, 1], True, False, False, False, -1)
     x = torch.zeros(1, 8, 8, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="sm90_forward"):
         ops.sm90_forward(
             x, x[0], None, x, x, torch.ones(1), [8], None, None, None, None, None, None, 0, x, None, None, None, None, None, None,
             "cluster", [1, 128, 16, 2],
         )  # fmt: skip
+    with pytest.raises(NotImplementedError, match="sm90_backward"):
+        ops.sm90_backward(
+            x, x[0], x, x, torch.ones(1), [8], None, None, None, 0, None, None, x, None, None, None, "cluster", [1, 128, 16, 2]
+        )

@@ -3,6 +3,7 @@
 import random
 import shutil
 import subprocess
+from dataclasses import replace
 from math import ceil, inf
 from pathlib import Path
 
@@ -28,9 +29,9 @@ def program(tmp_path_factory):
     return out
 
 
-def ask(program, calls, every=False):
+def ask(program, calls, every=False, back=False):
     """[(way, Problem)] -> candidates of each: a reason, or groups, columns, extra, cluster, slice, slices, stages, shared, grid, us."""
-    lines = [f"{way} {p.B} {p.T} {p.K} {p.N} {p.R} {p.E} {p.S} {int(p.token_gate)} {int(p.sample_gate)}" for way, p in calls]
+    lines = [f"{way} {p.B} {p.T} {p.K} {p.N} {p.R} {p.E} {p.S} {int(p.token_gate)} {int(p.sample_gate)} {int(back)}" for way, p in calls]
     out = subprocess.run([program, *(["all"] * every)], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
     answers = []
     for block in out.split("end\n")[:-1]:
@@ -52,10 +53,12 @@ def some_problems(count):
 CALLS = [(way, p) for p in some_problems(150) for way in sm90.WAYS if not (way == "recompute" and p.sample_gate)]
 
 
-def test_the_dispatcher_predicts_what_the_library_chooses(program):
+@pytest.mark.parametrize("back", [False, True])
+def test_the_dispatcher_predicts_what_the_library_chooses(program, back):
     found = 0
-    for (way, p), (answer,) in zip(CALLS, ask(program, CALLS)):
-        predicted = hopper.predict(way, work(p, known("h200"), Use()))
+    calls = [(way, replace(p, sample_gate=p.sample_gate and not back)) for way, p in CALLS]
+    for (way, p), (answer,) in zip(calls, ask(program, calls, back=back)):
+        predicted = hopper.predict(way, work(p, known("h200"), Use(backward=back)), p.token_gate, back)
         if isinstance(answer, str):
             assert predicted == inf, (way, p, answer)
         else:
@@ -79,6 +82,33 @@ def test_every_candidate_fits_or_says_why(program):
             assert 1 <= grid <= 132 and grid % cluster == 0
             # a cluster that waits for a sample's gate waits for clusters that must all be there
             assert not (way == "cluster" and p.sample_gate) or grid == rows * ceil(ceil(p.N / columns) / cluster) * cluster
+
+
+def test_every_candidate_for_dx_fits_or_says_why(program):
+    fits = 0
+    for (way, p), answers in zip(CALLS, ask(program, CALLS, every=True, back=True)):
+        assert len(answers) == len(sm90.SHAPES[f"{way}_dx"]) * (3 if way == "cluster" else 1)
+        for answer in answers:
+            if not isinstance(answer, str):
+                _, _, extra, cluster, slice_, slices, stages, shared, grid, us = answer
+                assert slice_ == extra and slice_ * slices >= p.R and 3 <= stages <= 6 and shared <= SHARED
+                assert 1 <= grid <= 132 and grid % cluster == 0 and us > 0
+                fits += 1
+    assert fits > 2000
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(N=1284), "N = 1284 is no multiple of 8"),
+        (dict(K=1284), "K = 1284 is no multiple of 8"),
+        (dict(sample_gate=True), "every token of a sample before the first dX"),
+    ],
+)
+def test_what_is_refused_of_dx_by_the_layers_own_names(program, change, words):
+    sizes = dict(B=1, T=2048, K=1280, N=640, ranks=(16,), S=1, dtype=torch.bfloat16, device="cuda") | change
+    ((answer,),) = ask(program, [("cluster", Problem(**sizes))], back=True)
+    assert words in answer
 
 
 def test_a_wave_of_160_columns_for_1280(program):

@@ -1,6 +1,7 @@
-// The tile choice by itself, for tests: lines of "way B T K N R E S token pooled" in, for each the plan or the reason out.
+// The tile choice by itself, for tests: lines of "way B T K N R E S token pooled back" in, for each the plan or the reason out.
 #include <cstdio>
 #include <iostream>
+#include <utility>
 
 #include "../../csrc/cuda/sm90/tile.h"
 
@@ -10,7 +11,8 @@ int main(int argc, char**) {
   std::string name;
   int64_t B, T, S;
   Sizes s;
-  while (std::cin >> name >> B >> T >> s.K >> s.N >> s.R >> s.E >> S >> s.token >> s.pooled) {
+  while (std::cin >> name >> B >> T >> s.K >> s.N >> s.R >> s.E >> S >> s.token >> s.pooled >> s.back) {
+    if (s.back) std::swap(s.K, s.N);
     const bool alone = S > 1 || s.pooled;
     s.groups = alone ? B : 1, s.span = alone ? T : B * T;
     const Way way = name == "cluster" ? Way::cluster : name == "persistent" ? Way::persistent : Way::recompute;

@@ -51,16 +51,24 @@ def swapped(dy: Tensor, weight: Tensor, down: Tensor, up: Tensor, f: Fused) -> F
     return replace(f, x=dy, w=weight.mT, bias=None, down=up.mT, up=down.mT, phi_bias=None, pool_bias=None, save=False, backward=True)
 
 
-def backward(f: Fused, dy: Tensor, need: Need, tile: Tile, one_launch: bool = True) -> tuple[Tensor, ...]:
+First = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def backward(f: Fused, dy: Tensor, need: Need, tile: Tile, one_launch: bool = True, first: First | None = None) -> tuple[Tensor, ...]:
     """dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias; an empty tensor where not wanted.
 
-    f   the forward call with h [B,T,R], token_gate [B,T,E], sample_gate [B,E] as it left them
-    dy  [B,T,N] in any strides
+    f      the forward call with h [B,T,R], token_gate [B,T,E], sample_gate [B,E] as it left them
+    dy     [B,T,N] in any strides
+    first  of a call without a sample gate: dX [B,T,K], dh [B,T,R] in its dtype and shares of D [any,B·T,E] float32, the last two where
+           they are wanted, as another kernel made them; only the second launch is done here then
     """
     need = need.of(f)
     g = replace(swapped(dy, f.w, f.down, f.up, f), need_d=need.d(f), store_z=need.x or need.down)
     b: Buffers | None = None
-    if need.x and one_launch:
+    if first is not None:
+        dx, dh, d = (f.scale if t is None else t for t in first)
+        b = Buffers(dx, g.h, dh, g.token_gate, g.sample_gate, d, *(f.scale,) * 3)  # type: ignore[arg-type]
+    elif need.x and one_launch:
         b = persistent(g, tile)
     elif need.x or g.store_z or g.need_d:
         b = buffers(g, tile, tile.BS, y=need.x)
@@ -138,7 +146,7 @@ def _launch(
     o_given = at + (every * 2 * EP if gates else 0)
     n_given, CG, n_given_c, by_token = _given_jobs(f, CH, BT) if made["dgate"] else (0, BT, 1, False)
     total = o_given + (0 if by_token else n_given * n_given_c * EP)
-    absent = f.scale
+    absent, shares = f.scale, b.d.shape[0] if b and g.need_d else 1
     strides = g.strides() | dict(zip(("syb", "syt", "syn"), dy.stride())) | dict(zip(("sxb", "sxt", "sxk"), x.stride()))
     arguments = strides | out | small | dict(
         dy=dy, x=x, cols=expert_of_column(f.ranks, x.device), scale=f.scale, gate=absent if f.gate is None else f.gate,
@@ -148,7 +156,7 @@ def _launch(
         n_down=tiles["down"], n_up=tiles["up"], n_phi=tiles["phi"], n_pool=tiles["pool"],
         n_given=n_given, n_given_c=n_given_c, CG=CG, o_given=o_given, assignment=absent if f.assignment is None else f.assignment,
         o_up=slots["up"], o_phi=slots["phi"], o_pool=slots["pool"], o_gate=at,
-        B=f.B, T=f.T, span=f.span, CH=CH, n_c=n_c, n_g=f.groups, n_r=g.columns(tile)[1], S=S, M=f.M, N=f.N, K=f.K, R=f.R, E=E,
+        B=f.B, T=f.T, span=f.span, CH=CH, n_c=n_c, n_g=f.groups, n_r=shares, S=S, M=f.M, N=f.N, K=f.K, R=f.R, E=E,
         DOWN=made["ddown"], UP=made["dup"], PHI=made["dphi"], GATES=gates, DPOOL=made["dpool"], GIVEN=made["dgate"],
         S_MANY=many, ASSIGN=f.assignment is not None, TOKEN=f.phi is not None, SOFTMAX=f.top_k > 0, GATE=f.gate is not None,
         BY_TOKEN=by_token, POOL=f.pool is not None, PRECISION=f.precision, BT=BT, BC=BC, BR=BR, EP=EP,
