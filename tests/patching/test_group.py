@@ -13,15 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import mole_kernels as mk
-from mole_kernels.dispatch.device import KNOWN
 from mole_kernels.experts.lowrank import Expert, LowRank
-from mole_kernels.gates.gate import ConstantGate, MaskGate, MoLEGate, SampleGate
-from mole_kernels.gates.softmax import SoftmaxGate
-from mole_kernels.ops.group import beside, group_op
-from mole_kernels.patching import group_pack
+from mole_kernels.gates.gate import ConstantGate, MaskGate, SampleGate
+from mole_kernels.ops.group import beside
 from mole_kernels.patching.group import Group
 from mole_kernels.patching.grouped import Groups
-from mole_kernels.problem import Problem
 from tests.patching.conftest import State, make_expert
 
 K, N, B, T, E = 12, 8, 2, 5, 2
@@ -237,9 +233,13 @@ def test_changes_in_the_middle_of_a_forward_are_followed(name: str):
     t.check()
 
 
+def zero_the_first(x: Tensor) -> None:
+    x[0].zero_()
+
+
 INPUTS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "written in place": lambda x: x.mul_(3),
-    "written through a view": lambda x: None if x[0].zero_() is None else None,
+    "written through a view": zero_the_first,
     "another tensor": lambda x: x * 2,
     "a view of it": lambda x: x[..., :],
     "a detached alias, written": lambda x: x.detach().mul_(2),
@@ -306,30 +306,6 @@ def test_threads_do_not_take_from_each_other():
     assert not wrong and t.groups.report()["computed"] == 80
 
 
-# -- gradients ---------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gates", ["none", "mole", "learned"])
-def test_gradients_are_those_of_the_layers(gates: str):
-    t = Twins(GATES.get(gates, "constant"), same=True)
-    grads = []
-    for model, handle in zip(t.models, t.handles):
-        model.double()
-        handle.train_experts()
-        if gates != "none":
-            handle.train_gates()
-        x = t.x.double().requires_grad_()
-        (model(x) * draw(B, T, 3 * N + 4, seed=5)).sum().backward()
-        grads.append({"x": x.grad, **{n: p.grad for n, p in model.named_parameters()}})
-    assert t.groups.report()["computed"] == 1 and t.groups.report()["shared"] == 0
-    assert list(grads[0]) == list(grads[1])
-    for name, want in grads[0].items():
-        if want is None:
-            assert grads[1][name] is None, name
-        else:
-            torch.testing.assert_close(grads[1][name], want, msg=name)
-
-
 # -- weights -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +341,7 @@ def test_moved_weights_are_laid_side_by_side_again_but_not_for_ever():
     weights = [layer.weight for layer in t.handles[1].layers.values()]
     for i in range(10):
         dtype = (torch.float64, torch.float32)[i % 2]
-        t.both(lambda a, h: a.to(dtype))
+        t.both(lambda a, h, dtype=dtype: a.to(dtype))  # type: ignore[misc]
         t.x = t.x.to(dtype)
         t.check(int(i < 8))
         assert (beside(weights) is not None) == (i < 8)

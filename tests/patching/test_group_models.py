@@ -1,8 +1,8 @@
-"""Groups in the models of diffusers and transformers, with what these do to attentions; with the text cache; compiled; and the choice by cost."""
+"""Groups in the models of diffusers and transformers, with what these do to attentions; with the text cache; the choice by cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,7 @@ from mole_kernels.patching.grouped import Groups
 from mole_kernels.problem import Problem
 from tests.patching.conftest import TEXT_WIDTH, State, make_expert, run_unet, tiny_unet
 from tests.patching.peft_models import FAMILIES
-from tests.patching.test_compile import Counted
-from tests.patching.test_group import CHANGES, K, Twins, draw
+from tests.patching.test_group import CHANGES, GATES, B, K, N, T, Twins, draw
 
 
 def tiny_wan() -> Any:
@@ -97,7 +96,13 @@ def test_switched_on_by_one_argument_it_leaves_to_the_layers_what_a_cpu_does_bet
         report = handle.groups.report()
         assert report["computed"] == 0 and report["apart"] == {"on a CPU the zeros beside each layer's B cost more than its calls": 8}
         handle.groups.remove()
-        assert not any("group" in m.__dict__ or m._forward_hooks and m is not unet for m in unet.modules())
+        assert not any("group" in m.__dict__ or (m._forward_hooks and m is not unet) for m in unet.modules())
+
+
+def run_masked(unet: Any) -> Tensor:
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        return unet(draw(1, 4, 8, 6), torch.tensor([3]), draw(1, 5, TEXT_WIDTH), encoder_attention_mask=mask).sample
 
 
 def test_attention_masks_and_another_processor():
@@ -109,15 +114,9 @@ def test_attention_masks_and_another_processor():
         handle.groups.remove()
         if processor is not None:
             unet.set_attn_processor(processor)
-        mask = torch.tensor([[1, 1, 1, 0, 0]])
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return unet(draw(1, 4, 8, 6), torch.tensor([3]), draw(1, 5, TEXT_WIDTH), encoder_attention_mask=mask).sample
-
-        want = run()
+        want = run_masked(unet)
         groups = group(handle)
-        torch.testing.assert_close(run(), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run_masked(unet), want, rtol=1e-4, atol=1e-5)
         assert groups.report()["computed"] == len(groups) and groups.report()["wasted"] == 0
 
 
@@ -159,6 +158,27 @@ def test_fused_projections_and_groups_exclude_each_other():
     model.unfuse_qkv_projections()
     with mk.patch(model, {"a": everything}, group=True):
         torch.testing.assert_close(run(model), want)
+
+
+@pytest.mark.parametrize("gates", ["none", "mole", "learned"])
+def test_gradients_are_those_of_the_layers(gates: str):
+    t = Twins(GATES.get(gates, "constant"), same=True)
+    grads = []
+    for model, handle in zip(t.models, t.handles):
+        model.double()
+        handle.train_experts()
+        if gates != "none":
+            handle.train_gates()
+        x = t.x.double().requires_grad_()
+        (model(x) * draw(B, T, 3 * N + 4, seed=5)).sum().backward()
+        grads.append({"x": x.grad, **{n: p.grad for n, p in model.named_parameters()}})
+    assert t.groups.report()["computed"] == 1 and t.groups.report()["shared"] == 0
+    assert list(grads[0]) == list(grads[1])
+    for name, want in grads[0].items():
+        if want is None:
+            assert grads[1][name] is None, name
+        else:
+            torch.testing.assert_close(grads[1][name], want, msg=name)
 
 
 def test_gradient_checkpointing():
@@ -287,90 +307,6 @@ def test_grouped_and_cached_is_never_stale(name: str):
         else:
             CHANGES[name](attention, handle)
     check(), check()
-
-
-# -- compiled ----------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("family", ["flux", pytest.param("unet", marks=pytest.mark.slow)])
-def test_compiled_whole_in_one_graph(family: str, fresh: None):
-    make, run = MODELS[family]
-    model, counted = make(), Counted()
-    handle = mk.patch(model, {"a": make_expert(model, rank=3), "b": make_expert(model, seed=1)}, "mole")
-    groups = group(handle)
-    compiled = torch.compile(model, fullgraph=True, backend=counted)
-    changes: dict[int, Callable[[], object]] = {
-        0: lambda: None, 1: lambda: handle.set_scales({"a": 0.3}), 2: lambda: handle.swap("a", make_expert(model, rank=3, seed=8)),
-        3: lambda: handle.swap("a", make_expert(model, rank=1, seed=9)), 4: lambda: [p.detach().mul_(2) for p in handle.gate_parameters()],
-        # the graph holds the layers' own weights, wherever they lie
-        5: lambda: [setattr(m, "weight", nn.Parameter(m.weight * 2, requires_grad=False)) for m in handle.layers.values()],
-    }  # fmt: skip
-    seen: list[Tensor] = []
-    for change in changes.values():
-        change()
-        got = run(compiled)
-        torch.testing.assert_close(got, run(model), rtol=1e-4, atol=1e-4)
-        assert not any(torch.equal(got, one) for one in seen)
-        seen.append(got)
-    assert counted.graphs == 1 and counted.codes[0].count("gated_lora_group_fwd") >= len(groups)
-
-
-@pytest.mark.slow
-def test_compiled_by_inductor(fresh: None):
-    t = Twins("mole")
-    counted = Counted("inductor")
-    compiled = torch.compile(t.models[1], fullgraph=True, backend=counted)
-    for change in ("scale", "swap", "a weight written in place", "a weight replaced", "half and back", "scale of one layer"):
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(t.x), t.models[0](t.x))
-        t.both(CHANGES[change])
-    assert counted.graphs == 1 and "group_fwd" in counted.codes[0]
-
-
-def test_compiled_repeated_blocks_and_dynamic_shapes(fresh: None):
-    t = Twins("mole")
-    counted = Counted("aot_eager")
-    compiled = torch.compile(t.models[1], fullgraph=True, backend=counted)
-    with torch.no_grad():
-        for shape in ((2, 6), (3, 6), (5, 9)):
-            x = draw(*shape, K)
-            torch._dynamo.mark_dynamic(x, 0)
-            torch._dynamo.mark_dynamic(x, 1)
-            torch.testing.assert_close(compiled(x), t.models[0](x))
-    assert counted.graphs == 1 and "group_fwd" in counted.codes[0]
-
-
-def test_compiled_graphs_trust_only_known_processors(fresh: None):
-    """A graph counts no versions: an attention that might write into its input is compiled layer by layer."""
-    t = Twins()
-    next(iter(t.groups.groups.values())).always = False
-    for model in t.models:
-        model[0].between = lambda x: x.mul_(2)
-    counted = Counted()
-    compiled = torch.compile(t.models[1], fullgraph=True, backend=counted)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(t.x.clone()), t.models[0](t.x.clone()))
-    assert "group_fwd" not in counted.codes[0]
-
-
-def test_gradients_inside_a_compiled_graph_are_the_layers_own(fresh: None):
-    t = Twins()
-    counted = Counted("aot_eager")
-    compiled = torch.compile(t.models[1], fullgraph=True, backend=counted)
-    grads = []
-    for handle, run in zip(t.handles, (t.models[0], compiled)):
-        handle.train_experts()
-        run(t.x).square().sum().backward()
-        grads.append([p.grad for p in handle.expert_parameters()])
-    for got, want in zip(grads[1], grads[0]):
-        torch.testing.assert_close(got, want)
 
 
 # -- the operator, and the choice --------------------------------------------------------------------------------------------------------
