@@ -27,7 +27,7 @@ class Pool:
     """capacity sets [capacity,size] on a device, and every identity's vector [size] on the host (pinned where there is a GPU).
 
     evict  True: an identity that no sample of the batch needs makes room; False: a full pool refuses
-    Not for two threads at once.
+    Not for two threads at once: `Served` sees to that.
     """
 
     def __init__(self, capacity: int, size: int, dtype: torch.dtype, device: torch.device, *, evict: bool = True) -> None:

@@ -76,6 +76,8 @@ class Served:
 
     def __init__(self, handle: Handle, experts: Mapping[str, Expert], capacity: int, rank: int, evict: bool) -> None:
         self._handle = handle
+        # layers read the assignment of the one batch that runs
+        handle._turns.one_at_a_time = True
         layers = handle.layers
         self._layout = Layout.of({path: sizes(module) for path, module in layers.items()}, rank)
         first = self._experts(next(iter(layers)))
@@ -143,13 +145,15 @@ class Served:
         factors = match_held(held, self._handle._plan, name, expert, strict=True)
         vector = self._pool.empty_vector()
         self._layout.flatten(name, factors, vector)
-        self._pool.add(name, vector)
+        with self._handle.change():
+            self._pool.add(name, vector)
 
     def drop(self, name: str) -> None:
         """Forget an identity; samples that are still assigned to it read whatever comes into its place, so assign anew."""
         self._check_active("drop")
-        self._pool.drop(name)
-        self._route_to([], None)
+        with self._handle.change():
+            self._pool.drop(name)
+            self._route_to([], None)
 
     # -- batches --------------------------------------------------------------------------------------------------------------------
 
@@ -163,21 +167,24 @@ class Served:
         self._check_active("assign")
         if isinstance(names, str):
             raise MoleValueError("assign", expected="one name, or None, for each prompt in a list", got=repr(names))
-        self._place()
-        self._route_to(self._pool.take(list(names)), parts)
+        with self._handle.change():
+            self._place()
+            self._route_to(self._pool.take(list(names)), parts)
         return _Assigned(self)
 
     def prefetch(self, names: Sequence[str | None]) -> None:
         """Start bringing identities to the device for a batch to come; those of the current batch stay, and what finds no room waits."""
         self._check_active("prefetch")
-        self._place()
-        self._pool.prefetch(names)
+        with self._handle.change():
+            self._place()
+            self._pool.prefetch(names)
 
     def remove(self) -> None:
         """Take everything off: the model is bit for bit as before."""
         self._check_active("remove")
-        self._handle.remove()
-        self._unroute()
+        with self._handle.change():
+            self._handle.remove()
+            self._unroute()
 
     # -- inside ---------------------------------------------------------------------------------------------------------------------
 
@@ -209,12 +216,13 @@ class Served:
 
     def _route_to(self, sets: list[int], parts: int | None) -> None:
         """With no sets at all the layers are switched off: the base at its own speed, bit for bit."""
-        if sets:
-            self._handle.enable()
-        else:
-            self._handle.disable()
-        for route in self._routes.values():
-            route.assign(sets, parts)
+        with self._handle.change():
+            if sets:
+                self._handle.enable()
+            else:
+                self._handle.disable()
+            for route in self._routes.values():
+                route.assign(sets, parts)
 
     def _unroute(self) -> None:
         for route in self._routes.values():

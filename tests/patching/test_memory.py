@@ -274,7 +274,7 @@ def test_layerwise_casting_rounds_the_base_and_no_expert_to_8_bits(kind, storage
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_patched_model_moves_to_another_dtype(kind, dtype):
-    make, run = MODELS[kind]
+    make, _ = MODELS[kind]
     model, other = make(), make().to(dtype)
     torch.manual_seed(0)
     experts = {"a": make_expert(model), "b": make_expert(model, seed=1)}
