@@ -325,9 +325,10 @@ def builds() -> list[Build]:
         merge = dict(ASSIGN=True, GATE=True, PRECISION="ieee", BN=64, BK=64, BZ=64)
         out.append(Build("merge", "merge_kernel", merge, 8, 2, unit=("swk", "sdk", "sur", "sge"), arches=(arch,)))
         out += [_regional(arch, D) for D in (40, 64, 128, 160)]
+        BT, BC, BR = for_sums(64, torch.bfloat16, (arch // 10, arch % 10), False)
         sums = dict(DOWN=True, UP=True, PHI=True, GATES=True, DPOOL=True, GIVEN=False, BY_TOKEN=False,
                     S_MANY=False, ASSIGN=False, SOFTMAX=False, TOKEN=True, GATE=False, POOL=True, PRECISION="ieee",
-                    BT=64, BC=128, BR=64, EP=16)  # fmt: skip
+                    BT=BT, BC=BC, BR=BR, EP=16)  # fmt: skip
         unit = ("syn", "sxk", "sge")
         for kind, change in {
             "softmax": dict(SOFTMAX=True), "constant": dict(GATE=True, GIVEN=True), "sets": dict(S_MANY=True, ASSIGN=True),

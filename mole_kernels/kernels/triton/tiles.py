@@ -123,8 +123,8 @@ def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, 
     # without descriptors data-centre Blackwell holds the addresses in registers too
     pointers = capability[0] == 10 and backward and gates > 1 and not tile.tma
     BS = min(tile.BS, 32) if own and softmax else tile.BS
-    if PREFETCHES and not own:
-        BZ = min(BZ, 16 if backward else 32)
+    if PREFETCHES:
+        BZ = min(BZ, 16 if backward and capability != (8, 0) else 32)
     return replace(tile, BR=BR, BZ=BZ if own or pointers or PREFETCHES else tile.BZ, BN=BN, BX=BX, BS=BS)
 
 
@@ -169,11 +169,11 @@ def rows_of_h(tile: Tile, n_m: int, n_n: int, R: int, processors: int) -> Tile:
 def for_sums(R: int, dtype: torch.dtype, capability: tuple[int, int], busy: bool) -> tuple[int, int, int]:
     """Tokens of a step, columns of K or N and columns of h of one job of the sums over tokens.
 
-    busy: sets by assignment, or a given gate beside others; half as many columns where accumulators are in the threads' own registers,
-    and where Triton prefetches; with both, half as many tokens too
+    busy: sets by assignment, or a given gate beside others; half as many columns where accumulators are in the threads' own registers
+    or Triton prefetches. Where both hold, half as many columns of h as well, or when not busy half as many tokens
     """
     BT, BC, BR = (32, 32, 32) if dtype == torch.float32 else (64, 128, 64)
     own = capability[0] not in (9, 10)
     if PREFETCHES and own:
-        BT = 32
+        BT, BR = (BT, 32) if busy else (32, BR)
     return BT, min(BC, 64) if busy and (own or PREFETCHES) else BC, min(BR, next_power(R))
