@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness docs fuzz hf-kernels
+.PHONY: mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness docs fuzz hf-kernels wheel sdist sbom matrix
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
@@ -47,6 +47,22 @@ docs: $(STAMP)
 hf-kernels: $(STAMP)
 	$(BIN)/python python/tools/hf_kernels.py
 
+# a source distribution, from it a wheel with its true tag and its bill of materials, and both tried in an empty environment
+sdist: $(STAMP)
+	$(BIN)/python python/tools/wheels.py sdist
+
+wheel: sdist
+	$(BIN)/python python/tools/wheels.py build --source
+	$(BIN)/python python/tools/sbom.py
+	$(BIN)/python python/tools/wheels.py install
+
+sbom: $(STAMP)
+	$(BIN)/python python/tools/sbom.py
+
+# the oldest and the newest diffusers, PEFT and their kin that are promised (python/tools/matrix.py), each beside this torch
+matrix: $(STAMP)
+	$(BIN)/python python/tools/matrix.py
+
 # every bad input met once, and what came of it written into docs/robustness.md; the licences of what is installed into docs/licences.md
 robustness: $(STAMP)
 	$(BIN)/python python/tools/robustness.py
@@ -80,6 +96,22 @@ emulate-long: $(STAMP)
 	MOLE_EMULATE_SEEDS=$(SEEDS) $(BIN)/python -m pytest -n $(JOBS) tests/emulator
 	$(BIN)/python python/tools/emulate.py --jobs $(JOBS) --seeds $(SEEDS) $(if $(ONLY),--only $(ONLY))
 	$(BIN)/python python/tools/emulate.py --jobs $(JOBS) --seeds $(SEEDS) --flavour address $(if $(ONLY),--only $(ONLY))
+
+# the CPU operator under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.native.sanitized
+
+# clang-tidy over the native code; what it may not say, and why, is in .clang-tidy
+analyse: $(STAMP)
+	$(BIN)/python -m tests.native.analysed
+
+# the error of every backend and dtype against float64, and its plots, into docs/numerics.md
+numerics: $(STAMP)
+	$(BIN)/python python/tools/numerics.py
+
+# which lines of the package no test runs, into docs/coverage.md
+coverage: $(STAMP)
+	$(BIN)/python python/tools/coverage_report.py --run --jobs $(JOBS)
 
 # every fault planted in every backend, CUDA's in the emulator: which test notices it, into docs/kernels/mutants.md
 mutants: $(STAMP)
