@@ -96,7 +96,9 @@ class LayerExperts(nn.Module):
     def factor(self, name: str, sample: int = 0) -> LowRank:
         """One expert as it stands now (copies); its adapter weight is not part of it."""
         span = self.span(name)
-        down, up = self.down[sample, span].detach().clone(), self.up[sample, :, span].detach().clone()
+        # sharded ones (FSDP) are gathered, for which every rank must call
+        down, up = (getattr(t, "full_tensor", lambda t=t: t)() for t in (self.down.detach(), self.up.detach()))
+        down, up = down[sample, span].clone(), up[sample, :, span].clone()
         return LowRank(down, up, self.base_scale[self.index(name)].item())
 
     @torch.no_grad()

@@ -169,6 +169,16 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def reject_sharded(layer: nn.Module) -> str | None:
+    """Why a layer whose weight is a DTensor takes no experts, or None."""
+    if not isinstance(layer, nn.Linear):
+        return "its weight is a DTensor, which only linear layers may have"
+    # parallelize_module's mark; gathered for the forward (FSDP), later parameters would get no gradient of the other ranks
+    if not getattr(layer, "_distribute_module_applied", False):
+        return "its weight is sharded, and not by parallelize_module; patch first, then fully_shard"
+    return None
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself; of a DTensor the whole one, for which every rank must call."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]

@@ -14,7 +14,7 @@ from mole_kernels.experts.lowrank import COMPONENTS
 from mole_kernels.layers.attach import reject
 from mole_kernels.layers.conv import conv_sizes
 from mole_kernels.layers.linear import Gated
-from mole_kernels.layers.spread import compute_dtype
+from mole_kernels.layers.spread import compute_dtype, is_sharded, reject_sharded
 
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # the weight is read past the layer's own forward by these owners, so a patched forward would never run
@@ -110,6 +110,8 @@ def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str | Non
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is not a plain parameter"
+    if is_sharded(weight):
+        return reject(module) or reject_sharded(module)
     if type(weight) is not nn.Parameter or compute_dtype(module) not in _PLAIN_DTYPES:
         return f"its weight is stored as {type(weight).__name__}, {str(weight.dtype)[6:]}"
     return reject(module)

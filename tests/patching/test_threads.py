@@ -347,7 +347,7 @@ def test_an_assignment_waits_for_the_batch_that_runs(x):
 def test_copies_take_turns_of_their_own():
     model = Mlp()
     handle = mk.patch(model, two_experts(model))
-    twin, its_handle = copy.deepcopy((model, handle))
+    _, its_handle = copy.deepcopy((model, handle))
     with handle.hold():
         together(lambda: its_handle.set_scales({"a": 0.5}), lambda: its_handle.swap("b", make_expert(model, PATHS, seed=5)))
     assert its_handle._turns is not handle._turns
