@@ -17,6 +17,7 @@ from mole_kernels.files.reader import PICKLES, PathLike, read_header
 from mole_kernels.files.writer import atomic_save
 from mole_kernels.io.bank import load_bank, save_bank
 from mole_kernels.io.experts import load_expert
+from mole_kernels.io.foreign import is_foreign
 from mole_kernels.io.gates import OFFICIAL_MIDDLE, GateFile, load_gates, save_gates
 from mole_kernels.io.mix_of_show import load_mix_of_show
 from mole_kernels.io.save import save_expert
@@ -76,7 +77,9 @@ def convert(
             save_bank(_cast(bank, dtype), target, gates)
             return Converted({os.fsdecode(target): f"{len(bank)} experts" + (f", gates on {len(gates.layers)} layers" if gates else "")})
         return _expert(_pick(bank, expert, source), target, to, dtype, expert, sdxl)
-    return _expert(load_expert(source, alpha=alpha), target, to, dtype, expert, sdxl)
+    # kohya's and the model's own names need diffusers' converter only to become diffusers'
+    foreign = to == "diffusers" and is_foreign(read_header(source).entries)
+    return _expert(load_expert(source, alpha=alpha, pipeline="auto" if foreign else None), target, to, dtype, expert, sdxl)
 
 
 def _expert(found: Expert, target: PathLike, to: Dialect, dtype: torch.dtype | None, name: str | None, sdxl: bool | None) -> Converted:

@@ -10,7 +10,7 @@ import importlib
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from mole_kernels.errors import MoleKeyError, MoleTypeError, printable
 from mole_kernels.experts.checks import checked_alpha
 from mole_kernels.experts.lowrank import flatten
-from mole_kernels.io.dialects.families import FAMILIES, families, titles
+from mole_kernels.io.dialects.families import FAMILIES, UNETS, families, titles
 from mole_kernels.io.dialects.keys import parse_key, some_keys
 from mole_kernels.io.dialects.paths import unflatten
 
@@ -95,6 +95,13 @@ def pipeline_of_file(tensors: Mapping[str, Any], where: str) -> type | None:
         )  # fmt: skip
     (name,) = by_pipeline
     return getattr(importlib.import_module("diffusers"), name) if name else None
+
+
+def is_foreign(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of a known model that only a converter brings into diffusers' names."""
+    modules = {_bare(key if (part := parse_key(key)) is None else part.module): None for key in keys if FOREIGN.match(key)}
+    found = families(modules)
+    return bool(found) and not set(found) & UNETS
 
 
 def convert_with_pipeline(tensors: Mapping[str, Any], pipeline: Any, where: str) -> dict[str, Any]:

@@ -64,6 +64,12 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
     def _wide(self, images: Tensor) -> Tensor:
         """The convolution itself, and beside it the operator on z = [A x, Φ x]: what is left of it once A and Φ are convolutions."""
         base = nn.Conv2d.forward(self, images)
+        if spread.offloaded(self.experts):
+            with spread.loaded(self.experts, self.gate):
+                return self._beside(images, base)
+        return self._beside(images, base)
+
+    def _beside(self, images: Tensor, base: Tensor) -> Tensor:
         experts = self.experts.operands()
         gates = self.operands_of_gate()
         z, inner, logits = self._shrunk(images, experts, gates)

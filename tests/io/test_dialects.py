@@ -80,6 +80,12 @@ def test_kohya_text_encoders():
         assert list(expert.layers) == [f"{component}.text_model.encoder.layers.11.mlp.fc1"]
 
 
+def test_lycoris_prefix_is_the_modules_flat_name():
+    name = "lycoris_down_blocks_0_attentions_1_proj_in"
+    (path,) = load_expert({f"{name}.lora_down.weight": DOWN, f"{name}.lora_up.weight": UP, f"{name}.alpha": torch.tensor(1.0)}).layers
+    assert path == "down_blocks.0.attentions.1.proj_in"
+
+
 def test_unknown_flat_name_stays_flat():
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     expert = load_expert({f"{name}.lora_down.weight": DOWN, f"{name}.lora_up.weight": UP})

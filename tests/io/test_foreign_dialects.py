@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 from mole_kernels.errors import MoleKeyError, MoleShapeError
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.experts.shared import shared_down
+from mole_kernels.files.writer import atomic_save
 from mole_kernels.io import load_expert
+from mole_kernels.io.convert import convert
 from mole_kernels.io.dialects.families import families
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.plan import plan
@@ -248,6 +251,30 @@ def test_a_dialect_that_cannot_be_told_names_its_candidates():
     assert list(load_expert(one("lora_unet_mid_block_attentions_0_proj_in", 4, 4), pipeline="auto").layers) == [
         "unet.mid_block.attentions.0.proj_in"
     ]
+
+
+@pytest.mark.parametrize("name", ["kohya-flux1", "bfl-flux1", "xlabs-flux1", "kohya-flux2", "musubi-wan", "musubi-qwen"])
+def test_converted_file_to_file(name: str, tmp_path: Path):
+    """`mole-kernels convert --to diffusers` finds the converter from the keys; what it wrote is diffusers' dialect."""
+    file, layers = made(next(case for case in DIALECTS if case.id == name))
+    atomic_save(file, tmp_path / "in.safetensors")
+    convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "diffusers")
+    again = load_expert(tmp_path / "out.safetensors")
+    assert again.dialect == "diffusers" and {path.removeprefix("transformer.") for path in again.layers} == set(layers)
+    for path, layer in again.layers.items():
+        close(layer.delta(torch.float64), layers[path.removeprefix("transformer.")], path)
+
+
+def test_a_file_that_cannot_be_told_is_not_converted(tmp_path: Path):
+    """Z-Image's own names are Lumina 2's too; their widths differ."""
+    key = "lora_unet_layers_0_attention_qkv"
+    atomic_save(one(key, 96, 32), tmp_path / "in.safetensors")
+    with pytest.raises(MoleKeyError, match="Z-Image or Lumina 2 transformer"):
+        convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "diffusers")
+    assert not (tmp_path / "out.safetensors").exists()
+    atomic_save(one(key, 3 * 3840, 3840), tmp_path / "in.safetensors")
+    convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "diffusers")
+    assert sorted(load_expert(tmp_path / "out.safetensors").layers) == [f"transformer.layers.0.attention.to_{x}" for x in "kqv"]
 
 
 WRONG = {

@@ -176,6 +176,25 @@ def test_delta_is_the_convolutions_weight():
     torch.testing.assert_close(layer(x), merged(x), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["offloaded-then-attached", "attached-then-offloaded"])
+def test_sequential_offload(first: bool):
+    """accelerate keeps weights and experts on meta between calls."""
+    from accelerate import cpu_offload
+
+    case = BY_ID["3x3"]
+    x, experts, gate = torch.randn(1, K, 5, 5, dtype=torch.float64), experts_for(case.make()), gate_for("both", case.make())
+    want = attach(case.make(), copy.deepcopy(experts), copy.deepcopy(gate))(x)  # type: ignore[arg-type]
+    holder = nn.ModuleDict({"conv": case.make()})
+    if first:
+        cpu_offload(holder, torch.device("cpu"))
+    layer = attach(holder["conv"], experts, gate)  # type: ignore[arg-type]
+    if not first:
+        cpu_offload(holder, torch.device("cpu"))
+        assert layer.experts.down.is_meta
+    assert layer.weight.is_meta
+    torch.testing.assert_close(layer(x), want, rtol=0, atol=0)
+
+
 def test_a_compiled_layer_does_not_recompile_for_other_scales():
     layer = attach(BY_ID["3x3"].make().float(), experts_for(BY_ID["3x3"].make()).float())
     count = 0

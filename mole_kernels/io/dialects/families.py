@@ -35,13 +35,15 @@ FAMILIES: dict[str, Family] = {
     TEXT: Family("text encoder"),
 }
 
+UNETS = frozenset({UNET, SD1, SD2, SDXL})
+
 # a part of a flat name -> the families whose layers are called so; of one name the first that fits counts
 SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(?:down|up)_blocks_\d+_(?:attentions|resnets|(?:down|up)samplers)|mid_block_(?:attentions|resnets)", (UNET,)),
     (r"(?:input|output)_blocks_\d+_|middle_block_\d+_|label_emb_", (UNET,)),
     (r"single_transformer_blocks_\d+_attn_to_(?:qkv_mlp_proj|out)|_stream_modulation", (FLUX2,)),
     (r"(?:\A|_)transformer_blocks_\d+_ff(?:_context)?_linear_", (FLUX2,)),
-    (r"single_transformer_blocks_\d+_|(?:double|single)_blocks_\d+_(?:\w+_mod_lin|modulation_lin|processor_)(?:_|\Z)", (FLUX1,)),
+    (r"single_transformer_blocks_\d+_|(?:double|single)_blocks_\d+_(?:\w+_mod_lin|modulation_lin|processor)(?:_|\Z)", (FLUX1,)),
     (r"(?:double|single)_blocks_\d+_(?:(?:img|txt)_(?:mod_linear|mlp_fc)|modulation_linear)|individual_token_refiner", (HUNYUAN,)),
     (r"double_blocks_\d+_(?:img|txt)_mlp_[02]", (FLUX1, FLUX2)),
     (r"(?:double|single)_blocks_\d+_", (FLUX1, FLUX2, HUNYUAN)),

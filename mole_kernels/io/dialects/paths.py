@@ -18,6 +18,9 @@ KOHYA_PREFIXES = {
     "lora_te_": "text_encoder",
 }
 
+# LyCORIS used as a library puts this before the flat name of a module of whatever it wrapped
+LYCORIS = "lycoris_"
+
 # wrappers that tools put before the path
 WRAPPERS = ("base_model.model.",)
 
@@ -69,6 +72,8 @@ def module_path(module: str, dialect: str) -> tuple[str, str]:
     for prefix, component in KOHYA_PREFIXES.items():
         if module.startswith(prefix):
             return f"{component}.{unflatten(ldm.to_diffusers(module.removeprefix(prefix)))}", "kohya"
+    if module.startswith(LYCORIS):
+        return unflatten(ldm.to_diffusers(module.removeprefix(LYCORIS))), "kohya"
     for wrapper in WRAPPERS:
         module = module.removeprefix(wrapper)
     if dialect == "processor":
