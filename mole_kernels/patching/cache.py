@@ -17,7 +17,7 @@ from mole_kernels.gates.gate import ConstantGate, MaskGate, MoLEGate, SampleGate
 from mole_kernels.gates.schedule import ScheduleGate
 from mole_kernels.gates.softmax import ClusterGate, GivenGate, SoftmaxGate
 from mole_kernels.layers.linear import GatedLoRALinear
-from mole_kernels.ops.direct import unobserved
+from mole_kernels.ops.direct import PLAIN, unobserved
 from mole_kernels.patching.targets import roots
 from mole_kernels.precision import autocast_dtype
 
@@ -90,6 +90,8 @@ def _reject(layer: nn.Module) -> str | None:
         return "offload hooks move its weights"
     if "forward" in layer.__dict__:
         return "its forward has been replaced on the instance"
+    if any(type(t) not in PLAIN for t in layer.parameters()):
+        return "its tensors are sharded, or of another class of their own"
     return None
 
 
@@ -143,9 +145,10 @@ class TextCache:
         whole = self.check == "content" or (self.check == "sample" and x.is_cpu)
         version = _version(x)
         for known in self.known:
-            same = known.seen is x and known.version == version is not None
+            same = known.seen[0] is x and known.seen[1] == version is not None
             if (same and not whole) or (known.layout == _layout(x) and torch.equal(_bits(x), known.bits)):
-                known.seen, known.version = x, version
+                # at once, for another thread may do the same
+                known.seen = (x, version)
                 return known
         # the new one first; the oldest goes, and with it what every layer kept of it
         made = Known(x, version)
@@ -157,7 +160,7 @@ class Known:
     """A text that was seen: the tensor (held, so that no other comes to lie there), its version, and a copy of its bits."""
 
     def __init__(self, x: Tensor, version: int | None) -> None:
-        self.seen, self.version, self.layout = x, version, _layout(x)
+        self.seen, self.layout = (x, version), _layout(x)
         with torch.inference_mode(False), torch.no_grad():
             self.bits = _bits(x).clone()
 
@@ -186,6 +189,8 @@ class Forward:
 
     def __init__(self, cache: TextCache | None, owner: nn.Module | None, layer: nn.Module) -> None:
         self.cache, self.owner, self.layer = cache, owner, layer
+        # FSDP puts a Parameter of its own there for a forward, and writes into it without a trace
+        self.weight = None if cache is None else layer._parameters.get("weight")
         self.kept: WeakKeyDictionary[Known, Kept] = WeakKeyDictionary()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -223,6 +228,8 @@ class Forward:
             return "its attention calls another layer in its place (PEFT's, for one)"
         if type(layer) not in LAYERS:
             return f"it has become a {type(layer).__name__}"
+        if layer._parameters.get("weight") is not self.weight:
+            return "its weight is another Parameter than when the cache was opened"
         if gate is not None and type(gate) not in GATES:
             return f"its gate, {type(gate).__name__}, may depend on more than the text"
         if x.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -43,6 +43,8 @@ class Group:
 
     def __init__(self, owner: nn.Module | None, layers: Sequence[GatedLoRALinear], processors: Sequence[nn.Module], always: bool) -> None:
         self.layers, self.processors, self.always = list(layers), list(processors), always
+        # FSDP puts Parameters of its own there for a forward, whose memory is not ours to move
+        self.weights = [layer.weight for layer in self.layers]
         self.open: dict[int, Pending | str | None] = {}
         self.traced: list[Any] | None = None
         self.trusted = False
@@ -62,7 +64,7 @@ class Group:
             hook.remove()
         for layer in self.layers:
             layer.__dict__.pop("group", None)
-        self.layers, self.hooks, self.kept = [], [], None
+        self.layers, self.weights, self.hooks, self.kept = [], [], [], None
         self.open.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -161,6 +163,8 @@ class Group:
             return "its weights do not lie side by side, and a CUDA graph is being captured"
         if self.laid >= MOST_LAID:
             return f"its weights were moved {MOST_LAID} times"
+        if any(now is not then for now, then in zip(weights, self.weights)):
+            return "its weights are other Parameters than those that were grouped"
         if reason := group_weights.reject(weights):
             return reason
         self.laid += 1

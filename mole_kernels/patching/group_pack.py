@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mole_kernels.dispatch.choose import choose
+from mole_kernels import extension
+from mole_kernels.dispatch.choose import CANDIDATES, candidates_of, choose
 from mole_kernels.dispatch.cost import GAP
 from mole_kernels.dispatch.device import present
 from mole_kernels.dispatch.tables import for_device
@@ -144,12 +145,12 @@ def not_worth(whole: Problem, split: tuple[tuple[int, tuple[int, ...]], ...], in
         return None
     alone = [replace(whole, N=N, ranks=ranks) for N, ranks in split]
     device = present(index)
-    table = for_device(device)
+    table, names = for_device(device), candidates_of(device) if extension.has_sm90() else CANDIDATES
 
     def time(problem: Problem) -> float:
         total = 0.0
         for use in (Use(save=trains), Use(backward=True)) if trains else (Use(),):
-            found = choose(problem, device, table, use)
+            found = choose(problem, device, table, use, names)
             best = found.of(found.name)
             total += best.predicted if best.measured is None else best.measured  # type: ignore[operator]
         return total

@@ -37,9 +37,11 @@ class Groups:
             for path, owner, names, members in _candidates(model):
                 held = {name: m for name, m in zip(names, members) if id(m) in ours and id(m) not in taken}
                 if not held:
+                    if any(id(m._modules.get("base_layer")) in ours for m in members):
+                        self.skipped[_named(path, names)] = "PEFT's layers are called in their place"
                     continue
                 taken.update(map(id, held.values()))
-                where = f"{path}.({', '.join(held)})" if path else f"({', '.join(held)})"
+                where = _named(path, held)
                 if reason := _reject(list(held.values()), tied):
                     self.skipped[where] = reason
                     continue
@@ -97,6 +99,10 @@ def _families(owner: nn.Module) -> Iterator[tuple[tuple[str, ...], list[nn.Modul
     cross = getattr(owner, "is_cross_attention", False) is True
     for wanted in ((CROSS,) if cross else SELF) + ADDED:
         yield _present(owner, wanted)
+
+
+def _named(path: str, names: Iterable[str]) -> str:
+    return f"{path}.({', '.join(names)})" if path else f"({', '.join(names)})"
 
 
 def _present(owner: nn.Module, wanted: Iterable[str]) -> tuple[tuple[str, ...], list[nn.Module]]:

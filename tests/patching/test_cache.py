@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -322,11 +323,57 @@ def test_inference_mode_reuses_and_leaves_usable_tensors():
 def test_weights_made_in_inference_mode_stand_aside():
     s = Scene()
     with torch.inference_mode():
-        s.cross.to_k.weight = nn.Parameter(torch.randn(N, C), requires_grad=False)
+        down = s.cross.to_k.experts.down
+        s.cross.to_k.experts.down = nn.Parameter(torch.randn(*down.shape), requires_grad=False)
         s(), s()
-        s.cross.to_k.weight.mul_(2)
+        s.cross.to_k.experts.down.mul_(2)
         assert torch.equal(s(), s.fresh())
     assert any("inference_mode" in reason for reason in s.cache.report()["aside"])
+
+
+def test_a_parameter_that_others_put_there_for_a_forward_stands_aside():
+    """As FSDP does, which fills its own Parameter anew before each forward and hides the write from the version counter."""
+    s = Scene(check="versions")
+    s.warm()
+    s.cross.to_k._parameters["weight"] = nn.Parameter(torch.randn(N, C), requires_grad=False)
+    for _ in range(2):
+        assert torch.equal(s(), s.fresh())
+        s.cross.to_k.weight.data.mul_(2)
+    assert any("another Parameter" in reason for reason in s.cache.report()["aside"])
+
+
+def test_threads_do_not_mix_up_their_texts():
+    s = Scene()
+    texts = [torch.randn(2, 5, C, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    with torch.no_grad():
+        want = [torch.stack([type(layer).forward(layer, text) for layer in (s.cross.to_k, s.cross.to_v)]) for text in texts]
+    wrong: list[int] = []
+
+    def run(i: int) -> None:
+        for _ in range(30):
+            if not torch.equal(s(texts[i]), want[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and s.cache.reused > 0
+
+
+def test_hooks_around_a_layer_run_at_each_call():
+    s = Scene()
+    first = s.warm().clone()
+    calls = []
+    s.cross.to_k.register_forward_hook(lambda module, args, y: calls.append(1) or y * 2)
+    s.cross.to_v.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    for _ in range(2):
+        got = s()
+        assert torch.equal(got[0], first[0] * 2)
+        with torch.no_grad():
+            assert torch.equal(got[1], type(s.cross.to_v).forward(s.cross.to_v, s.text * 3))
+    assert len(calls) == 2
 
 
 def test_guidance_by_two_calls_keeps_both_texts_and_no_more_than_asked():

@@ -142,6 +142,17 @@ def test_ip_adapters_keep_their_own_projections():
     assert groups.report()["computed"] == len(groups) and groups.report()["wasted"] == 0
 
 
+def test_peft_layers_around_ours_stand_aside():
+    peft = pytest.importorskip("peft")
+    unet = tiny_unet()
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    with mk.patch(unet, {"a": make_expert(unet)}) as handle:
+        want = run_unet(unet)
+        groups = group(handle)
+        assert len(groups) == 0 and set(groups.skipped.values()) == {"PEFT's layers are called in their place"} and len(groups.skipped) == 8
+        assert torch.equal(run_unet(unet), want)
+
+
 def test_fused_projections_and_groups_exclude_each_other():
     make, run = MODELS["sd3"]
     model = make()
