@@ -114,7 +114,7 @@ PROGRAMS: list[Program] = [
             "way=cluster mask=2 b=3 t=33 sets=3 topk=2 ranks=8,3,5",
             "way=cluster wide=1 t=90 b=2 sets=4 assigned=1 topk=9 ranks=40,1,7,6,2,8,4,4",
             "way=cluster token=0 ranks=32,8 n=8 t=1 dtype=fp16",
-            "way=persistent groups=2 t=200 n=200 k=304 ranks=96,64",
+            "way=persistent groups=2 t=150 n=136 k=304 ranks=40,24",
             "way=persistent b=3 sets=3 t=150 topk=2 ranks=3,5,24",
             "way=persistent mask=2 dtype=fp16 ranks=1,3,4 narrow=1 k=104 b=2",
             "way=persistent b=3 sets=2 assigned=1 topk=2 ranks=5,11,8",
