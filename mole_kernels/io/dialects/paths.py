@@ -41,7 +41,7 @@ PROCESSOR = {"to_out": "to_out.0"}
 PROCESSOR_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def _token(parts: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("(" + "|".join(sorted((*parts, r"\d+"), key=len, reverse=True)) + r")(?:_|\Z)")
 
