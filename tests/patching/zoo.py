@@ -48,6 +48,10 @@ class Model:
 
     @torch.no_grad()
     def run(self, model: nn.Module) -> Tensor:
+        return self.answer(model)
+
+    def answer(self, model: nn.Module) -> Tensor:
+        """`run` with gradients."""
         out = self.call(model)
         for name in ("sample", "last_hidden_state", "logits"):
             if getattr(out, name, None) is not None:
