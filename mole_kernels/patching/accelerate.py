@@ -20,14 +20,21 @@ class AccelerateHandle:
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    _models: list[nn.Module] = field(default_factory=list, repr=False)
 
     def remove(self) -> None:
-        """Give every layer its PEFT class back; nothing else was ever changed."""
+        """Give every layer its PEFT class back, and every model its `set_adapters`; nothing else was ever changed."""
+        if not self.layers and not self._models:
+            return
+        from mole_kernels.patching.activate import uninstall
         from mole_kernels.patching.peft_forward import restore
 
         for layer in self.layers.values():
             restore(layer)
+        for model in self._models:
+            uninstall(model)
         self.layers.clear()
+        self._models.clear()
 
     def __repr__(self) -> str:
         return f"AccelerateHandle({len(self.layers)} layers accelerated, {len(self.skipped)} skipped)"
@@ -38,12 +45,15 @@ def accelerate(model: object) -> AccelerateHandle:
 
     model  an nn.Module, or a diffusers pipeline (all its components)
     Calling again is harmless, and needed after new layers came: adapters that target more layers, or an unload and a load.
+    A base layer that is quantised, hooked, trained or of a class of its own is called as it is, and the adapters are added to that.
     Calls that we cannot compute exactly go through PEFT's own forward; `status()` says how often and why.
+    `set_adapters` of a diffusers model then takes the time of the active adapters, not of all that are loaded.
 
     Raises MoleTypeError (neither module nor pipeline), MoleValueError (no PEFT layers in it), MoleStateError (PEFT is absent).
     """
     found = roots(model)
     try:
+        from mole_kernels.patching.activate import install
         from mole_kernels.patching.peft_forward import is_peft_layer, swap
     except ImportError as error:
         raise MoleStateError("accelerate", f"PEFT cannot be imported: {error}", hint="pip install peft") from error
@@ -57,6 +67,8 @@ def accelerate(model: object) -> AccelerateHandle:
                 handle.layers[path] = module
             else:
                 handle.skipped[path] = reason
+        if any(path == root or path.startswith(f"{root}.") or not root for path in handle.layers) and install(component):
+            handle._models.append(component)
     if not handle.layers and not handle.skipped:
         raise MoleValueError("accelerate", "there is no PEFT LoRA layer in this model", hint="load_lora_weights first, or use mk.patch")
     return handle
