@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness docs fuzz hf-kernels wheel sdist sbom matrix
+.PHONY: mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness endurance docs fuzz hf-kernels wheel sdist sbom matrix
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
@@ -73,6 +73,11 @@ fuzz: SECONDS ?= 60
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
 	MOLE_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/fuzz/test_machine.py
+
+# a thousand cycles of patch and remove, accelerate on and off, serve; what is left afterwards is printed, in docs/memory.md as measured
+CYCLES ?= 1000
+endurance: $(STAMP)
+	MOLE_ENDURANCE_CYCLES=$(CYCLES) $(BIN)/python -m pytest tests/robustness/test_leaks.py
 
 # diffusers' own LoRA tests with acceleration switched on; SOURCE is a checkout of diffusers
 diffusers-tests: $(STAMP)
