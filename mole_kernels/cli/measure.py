@@ -76,7 +76,8 @@ def programs(call: Call, names: list[str]) -> dict[str, Callable[[], list[Tensor
     rest = (dy, x, weight, down, up, scale, p.ranks, gate, phi, pool, h, token_gate, sample_gate, need)
     runs = {"plain": lambda: [dy @ weight]}
     for name in names:
-        runs[name] = lambda name=name: list(triton.backward(*rest, way=name))  # type: ignore[misc]
+        run, way = (cuda.backward if name in HOPPER else triton.backward), name.removeprefix("cuda_")
+        runs[name] = lambda run=run, way=way: list(run(*rest, way=way))  # type: ignore[misc]
     return runs
 
 

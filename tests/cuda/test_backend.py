@@ -7,8 +7,10 @@ import torch
 
 from mole_kernels.backends import cuda, stacked
 from mole_kernels.backends.select import BACKENDS, select
+from mole_kernels.cli.measure import error, programs
 from mole_kernels.dispatch.choose import CANDIDATES, HOPPER, candidates_of, choose
 from mole_kernels.dispatch.device import KNOWN
+from mole_kernels.dispatch.suite import Call
 from mole_kernels.dispatch.work import Use
 from mole_kernels.errors import MoleBackendError
 from mole_kernels.kernels import sm90
@@ -268,3 +270,11 @@ def test_where_dx_goes_that_the_kernel_does_not_take(stand_in, interpreted, monk
     monkeypatch.setattr(cuda, "_way", lambda *_: "cuda_cluster")
     got, truth, _ = gradients(Case(gate="local"))
     assert len(ops.calls) == 1 and (got["x"].double() - truth["x"]).norm() <= 0.02 * truth["x"].norm()
+
+
+def test_tune_measures_our_own_dx_under_our_name(stand_in, interpreted):
+    ops = stand_in()
+    problem = Problem(1, 15, 64, 48, (8, 8), 1, torch.float16, "cpu", token_gate=True)
+    runs = programs(Call("", problem, Use(backward=True)), ["stacked", "cuda_cluster"])
+    ours, truth = runs["cuda_cluster"](), [t.float() for t in runs["stacked"]()]
+    assert [call[0] for call in ops.calls] == ["cluster"] and error(ours, truth) < 0.02
