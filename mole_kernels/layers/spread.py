@@ -104,6 +104,16 @@ def offload_like(new: nn.Module, old: nn.Module) -> None:
             add_hook_to_module(new, AlignDevicesHook(one.execution_device, offload=True, offload_buffers=one.offload_buffers))
 
 
+def stay(module: nn.Module) -> None:
+    """Take accelerate's hook off a module that is to stay where it computes, and bring it there."""
+    if offloaded(module):
+        from accelerate.hooks import remove_hook_from_module
+
+        device = execution_device(module)
+        remove_hook_from_module(module)
+        module.to(device)
+
+
 def compute_dtype(layer: nn.Module) -> torch.dtype:
     """What the layer computes in: its weight's dtype, or what diffusers' layerwise casting makes of it for each forward."""
     hook = getattr(layer.__dict__.get("_diffusers_hook"), "hooks", {}).get("layerwise_casting")

@@ -10,9 +10,11 @@ from torch import nn
 from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.layers import spread
 from mole_kernels.layers.conv import conv_of
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.handle import Handle
+from mole_kernels.patching.offload import in_groups, regroup
 from mole_kernels.patching.plan import Targets, plan
 from mole_kernels.patching.sources import Source, read_expert
 from mole_kernels.patching.swap import match_held
@@ -201,6 +203,9 @@ class Served:
     def _place(self) -> None:
         """The layers' factors are views of the pool; made anew where `.to()` or a hook has given the layers tensors of their own."""
         pool = self._pool
+        for path in self._handle.layers:
+            # a hook would bring the whole pool with every call
+            spread.stay(self._experts(path))
         first = self._experts(next(iter(self._handle.layers))).down
         if first.untyped_storage().data_ptr() == pool.sets.untyped_storage().data_ptr():
             return
@@ -213,6 +218,7 @@ class Served:
                 experts.ranks = (self._layout.rank,)
                 experts.down, experts.up = nn.Parameter(down, requires_grad=False), nn.Parameter(up, requires_grad=False)
                 experts.route = next(route for name, route in self._routes.items() if name == "" or path.startswith(f"{name}."))
+        regroup(in_groups(self._handle._roots))
 
     def _route_to(self, sets: list[int], parts: int | None) -> None:
         """With no sets at all the layers are switched off: the base at its own speed, bit for bit."""

@@ -174,6 +174,27 @@ def test_experts_kept_on_the_disk_are_read_only(tmp_path):
         assert torch.equal(mlp(x), want)
 
 
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("order", ["hooks-first", "serve-first"])
+def test_an_offloaded_model_is_served(offload, order):
+    plain, unet = tiny_unet(), tiny_unet()
+    base = run_unet(unet, batch=2)
+    people = {name: make_expert(plain, seed=seed) for seed, name in enumerate("abc")}
+    there = mk.serve(plain, people, capacity=2)
+    if order == "hooks-first":
+        take_off = OFFLOADS[offload](unet)
+    served = mk.serve(unet, people, capacity=2)
+    if order == "serve-first":
+        take_off = OFFLOADS[offload](unet)
+    for names in (["a", "b"], ["c", None], ["b", "c"]):
+        there.assign(names), served.assign(names)
+        assert torch.equal(run_unet(unet, batch=2), run_unet(plain, batch=2))
+    served.remove()
+    assert torch.equal(run_unet(unet, batch=2), base)
+    take_off()
+    assert torch.equal(run_unet(unet, batch=2), base)
+
+
 class Elsewhere:
     """A second device as far as a CPU can pretend one: what comes to it is a copy, what leaves it is spoiled behind."""
 
