@@ -194,7 +194,8 @@ class Group:
             held[1][seat] = None
             return y
         layers = self.layers
-        if not self.trusted or _stands_aside(layers) or autocast_dtype(x.device.type) is not None:
+        # an exported program has copies of the weights, which do not lie side by side
+        if torch.compiler.is_exporting() or not self.trusted or _stands_aside(layers) or autocast_dtype(x.device.type) is not None:
             return None
         parts = [part_of(layer) for layer in layers]
         if refuse(parts) or _wants_gradient(parts, x) or any(layer.weight.dtype != x.dtype for layer in layers):

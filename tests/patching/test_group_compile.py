@@ -22,7 +22,8 @@ def fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("family", ["flux", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["flux", "unet"])
 def test_compiled_whole_in_one_graph(family: str, fresh: None):
     make, run = MODELS[family]
     model, counted = make(), Counted()
@@ -45,10 +46,10 @@ def test_compiled_whole_in_one_graph(family: str, fresh: None):
     assert counted.graphs == 1 and counted.codes[0].count("gated_lora_group_fwd") >= len(groups)
 
 
-@pytest.mark.slow
-def test_compiled_by_inductor(fresh: None):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_changes_recompile_nothing(backend: str, fresh: None):
     t = Twins("mole")
-    counted = Counted("inductor")
+    counted = Counted(backend)
     compiled = torch.compile(t.models[1], fullgraph=True, backend=counted)
     for change in ("scale", "swap", "a weight written in place", "a weight replaced", "half and back", "scale of one layer"):
         with torch.no_grad():
@@ -68,6 +69,16 @@ def test_compiled_repeated_blocks_and_dynamic_shapes(fresh: None):
             torch._dynamo.mark_dynamic(x, 1)
             torch.testing.assert_close(compiled(x), t.models[0](x))
     assert counted.graphs == 1 and "group_fwd" in counted.codes[0]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_layer_by_layer(strict: bool):
+    t = Twins("mole")
+    with torch.no_grad():
+        program = torch.export.export(t.models[1], (t.x,), strict=strict)
+        assert not any("group_fwd" in str(node.target) for node in program.graph.nodes)
+        torch.testing.assert_close(program.module()(t.x), t.models[0](t.x))
+    t.check(1)
 
 
 def test_compiled_graphs_trust_only_known_processors(fresh: None):
