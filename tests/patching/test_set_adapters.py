@@ -128,7 +128,7 @@ def test_only_the_adapters_that_change_are_touched():
     for i in range(6):
         pair.fast.add_adapter(lora_config(2), f"more{i}")
     pair.fast.set_adapters(["a", "b"], [1.0, 1.0])
-    layers = [m for m in pair.handle.layers.values()]
+    layers = list(pair.handle.layers.values())
     dictionaries = []
     # the first layer is looked at whole
     for layer in layers[1:]:
