@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not here, and read the result back: a table, and ratchets for a test.
 
-    python python/tools/aot.py                 # the whole table (minutes)
+    python python/tools/aot.py                 # the whole table (minutes); 1 where one fails or spills
     python python/tools/aot.py --arch 90 --only persistent --json out.json
 
 registers, spills (loads and stores of local memory), stack, shared memory, tensor-core and TMA instructions in the SASS, and the
@@ -358,7 +358,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", help="90, say; default: all")
     parser.add_argument("--only", default="", help="rows whose id and architecture (merge sm_90) match this regular expression")
@@ -373,8 +373,11 @@ def main() -> None:
                 print(table(rows[-1:]).splitlines()[1], flush=True)
     if options.json:
         options.json.write_text(json.dumps({"triton": triton.__version__, "rows": [asdict(r) for r in rows]}, indent=1))
+    bad = [f"{r.id} sm_{r.arch}: {r.error or f'{r.spills} loads and stores of spilled registers'}" for r in rows if r.error or r.spills]
+    print(f"{len(rows)} kernels by Triton {triton.__version__}; that fail or spill: {len(bad)}", *bad, sep="\n")
+    return bool(bad)
 
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
-    main()
+    raise SystemExit(main())
