@@ -69,8 +69,10 @@ Call::Call(const Tensor& x, const Tensor& weight, const Tensor& down, const Tens
   expect(up, "up", type, {S, N, R});
   expect(this->scale, "scale", wide_type, {E});
   if (phi) expect(*phi, "phi", type, {E, K});
+  // NOLINTNEXTLINE(bugprone-unchecked-optional-access): the member is made of the argument that is asked
   if (pool) expect(*this->pool, "pool", wide_type, {S, R});
   if (gate) {
+    // NOLINTNEXTLINE(bugprone-unchecked-optional-access): the same
     const Tensor& g = *this->gate.tensor;
     STD_TORCH_CHECK(g.dim() == 3 && (g.size(0) == 1 || g.size(0) == B) && (g.size(1) == 1 || g.size(1) == T) && g.size(2) == E,
                     "mole_cpu: expected gate [B|1,T|1,E]");

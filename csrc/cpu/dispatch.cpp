@@ -49,6 +49,7 @@ const Choice& choice() {
   static const Choice chosen = [] {
     Choice list[4];
     const int n = available(list);
+    // NOLINTNEXTLINE(concurrency-mt-unsafe): once in a process, under the lock of a static; nobody here writes the environment
     const char* wanted = std::getenv("MOLE_INSTRUCTION_SET");
     for (int i = 0; wanted && i < n; ++i)
       if (std::strcmp(list[i].name, wanted) == 0) return list[i];

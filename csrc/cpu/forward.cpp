@@ -39,8 +39,10 @@ void sample_gates(const Call& c, const W* sums, int64_t blocks, const W* bias, W
 // phi as operands [E,K] with k side by side
 const char* phi_operands(const Call& c, Tensor& keep) {
   const Kernels& k = c.k;
+  // NOLINTNEXTLINE(bugprone-unchecked-optional-access): called with a token gate alone
   if (k.element_size == k.operand_size && c.phi->stride(1) == 1 && c.phi->stride(0) == c.K) return static_cast<const char*>(data(c.phi));
   keep = empty({c.E, c.K}, k.operand_size == k.element_size ? c.type : c.wide_type);
+  // NOLINTNEXTLINE(bugprone-unchecked-optional-access): the same
   k.to_operand(data(c.phi), c.phi->stride(0), c.phi->stride(1), c.E, c.K, data(keep), c.K);
   return static_cast<const char*>(data(keep));
 }

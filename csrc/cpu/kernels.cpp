@@ -196,6 +196,7 @@ struct Of {
       for (int j = 0; j < R; ++j) {
         W s = 0, t = 0;
         for (int64_t q = p; q < k; ++q) s += to_wide(line[j][q]) * to_wide(one[q]), t += to_wide(line[j][q]) * to_wide(two[q]);
+        // NOLINTNEXTLINE(clang-analyzer-core.uninitialized.Assign): all of acc is zeroed above; the analyser does not follow lanes of vectors
         acc[2 * j][0] += s, acc[2 * j + 1][0] += t;
       }
     }
