@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,12 +34,14 @@ class Turns:
 
     def reset(self) -> None:
         """Nobody runs: at the start, and in a child process, where the parent's threads do not exist."""
-        self._free = threading.Condition()
+        self._lock = threading.RLock()
+        self._free = threading.Condition(self._lock)
         # thread -> how many forwards it is inside of, and how many times it holds the model still
-        self._inside: Counter[int] = Counter()
-        self._holding: Counter[int] = Counter()
+        self._inside: dict[int, int] = {}
+        self._holding: dict[int, int] = {}
         self._changing: int | None = None
-        self._depth = self._waiting = 0
+        # changes within one another, changes that wait, threads that sleep
+        self._depth = self._waiting = self._asleep = 0
 
     # -- forwards -------------------------------------------------------------------------------------------------------------------
 
@@ -78,20 +79,21 @@ class Turns:
         finally:
             self._leave(self._holding)
 
-    def _enter(self, where: Counter[int]) -> None:
+    def _enter(self, where: dict[int, int]) -> None:
         me = threading.get_ident()
-        with self._free:
+        with self._lock:
             while not self._may_run(me):
                 self._wait()
-            where[me] += 1
+            where[me] = where.get(me, 0) + 1
 
-    def _leave(self, where: Counter[int]) -> None:
+    def _leave(self, where: dict[int, int]) -> None:
         me = threading.get_ident()
-        with self._free:
+        with self._lock:
             # a forward that began before it was watched ends here without having entered
-            where[me] -= 1
-            if where[me] <= 0:
-                del where[me]
+            left = where.pop(me, 1) - 1
+            if left:
+                where[me] = left
+            elif self._asleep:
                 self._free.notify_all()
 
     def _may_run(self, me: int) -> bool:
@@ -108,7 +110,7 @@ class Turns:
     def change(self) -> Iterator[None]:
         """Wait for the other threads' forwards to end; theirs wait until the block has."""
         me = threading.get_ident()
-        with self._free:
+        with self._lock:
             own = [(table, table.pop(me)) for table in (self._inside, self._holding) if me in table]
             self._waiting += 1
             self._free.notify_all()
@@ -124,14 +126,19 @@ class Turns:
         try:
             yield
         finally:
-            with self._free:
+            with self._lock:
                 self._depth -= 1
                 if not self._depth:
                     self._changing = None
                 self._free.notify_all()
 
     def _wait(self) -> None:
-        if not self._free.wait(POLL):
+        self._asleep += 1
+        try:
+            woken = self._free.wait(POLL)
+        finally:
+            self._asleep -= 1
+        if not woken:
             # Ctrl-C in a forward, or a thread that ended in one, leaves no word
             frames = sys._current_frames()
             for thread in [t for t in self._inside if not self._runs(frames.get(t))]:
