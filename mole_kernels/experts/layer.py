@@ -106,7 +106,7 @@ class LayerExperts(nn.Module):
         """scale_e = base_scale_e · weight, for the experts named; the others keep theirs."""
         for name, weight in weights.items():
             if not finite(weight, torch.float32):
-                raise MoleValueError(f"weight of expert {name!r}", expected="a finite number that float32 holds", got=weight)
+                raise MoleValueError(f"weight of expert {name!r}", expected="a finite number", got=weight)
             self.index(name)
         for name, weight in weights.items():
             e = self.index(name)

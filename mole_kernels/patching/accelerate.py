@@ -53,22 +53,36 @@ def accelerate(model: object) -> AccelerateHandle:
     """
     found = roots(model)
     try:
-        from mole_kernels.patching.activate import install
+        from mole_kernels.patching.activate import install, uninstall
         from mole_kernels.patching.peft_forward import is_peft_layer, swap
     except ImportError as error:
         raise MoleStateError("accelerate", f"PEFT cannot be imported: {error}", hint="pip install peft") from error
     handle = AccelerateHandle()
-    for root, component in found.items():
-        for path, module in component.named_modules(prefix=root):
-            if not is_peft_layer(module):
-                continue
-            reason = swap(module)
-            if reason is None:
-                handle.layers[path] = module
-            else:
-                handle.skipped[path] = reason
-        if any(path == root or path.startswith(f"{root}.") or not root for path in handle.layers) and install(component):
-            handle._models.append(component)
-    if not handle.layers and not handle.skipped:
-        raise MoleValueError("accelerate", "there is no PEFT LoRA layer in this model", hint="load_lora_weights first, or use mk.patch")
-    return handle
+    layers = [m for component in found.values() for m in component.modules() if is_peft_layer(m)]
+    before = [(layer, type(layer), layer.__dict__.get("forward")) for layer in layers]
+    known = [id(component) for component in found.values() if "set_adapters" in component.__dict__]
+    try:
+        for root, component in found.items():
+            for path, module in component.named_modules(prefix=root):
+                if not is_peft_layer(module):
+                    continue
+                reason = swap(module)
+                if reason is None:
+                    handle.layers[path] = module
+                else:
+                    handle.skipped[path] = reason
+            if any(path == root or path.startswith(f"{root}.") or not root for path in handle.layers) and install(component):
+                handle._models.append(component)
+        if not handle.layers and not handle.skipped:
+            raise MoleValueError("accelerate", "there is no PEFT LoRA layer in this model", hint="load_lora_weights first, or use mk.patch")
+        return handle
+    # no layer is left accelerated that no handle knows
+    except BaseException:
+        for component in found.values():
+            if id(component) not in known:
+                uninstall(component)
+        for layer, cls, forward in before:
+            layer.__class__ = cls
+            if forward is not None:
+                layer.__dict__["forward"] = forward
+        raise

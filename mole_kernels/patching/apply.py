@@ -23,7 +23,7 @@ from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, PlannedLayer, Targets, plan
 from mole_kernels.patching.targets import roots
 from mole_kernels.patching.turns import Turns
-from mole_kernels.patching.undo import all_or_nothing
+from mole_kernels.patching.undo import Before
 
 
 def patch(
@@ -48,18 +48,21 @@ def patch(
     The other arguments and the errors are those of `plan`. The base weights of patched layers are frozen until `remove`.
     Experts and a file's gates come frozen, in the layer's dtype and on its device; fresh gates are trainable, in float32.
     """
-    made = plan(model, experts, gates, strict=strict, targets=targets, allow_large_rank=allow_large_rank)
-    handle = apply(made, scales=scales, backend=backend)
+    handle = None
     try:
+        handle = apply(
+            plan(model, experts, gates, strict=strict, targets=targets, allow_large_rank=allow_large_rank), scales=scales, backend=backend
+        )
         if group:
             handle.group()
         if cache_text:
             handle.cache_text()
-    # all or nothing: no half of what was asked for
+        return handle
+    # all or nothing: no half of what was asked for, and no patch whose handle nobody has
     except BaseException:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
         raise
-    return handle
 
 
 def apply(made: Plan, *, scales: Mapping[str, Scale] | None = None, backend: str = "auto") -> Handle:
@@ -80,7 +83,8 @@ def apply(made: Plan, *, scales: Mapping[str, Scale] | None = None, backend: str
     regrouped = in_groups(parts)
     # a block's router keeps what it said of the batch for the layers of the block
     turns = Turns(one_at_a_time=any(isinstance(one.gate, BlockGate) for one in patched))
-    with all_or_nothing([*(p.module for p in patched), *(module for module, _, _ in places), *parts]):
+    before = Before([*(p.module for p in patched), *(module for module, _, _ in places), *parts])
+    try:
         for one in patched:
             for name in one.flags:
                 one.module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
@@ -90,7 +94,11 @@ def apply(made: Plan, *, scales: Mapping[str, Scale] | None = None, backend: str
         handle = Handle(patched, made, places, parts, turns)
         handle.set_scales(scales or {})
         regroup(regrouped)
-    return handle
+        return handle
+    # Ctrl-C and running out of memory must not leave half a patch either
+    except BaseException:
+        before.restore()
+        raise
 
 
 def _used_roots(made: Plan) -> list[nn.Module]:

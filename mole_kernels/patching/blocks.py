@@ -40,7 +40,7 @@ def check_weight(name: str, given: object) -> None:
         number = math.inf
     # scales are kept in float32
     if not finite(number, torch.float32):
-        raise MoleValueError(where, expected="a finite number that float32 holds", got=number)
+        raise MoleValueError(where, expected="a finite number", got=number, hint="scales are kept in float32")
 
 
 def by_layer(name: str, blocks: Mapping[str, Any], model: object, paths: Iterable[str]) -> dict[str, float]:

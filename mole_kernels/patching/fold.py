@@ -45,15 +45,27 @@ class Folded:
 
     @torch.no_grad()
     def unfold(self) -> None:
-        """W as it was (see the module's text), experts on again. Refused where somebody wrote to what this depends on."""
+        """W as it was (see the module's text), experts on again; all or nothing. Refused where somebody wrote to what this depends on."""
         for one in self._layers:
             if _versions(one.module, one.kept is None) != one.versions:
                 what = "its weight was" if one.kept is not None else "its weight or its experts were"
                 raise MoleStateError("unfold", f"{one.path}: {what} written to while folded", hint="what is in the weight now is unknown")
-        for one in self._layers:
-            weight = _weight(one.module)
-            weight.copy_(_shifted(one.module, -1.0) if one.kept is None else one.kept)
-            one.module.experts_on = True
+        try:
+            for one in self._layers:
+                weight = _weight(one.module)
+                weight.copy_(_shifted(one.module, -1.0) if one.kept is None else one.kept)
+                one.module.experts_on = True
+        # back to folded, in the memory of one layer: the same sum of the same bits
+        except BaseException:
+            for one in self._layers:
+                weight = _weight(one.module)
+                if weight._version != one.versions[0]:
+                    if one.kept is not None:
+                        weight.copy_(one.kept)
+                    weight.copy_(_shifted(one.module, 1.0))
+                    one.versions = _versions(one.module, one.kept is None)
+                one.module.experts_on = False
+            raise
 
 
 @torch.no_grad()
@@ -91,13 +103,13 @@ def fold(model: object, patched: Iterable[Patched], *, keep: bool = True) -> Fol
             module.experts_on = False
             if not keep:
                 layer.kept = None
+        return Folded(done)
     # Ctrl-C and a full memory must not leave half of it either
     except BaseException:
         for layer in done:
             _weight(layer.module).copy_(_shifted(layer.module, -1.0) if layer.kept is None else layer.kept)
             layer.module.experts_on = True
         raise
-    return Folded(done)
 
 
 def reject(one: Patched, owners: dict[int, int]) -> str | None:

@@ -14,7 +14,7 @@ from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.io.bank import save_bank
 from mole_kernels.io.gates import GateFile, save_gates
 from mole_kernels.layers import spread
-from mole_kernels.layers.attach import detach, follows_class
+from mole_kernels.layers.attach import PLAIN_CLASS, detach, follows_class
 from mole_kernels.layers.linear import Gated
 from mole_kernels.patching import guards
 from mole_kernels.patching.blocks import Weight, by_layer, check_weight
@@ -167,12 +167,17 @@ class Handle:
         """
         self._check_active("set_scales")
         checked = check_weights(scales, self._names)
-        weights = {n: by_layer(n, s, self.model, self._patched) if isinstance(s, Mapping) else s for n, s in checked.items()}
+        weights = dict(self._weights)
+        weights |= {n: by_layer(n, s, self.model, self._patched) if isinstance(s, Mapping) else s for n, s in checked.items()}
         layers = {path: one.experts for path, one in self._patched.items()}
         with self._turns.change(), self._fetched(write=True, always=any(one.scale.is_meta for one in layers.values())):
-            self._scales.update(checked)
-            self._weights.update(weights)
-            self._writer.write(layers, self._weights)
+            try:
+                self._writer.write(layers, weights)
+                self._scales, self._weights = self._scales | checked, weights
+            # layers of one device may have been written, those of another not
+            except BaseException:
+                self._writer.write(layers, self._weights)
+                raise
 
     def swap(self, name: str, source: Source, *, strict: bool = True) -> None:
         """Replace one expert by another, all or nothing; its adapter weight and gate rows stay.
@@ -190,10 +195,9 @@ class Handle:
         with self._turns.change():
             before = [one.experts for one in self._patched.values()]
             with self._fetched(write=True):
-                expert = swap_expert(self._patched, self._plan, name, expert, strict, self._weights)
-            self._plan.experts = {**self._plan.experts, name: expert}
-            # it has staged the old base scales
-            self._writer = ScaleWriter(self._names)
+                # the old one has staged the old base scales
+                self._writer = ScaleWriter(self._names)
+                swap_expert(self._patched, self._plan, name, expert, strict, self._weights)
             anew = [(one.experts, old) for one, old in zip(self._patched.values(), before) if one.experts is not old]
             for new, old in anew:
                 if spread.offloaded(old):
@@ -344,6 +348,11 @@ class Handle:
             raise MoleStateError(
                 "Handle.remove", f"{path} no longer holds the experts of this patch", hint="remove the other patch of this layer first"
             )  # fmt: skip
+        if type(one.module) not in PLAIN_CLASS:
+            raise MoleStateError(
+                "Handle.remove", f"{path} has become a {type(one.module).__name__}, which cannot be undone",
+                hint="fully_shard the blocks that hold the layers, not the layers themselves",
+            )  # fmt: skip
         found = one.module.__dict__.get("forward")
         # a text cache follows the class
         if found is not None and not isinstance(found, Forward) and not follows_class(one.module):
@@ -357,8 +366,13 @@ class Handle:
         modules = list(self.layers.values())
         before = [bool(module.experts_on) for module in modules]
         with self._turns.change():
-            for module in modules:
-                module.experts_on = on  # type: ignore[assignment]
+            try:
+                for module in modules:
+                    module.experts_on = on  # type: ignore[assignment]
+            except BaseException:
+                for module, was in zip(modules, before):
+                    module.experts_on = was  # type: ignore[assignment]
+                raise
         return Switch(modules, before, self._turns)
 
     @contextmanager

@@ -25,7 +25,7 @@ from mole_kernels.patching.undo import all_or_nothing
 def swap_expert(
     patched: Mapping[str, Patched], made: Plan, name: str, source: Source, strict: bool, weights: Mapping[str, Weight]
 ) -> Expert:
-    """Write the expert read from `source` into the place of `name`; returns it. Raises before anything changed.
+    """Write the expert read from `source` into the place of `name`, and into the plan; returns it. Whatever it raises, nothing has changed.
 
     weights  the adapter weights, which stay
     """
@@ -42,19 +42,24 @@ def swap_expert(
             for one in in_place
             for target, value in zip(_places(one, name), _stage(one, name, factors.get(one.path), weight_at(weights[name], one.path)))
         ]
+        known, books = made.experts, [(one, one.experts, one.ranks) for one in held]
         with all_or_nothing([one.module for one in held]):
             try:
                 for target, value, _ in writes:
                     target.copy_(value)
                 for one in larger:
                     one.module.experts = repacked[one.path]
+                for one in held:
+                    one.experts = repacked.get(one.path, one.experts)
+                    one.ranks = one.ranks | {name: factors[one.path].rank if one.path in factors else 0}
+                made.experts = {**made.experts, name: expert}
             except BaseException:
+                made.experts = known
+                for one, experts, ranks in books:
+                    one.experts, one.ranks = experts, ranks
                 for target, _, old in writes:
                     target.copy_(old)
                 raise
-    for one in held:
-        one.experts = repacked.get(one.path, one.experts)
-        one.ranks[name] = factors[one.path].rank if one.path in factors else 0
     return expert
 
 

@@ -16,14 +16,24 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     Objects are put back, not values: writes into tensors are the block's own to undo.
     """
-    before = [_Snapshot(module) for module in modules]
+    before = Before(modules)
     try:
         yield
     # Ctrl-C and running out of memory must not leave half a patch either
     except BaseException:
-        for snapshot in before:
-            snapshot.restore()
+        before.restore()
         raise
+
+
+class Before:
+    """`all_or_nothing` by hand, where the caller returns something that must not be lost to a Ctrl-C at the end of a `with`."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._snapshots = [_Snapshot(module) for module in modules]
+
+    def restore(self) -> None:
+        for snapshot in self._snapshots:
+            snapshot.restore()
 
 
 # parameters, buffers, children, hooks: the dicts that torch itself keeps on every module

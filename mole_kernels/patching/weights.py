@@ -31,8 +31,9 @@ class ScaleWriter:
         bases = [cast(Tensor, layer._buffers["base_scale"]) for layer in layers.values()]
         # `.to()` and a swap give the layers other buffers: then what is staged is out of date
         if len(bases) != len(self._bases) or any(now is not then for now, then in zip(bases, self._bases)):
-            self._bases = bases
+            # in this order: a failure in between must not leave old groups for new layers
             self._groups = self._grouped(layers)
+            self._bases = bases
         everywhere = all(not isinstance(weights[name], Mapping) for name in self._names)
         if everywhere:
             self._weights.copy_(torch.tensor([weights[name] for name in self._names]))
