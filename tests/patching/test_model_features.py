@@ -1,4 +1,4 @@
-"""What else every model has: PEFT layers accelerated, offload, training, every sample its own expert, save and load, fold."""
+"""What else every model has: PEFT layers accelerated, offload, training, every sample its own expert, save and load, compiled, fold."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mole_kernels.patching.apply import patch
 from mole_kernels.patching.targets import scan
 from mole_kernels.serving.serve import serve
 from tests.patching.conftest import State, make_expert
+from tests.patching.test_compile import Counted
 from tests.patching.zoo import DENOISERS, ENCODERS, Model
 
 pytest.importorskip("diffusers")
@@ -134,6 +135,26 @@ def test_saved_and_patched_again(case: Model, tmp_path: Path):
         handle.save(tmp_path / "mixture.safetensors")
     with patch(model, tmp_path / "mixture.safetensors"):
         assert torch.equal(case.run(model), want)
+
+
+BLOCKS = {str(case): case for case in DENOISERS if case.cls != "SD3Transformer2DModel"}
+
+
+# SD3 names no blocks that repeat; sd15 and flux1 are in test_compile.py
+@pytest.mark.parametrize("name", ["wan", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "flux2", "qwen-image", "z-image"))])
+def test_repeated_blocks_compile_once(name: str):
+    """`compile_repeated_blocks(fullgraph=True)`: other scales make no other graph."""
+    case = BLOCKS[name]
+    model = case.make()
+    handle = patch(model, {"e": make_expert(model, attention(model))})
+    want, counted = case.run(model), Counted()
+    model.compile_repeated_blocks(fullgraph=True, backend=counted)  # type: ignore[operator]
+    got, first = case.run(model), counted.graphs
+    assert first and (got - want).norm() <= 1e-6 * want.norm()
+    for scale in (0.5, 0.0):
+        handle.set_scales({"e": scale})
+        assert not torch.equal(case.run(model), got)
+    assert counted.graphs == first
 
 
 @pytest.mark.parametrize("case", DENOISERS, ids=str)
