@@ -33,8 +33,13 @@ from mole_kernels.problem import Problem
 
 RESULTS = Path(__file__).with_name("results")
 TEXT, WORDS = 2048, 77
-# width and tokens of SDXL's two kinds of blocks at 1024²
-BLOCKS = {"sdxl-640": (640, 4096), "sdxl-1280": (1280, 1024)}
+# width and tokens of SDXL's two kinds of blocks, for pictures of 1024² and 512²
+BLOCKS = {
+    "sdxl-1280-at-1024": (1280, 1024),
+    "sdxl-640-at-512": (640, 1024),
+    "sdxl-1280-at-512": (1280, 256),
+    "sdxl-640-at-1024": (640, 4096),
+}
 
 
 def block(width: int, dtype: torch.dtype) -> nn.Module:
@@ -118,7 +123,7 @@ def measured(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for name in BLOCKS:
         for dtype in (torch.float32, torch.bfloat16):
-            budget = Budget(options.seconds, options.rounds, options.rounds)
+            budget = Budget(options.seconds, options.rounds, 2 * options.rounds)
 
             def elapsed(run: Callable[[], object], clock: Callable[[], float] = budget.clock) -> float:
                 begin = clock()
@@ -137,12 +142,16 @@ def measured(options: argparse.Namespace) -> None:
                 apart = said.get(method, {}).get("apart", "")
                 print(f"    {method:34} p20 {r[0]:.3f}  p50 {r[1]:.3f}  p80 {r[2]:.3f}  {apart}", flush=True)
             print(f"    GEGLU: activation ÷ product {parts['activation'][1] / parts['product'][1]:.3f}", flush=True)
-    if options.write:
-        folder = RESULTS / slug(processor())
-        folder.mkdir(parents=True, exist_ok=True)
-        out = folder / f"{date.today()}-grouping.json"
-        out.write_text(json.dumps({"environment": environment(1) | {"batch": options.batch}, "rows": rows}, indent=1) + "\n")
-        print(out.relative_to(RESULTS.parent))
+            if options.write:
+                write(rows, options.batch)
+
+
+def write(rows: list[dict[str, Any]], batch: int) -> None:
+    """What is there so far."""
+    folder = RESULTS / slug(processor())
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"{date.today()}-grouping.json"
+    out.write_text(json.dumps({"environment": environment(1) | {"batch": batch}, "rows": rows}, indent=1) + "\n")
 
 
 def time(M: int, K: int, N: int, ranks: tuple[int, ...]) -> tuple[float, float]:
@@ -174,8 +183,8 @@ def predicted(batch: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each case, at most")
+    parser.add_argument("--rounds", type=int, default=8, help="at least; at most twice as many, while the seconds last")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each case")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--predict", action="store_true", help="the cost model's answer, for guidance by one call of two samples")
     parser.add_argument("--write", action="store_true", help="results/<machine>/<date>-grouping.json")
