@@ -5,14 +5,13 @@ kohya's, BFL's and other files hold one LoRA for a fused projection; cut back in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mole_kernels.experts.bank import ExpertBank
-from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import Expert, LowRank
 
 T = TypeVar("T")
@@ -27,12 +26,6 @@ def shared_down(source: Expert | ExpertBank) -> list[tuple[str, ...]]:
         paths = source.paths()
         return _groups(paths, {path: source.layer(path) for path in paths}, _same_experts, _signs)
     return _groups(source.layers, source.layers, _same_layer, _first_values)
-
-
-def same_down(layers: Sequence[LayerExperts]) -> bool:
-    """Whether packed layers hold the same experts, of the same ranks, with the same values in A: one shrink serves them all."""
-    first = layers[0]
-    return all(one.names == first.names and one.ranks == first.ranks and same_content(one.down, first.down) for one in layers[1:])
 
 
 def store_once(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
