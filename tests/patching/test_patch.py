@@ -169,10 +169,11 @@ def test_fresh_gates_by_word_and_by_callable(mlp):
 
 
 def test_a_pipeline_is_patched_by_component(pipeline):
-    expert = make_expert(pipeline, ["unet.mid_block.attentions.0.proj_in", "text_encoder.encoder.layers.0.mlp.fc1"])
+    # transformers 4 has "text_model." before it
+    path, layer = next((n, m) for n, m in pipeline.text_encoder.named_modules() if n.endswith("encoder.layers.0.mlp.fc1"))
+    expert = make_expert(pipeline, ["unet.mid_block.attentions.0.proj_in", f"text_encoder.{path}"])
     handle = patch(pipeline, {"e": expert})
-    assert handle.layers["text_encoder.encoder.layers.0.mlp.fc1"] is pipeline.text_encoder.encoder.layers[0].mlp.fc1
-    assert pipeline.text_encoder.encoder.layers[0].mlp.fc1.experts.names == ("e",)
+    assert handle.layers[f"text_encoder.{path}"] is layer and layer.experts.names == ("e",)
 
 
 def test_peft_layers_keep_their_adapter(unet):
