@@ -42,7 +42,7 @@ NOT_YET = """
 ## Not built, and so refused by name
 
 - Quantised layers (72) take no experts on their own; PEFT's quantised layers are left to PEFT by `accelerate`.
-- DoRA, LoKr, LoHa, Tucker and bias keys (48), k×k convolutions (50), and sub-byte or integer tensors (44, 45).
+- DoRA, LoKr, LoHa and bias keys (48; all names in dialects.md), grouped convolutions, and sub-byte or integer tensors (44, 45).
 - A swap from another thread in the middle of a layer (74) is not guarded: tensors of at most the packed rank are written in place, so the
   caller must hold its own lock. Between layers every layer is wholly old or wholly new.
 - An unsupported GPU (62) is held with a backend that refuses, not with such a GPU.

@@ -123,12 +123,12 @@ CASES = [
     Wrong("48-embedding", with_key("bundle_emb.x.string_to_param.*"), MoleKeyError, ("an embedding",)),
     Wrong("48-concept", with_key("new_concept_embedding.<potter1>"), MoleKeyError, ("an embedding",)),
     Wrong(
-        "50-the-kernel-is-in-B",
+        "37-the-kernel-is-in-B",
         {A: torch.ones(R, K, 1, 1), B: torch.ones(N, R, 3, 3)},
         MoleShapeError,
         ("mid_block.attentions.0.proj_in", "B (up)", "3x3 convolution", "the kernel is A's"),
     ),
-    Wrong("50-two-kernels", {A: torch.ones(R, K, 3, 3), B: torch.ones(N, R, 1, 3)}, MoleShapeError, ("B (up)", "1x3 convolution")),
+    Wrong("37-two-kernels", {A: torch.ones(R, K, 3, 3), B: torch.ones(N, R, 1, 3)}, MoleShapeError, ("B (up)", "1x3 convolution")),
     Wrong("gate-file", {"moe_lora_unet_x.softmoe.Phi_1.weight": torch.ones(2, 3)}, MoleKeyError, ("this is a gate file",)),
 ]
 
