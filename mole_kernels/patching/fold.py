@@ -18,6 +18,7 @@ from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.gate import ConstantGate
 from mole_kernels.layers.linear import Gated
+from mole_kernels.layers.spread import is_sharded
 from mole_kernels.patching.targets import roots
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def reject(one: Patched, owners: dict[int, int]) -> str | None:
         return f"it has {one.experts.down.shape[0]} sets of experts, one for each sample"
     if weight.is_meta:
         return "its weight is not in memory (an offload hook holds it)"
+    if is_sharded(weight):
+        return "its weight is sharded over ranks"
     if weight.is_inference():
         return "its weight was made under inference_mode and cannot be written to"
     if owners.get(id(weight), 1) > 1:

@@ -168,6 +168,8 @@ def tensor_parallel(rank: int) -> None:
         for path in maps[0] if maps else ():
             close(maps[1][path].token, maps[0][path].token)
         with torch.no_grad():
+            if gates is None:
+                refused(MoleStateError, "sharded over ranks", handles[1].fold)
             handles[0].swap("a", expert(9)), handles[1].swap("a", expert(9))
             close(many(x), one(x))
             handles[1].remove()

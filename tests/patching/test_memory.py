@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mole_kernels as mk
 from mole_kernels.errors import MoleStateError
+from mole_kernels.gates.block import BlockRouting
 from mole_kernels.patching.targets import sizes
 from tests.patching.conftest import Mlp, State, make_expert, run_flux, run_unet, tiny_flux, tiny_unet
 
@@ -193,6 +194,24 @@ def test_an_offloaded_model_is_served(offload, order):
     assert torch.equal(run_unet(unet, batch=2), base)
     take_off()
     assert torch.equal(run_unet(unet, batch=2), base)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_routers_of_whole_blocks_are_offloaded_with_them(offload):
+    unet = tiny_unet()
+
+    def routed() -> Any:
+        torch.manual_seed(5)
+        return mk.patch(unet, {"a": make_expert(unet), "b": make_expert(unet, seed=1)}, BlockRouting(unet))
+
+    with routed() as handle:
+        want = run_unet(unet)
+        gates = [path for path, layer in handle.layers.items() if layer.gate is not None]
+    assert gates
+    routed()
+    OFFLOADS[offload](unet)
+    for _ in range(2):
+        assert torch.equal(run_unet(unet), want)
 
 
 class Elsewhere:

@@ -44,6 +44,7 @@ def other_handle_on_the_layer(g: Ground) -> None:
         second.remove()
         for path in ("second", "mix"):
             detach(g.model.get_submodule(path))
+        first._turns.unwatch(first._roots)
         for parameter in g.model.parameters():
             parameter.requires_grad_(True)
 
@@ -320,7 +321,8 @@ CASES = [
         "74-swap",
         "a swap during a forward",
         act=swapped_during_a_forward,
-        outcome="between layers: every layer is wholly old or wholly new (swapping from another thread takes the caller's lock)",
+        deeper=("tests/patching/test_threads.py::test_a_forward_is_wholly_before_or_wholly_after_a_swap",),
+        outcome="from another thread the whole forward is before it or after it; from a hook inside, each layer is old or new",
     ),
     Case(
         "75-rank",
