@@ -120,7 +120,7 @@ coverage: $(STAMP)
 
 # every fault planted in every backend, CUDA's in the emulator: which test notices it, into docs/kernels/mutants.md
 mutants: $(STAMP)
-	$(BIN)/python python/tools/mutants.py --cuda
+	$(BIN)/python python/tools/mutants.py
 
 # the kernels in the interpreter of another Triton: make triton-tests TRITON=<version>
 triton-tests: $(STAMP) $(OTHER)
