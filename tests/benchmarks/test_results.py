@@ -152,6 +152,8 @@ def test_the_sanitizers_shapes_are_few_and_ours():
     chosen = sanitize.shapes(verify.unique(verify.items("cuda")))
     assert 6 <= len(chosen) <= 24 and {i["kind"] for i in chosen} == {"rules"}
     assert "triton:persistent" in {i["backend"] for i in chosen} and "stacked" not in {i["backend"] for i in chosen}
+    # Hopper's dX too, which a call with a sample gate does not reach
+    assert {"cuda:cluster", "cuda:persistent", "cuda:recompute"} <= {i["backend"] for i in chosen if "both" not in i["case"]}
 
 
 def test_the_build_without_ninja_runs_ninjas_own_commands(tmp_path):
