@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness endurance docs fuzz hf-kernels wheel sdist sbom matrix
+.PHONY: mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness endurance docs fuzz hf-kernels wheel sdist sbom matrix quantised-tests
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
@@ -132,6 +132,15 @@ build/triton-%: | $(STAMP)
 # PEFT's own LoRA tests, from its source distribution
 peft-tests: $(STAMP)
 	$(BIN)/python python/tools/diffusers_suite.py --suite peft
+
+# LoRA over quantised layers, with four packages unpacked beside the environment: two of them slow every start of diffusers down
+quantised-tests: $(STAMP) build/quantised
+	PYTHONPATH=build/quantised:. $(BIN)/python -m pytest -q tests/patching/test_quantised.py
+
+build/quantised: constraints.txt | $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target $@ \
+	    bitsandbytes torchao gguf optimum-quanto
+	touch $@
 
 # with the python that has a torch that sees the GPU, as it is; else with the environment made here. ARGS="--quick", "--only 2048x1280"
 GPU_PYTHON ?= $(PYTHON)
