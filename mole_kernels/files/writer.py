@@ -55,12 +55,17 @@ def atomic_write(path: PathLike, write: Callable[[BinaryIO], None]) -> None:
             if os.path.lexists(temporary):
                 os.unlink(temporary)
             raise
-        _sync_folder(folder)
     except FileNotFoundError:
         raise MoleFileError(where, f"there is no folder {printable(folder, 300)}") from None
     except OSError as error:
         raise MoleFileError(
             where, f"could not be written ({error.strerror})", hint="the file that was there before is untouched"
+        ) from error
+    try:
+        _sync_folder(folder)
+    except OSError as error:
+        raise MoleFileError(
+            where, f"was written, but its folder could not be brought to the disk ({error.strerror})", hint="it may not outlast a power cut"
         ) from error
 
 

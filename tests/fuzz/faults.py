@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -43,7 +44,8 @@ class CtrlC(Injected, KeyboardInterrupt):
 
 @dataclass
 class Fault:
-    """kind: "memory", "host" (at tensor operation number `at`), "disk" (at system call number `at`), "ctrl-c" (at line number `at`).
+    """kind: "memory", "host" (at tensor operation number `at`), "disk" (at system call number `at`), "ctrl-c" (at line number `at`),
+    "kill" (kill -9 of this very process, at system call number `at`).
 
     count     how many such moments passed      happened  whether the fault was raised
     """
@@ -55,7 +57,8 @@ class Fault:
 
     def __enter__(self) -> Fault:
         self._stack = ExitStack()
-        self._stack.enter_context({"memory": self._tensors, "host": self._tensors, "disk": self._disk, "ctrl-c": self._lines}[self.kind]())
+        kinds = {"memory": self._tensors, "host": self._tensors, "disk": self._disk, "kill": self._disk, "ctrl-c": self._lines}
+        self._stack.enter_context(kinds[self.kind]())
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -64,6 +67,8 @@ class Fault:
     def moment(self, fault: BaseException) -> None:
         self.count += 1
         if self.count - 1 == self.at:
+            if self.kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             self.happened = True
             raise fault
 
@@ -87,7 +92,9 @@ class Fault:
 
             return call
 
-        for name in ("replace", "fsync", "open", "chmod"):
+        # reading is no moment for a full disk, and taking away what is old neither
+        names = ("replace", "rename", "fsync", "open", "chmod", "mkdir")
+        for name in (*names, "unlink", "rmdir") if self.kind == "kill" else names:
             stack.enter_context(replaced.object(os, name, full(getattr(os, name))))
 
         class File:

@@ -105,7 +105,7 @@ class Machine(RuleBasedStateMachine):
 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=max(25, int(10 * SECONDS)),
+    max_examples=max(20, int(10 * SECONDS)),
     stateful_step_count=20,
     deadline=None,
     derandomize=not SECONDS,

@@ -7,6 +7,7 @@ work/shards/index.json      layout, settings, and which identity lies in which s
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -201,7 +202,7 @@ def find_targets(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
 
 
 def pack_shards(work: str | Path, names: Sequence[str] | None = None) -> LoRADataset:
-    """Shards of flat vectors from the experts of `train_identities`, each `per_shard` long; replaces those there are.
+    """Shards of flat vectors from the experts of `train_identities`, each `per_shard` long; replaces those there are, all or none.
 
     names  a part of them, in this order; None for all, by name
     Raises MoleValueError or MoleShapeError, the layer named, where two experts do not have one layout.
@@ -221,8 +222,11 @@ def pack_shards(work: str | Path, names: Sequence[str] | None = None) -> LoRADat
     if state.is_main_process:
         shards.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
+    taken = _packed(shards)
     for number, at in enumerate(range(0, len(chosen), per)):
-        part = {"file": f"shard-{number:05d}.safetensors", "names": chosen[at : at + per]}
+        # never over a shard that the index of now speaks of: it holds until the new index is there
+        free = (f"shard-{number:05d}{f'-{k}' * (k > 0)}.safetensors" for k in itertools.count())
+        part = {"file": next(name for name in free if name not in taken), "names": chosen[at : at + per]}
         parts.append(part)
         if number % state.num_processes == state.process_index:
             vectors = {name: manifest.flatten_expert(_widened(load_expert(files[name]))) for name in part["names"]}
@@ -235,6 +239,14 @@ def pack_shards(work: str | Path, names: Sequence[str] | None = None) -> LoRADat
             old.unlink()
     state.wait_for_everyone()
     return LoRADataset(shards)
+
+
+def _packed(shards: Path) -> set[str]:
+    """The files of the index that is there; none where there is none that can be read."""
+    try:
+        return {str(shard["file"]) for shard in read_json(shards / INDEX, FORMAT, "shards")["shards"]}
+    except (MoleFileError, KeyError, TypeError):
+        return set()
 
 
 class LoRADataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -20,15 +21,44 @@ from mole_kernels.methods.mix_of_show.tokens import Tokens, add_concepts
 EXPERT, EMBEDDINGS, CONFIG, REPORT, PIPELINE = (
     "fused.safetensors", "fused.embeddings.safetensors", "new_concept_cfg.json", "report.json", "pipeline",
 )  # fmt: skip
+# a fusion that is not yet in its place, and the file that says that it is whole
+DRAFT, WHOLE = ".next", "whole"
 
 
 def save_fused(fused: Fused, folder: Path, dialect: Literal["diffusers", "kohya"] = "diffusers", dtype: torch.dtype | None = None) -> None:
-    """fused.safetensors, fused.embeddings.safetensors, new_concept_cfg.json (as the paper's tools keep it) and report.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_expert(fused.expert, folder / EXPERT, dialect, dtype)
-    save_embeddings(fused.embeddings, folder / EMBEDDINGS)
-    write_json(folder / CONFIG, fused.tokens.config())
-    write_json(folder / REPORT, {"totals": fused.totals(), "layers": [layer.row() for layer in fused.layers]})
+    """fused.safetensors, fused.embeddings.safetensors, new_concept_cfg.json (as the paper's tools keep it) and report.json.
+
+    All four or none, over an older fusion too: they are made in a folder beside them, and once all are there, moved; `load_fused` finds
+    them in either place, and the next `save_fused` ends a move that was cut off.
+    """
+    draft = folder / DRAFT
+    draft.mkdir(parents=True, exist_ok=True)
+    _move(folder)
+    save_expert(fused.expert, draft / EXPERT, dialect, dtype)
+    save_embeddings(fused.embeddings, draft / EMBEDDINGS)
+    write_json(draft / CONFIG, fused.tokens.config())
+    write_json(draft / REPORT, {"totals": fused.totals(), "layers": [layer.row() for layer in fused.layers]})
+    write_json(draft / WHOLE, True)
+    _move(folder)
+    draft.rmdir()
+
+
+def _move(folder: Path) -> None:
+    """What is whole in the draft goes to its place, what is not is dropped; the mark that says so goes last."""
+    draft = folder / DRAFT
+    whole = (draft / WHOLE).exists()
+    for path in sorted(draft.iterdir()):
+        if path.name != WHOLE and whole:
+            os.replace(path, folder / path.name)
+        elif path.name != WHOLE:
+            path.unlink()
+    (draft / WHOLE).unlink(missing_ok=True)
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Where a file of the last whole fusion is."""
+    drafted = folder / DRAFT / name
+    return drafted if (folder / DRAFT / WHOLE).exists() and drafted.exists() else folder / name
 
 
 def save_dense(pipe: Any, fused: Fused, folder: Path) -> None:
@@ -41,10 +71,10 @@ def save_dense(pipe: Any, fused: Fused, folder: Path) -> None:
 
 def load_fused(pipe: Any, folder: Path) -> tuple[Expert, Tokens]:
     """(expert, tokens) of what `save_fused` wrote; the tokens are added to the pipeline, the expert is for `patch`."""
-    if not (folder / EXPERT).is_file() or not (folder / EMBEDDINGS).is_file():
+    files = [_place(folder, EXPERT), _place(folder, EMBEDDINGS)]
+    if not all(path.is_file() for path in files):
         raise MoleFileError(printable(folder, 300), expected=f"{EXPERT} and {EMBEDDINGS}", got="no such files")
-    expert = load_expert(folder / EXPERT)
-    return replace(expert, source=str(folder)), add_concepts(pipe, load_embeddings(folder / EMBEDDINGS))
+    return replace(load_expert(files[0]), source=str(folder)), add_concepts(pipe, load_embeddings(files[1]))
 
 
 def write_json(path: Path, content: Any) -> None:
