@@ -71,6 +71,8 @@ def needs_pipeline(pipeline: Any) -> bool:
 
 def pipeline_for(model: object) -> type | None:
     """The pipeline class whose LoRA files fit this bare denoiser, or None for a module that diffusers does not know."""
+    # inside torch.compile's wrapper
+    model = getattr(model, "_orig_mod", model)
     for cls in type(model).__mro__:
         if cls.__module__.startswith("diffusers.") and cls.__name__ in DENOISERS:
             return getattr(importlib.import_module("diffusers"), DENOISERS[cls.__name__])

@@ -180,6 +180,48 @@ def test_flux_at_its_real_width(wide: Any, writer: str):
     assert len(plan(wide, {"e": expert}).layers) == len(layers)
 
 
+@pytest.mark.slow
+def test_a_whole_fal_file_is_read_as_diffusers_reads_it():
+    """All 57 blocks at full width: what our spelling of fal's keys gives is what diffusers' own converter for fal gives."""
+    with torch.device("meta"):
+        whole = diffusers.FluxTransformer2DModel(guidance_embeds=True)
+    modules, layers = known_lora(whole, [row for row in FLUX1 if "blocks" in row[1] or row[1] == "final_layer.linear"], rank=1)
+    file = dotted(modules, "base_model.model.")
+    theirs = diffusers.FluxPipeline.lora_state_dict(dict(file))
+    expert = load_expert(file, pipeline=diffusers.FluxPipeline)
+    assert len(expert.layers) == len(layers) == 495 == len(theirs) // 2
+    theirs = {key.removeprefix("transformer."): tensor for key, tensor in theirs.items()}
+    for path, layer in expert.layers.items():
+        name = path.removeprefix("transformer.")
+        assert torch.equal(theirs[f"{name}.lora_A.weight"], layer.down) and torch.equal(theirs[f"{name}.lora_B.weight"], layer.up), path
+
+
+def test_a_compiled_transformer_is_known_by_what_it_wraps():
+    case = next(case for case in DIALECTS if case.id == "musubi-wan")
+    file, layers = made(case)
+    assert len(plan(torch.compile(MODELS["wan"].make()), {"e": file}).layers) == len(layers)
+
+
+@pytest.mark.parametrize("name", ["flux1", "qwen-image", "z-image", "wan"])
+@pytest.mark.parametrize("config", ["rslora", "patterns"])
+def test_scales_of_files_that_diffusers_writes(name: str, config: str, tmp_path: Path):
+    """rsLoRA, rank and alpha patterns are in the metadata, which the converter does not see."""
+    import peft
+
+    model = MODELS[name].make().float()
+    fields = {"rslora": {"use_rslora": True}, "patterns": {"rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_k": 5}}}[config]
+    targets = ["to_q", "to_k", "to_v"]
+    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=targets, init_lora_weights=False, **fields))  # type: ignore[operator]
+    model.save_lora_adapter(tmp_path)  # type: ignore[operator]
+    found = {path: m for path, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    expert = load_expert(tmp_path / "pytorch_lora_weights.safetensors", pipeline=getattr(diffusers, MODELS[name].pipeline))
+    by_path = {path.removeprefix("transformer."): layer for path, layer in expert.layers.items()}
+    assert set(by_path) == set(found) and len(expert.scales()) == (1 if config == "rslora" else 3)
+    for path, m in found.items():
+        assert by_path[path].scale == pytest.approx(m.scaling["default"], rel=1e-12)
+        assert torch.equal(by_path[path].down, m.lora_A["default"].weight), path
+
+
 def test_patched_pipeline_computes_the_file():
     """From a file of fused projections to a pipeline's output: the merged weights' output."""
     import copy

@@ -186,6 +186,60 @@ def test_locon_files_are_kept_and_applied(tmp_path: Path):
             assert torch.equal(case.run(unet), got)
 
 
+def locon(unet: nn.Module, seed: int = 0, rank: int = 2) -> Expert:
+    """A LoRA on all convolutions of every kernel, and on attention, as LyCORIS trains it."""
+    return make_expert(unet, [p for p in scan(unet).layers if "conv" in p or "proj_" in p], rank, seed)
+
+
+def test_diffusers_loads_our_locon_files_and_agrees(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    from mole_kernels.io import save_expert
+
+    pipe = pipeline_of(BY_ID["sd15"])
+    expert = locon(pipe.unet)
+    save_expert(Expert({f"unet.{path}": layer for path, layer in expert.layers.items()}), tmp_path / "x.safetensors", "kohya")
+    pipe.load_lora_weights(str(tmp_path), weight_name="x.safetensors", adapter_name="a")
+    found = {path: m for path, m in pipe.unet.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    assert set(found) == set(expert.layers)
+    for path, m in found.items():
+        torch.testing.assert_close(m.get_delta_weight("a").flatten(1).double(), expert.layers[path].delta(torch.float64), msg=path)
+
+
+@pytest.mark.parametrize("mode", ["cat", "svd"])
+def test_locon_experts_merge_compress_swap_and_are_served(mode: str, tmp_path: Path):
+    """What is made of experts keeps their kernels."""
+    from mole_kernels.experts.compress import compress
+    from mole_kernels.experts.merge import merge
+    from mole_kernels.io.save import save_expert
+    from mole_kernels.io.stream import open_experts
+    from mole_kernels.serving.serve import serve
+
+    case = BY_ID["sd15"]
+    unet = case.make()
+    one, two = locon(unet), locon(unet, seed=1)
+    both = case.run(merged(unet, {"a": one, "b": two}, {}))
+    together = merge({"a": one, "b": two}, {"a": 1.0, "b": 1.0}, mode=mode, rank=4 if mode == "svd" else None)
+    assert {p: layer.kernel for p, layer in together.layers.items()} == {p: layer.kernel for p, layer in one.layers.items()}
+    with patch(unet, {"m": together}, allow_large_rank=True):
+        assert (case.run(unet) - both).norm() <= 1e-5 * both.norm()
+    small, _ = compress(together, rank=4)
+    assert {p: layer.conv for p, layer in small.layers.items()} == {p: layer.conv for p, layer in one.layers.items()}
+    alone = case.run(merged(unet, {"b": two}, {}))
+    handle = patch(unet, {"a": one})
+    handle.swap("a", two)
+    assert (case.run(unet) - alone).norm() <= 1e-6 * alone.norm()
+    handle.remove()
+    base = case.run(unet)
+    with serve(unet, {"a": one, "b": two}) as served:
+        served.assign(["b", None])
+        got = case.run(unet)
+    assert (got[0] - alone[0]).norm() <= 1e-6 * alone[0].norm() and (got[1] - base[1]).norm() <= 1e-6 * base[1].norm()
+    save_expert(one, tmp_path / "one.safetensors")
+    with open_experts(tmp_path / "one.safetensors") as found:
+        (lazy,) = found.values()
+        assert all(torch.equal(lazy.layers[p].down, layer.down) and lazy.layers[p].conv == layer.conv for p, layer in one.layers.items())
+
+
 def test_a_convolution_of_another_kernel_is_named():
     unet = BY_ID["sd15"].make()
     conv = unet.get_submodule("conv_in")
