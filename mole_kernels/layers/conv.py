@@ -44,13 +44,7 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
         if x.dim() not in (3, 4):
             raise MoleShapeError("GatedLoRAConv2d", expected="x [B,K,H,W] or [K,H,W]", got=tuple(x.shape))
         images = x if x.dim() == 4 else x[None]
-        if is_pointwise(self):
-            y = self._pointwise(images)
-        elif spread.offloaded(self.experts):
-            with spread.loaded(self.experts, self.gate):
-                y = self._wide(images)
-        else:
-            y = self._wide(images)
+        y = self._pointwise(images) if is_pointwise(self) else self._wide(images)
         return y if x.dim() == 4 else y[0]
 
     def _pointwise(self, images: Tensor) -> Tensor:
