@@ -29,6 +29,8 @@ MOST_LAID = 8
 FORGIVEN = 3
 # of K: B's zeros inside compiled graphs, where the number of rows is not looked at
 MOST_EXTRA = 1 / 16
+# two threads that lay the same weights would each lay some of them
+_laying = threading.Lock()
 # their attention reads its input for the projections and writes nothing into it
 TRUSTED = ("diffusers.", "transformers.")
 
@@ -141,7 +143,8 @@ class Group:
             if reason := self._lay(weights, x):
                 return reason
             weight = beside(weights)
-            assert weight is not None
+            if weight is None:
+                return "its weights were moved meanwhile"
         packed = kept.pack(parts)
         y, token, sample = gated_lora_linear_with_gates(x, weight, packed.bias, packed.experts, packed.gates, backend=layers[0].backend)
         _note(layers, parts, token, sample)
@@ -168,7 +171,8 @@ class Group:
         if reason := group_weights.reject(weights):
             return reason
         self.laid += 1
-        group_weights.lay(weights)
+        with _laying:
+            group_weights.lay(weights)
         return None
 
     def _known(self, parts: list[Part], x: Tensor) -> Kept:

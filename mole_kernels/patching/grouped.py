@@ -15,7 +15,7 @@ from mole_kernels.patching.group import Group
 from mole_kernels.patching.targets import roots
 
 # projections of one tensor, by the names that diffusers and transformers give them
-SELF = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
+SELF = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
 CROSS = ("to_k", "to_v")
 ADDED = (("add_q_proj", "add_k_proj", "add_v_proj"),)
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import mole_kernels as mk
-from tests.patching.conftest import make_expert
+from tests.patching.conftest import make_expert, run_flux, tiny_flux
 from tests.patching.test_compile import Counted
 from tests.patching.test_group import CHANGES, K, Twins, draw
-from tests.patching.test_group_models import MODELS, group
+from tests.patching.test_group_models import group
 
 
 @pytest.fixture
@@ -23,10 +23,8 @@ def fresh() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["flux"])
-def test_compiled_whole_in_one_graph(family: str, fresh: None):
-    make, run = MODELS[family]
-    model, counted = make(), Counted()
+def test_flux_in_one_graph(fresh: None):
+    model, run, counted = tiny_flux(), run_flux, Counted()
     handle = mk.patch(model, {"a": make_expert(model, rank=3), "b": make_expert(model, seed=1)}, "mole")
     groups = group(handle)
     compiled = torch.compile(model, fullgraph=True, backend=counted)

@@ -16,49 +16,27 @@ from mole_kernels.gates.softmax import SoftmaxGate
 from mole_kernels.ops.group import beside, group_op
 from mole_kernels.patching import group_pack
 from mole_kernels.patching.grouped import Groups
+from mole_kernels.patching.targets import scan
 from mole_kernels.problem import Problem
 from tests.patching.conftest import TEXT_WIDTH, State, make_expert, run_unet, tiny_unet
 from tests.patching.peft_models import FAMILIES
 from tests.patching.test_group import CHANGES, GATES, B, K, N, T, Twins, draw
+from tests.patching.zoo import DENOISERS, ENCODERS, Model
 
-
-def tiny_wan() -> Any:
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32, num_layers=1,
-        cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
-    ).eval()  # fmt: skip
-
-
-def run_wan(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(draw(1, 4, 1, 4, 4), torch.tensor([9]), draw(1, 5, 16)).sample
-
-
-def tiny_clip() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30}
-    return CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=0, eos_token_id=1)).eval()
-
-
-def run_clip(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([[0, 5, 7, 1]])).last_hidden_state
-
-
-MODELS: dict[str, tuple[Callable[[], Any], Callable[..., Tensor]]] = {**FAMILIES, "wan": (tiny_wan, run_wan), "clip": (tiny_clip, run_clip)}
-# the kinds of groups that each has
+QKV, ADDED = "(to_q, to_k, to_v)", "(add_q_proj, add_k_proj, add_v_proj)"
+JOINT = {f"attn.{QKV}", f"attn.{ADDED}"}
+CROSS = {f"attn1.{QKV}", "attn2.(to_k, to_v)"}
+# the kinds of groups that each model has
 KINDS = {
-    "unet": {"attn1.(to_q, to_k, to_v)", "attn2.(to_k, to_v)"},
-    "flux": {"attn.(to_q, to_k, to_v)", "attn.(add_q_proj, add_k_proj, add_v_proj)", "0.(proj_mlp, to_q, to_k, to_v)"},
-    "sd3": {"attn.(to_q, to_k, to_v)", "attn.(add_q_proj, add_k_proj, add_v_proj)"},
-    "qwen": {"attn.(to_q, to_k, to_v)", "attn.(add_q_proj, add_k_proj, add_v_proj)"},
-    "wan": {"attn1.(to_q, to_k, to_v)", "attn2.(to_k, to_v)"},
-    "clip": {"self_attn.(q_proj, k_proj, v_proj)"},
+    "sd15": CROSS,
+    "sdxl": CROSS,
+    "sd3": JOINT,
+    "sd35-medium": JOINT | {f"attn2.{QKV}"},
+    "flux1": JOINT | {"(proj_mlp, to_q, to_k, to_v)"},
+    "flux2": JOINT,
+    "qwen-image": JOINT,
+    "z-image": {f"attention.{QKV}"},
+    "wan": CROSS,
 }
 
 
@@ -69,22 +47,26 @@ def group(handle: Any) -> Groups:
 
 
 def every_linear(model: nn.Module, seed: int = 0) -> Any:
-    return make_expert(model, [path for path, m in model.named_modules() if isinstance(m, nn.Linear)], seed=seed)
+    return make_expert(model, [path for path, m in scan(model).layers.items() if isinstance(m, nn.Linear)], seed=seed)
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_every_model(family: str):
-    make, run = MODELS[family]
-    model = make()
-    before = State(model, lambda: run(model))
+@pytest.mark.parametrize("case", [*DENOISERS, *ENCODERS], ids=str)
+def test_every_model(case: Model):
+    model = case.make()
+    before = State(model, lambda: case.run(model))
     handle = mk.patch(model, {"a": every_linear(model), "b": every_linear(model, 1)}, "mole")
-    want = run(model)
+    want = case.run(model)
     groups = group(handle)
-    assert {".".join(path.split(".")[-2:]) for path in groups.groups} == KINDS[family] and not groups.skipped
-    torch.testing.assert_close(run(model), want, rtol=1e-4, atol=1e-5)
+    kinds = {
+        path[path.rfind(".", 0, path.rfind(".(")) + 1 :] if "proj_mlp" not in path else path[path.rfind("(") :] for path in groups.groups
+    }
+    if case.id in KINDS:
+        assert kinds == KINDS[case.id] and not groups.skipped
+    assert kinds
+    torch.testing.assert_close(case.run(model), want, rtol=1e-9, atol=1e-9)
     report = groups.report()
-    # every one of them was one product, and nothing was made in vain
-    assert (report["computed"], report["wasted"], report["apart"]) == (len(groups), 0, {})
+    # every one of them was one product, each time, and nothing was made in vain
+    assert report["computed"] >= len(groups) and (report["wasted"], report["apart"]) == (0, {})
     handle.remove()
     before.assert_unchanged()
 
@@ -154,7 +136,7 @@ def test_peft_layers_around_ours_stand_aside():
 
 
 def test_fused_projections_and_groups_exclude_each_other():
-    make, run = MODELS["sd3"]
+    make, run = FAMILIES["sd3"]
     model = make()
     everything = every_linear(model)
     handle = mk.patch(model, {"a": everything}, group=True)
