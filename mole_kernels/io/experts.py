@@ -22,7 +22,7 @@ from mole_kernels.files.reader import PathLike, read_tensors
 from mole_kernels.io.adapter_config import AdapterConfig
 from mole_kernels.io.dialects.keys import parse_key, some_keys, unsupported
 from mole_kernels.io.dialects.paths import module_path
-from mole_kernels.io.foreign import convert_with_pipeline, needs_pipeline, pipeline_of_file
+from mole_kernels.io.foreign import convert_with_pipeline, is_foreign, needs_pipeline, pipeline_of_file
 
 HALVES = {"down": "A (down)", "up": "B (up)"}
 
@@ -170,4 +170,6 @@ def _with_core(where: str, mid: Tensor, down: Tensor) -> Tensor:
 def _hint(strangers: list[str]) -> str:
     if any(".softmoe." in key for key in strangers):
         return "this is a gate file: give it as gates, or read it with mole_kernels.io.load_gates"
+    if is_foreign(strangers):
+        return 'these are another tool\'s names: load_expert(path, pipeline=…) with the pipeline or its class, or pipeline="auto"'
     return "mole-kernels inspect says what the file is"

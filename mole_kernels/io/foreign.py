@@ -7,6 +7,7 @@ its spellings covers are spelled so, text encoders go by our own tables, and wha
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import math
 import re
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleKeyError, MoleTypeError, printable
+from mole_kernels.errors import MoleKeyError, MoleStateError, MoleTypeError, printable
 from mole_kernels.experts.checks import checked_alpha
 from mole_kernels.experts.lowrank import flatten
 from mole_kernels.io.dialects.families import FAMILIES, UNETS, families, titles
@@ -96,7 +97,11 @@ def pipeline_of_file(tensors: Mapping[str, Any], where: str) -> type | None:
             hint="give the pipeline or its class: load_expert(path, pipeline=diffusers.FluxPipeline)",
         )  # fmt: skip
     (name,) = by_pipeline
-    return getattr(importlib.import_module("diffusers"), name) if name else None
+    if name is None:
+        return None
+    if importlib.util.find_spec("diffusers") is None:
+        raise MoleStateError(where, f"its names are those of a {titles(found)}, which diffusers converts", hint="pip install diffusers")
+    return getattr(importlib.import_module("diffusers"), name)
 
 
 def is_foreign(keys: Iterable[str]) -> bool:

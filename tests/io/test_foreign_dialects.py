@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleKeyError, MoleShapeError
+from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.experts.shared import shared_down
 from mole_kernels.files.writer import atomic_save
@@ -317,6 +317,16 @@ def test_a_file_that_cannot_be_told_is_not_converted(tmp_path: Path):
     atomic_save(one(key, 3 * 3840, 3840), tmp_path / "in.safetensors")
     convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "diffusers")
     assert sorted(load_expert(tmp_path / "out.safetensors").layers) == [f"transformer.layers.0.attention.to_{x}" for x in "kqv"]
+
+
+def test_what_only_a_converter_reads_says_so(monkeypatch: pytest.MonkeyPatch):
+    modules, _ = known_lora(MODELS["flux1"].make(), XLABS)
+    with pytest.raises(MoleKeyError, match="are not LoRA keys") as caught:
+        load_expert(xlabs(modules))
+    assert 'pipeline="auto"' in caught.value.hint
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MoleStateError, match=r"FLUX\.1 transformer, which diffusers converts"):
+        load_expert(xlabs(modules), pipeline="auto")
 
 
 WRONG = {
