@@ -7,14 +7,16 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness endurance docs fuzz hf-kernels wheel sdist sbom matrix quantised-tests
+.PHONY: lock mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness endurance docs fuzz hf-kernels wheel sdist sbom matrix quantised-tests
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-# torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch
+# torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch.
+# LOCKED=1 takes no file but those whose sha256 stands in constraints.lock
 $(STAMP): pyproject.toml constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel ninja
+	$(if $(LOCKED),$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r constraints.lock)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $(STAMP)
 
@@ -67,6 +69,10 @@ matrix: $(STAMP)
 robustness: $(STAMP)
 	$(BIN)/python python/tools/robustness.py
 	$(BIN)/python python/tools/licences.py
+
+# constraints.lock anew from constraints.txt: the sha256 of the file behind every pin
+lock: $(STAMP)
+	$(BIN)/python python/tools/lock.py
 
 # readers of strangers' bytes under atheris, then the model under random calls and faults; finds are kept in build/fuzz. SECONDS=600
 fuzz: SECONDS ?= 60

@@ -283,12 +283,16 @@ def test_inspect_says_what_it_did_not_read(tmp_path: Path, monkeypatch: pytest.M
 # -- licences ---------------------------------------------------------------------------------------------------------------------------
 
 
-def licences():
-    spec = importlib.util.spec_from_file_location("licences", ROOT / "python" / "tools" / "licences.py")
+def tool_of(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "python" / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def licences():
+    return tool_of("licences")
 
 
 def test_licences_are_listed_known_and_as_installed():
@@ -302,7 +306,27 @@ def test_licences_are_listed_known_and_as_installed():
     assert [line for line in listed.values() if "GPL" in line and "runs with" in line] == []
 
 
+def test_every_pin_but_torchs_is_locked_to_the_bits():
+    tool = tool_of("lock")
+    pins, locked = tool.pins(), tool.locked()
+    assert {tool.normal(name): version for name, version in pins.items()} == {name: version for name, (version, _) in locked.items()}, (
+        "make lock writes constraints.lock anew"
+    )
+    assert "torch" not in locked and len(locked) > 100
+    sums = [each for _, hashes in locked.values() for each in hashes]
+    assert all(len(each) == 64 and set(each) <= set("0123456789abcdef") for each in sums) and len(set(sums)) == len(sums)
+    assert "://" not in tool.LOCK.read_text()
+
+
 def test_security_names_how_to_report_and_what_is_promised():
     text = (ROOT / "SECURITY.md").read_text()
-    for word in ("## Reporting", "private", "safetensors", "weights_only=True", "docs/robustness.md", "docs/licences.md"):
+    for word in (
+        "## Reporting",
+        "private",
+        "safetensors",
+        "weights_only=True",
+        "docs/robustness.md",
+        "docs/licences.md",
+        "constraints.lock",
+    ):
         assert word in text, word
