@@ -50,6 +50,12 @@ def every_linear(model: nn.Module, seed: int = 0) -> Any:
     return make_expert(model, [path for path, m in scan(model).layers.items() if isinstance(m, nn.Linear)], seed=seed)
 
 
+def kind_of(path: str) -> str:
+    """The attention's own name and its layers; of a group with an MLP the layers."""
+    owner, _, layers = path.partition("(")
+    return f"({layers}" if "proj_mlp" in layers else f"{owner.split('.')[-2]}.({layers}"
+
+
 @pytest.mark.parametrize("case", [*DENOISERS, *ENCODERS], ids=str)
 def test_every_model(case: Model):
     model = case.make()
@@ -57,9 +63,7 @@ def test_every_model(case: Model):
     handle = mk.patch(model, {"a": every_linear(model), "b": every_linear(model, 1)}, "mole")
     want = case.run(model)
     groups = group(handle)
-    kinds = {
-        path[path.rfind(".", 0, path.rfind(".(")) + 1 :] if "proj_mlp" not in path else path[path.rfind("(") :] for path in groups.groups
-    }
+    kinds = {kind_of(path) for path in groups.groups}
     if case.id in KINDS:
         assert kinds == KINDS[case.id] and not groups.skipped
     assert kinds
