@@ -78,7 +78,7 @@ lock: $(STAMP)
 fuzz: SECONDS ?= 60
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
-	MOLE_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/fuzz/test_machine.py
+	MOLE_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/fuzz/test_machine.py tests/fuzz/test_sweep.py
 
 # a thousand cycles of patch and remove, accelerate on and off, serve; what is left afterwards is printed, in docs/memory.md as measured
 CYCLES ?= 1000

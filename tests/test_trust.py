@@ -235,7 +235,11 @@ def costs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What `mole-kernels inspect` says, reads and takes, for each hostile size."""
     if not sys.platform.startswith("linux"):
         pytest.skip("counts bytes by /proc")
-    folder = tmp_path_factory.mktemp("sizes")
+    return measured(tmp_path_factory.mktemp("sizes"))
+
+
+def measured(folder: Path) -> dict[str, dict]:
+    """{size: {said, read, peak, cpu_s}}, each in bytes and seconds, of one process that has met a good file before."""
     paths = {}
     for count in (1_000_000, 250_000):
         paths[f"{count}-tensors"] = folder / f"{count}.safetensors"

@@ -227,6 +227,7 @@ def fused_after_patching(g: Ground) -> None:
         handle.remove()
 
 
+SWEEP = "tests/fuzz/test_sweep.py::test_a_fault_at_every_moment"
 SAVES = (
     "tests/files/test_writer.py::test_76_failed_save_keeps_the_old_file",
     "tests/files/test_writer.py::test_76_ctrl_c_in_the_middle_of_the_data",
@@ -236,6 +237,8 @@ SAVES = (
     FIT + "test_killed_while_saving_and_broken_newest",
     "tests/robustness/test_interrupted.py::test_76_a_full_disk_is_said_and_leaves_the_old_file",
     "tests/robustness/test_interrupted.py::test_76_kill_9_while_a_bank_is_saved",
+    "tests/robustness/test_killed.py::test_76_kill_9_at_every_system_call",
+    "tests/robustness/test_killed.py::test_76_no_room_while_it_works",
 )
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -270,7 +273,7 @@ CASES = [
         "an exception at layer k of n",
         act=fault_at("attach", 2, KeyboardInterrupt()),
         error=KeyboardInterrupt,
-        deeper=(PATCH + "test_67_68_a_fault_half_way_changes_nothing", PATCH + "test_67_a_fault_half_way_through_a_unet"),
+        deeper=(PATCH + "test_67_68_a_fault_half_way_changes_nothing", PATCH + "test_67_a_fault_half_way_through_a_unet", SWEEP),
     ),
     Case("67-gates", "an exception at layer k of n", act=fault_at("make_gate", 3, RuntimeError("no")), error=RuntimeError, words=("no",)),
     Case(
@@ -279,7 +282,7 @@ CASES = [
         act=fault_at("pack", 2, torch.OutOfMemoryError("full")),
         error=torch.OutOfMemoryError,
         words=("full",),
-        deeper=(PATCH + "test_67_68_a_fault_half_way_changes_nothing",),
+        deeper=(PATCH + "test_67_68_a_fault_half_way_changes_nothing", SWEEP),
     ),
     Case("68-host", "out of memory half-way", act=fault_at("attach", 3, MemoryError("full")), error=MemoryError, words=("full",)),
     Case(
