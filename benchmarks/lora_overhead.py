@@ -33,7 +33,7 @@ from mole_kernels.patching.status import status
 RESULTS = Path(__file__).with_name("results")
 WIDTHS = ((320, 1024), (640, 256), (1280, 64))
 BATCH, WORDS, TEXT, RANK = 2, 77, 768, 16
-MODEL = "two of SD1.5's transformer blocks of each width, batch of two 256² pictures, 77 words; q, k, v, out: 48 layers, two adapters of rank 16"
+MODEL = "two of SD1.5's transformer blocks of each width, two 256² pictures, 77 words; q, k, v, out (48 layers), two adapters of rank 16"
 OVERHEAD = "PEFT's overhead ÷ ours"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
