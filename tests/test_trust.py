@@ -16,14 +16,19 @@ import torch
 
 import mole_kernels
 from mole_kernels.cli import app
+from mole_kernels.dispatch.tables import load as load_table
 from mole_kernels.errors import MoleFileError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.format import bank_tensors
 from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.files.reader import read_header
+from mole_kernels.files.text import read_json
 from mole_kernels.io import load_expert, load_gates, save_expert
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.convert import convert
+from mole_kernels.io.merge import compress_file, merge_files
 from mole_kernels.io.mix_of_show import load_mix_of_show
+from mole_kernels.methods.mix_of_show.concept import load_concept, load_embeddings, load_fusion_config
 from mole_kernels.patching.apply import patch
 from mole_kernels.training.checkpoint import load_checkpoint
 from tests.raw import raw
@@ -149,6 +154,21 @@ DOORS = {
     "patch": lambda path: patch(torch.nn.Linear(2, 2), {"a": path}),
     "convert": lambda path: convert(path, path.with_suffix(".out.safetensors"), "diffusers"),
     "mix_of_show": load_mix_of_show,
+    "merge": lambda path: merge_files([path, path], path.with_suffix(".out.safetensors")),
+    "compress": lambda path: compress_file(path, path.with_suffix(".out.safetensors"), rank=1),
+    "concept": load_concept,
+    "embeddings": load_embeddings,
+    "header": read_header,
+    "table": load_table,
+    "json": read_json,
+}
+# commands that read a file from elsewhere
+COMMANDS = {
+    "inspect": lambda path: ["inspect", path],
+    "convert": lambda path: ["convert", path, path.with_suffix(".out.safetensors"), "--to", "diffusers"],
+    "merge": lambda path: ["merge", path, path, "--out", path.with_suffix(".out.safetensors")],
+    "compress": lambda path: ["compress", path, "--rank", "1"],
+    "report": lambda path: ["report", path, "--out", path.with_suffix(".html")],
 }
 
 
@@ -161,6 +181,27 @@ def test_24_25_a_malicious_pickle_runs_at_no_door(door: str, write, suffix: str,
     with pytest.raises(MoleFileError):
         DOORS[door](path)
     assert not mark.exists() and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("write", [as_torch, as_legacy_torch, as_pickle], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_24_25_a_malicious_pickle_runs_in_no_command(command: str, write, suffix: str, tmp_path: Path, monkeypatch, capsys):
+    path, mark = tmp_path / f"x{suffix}", tmp_path / "ran"
+    write(path, Malicious(mark))
+    monkeypatch.setattr(sys, "argv", ["mole-kernels", *map(str, COMMANDS[command](path))])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code and path.name in "".join(capsys.readouterr()).replace("\n", "")
+    assert not mark.exists() and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_list_of_concepts_that_names_a_malicious_file_runs_nothing(tmp_path: Path):
+    as_torch(tmp_path / "x.pth", Malicious(tmp_path / "ran"))
+    (tmp_path / "concepts.json").write_text(json.dumps([{"lora_path": "x.pth"}]))
+    with pytest.raises(MoleFileError):
+        load_fusion_config(tmp_path / "concepts.json")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_malicious_pickle_is_one(tmp_path: Path):

@@ -58,7 +58,8 @@ BEYOND = """
   read as the same. What was found stays in the corpus as `found-…`. `make fuzz` goes on for a minute, or `SECONDS=600`.
 - `tests/fuzz/test_sweep.py` and `test_machine.py`: patch, set_scales, swap, enable, disable, fold, unfold, save, load, accelerate and
   remove with a full memory at a tensor operation, a full disk at a call for a file or Ctrl-C between two lines: the model, the handle and
-  the files are bit for bit as before. Ctrl-C on the way out of a change that is complete leaves it complete; `patch` and `accelerate` take it back.
+  the files are bit for bit as before. Ctrl-C on the way out of a change that is complete leaves it complete; `patch` and `accelerate`
+  take it back.
   `make fuzz` takes every moment, a test run every ninth operation and every 41st line.
 - `tests/robustness/test_killed.py`: kill -9 before every call that opens, writes, syncs, renames or removes a file (of training every
   third) in a save, a merge, training, packing shards, filling a cache, two of SELMA's stages and the saving of a fusion: the last good
