@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mole_kernels.errors import MoleShapeError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.operands import Gates
 from mole_kernels.precision import gate_dtype, no_autocast
+
+_expired = torch.UntypedStorage._expired
 
 
 class Gate(nn.Module):
@@ -23,11 +26,16 @@ class Gate(nn.Module):
 
 
 class Pool(NamedTuple):
-    """A pooled gate's p, what it was made of (kept, so that no other tensor can come to lie there), and how that stood."""
+    """A pooled gate's p, how what it was made of stood, and that memory: not held, but known when it is gone and another may lie there."""
 
     p: Tensor
     key: tuple[int, ...]
-    made_of: tuple[Tensor, ...]
+    made_of: tuple[StorageWeakRef, ...]
+
+    def stands(self, key: tuple[int, ...]) -> bool:
+        up, scale, head = self.made_of
+        # what StorageWeakRef.expired() calls, at a tenth of its time
+        return self.key == key and not (_expired(up.cdata) or _expired(scale.cdata) or _expired(head.cdata))
 
 
 class MoLEGate(Gate):
@@ -79,15 +87,15 @@ class MoLEGate(Gate):
             return collapsed(up, scale, head, experts.ranks)
         key = (up.data_ptr(), up._version, scale.data_ptr(), scale._version, head.data_ptr(), head._version)
         kept = self._pool
-        if kept is None or kept.key != key or kept.p.device != up.device:
+        if kept is None or kept.p.device != up.device or not kept.stands(key):
             # made outside inference mode, for a later call may train with it
             with torch.inference_mode(False), torch.no_grad():
                 p = collapsed(up, scale, head, experts.ranks)
-                kept = self._pool = Pool(p, key, (up.detach(), scale.detach(), head.detach()))
+                kept = self._pool = Pool(p, key, tuple([StorageWeakRef(t.untyped_storage()) for t in (up, scale, head)]))
         return kept.p
 
     def forget(self) -> None:
-        """Make p anew at the next call, and let go of what it was made of."""
+        """Make p anew at the next call."""
         self._pool = None
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from mole_kernels.backends.columns import sum_columns, widen
 from mole_kernels.errors import MoleStateError, MoleTypeError
-from mole_kernels.gates.gate import MoLEGate
 from mole_kernels.operands import Experts, Gates
 from mole_kernels.precision import gate_dtype
 from mole_kernels.reference import sets_of, token_gate_ref
@@ -52,10 +51,6 @@ def loaded(*roots: nn.Module | None, write: bool = False) -> Iterator[None]:
     finally:
         for module, hook in reversed(begun):
             hook.post_forward(module, None)
-        for module in modules if hooked else ():
-            if isinstance(module, MoLEGate):
-                # what it keeps would hold the fetched tensors in memory
-                module.forget()
 
 
 def _kept(module: nn.Module, hook: Any) -> Iterator[tuple[Any, str, Tensor]]:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import mole_kernels as mk
 from mole_kernels.errors import MoleStateError
+from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.block import BlockRouting
 from mole_kernels.patching.targets import sizes
 from tests.patching.conftest import Mlp, State, make_expert, run_flux, run_unet, tiny_flux, tiny_unet
@@ -194,6 +196,32 @@ def test_an_offloaded_model_is_served(offload, order):
     assert torch.equal(run_unet(unet, batch=2), base)
     take_off()
     assert torch.equal(run_unet(unet, batch=2), base)
+
+
+@pytest.mark.parametrize("offload", ["sequential", "group-leaf"])
+def test_what_the_hooks_let_go_of_is_free(offload, monkeypatch):
+    """Nothing of ours, least of all a pooled gate's p, holds the tensors that were fetched for a forward."""
+    mlp, x = Mlp(), torch.randn(2, 6, 6)
+    handle = patch_mlp(mlp)
+    if offload == "group-leaf":
+        Elsewhere(monkeypatch)
+    OFFLOADS[offload](mlp)
+    fetched: list[StorageWeakRef] = []
+    operands = LayerExperts.operands
+
+    def seen(experts: LayerExperts) -> Any:
+        # on a CPU accelerate fetches an alias of what it keeps
+        if offload == "sequential":
+            experts.up.data = experts.up.data.clone()
+        fetched.append(StorageWeakRef(experts.up.untyped_storage()))
+        return operands(experts)
+
+    monkeypatch.setattr(LayerExperts, "operands", seen)
+    with torch.no_grad():
+        for _ in range(2):
+            mlp(x)
+    assert len(fetched) == 2 * len(handle.layers)
+    assert all(storage.expired() for storage in fetched)
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
