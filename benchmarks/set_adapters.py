@@ -1,15 +1,17 @@
 """How long `set_adapters` takes on the 722 linear layers of an SDXL UNet that holds many adapters, as it is and accelerated.
 
-python benchmarks/set_adapters.py                    minutes, most for loading; writes results/<machine>/<date>-set-adapters.{json,md}
+python benchmarks/set_adapters.py                    writes results/<machine>/<date>-set-adapters.{json,md}
 python benchmarks/set_adapters.py --loaded 2,10      writes nothing
 
 The UNet has its real layers and names on the meta device: `set_adapters` looks at flags, names and scales, never at a value. Adapters are
-of rank 1, added by PEFT. Both methods run on the same model in turn, between two pairs of adapters, so that each call changes something.
+of rank 1: the first two added by PEFT, the others put into the same dictionaries, for which PEFT takes minutes. Both methods run on the
+same model in turn, between two pairs of adapters, so that each call changes something.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import sys
@@ -33,14 +35,26 @@ LOADED = (2, 10, 50)
 
 
 def linear_paths(unet: nn.Module) -> list[str]:
-    return [path for path, module in unet.named_modules() if type(module) is nn.Linear]
+    """Those of its transformers: 722."""
+    return [path for path, module in unet.named_modules() if type(module) is nn.Linear and ".attentions." in path]
 
 
 def load(unet: Any, names: list[str], paths: list[str]) -> None:
+    """More adapters of rank 1: through PEFT the first time, then as copies of the first in every dictionary that it is in."""
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
-    for name in names:
-        inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=paths), unet, name, low_cpu_mem_usage=True)
+    if not hasattr(unet, "peft_config"):
+        for name in names:
+            inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=paths), unet, name, low_cpu_mem_usage=True)
+        return
+    first = next(iter(unet.peft_config))
+    unet.peft_config |= dict.fromkeys(names, unet.peft_config[first])
+    for layer in [module for module in unet.modules() if isinstance(module, LoraLayer)]:
+        for held in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+            held.update({name: copy.deepcopy(held[first]).requires_grad_(False) for name in names})
+        for kept in (layer.scaling, layer.r, layer.lora_alpha, layer.use_rslora, layer.use_dora, layer.lora_bias):
+            kept.update({name: kept[first] for name in names if first in kept})
 
 
 def measure(unet: Any, names: list[str], seconds: float) -> dict[str, Any]:
