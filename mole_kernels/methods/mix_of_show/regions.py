@@ -116,7 +116,8 @@ def _parse_box(text: str, at: int, height: int, width: int) -> Box:
     for piece in text.split(","):
         if not _NUMBER.fullmatch(piece.strip()):
             raise _wrong(at, "a number of pixels", piece.strip() or "nothing")
-        values.append(float(piece))
+        # stripped: separators that `strip` takes for space `float` does not
+        values.append(float(piece.strip()))
         at += len(piece) + 1
     if len(values) != 4:
         raise _wrong(start, "four numbers y0, x0, y1, x1", str(len(values)))
