@@ -19,6 +19,9 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
     before = Before(modules)
     try:
         yield
+    # the block had ended, and Ctrl-C came before it could say so: taken back later, when somebody lets go of this, it would be half undone
+    except GeneratorExit:
+        raise
     # Ctrl-C and running out of memory must not leave half a patch either
     except BaseException:
         before.restore()
