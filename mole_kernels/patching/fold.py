@@ -56,6 +56,7 @@ class Folded:
                 weight = _weight(one.module)
                 weight.copy_(_shifted(one.module, -1.0) if one.kept is None else one.kept)
                 one.module.experts_on = True
+            self._layers = []
         # back to folded, in the memory of one layer: the same sum of the same bits
         except BaseException:
             for one in self._layers:

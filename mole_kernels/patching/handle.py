@@ -246,8 +246,13 @@ class Handle:
         if self._folded is None:
             raise MoleStateError("Handle.unfold", "nothing is folded", hint="handle.fold() comes first")
         with self._turns.change():
-            self._folded.unfold()
-            self._folded = None
+            try:
+                self._folded.unfold()
+                self._folded = None
+            # Ctrl-C between the two
+            except BaseException:
+                self._folded = self._folded if self._folded else None
+                raise
 
     def hold(self) -> AbstractContextManager[None]:
         """`with handle.hold(): pipe(…)`: no other thread's change comes in between, so that all steps of a picture see one model.

