@@ -151,7 +151,7 @@ def write(rows: list[dict[str, Any]], batch: int) -> None:
     folder = RESULTS / slug(processor())
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{date.today()}-grouping.json"
-    out.write_text(json.dumps({"environment": environment(1) | {"batch": batch}, "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps(environment(1) | {"batch": batch, "cases": rows}, indent=1) + "\n")
 
 
 def time(M: int, K: int, N: int, ranks: tuple[int, ...]) -> tuple[float, float]:

@@ -101,7 +101,7 @@ def main() -> None:
         folder = RESULTS / slug(processor())
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / f"{date.today()}-regional.json"
-        out.write_text(json.dumps({"environment": environment(1), "rows": rows}, indent=1) + "\n")
+        out.write_text(json.dumps(environment(1) | {"cases": rows}, indent=1) + "\n")
         print(out.relative_to(RESULTS.parent))
 
 

@@ -41,9 +41,8 @@ def pages(root: Path) -> list[Page]:
 
 def _result_page(path: Path) -> Page:
     result = json.loads(path.read_text(encoding="utf-8"))
-    about = result.get("environment", result)
     kind = re.sub(r"^\d{4}-\d{2}-\d{2}-?", "", path.stem) or "layers"
-    title = f"{kind.replace('-', ' ').capitalize()}, {about.get('host', path.parent.name)}"
+    title = f"{kind.replace('-', ' ').capitalize()}, {result['host']}"
     pictures = [path.with_suffix(".png")] if path.with_suffix(".png").exists() else []
     shown = "".join(f"![time over the plain layer's, by shape]({picture.name})\n\n" for picture in pictures)
     text = f"# {title}\n\n`{path.parent.name}/{path.name}`\n\n{shown}{_without_title(_renderer(kind, result)(result))}\n"
@@ -68,9 +67,8 @@ def _renderer(kind: str, result: Result) -> Callable[[Result], str]:
 
 def columns(result: Result) -> str:
     """Any file of rows: the facts about its machine, then a column for each field."""
-    about = {**result.get("environment", {k: v for k, v in result.items() if k not in ("cases", "rows")})}
-    facts = "; ".join(f"{name} {_cell(value)}" for name, value in about.items() if value not in (None, [], {}))
-    rows = [dict(_flat(row)) for row in result.get("rows", result.get("cases", []))]
+    facts = "; ".join(f"{name} {_cell(value)}" for name, value in result.items() if name != "cases" and value not in (None, [], {}))
+    rows = [dict(_flat(row)) for row in result["cases"]]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = [names, ["---"] * len(names), *([_cell(row.get(name, "–")) for name in names] for row in rows)]
     return f"{facts}.\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table)

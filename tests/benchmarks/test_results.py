@@ -1,6 +1,7 @@
 """The result file: its schema, goals, table for the dispatcher, pages made from it."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from mole_kernels.dispatch.tables import dumps, parse
 from tests.benchmarks.support import imaginary
 
 COMMITTED = sorted((Path(command.__file__).parents[1] / "results").glob("*/*.json"))
-# the files of the smaller suites are of other kinds
-COMMITTED = [path for path in COMMITTED if not path.stem.endswith(("-serving", "-training", "-regional", "-fusion"))]
+# the layers' suites are named by their day, maybe with a number; each other suite by a word, and its cases are of its own kind
+LAYERS = [path for path in COMMITTED if re.fullmatch(r"\d{4}-\d\d-\d\d(-\d+)?", path.stem)]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,15 @@ def result():
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_every_committed_file_keeps_the_schema(path):
+def test_every_committed_file_says_what_was_measured_where(path):
+    result = json.loads(path.read_text())
+    for name in ("schema", "commit", "dirty", "utc", "host", "software"):
+        assert name in result, name
+    assert result["cases"]
+
+
+@pytest.mark.parametrize("path", LAYERS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_committed_file_of_layers_keeps_the_schema(path):
     result = results.load(path)
     assert "IMAGINARY" not in path.read_text() and result["cases"]
 

@@ -226,7 +226,8 @@ def test_bad_configurations_name_entry_and_field(tmp_path):
         ('[{"lora_path": "a.pth", "alpha": 1}]', MoleFileError, "got alpha"),
         ('[{"lora_path": "b.pth"}]', MoleFileError, "no such file"),
         ('[{"lora_path": "a.pth", "concept_name": "<a0> <c0>"}]', MoleValueError, "concept_name.*<a0>, <b0>"),
-        ('[{"lora_path": "a.pth", "unet_alpha": NaN}]', MoleValueError, "unet_alpha.*finite"),
+        ('[{"lora_path": "a.pth", "unet_alpha": NaN}]', MoleFileError, "NaN is not JSON"),
+        ('[{"lora_path": "a.pth", "unet_alpha": 1e999}]', MoleValueError, "unet_alpha.*finite"),
         ('[{"lora_path": "a.pth", "unet_alpha": "1"}]', TypeError, "unet_alpha"),
     ):
         path.write_text(text)
