@@ -101,6 +101,6 @@ def test_docstrings_keep_their_tables():
 def test_rows_of_any_shape_become_columns():
     from docs_benchmarks import columns
 
-    result = {"host": "a CPU", "rows": [{"id": "one", "us": {"ours": [1.0, 2.0, 3.5]}}, {"id": "two", "err": 1.23456e-7}]}
+    result = {"host": "a CPU", "cases": [{"id": "one", "us": {"ours": [1.0, 2.0, 3.5]}}, {"id": "two", "err": 1.23456e-7}]}
     text = columns(json.loads(json.dumps(result)))
     assert "| id | us: ours | err |" in text and "| one | 2 (1 to 3.5) | – |" in text and "| two | – | 1.235e-07 |" in text
