@@ -141,7 +141,7 @@ peft-tests: $(STAMP)
 
 # LoRA over quantised layers, with four packages unpacked beside the environment: two of them slow every start of diffusers down
 quantised-tests: $(STAMP) build/quantised
-	PYTHONPATH=build/quantised:. $(BIN)/python -m pytest -q tests/patching/test_quantised.py
+	PYTHONPATH=build/quantised:. $(BIN)/python -m pytest -q tests/peft/test_quantised.py
 
 build/quantised: constraints.txt | $(STAMP)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target $@ \

@@ -1,10 +1,12 @@
 """Builds mole_kernels/libmole_kernels.so with ninja: C++ always, CUDA where nvcc is found.
 
-The library has no Python ABI (it is loaded with torch.ops.load_library) and speaks LibTorch's stable ABI, so one
+The library has no Python ABI (it is loaded with torch.ops.load_library) and speaks LibTorch's stable ABI, so
+one
 wheel, tagged py3-none-<platform>, serves every Python and torch 2.11 to 2.13.
 
 Environment: MOLE_SKIP_CUDA_BUILD=1 leaves CUDA out, MOLE_FORCE_CUDA=1 makes a missing nvcc an error,
-MOLE_REQUIRE_EXTENSION=1 makes a missing compiler an error; TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX and NVCC
+MOLE_REQUIRE_EXTENSION=1 makes a missing compiler an error; TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX and
+NVCC
 mean what they mean elsewhere. Whether a GPU is present is never asked.
 """
 
@@ -72,9 +74,15 @@ def find_torch() -> Torch:
     version = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if version is None or tuple(map(int, version.groups())) < OLDEST_TORCH:
         wanted = ".".join(map(str, OLDEST_TORCH))
-        raise BuildProblem(f"mole_kernels: expected torch >= {wanted} while building, got {torch.__version__}.\nHint:\n{commands}")
+        raise BuildProblem(
+            f"mole_kernels: expected torch >= {wanted} while building, got {torch.__version__}.\nHint:\n{commands}"
+        )
     base = Path(torch.__file__).parent
-    return Torch(torch.__version__, [str(base / "include"), str(base / "include/torch/csrc/api/include")], str(base / "lib"))
+    return Torch(
+        torch.__version__,
+        [str(base / "include"), str(base / "include/torch/csrc/api/include")],
+        str(base / "lib"),
+    )
 
 
 def find_program(names: list[str], env: Mapping[str, str]) -> str | None:
@@ -91,7 +99,12 @@ def find_ninja(env: Mapping[str, str]) -> str | None:
 
 def find_nvcc(env: Mapping[str, str]) -> str | None:
     home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
-    names = [env.get("NVCC", ""), str(Path(home) / "bin/nvcc") if home else "", "nvcc", "/usr/local/cuda/bin/nvcc"]
+    names = [
+        env.get("NVCC", ""),
+        str(Path(home) / "bin/nvcc") if home else "",
+        "nvcc",
+        "/usr/local/cuda/bin/nvcc",
+    ]
     return find_program(names, env)
 
 
@@ -99,12 +112,16 @@ def choose_nvcc(env: Mapping[str, str]) -> tuple[str | None, str]:
     """(nvcc or None, why none); never asks whether a GPU is present."""
     skip, force = flag(env, "MOLE_SKIP_CUDA_BUILD"), flag(env, "MOLE_FORCE_CUDA")
     if skip and force:
-        raise BuildProblem("mole_kernels: MOLE_SKIP_CUDA_BUILD and MOLE_FORCE_CUDA are both set.\nHint: set one of them.")
+        raise BuildProblem(
+            "mole_kernels: MOLE_SKIP_CUDA_BUILD and MOLE_FORCE_CUDA are both set.\nHint: set one of them."
+        )
     if skip:
         return None, "MOLE_SKIP_CUDA_BUILD is set"
     nvcc = find_nvcc(env)
     if nvcc is None and force:
-        raise BuildProblem("mole_kernels: MOLE_FORCE_CUDA is set and nvcc was not found.\nHint: set CUDA_HOME to the CUDA toolkit.")
+        raise BuildProblem(
+            "mole_kernels: MOLE_FORCE_CUDA is set and nvcc was not found.\nHint: set CUDA_HOME to the CUDA toolkit."
+        )
     return nvcc, "" if nvcc else "nvcc was not found (PATH, CUDA_HOME, /usr/local/cuda)"
 
 
@@ -120,12 +137,16 @@ def find_toolchain(env: Mapping[str, str]) -> Toolchain | str:
 
 
 def cuda_gencode(arch_list: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a 12.0+PTX") as -gencode flags; a name that is no architecture is an error."""
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a 12.0+PTX") as -gencode flags; a name that is no architecture is an
+    error.
+    """
     flags = []
     for arch in re.split(r"[;,\s]+", arch_list.strip()):
         m = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if m is None:
-            raise BuildProblem(f"mole_kernels: TORCH_CUDA_ARCH_LIST: expected entries like 8.0, 9.0a or 12.0+PTX, got {arch!r}.")
+            raise BuildProblem(
+                f"mole_kernels: TORCH_CUDA_ARCH_LIST: expected entries like 8.0, 9.0a or 12.0+PTX, got {arch!r}."
+            )
         sm = "".join(m.group(1, 2, 3))
         flags.append(f"-gencode=arch=compute_{sm},code=sm_{sm}")
         if m.group(4):
@@ -139,15 +160,25 @@ def has_hopper(gencode: list[str]) -> bool:
 
 
 def ptxas_facts(text: str) -> list[dict[str, object]]:
-    """What `ptxas -v` said: kernel, registers at launch and bytes spilled of each one; and whether it serialised its products."""
+    """What `ptxas -v` said: kernel, registers at launch and bytes spilled of each one; and whether it
+    serialised its products.
+    """
     facts = []
     slow = set(re.findall(r"serialized.*?in the function '(\w+)'", text))
-    for name, body in re.findall(r"Compiling entry function '(\w+)' for '\w+'(.*?)(?=Compiling entry function|\Z)", text, re.DOTALL):
+    for name, body in re.findall(
+        r"Compiling entry function '(\w+)' for '\w+'(.*?)(?=Compiling entry function|\Z)", text, re.DOTALL
+    ):
         shape = re.search(r"(?:4sm90|6ladder)\d+([a-z_]+)I(?:NS_4([a-z0-9]+)E)?((?:Li\d+E)+)E", name)
-        kernel = name if shape is None else f"{shape[1]}<{', '.join([shape[2] or 'bf16', *re.findall(r'[0-9]+', shape[3])])}>"
+        kernel = (
+            name
+            if shape is None
+            else f"{shape[1]}<{', '.join([shape[2] or 'bf16', *re.findall(r'[0-9]+', shape[3])])}>"
+        )
         patterns = (r"(\d+) bytes spill stores", r"(\d+) bytes spill loads", r"Used (\d+) reg")
         stores, loads, registers = (int(m[1]) if (m := re.search(p, body)) else 0 for p in patterns)
-        facts.append({"kernel": kernel, "registers": registers, "spilled": stores + loads, "serialized": name in slow})
+        facts.append(
+            {"kernel": kernel, "registers": registers, "spilled": stores + loads, "serialized": name in slow}
+        )
     return sorted(facts, key=lambda fact: str(fact["kernel"]))
 
 
@@ -173,7 +204,10 @@ def ninja_file(torch: Torch, tools: Toolchain, out: Path, env: Mapping[str, str]
     # maybe-uninitialized: gcc 12 says it of its own _mm512_undefined
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
     # messages name sources; the folders of the machine that built a wheel are nobody's business
-    named = [f"-ffile-prefix-map={ROOT}=mole_kernels", f"-ffile-prefix-map={Path(torch.library).parent}=torch"]
+    named = [
+        f"-ffile-prefix-map={ROOT}=mole_kernels",
+        f"-ffile-prefix-map={Path(torch.library).parent}=torch",
+    ]
     cxx = [*shared, "-fPIC", "-fvisibility=hidden", *named, *warnings, *env.get("CXXFLAGS", "").split()]
     lines = [
         "rule cxx",
@@ -196,9 +230,15 @@ def ninja_file(torch: Torch, tools: Toolchain, out: Path, env: Mapping[str, str]
         objects.append(f"{stem}.o")
         lines.extend([f"build {stem}.o: {rule} {ninja_escape(str(source))}", f"  flags = {' '.join(flags)}"])
 
-    # no torch header here: an inline function compiled for AVX-512 could be the copy the linker keeps for everyone
+    # no torch header here: an inline function compiled for AVX-512 could be the copy the linker keeps for
+    # everyone
     for isa, flags in isa_variants(machine).items():
-        compile("cxx", ROOT / "csrc/cpu/kernels.cpp", f"kernels_{isa}", [*cxx, *flags, f"-DMOLE_ISA={isa}", f"-DMOLE_ISA_{isa.upper()}=1"])
+        compile(
+            "cxx",
+            ROOT / "csrc/cpu/kernels.cpp",
+            f"kernels_{isa}",
+            [*cxx, *flags, f"-DMOLE_ISA={isa}", f"-DMOLE_ISA_{isa.upper()}=1"],
+        )
     variants = [f"-DMOLE_HAS_{isa.upper()}=1" for isa in isa_variants(machine)]
     for source in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]:
         if source.name != "kernels.cpp":
@@ -212,17 +252,40 @@ def ninja_file(torch: Torch, tools: Toolchain, out: Path, env: Mapping[str, str]
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             compile("nvcc", source, f"cuda_{source.stem}", cuda)
         if has_hopper(gencode):
-            host = [*shared, *include, f"-Xcompiler={through},-Wall,-Wextra,-Wno-unused-parameter", f"-ccbin={tools.cxx}"]
-            for source in [*sorted((ROOT / "csrc/cuda").glob("*.cpp")), *sorted((ROOT / "csrc/cuda/sm90").glob("*.cpp"))]:
+            host = [
+                *shared,
+                *include,
+                f"-Xcompiler={through},-Wall,-Wextra,-Wno-unused-parameter",
+                f"-ccbin={tools.cxx}",
+            ]
+            for source in [
+                *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
+                *sorted((ROOT / "csrc/cuda/sm90").glob("*.cpp")),
+            ]:
                 compile("nvcc", source, f"sm90_{source.stem}", host)
-            hopper = [*shared, "-gencode=arch=compute_90a,code=sm_90a", f"-Xcompiler={through}", f"-ccbin={tools.cxx}"]
+            hopper = [
+                *shared,
+                "-gencode=arch=compute_90a,code=sm_90a",
+                f"-Xcompiler={through}",
+                f"-ccbin={tools.cxx}",
+            ]
             compile("kernels", ROOT / "csrc/cuda/ladder/kernels.cu", "sm90_ladder", hopper)
             ways = ("cluster", "persistent", "recompute")
             for way in (*ways, *(f"{way}_dx" for way in ways)):
                 for dtype in ("bf16", "fp16"):
-                    names = [f"-DMOLE_WAY={way}", f"-DMOLE_DTYPE={dtype}", f"-DMOLE_SHAPES=MOLE_SM90_{way.upper()}"]
-                    compile("kernels", ROOT / "csrc/cuda/sm90/kernels.cu", f"sm90_{way}_{dtype}", [*hopper, *names])
-        # nvcc links, for it alone knows where its static runtime lies; past its own device link, which would keep its arguments as text
+                    names = [
+                        f"-DMOLE_WAY={way}",
+                        f"-DMOLE_DTYPE={dtype}",
+                        f"-DMOLE_SHAPES=MOLE_SM90_{way.upper()}",
+                    ]
+                    compile(
+                        "kernels",
+                        ROOT / "csrc/cuda/sm90/kernels.cu",
+                        f"sm90_{way}_{dtype}",
+                        [*hopper, *names],
+                    )
+        # nvcc links, for it alone knows where its static runtime lies; past its own device link, which would
+        # keep its arguments as text
         libs = f"-Xlinker=-L{torch.library},-ltorch,-ltorch_cpu"
         link = f"{tools.nvcc} -shared -cudart=static -ccbin={tools.cxx} -Xlinker=--no-as-needed"
     lines += [f"link = {link}"]
@@ -250,7 +313,9 @@ class BuildExtension(build_ext):
             archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
             report |= {"built": True, "cuda": archs if tools.nvcc else "", "no_cuda": tools.no_cuda}
             if tools.nvcc and has_hopper(cuda_gencode(archs)):
-                report["sm90"] = ptxas_facts("".join(p.read_text() for p in sorted(self.work().glob("sm90_*.o.log"))))
+                report["sm90"] = ptxas_facts(
+                    "".join(p.read_text() for p in sorted(self.work().glob("sm90_*.o.log")))
+                )
         self.write_report(out, report)
 
     def work(self) -> Path:
@@ -263,16 +328,24 @@ class BuildExtension(build_ext):
         (work / "build.ninja").write_text(ninja_file(torch, tools, out, os.environ, platform.machine()))
         jobs = os.environ.get("MAX_JOBS", "")
         command = [tools.ninja, *(["-j", jobs] if jobs else [])]
-        print(f"mole_kernels: torch {torch.version}, {tools.cxx}, CUDA: {tools.nvcc or tools.no_cuda}", flush=True)
+        print(
+            f"mole_kernels: torch {torch.version}, {tools.cxx}, CUDA: {tools.nvcc or tools.no_cuda}",
+            flush=True,
+        )
         if subprocess.run(command, cwd=work, check=False).returncode:
-            raise BuildProblem("mole_kernels: compiling failed; the compiler's messages are above (pip shows them with -v).")
+            raise BuildProblem(
+                "mole_kernels: compiling failed; the compiler's messages are above (pip shows them with -v)."
+            )
 
     def give_up(self, reason: str, report: dict[str, object]) -> None:
         hint = "install a C++17 compiler and ninja, then `pip install --no-build-isolation .` again"
         if flag(os.environ, "MOLE_REQUIRE_EXTENSION"):
             raise BuildProblem(f"mole_kernels: {reason}, and MOLE_REQUIRE_EXTENSION is set.\nHint: {hint}.")
         report["reason"] = f"{reason} when the package was installed"
-        print(f"mole_kernels: WARNING: {reason}; installing without the compiled extension (slower).\nHint: {hint}.", file=sys.stderr)
+        print(
+            f"mole_kernels: WARNING: {reason}; installing without the compiled extension (slower).\nHint: {hint}.",
+            file=sys.stderr,
+        )
 
     def write_report(self, out: Path, report: dict[str, object]) -> None:
         text = json.dumps(report, indent=1) + "\n"

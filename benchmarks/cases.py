@@ -11,13 +11,15 @@ import torch
 SHAPES = Path(__file__).with_name("linear_shapes.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATES = {"mole": "token+sample", "none": "none"}
-# rows with fewer tokens (time embeddings, modulation) are left out: together they are below 0.1 % of a model's operations
+# rows with fewer tokens (time embeddings, modulation) are left out: together they are below 0.1 % of a
+# model's operations
 LEAST_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer of `model`: x [B,M/B,K] -> [B,M/B,N], E experts of rank r with MoLE's local and global gates ("mole"), or none.
+    """One layer of `model`: x [B,M/B,K] -> [B,M/B,N], E experts of rank r with MoLE's local and global gates
+    ("mole"), or none.
 
     mode    "forward", "backward" (gradients alone) or "training" (forward and backward)
     counts  how many layers of this shape each model has: ((model, layers), …)
@@ -38,7 +40,9 @@ class Case:
 
     def __str__(self) -> str:
         usual = f"{self.mode}-{self.M}x{self.K}x{self.N}-{self.dtype}-r{self.r}"
-        return usual + (f"-E{self.E}" if self.E != 2 else "") + (f"-{self.gate}" if self.gate != "mole" else "")
+        return (
+            usual + (f"-E{self.E}" if self.E != 2 else "") + (f"-{self.gate}" if self.gate != "mole" else "")
+        )
 
     @property
     def R(self) -> int:
@@ -80,7 +84,9 @@ class Case:
         M, K, N, R, gates = self.M, self.K, self.N, self.R, self.columns - self.R
         forward = M * (K + N) + N * K + R * (K + N) + gates * K
         backward = forward + M * (K + R) + R * (K + N) + gates * K
-        return self.size * {"forward": forward, "backward": backward, "training": forward + backward}[self.mode]
+        return (
+            self.size * {"forward": forward, "backward": backward, "training": forward + backward}[self.mode]
+        )
 
     @property
     def base_bytes(self) -> int:
@@ -104,7 +110,9 @@ def layers(model: str, only: str = "") -> list[Case]:
 
 
 def shapes(models: tuple[str, ...], most_gflop: float) -> list[Case]:
-    """The distinct M,K,N of the attention blocks of `models` (what MoLE adapts), M halved until the plain layer is affordable."""
+    """The distinct M,K,N of the attention blocks of `models` (what MoLE adapts), M halved until the plain
+    layer is affordable.
+    """
     found: dict[tuple[int, int, int], Case] = {}
     for entry in json.loads(SHAPES.read_text()):
         if entry["model"] not in models or "attentions" not in entry["module_pattern"]:
@@ -113,14 +121,24 @@ def shapes(models: tuple[str, ...], most_gflop: float) -> list[Case]:
         while most_gflop < 2e-9 * M * K * N and M > 256:
             M //= 2
         case = found.get((M, K, N)) or Case(entry["model"], M, K, N, entry["bias"])
-        found[M, K, N] = replace(case, model=case.model if entry["model"] in case.model else f"{case.model}, {entry['model']}")
+        found[M, K, N] = replace(
+            case, model=case.model if entry["model"] in case.model else f"{case.model}, {entry['model']}"
+        )
     return sorted(found.values(), key=lambda c: (c.K * c.N, c.M))
 
 
-def suite(most_gflop: float = 3.4, ranks: tuple[int, ...] = (16, 64, 256), dtypes: tuple[str, ...] = ("fp32", "bf16")) -> list[Case]:
-    """The CPU's. Forward: every shape, dtype and rank. Backward: the shapes below 1 Gflop and the three of each width, ranks 16 and 64."""
+def suite(
+    most_gflop: float = 3.4,
+    ranks: tuple[int, ...] = (16, 64, 256),
+    dtypes: tuple[str, ...] = ("fp32", "bf16"),
+) -> list[Case]:
+    """The CPU's. Forward: every shape, dtype and rank. Backward: the shapes below 1 Gflop and the three of
+    each width, ranks 16 and 64.
+    """
     found = shapes(("SD1.5-UNet", "SDXL-UNet"), most_gflop)
     forward = [replace(c, dtype=d, r=r) for c in found for d in dtypes for r in ranks]
     some = [c for c in found if c.base_flops < 1e9 or c.K == c.N]
-    backward = [replace(c, dtype=d, r=r, mode="backward") for c in some for d in dtypes for r in ranks if r <= 64]
+    backward = [
+        replace(c, dtype=d, r=r, mode="backward") for c in some for d in dtypes for r in ranks if r <= 64
+    ]
     return forward + backward

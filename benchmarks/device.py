@@ -1,4 +1,5 @@
-"""What measuring needs of a machine: a GPU by events, graphs and the profiler, or a CPU by its clock, with the same words.
+"""What measuring needs of a machine: a GPU by events, graphs and the profiler, or a CPU by its clock, with
+the same words.
 
 Everything above this file runs the same on both, which is how it is tested where there is no GPU.
 """
@@ -107,7 +108,9 @@ class Gpu:
         }
 
     def clocks(self) -> dict[str, float]:
-        return {name: float(value) for name, value in smi(QUERY).items() if value.replace(".", "", 1).isdigit()}
+        return {
+            name: float(value) for name, value in smi(QUERY).items() if value.replace(".", "", 1).isdigit()
+        }
 
     def sync(self) -> None:
         torch.cuda.synchronize()
@@ -147,7 +150,9 @@ class Gpu:
         """Kernels of one call, by the profiler; copies and fills count too, for they are launches."""
         run()
         self.sync()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as seen:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+        ) as seen:
             run()
             self.sync()
         return kernels(seen.events())
@@ -169,8 +174,13 @@ class Gpu:
         return torch.cuda.mem_get_info()[0]
 
     def poison(self) -> None:
-        """Fill free memory that the allocator hands out next with NaN: what a kernel does not write is seen."""
-        blocks = [torch.full((size,), math.nan, device="cuda") for size in (1 << 6, 1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)]
+        """Fill free memory that the allocator hands out next with NaN: what a kernel does not write is
+        seen.
+        """
+        blocks = [
+            torch.full((size,), math.nan, device="cuda")
+            for size in (1 << 6, 1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)
+        ]
         del blocks
 
 
@@ -180,7 +190,9 @@ def device(kind: str) -> Device:
 
 def kernels(events: Any) -> int:
     """How many of a profiler's events ran on the GPU."""
-    return sum(1 for e in events if "CUDA" in str(e.device_type) and not getattr(e, "is_user_annotation", False))
+    return sum(
+        1 for e in events if "CUDA" in str(e.device_type) and not getattr(e, "is_user_annotation", False)
+    )
 
 
 def smi(query: str) -> dict[str, str]:
@@ -190,12 +202,19 @@ def smi(query: str) -> dict[str, str]:
         return {}
     try:
         said = subprocess.run(
-            [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10
+            [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return {}
     values = said.stdout.splitlines()[:1]
-    return dict(zip(query.split(","), (v.strip() for v in values[0].split(",")))) if said.returncode == 0 and values else {}
+    return (
+        dict(zip(query.split(","), (v.strip() for v in values[0].split(","))))
+        if said.returncode == 0 and values
+        else {}
+    )
 
 
 @contextlib.contextmanager
@@ -207,7 +226,9 @@ def poisoned() -> Iterator[None]:
         t = empty(*size, **named)
         if t.device.type == "meta":
             return t
-        return t.fill_(math.nan if t.is_floating_point() else torch.iinfo(t.dtype).max if t.dtype != torch.bool else True)
+        return t.fill_(
+            math.nan if t.is_floating_point() else torch.iinfo(t.dtype).max if t.dtype != torch.bool else True
+        )
 
     torch.empty = full  # type: ignore[assignment]
     try:

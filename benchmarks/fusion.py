@@ -1,11 +1,14 @@
-"""Gradient fusion of a Stable Diffusion 1.5: every attention layer of UNet and text encoder, in closed form and by LBFGS.
+"""Gradient fusion of a Stable Diffusion 1.5: every attention layer of UNet and text encoder, in closed form
+and by LBFGS.
 
 python -m benchmarks.fusion                     all 176 layers, LBFGS on three of them
 python -m benchmarks.fusion --concepts 14 --rows 4096 --lbfgs none
 python -m benchmarks.fusion --part 0.1          every tenth layer
 
-Activations are random. Seconds are of processor time, which a busy machine spoils least. The sums are timed by themselves: they are made
-while the model samples. LBFGS minimises the same objective from the same sums, which costs it a fraction of what it costs from activations,
+Activations are random. Seconds are of processor time, which a busy machine spoils least. The sums are timed
+by themselves: they are made
+while the model samples. LBFGS minimises the same objective from the same sums, which costs it a fraction of
+what it costs from activations,
 as the paper's code has it.
 """
 
@@ -34,19 +37,31 @@ def sd15_layers() -> list[tuple[str, int, int]]:
     """(kind, N, K) of the 48 + 128 attention linears."""
     layers = [("text encoder", TEXT, TEXT)] * 48
     for channels, blocks in BLOCKS.items():
-        layers += [("unet", channels, channels)] * (6 * blocks) + [("cross-attention", channels, TEXT)] * (2 * blocks)
+        layers += [("unet", channels, channels)] * (6 * blocks) + [("cross-attention", channels, TEXT)] * (
+            2 * blocks
+        )
     return layers
 
 
-def problem(kind: str, N: int, K: int, concepts: int, rows: int, seed: int) -> tuple[dict[str, LowRank], Sums, float]:
-    """Random experts and inputs of one layer, and the seconds that its sums took; K and V see six rows a concept."""
+def problem(
+    kind: str, N: int, K: int, concepts: int, rows: int, seed: int
+) -> tuple[dict[str, LowRank], Sums, float]:
+    """Random experts and inputs of one layer, and the seconds that its sums took; K and V see six rows a
+    concept.
+    """
     g = torch.Generator().manual_seed(seed)
     factors = {
-        f"c{i}": LowRank(torch.randn(RANK, K, generator=g) / K**0.5, torch.randn(N, RANK, generator=g) / RANK**0.5) for i in range(concepts)
+        f"c{i}": LowRank(
+            torch.randn(RANK, K, generator=g) / K**0.5, torch.randn(N, RANK, generator=g) / RANK**0.5
+        )
+        for i in range(concepts)
     }
     # directions of unlike strength, as activations have them
     strength = torch.logspace(0, -2, K)
-    inputs = {name: torch.randn(6 if kind == "cross-attention" else rows, K, generator=g) * strength for name in factors}
+    inputs = {
+        name: torch.randn(6 if kind == "cross-attention" else rows, K, generator=g) * strength
+        for name in factors
+    }
     began, sums = time.process_time(), Sums.of(K)
     for name, x in inputs.items():
         sums.add(name, factors[name], x)
@@ -63,7 +78,10 @@ def run(concepts: int, rows: int, part: float) -> Iterator[dict[str, Any]]:
         began = time.process_time()
         solved = fuse_layer(factors, sums)
         seconds = time.process_time() - began
-        row = found.setdefault((kind, N, K), {"kind": kind, "N": N, "K": K, "layers": 0, "sums_s": 0.0, "solve_s": 0.0, "ratio": 0.0})
+        row = found.setdefault(
+            (kind, N, K),
+            {"kind": kind, "N": N, "K": K, "layers": 0, "sums_s": 0.0, "solve_s": 0.0, "ratio": 0.0},
+        )
         row["layers"] += 1
         row["sums_s"] += summing
         row["solve_s"] += seconds
@@ -84,19 +102,34 @@ def against_lbfgs(kind: str, N: int, K: int, concepts: int, rows: int, steps: in
     slow: Tensor = fuse_by_lbfgs(factors, sums, dict.fromkeys(factors, 1.0), steps)
     seconds = time.process_time() - began
     # ΔW as one expert: identity times itself
-    reached = objective(factors, sums, dict.fromkeys(factors, 1.0), LowRank(slow.double(), torch.eye(N, dtype=torch.float64)))
+    reached = objective(
+        factors, sums, dict.fromkeys(factors, 1.0), LowRank(slow.double(), torch.eye(N, dtype=torch.float64))
+    )
     return {
-        "kind": kind, "N": N, "K": K, "closed_s": closed, "lbfgs_s": seconds, "times": seconds / closed,
-        "closed": solved.fused / solved.base, "lbfgs": reached / solved.base, "by_weights": solved.by_weights / solved.base,
-    }  # fmt: skip
+        "kind": kind,
+        "N": N,
+        "K": K,
+        "closed_s": closed,
+        "lbfgs_s": seconds,
+        "times": seconds / closed,
+        "closed": solved.fused / solved.base,
+        "lbfgs": reached / solved.base,
+        "by_weights": solved.by_weights / solved.base,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--concepts", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=2048, help="inputs of a concept on a layer (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=2048, help="inputs of a concept on a layer (default: %(default)s)"
+    )
     parser.add_argument("--part", type=float, default=1.0, help="of the layers, in (0, 1]")
-    parser.add_argument("--lbfgs", default="unet:320:320,cross-attention:320:768,unet:640:640", help="kind:N:K, …; or none")
+    parser.add_argument(
+        "--lbfgs", default="unet:320:320,cross-attention:320:768,unet:640:640", help="kind:N:K, …; or none"
+    )
     parser.add_argument("--steps", type=int, default=500, help="of LBFGS (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
@@ -119,7 +152,12 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        args.json.write_text(json.dumps({"settings": vars(args) | {"json": None}, "layers": found, "lbfgs": compared}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps(
+                {"settings": vars(args) | {"json": None}, "layers": found, "lbfgs": compared}, indent=1
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A transformer block of SDXL with experts, its projections grouped and its text's keys and values kept, against the stock block.
+"""A transformer block of SDXL with experts, its projections grouped and its text's keys and values kept,
+against the stock block.
 
 python benchmarks/grouping.py             paired, one thread of the CPU
 python benchmarks/grouping.py --predict   what the cost model says of an H200; nothing is run
@@ -28,7 +29,7 @@ from mole_kernels.dispatch.choose import candidates_of, choose
 from mole_kernels.dispatch.cost import GAP
 from mole_kernels.dispatch.device import KNOWN
 from mole_kernels.experts.lowrank import Expert, LowRank
-from mole_kernels.patching.targets import scan, sizes
+from mole_kernels.modules.scan import scan, sizes
 from mole_kernels.problem import Problem
 
 RESULTS = Path(__file__).with_name("results")
@@ -50,7 +51,9 @@ def block(width: int, dtype: torch.dtype) -> nn.Module:
 
 
 def expert(model: nn.Module, rank: int, seed: int, equal: bool) -> Expert:
-    """Factors for every linear layer; with `equal`, projections of one tensor have one A, as fused files give them."""
+    """Factors for every linear layer; with `equal`, projections of one tensor have one A, as fused files give
+    them.
+    """
     generator = torch.Generator().manual_seed(seed)
     layers, downs = {}, {}
     for path, layer in scan(model).layers.items():
@@ -76,7 +79,10 @@ def runs(name: str, dtype: torch.dtype, batch: int) -> tuple[dict[str, Callable[
     """One step of the stock block, the same again, and of each method; what the groups did in it."""
     width, tokens = BLOCKS[name]
     generator = torch.Generator().manual_seed(1)
-    x, text = (torch.randn(batch, *shape, generator=generator).to(dtype) for shape in ((tokens, width), (WORDS, TEXT)))
+    x, text = (
+        torch.randn(batch, *shape, generator=generator).to(dtype)
+        for shape in ((tokens, width), (WORDS, TEXT))
+    )
 
     def step(model: nn.Module) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -101,12 +107,18 @@ def runs(name: str, dtype: torch.dtype, batch: int) -> tuple[dict[str, Callable[
         error = max(((methods[method]() - want).norm() / want.norm()).item() for _ in range(2))
         if error > (1e-5 if dtype == torch.float32 else 2e-2):
             raise SystemExit(f"{name} {method}: error {error:.1e}; nothing is timed")
-        said[method] = {key: value for key, value in handle.groups.report().items() if key in ("computed", "shared", "apart")}
+        said[method] = {
+            key: value
+            for key, value in handle.groups.report().items()
+            if key in ("computed", "shared", "apart")
+        }
     return methods, said
 
 
 def geglu(name: str, dtype: torch.dtype, batch: int) -> dict[str, Callable[[], Tensor]]:
-    """GEGLU's product, and what comes after it: the part that an activation in the epilogue could save at most."""
+    """GEGLU's product, and what comes after it: the part that an activation in the epilogue could save at
+    most.
+    """
     width, tokens = BLOCKS[name]
     x, weight = torch.randn(batch, tokens, width).to(dtype), torch.randn(8 * width, width).to(dtype)
     y = F.linear(x, weight)
@@ -133,7 +145,10 @@ def measured(options: argparse.Namespace) -> None:
             methods, said = runs(name, dtype, options.batch)
             taken = interleaved(methods, budget, elapsed)  # type: ignore[arg-type]
             ratios = {method: ratio(times, taken["stock"]) for method, times in taken.items()}
-            parts = {key: spread(v) for key, v in interleaved(geglu(name, dtype, options.batch), budget, elapsed).items()}  # type: ignore[arg-type]
+            parts = {
+                key: spread(v)
+                for key, v in interleaved(geglu(name, dtype, options.batch), budget, elapsed).items()
+            }  # type: ignore[arg-type]
             kind = str(dtype)[6:]
             us = {method: spread(times) for method, times in taken.items()}
             rows.append({"id": f"{name}-{kind}", "us": us, "ratio": ratios, "groups": said, "geglu": parts})
@@ -141,7 +156,10 @@ def measured(options: argparse.Namespace) -> None:
             for method, r in ratios.items():
                 apart = said.get(method, {}).get("apart", "")
                 print(f"    {method:34} p20 {r[0]:.3f}  p50 {r[1]:.3f}  p80 {r[2]:.3f}  {apart}", flush=True)
-            print(f"    GEGLU: activation ÷ product {parts['activation'][1] / parts['product'][1]:.3f}", flush=True)
+            print(
+                f"    GEGLU: activation ÷ product {parts['activation'][1] / parts['product'][1]:.3f}",
+                flush=True,
+            )
             if options.write:
                 write(rows, options.batch)
 
@@ -155,17 +173,25 @@ def write(rows: list[dict[str, Any]], batch: int) -> None:
 
 
 def time(M: int, K: int, N: int, ranks: tuple[int, ...]) -> tuple[float, float]:
-    """(with experts, without) in µs, predicted for an H200, bfloat16, the compiled kernels among the candidates."""
+    """(with experts, without) in µs, predicted for an H200, bfloat16, the compiled kernels among the
+    candidates.
+    """
     device = KNOWN["h200"]
-    found = choose(Problem(1, M, K, N, ranks or (16,), 1, torch.bfloat16, "cuda"), device, names=candidates_of(device))
+    found = choose(
+        Problem(1, M, K, N, ranks or (16,), 1, torch.bfloat16, "cuda"), device, names=candidates_of(device)
+    )
     best = found.of(found.name).predicted
     assert best is not None
     return (best if ranks else found.plain) + GAP, found.plain + GAP
 
 
 def predicted(batch: int) -> None:
-    """The block's linear layers, stock = 1: its attentions and norms, which nothing here changes, are left out."""
-    print("| block | rank | adapted | grouped | grouped, equal A | cached | grouped and cached | grouped and cached, equal A |")
+    """The block's linear layers, stock = 1: its attentions and norms, which nothing here changes, are left
+    out.
+    """
+    print(
+        "| block | rank | adapted | grouped | grouped, equal A | cached | grouped and cached | grouped and cached, equal A |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, (C, tokens) in BLOCKS.items():
         M, words = batch * tokens, batch * WORDS
@@ -183,10 +209,16 @@ def predicted(batch: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=8, help="at least; at most twice as many, while the seconds last")
+    parser.add_argument(
+        "--rounds", type=int, default=8, help="at least; at most twice as many, while the seconds last"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="for each case")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--predict", action="store_true", help="the cost model's answer, for guidance by one call of two samples")
+    parser.add_argument(
+        "--predict",
+        action="store_true",
+        help="the cost model's answer, for guidance by one call of two samples",
+    )
     parser.add_argument("--write", action="store_true", help="results/<machine>/<date>-grouping.json")
     options = parser.parse_args()
     predicted(2) if options.predict else measured(options)

@@ -16,7 +16,9 @@ from mole_kernels.reference import gated_lora_ref
 
 @dataclass
 class Layer:
-    """Base, experts, gates (None where the case has none) and an input x [B,T,K]; nothing needs a gradient."""
+    """Base, experts, gates (None where the case has none) and an input x [B,T,K]; nothing needs a
+    gradient.
+    """
 
     case: Case
     x: Tensor
@@ -59,11 +61,15 @@ class Layer:
         e = self.experts.operands()
         wide = e._replace(down=e.down.double(), up=e.up.double(), scale=e.scale.double())
         bias = None if self.base.bias is None else self.base.bias.double()
-        return gated_lora_ref(self.x.double(), self.base.weight.double(), bias, wide, self.gates().map(torch.Tensor.double))[0]
+        return gated_lora_ref(
+            self.x.double(), self.base.weight.double(), bias, wide, self.gates().map(torch.Tensor.double)
+        )[0]
 
     def plain_truth(self) -> Tensor:
         """The layer without experts in float64."""
-        return nn.functional.linear(*(None if t is None else t.double() for t in (self.x, self.base.weight, self.base.bias)))  # type: ignore[arg-type]
+        return nn.functional.linear(
+            *(None if t is None else t.double() for t in (self.x, self.base.weight, self.base.bias))
+        )  # type: ignore[arg-type]
 
     def ungated_truth(self) -> Tensor:
         """What PEFT computes, in float64: the same experts without gates."""
@@ -76,4 +82,8 @@ class Layer:
     def factors(self, i: int) -> tuple[Tensor, Tensor, float]:
         """A_e [r,K], B_e [N,r] and s_e of expert i, contiguous as if read from its own file."""
         span = slice(i * self.case.r, (i + 1) * self.case.r)
-        return self.experts.down[0, span].contiguous(), self.experts.up[0, :, span].contiguous(), float(self.experts.scale[i])
+        return (
+            self.experts.down[0, span].contiguous(),
+            self.experts.up[0, :, span].contiguous(),
+            float(self.experts.scale[i]),
+        )

@@ -1,11 +1,16 @@
-"""What LoRA costs a step of SD1.5's transformer blocks: as it is in PEFT, accelerated, and concatenated by hand, over no LoRA at all.
+"""What LoRA costs a step of SD1.5's transformer blocks: as it is in PEFT, accelerated, and concatenated by
+hand, over no LoRA at all.
 
-python benchmarks/lora_overhead.py              CPU, some minutes on one core; writes results/<machine>/<date>-lora-overhead.{json,md}
+python benchmarks/lora_overhead.py              CPU, some minutes on one core; writes
+results/<machine>/<date>-lora-overhead.{json,md}
 python benchmarks/lora_overhead.py --quick      float32, few rounds, writes nothing
 
-Two blocks of each width (320, 640, 1280) with their self- and cross-attention and feed-forward, as diffusers has them, on a batch of two
-256² pictures (32², 16², 8² places) and 77 words. Adapters as diffusers places them by default: q, k, v and out of both attentions, 48
-layers, two adapters of rank 16. The convolutions of the UNet, which hold no adapter, are left out: they would only hide the difference.
+Two blocks of each width (320, 640, 1280) with their self- and cross-attention and feed-forward, as diffusers
+has them, on a batch of two
+256² pictures (32², 16², 8² places) and 77 words. Adapters as diffusers places them by default: q, k, v and
+out of both attentions, 48
+layers, two adapters of rank 16. The convolutions of the UNet, which hold no adapter, are left out: they would
+only hide the difference.
 """
 
 from __future__ import annotations
@@ -27,8 +32,8 @@ from benchmarks.cases import DTYPES
 from benchmarks.machine import environment, slug
 from benchmarks.timing import Budget, Times, paired
 from mole_kernels import extension
-from mole_kernels.patching.accelerate import accelerate
-from mole_kernels.patching.status import status
+from mole_kernels.peft.accelerate import accelerate
+from mole_kernels.peft.status import status
 
 RESULTS = Path(__file__).with_name("results")
 WIDTHS = ((320, 1024), (640, 256), (1280, 64))
@@ -46,7 +51,9 @@ class Blocks(nn.Module):
 
         super().__init__()
         self.parts = nn.ModuleList(
-            BasicTransformerBlock(width, 8, width // 8, cross_attention_dim=TEXT) for width, _ in WIDTHS for _ in range(2)
+            BasicTransformerBlock(width, 8, width // 8, cross_attention_dim=TEXT)
+            for width, _ in WIDTHS
+            for _ in range(2)
         )
 
     def forward(self, inputs: list[Tensor], text: Tensor) -> list[Tensor]:
@@ -59,7 +66,9 @@ class Blocks(nn.Module):
 
 
 class Concatenated(nn.Module):
-    """The strongest plain-torch form: the base, then all adapters at once by `addmm` into its output; A and B stacked beforehand."""
+    """The strongest plain-torch form: the base, then all adapters at once by `addmm` into its output; A and B
+    stacked beforehand.
+    """
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -87,7 +96,9 @@ def methods(dtype: torch.dtype) -> dict[str, nn.Module]:
 
     theirs = again(plain)
     for name in ("a", "b"):
-        inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=False), theirs, name)
+        inject_adapter_in_model(
+            LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=False), theirs, name
+        )
     for module in theirs.modules():
         if hasattr(module, "lora_A"):
             module.set_adapter(["a", "b"])
@@ -98,7 +109,13 @@ def methods(dtype: torch.dtype) -> dict[str, nn.Module]:
     for path, module in list(stacked.named_modules()):
         if hasattr(module, "lora_A"):
             stacked.set_submodule(path, Concatenated(module))
-    return {"plain": plain, "plain again": plain, "accelerated": ours, "PEFT": theirs, "concatenated": stacked}
+    return {
+        "plain": plain,
+        "plain again": plain,
+        "accelerated": ours,
+        "PEFT": theirs,
+        "concatenated": stacked,
+    }
 
 
 def check(models: dict[str, nn.Module], inputs: list[Tensor], text: Tensor) -> int:
@@ -124,19 +141,26 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
     text = torch.randn(BATCH, WORDS, TEXT, generator=generator).to(dtype)
     with torch.inference_mode():
         layers = check(models, inputs, text)
-        times = paired({key: lambda model=model: model(inputs, text) for key, model in models.items()}, Budget(seconds, least=9))
+        times = paired(
+            {key: lambda model=model: model(inputs, text) for key, model in models.items()},
+            Budget(seconds, least=9),
+        )
     return row(name, layers, times)
 
 
 def row(dtype: str, layers: int, times: dict[str, Times]) -> dict[str, Any]:
     over = {key: 100 * (result.ratio[1] - 1) for key, result in times.items()}
     return {
-        "dtype": dtype, "layers": layers, "rounds": times["plain"].rounds,
+        "dtype": dtype,
+        "layers": layers,
+        "rounds": times["plain"].rounds,
         "ms": {key: [round(t / 1000, 2) for t in result.us] for key, result in times.items()},
         "ratio to plain": {key: [round(r, 4) for r in result.ratio] for key, result in times.items()},
         "overhead, %": {key: round(value, 2) for key, value in over.items()},
-        OVERHEAD: round(over["PEFT"] / over["accelerated"], 2) if over["accelerated"] > 0 else "ours has none",
-    }  # fmt: skip
+        OVERHEAD: round(over["PEFT"] / over["accelerated"], 2)
+        if over["accelerated"] > 0
+        else "ours has none",
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -146,15 +170,21 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---" * (len(keys) + 1) + "|",
     ]
     for r in rows:
-        ratios = " | ".join("{1:.3f} ({0:.3f} to {2:.3f})".format(*r["ratio to plain"][key]) for key in keys[1:])
+        ratios = " | ".join(
+            "{1:.3f} ({0:.3f} to {2:.3f})".format(*r["ratio to plain"][key]) for key in keys[1:]
+        )
         lines.append(f"| {r['dtype']} | {ratios} | {r[OVERHEAD]} |")
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seconds", type=float, default=90.0, help="wall time for each dtype (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=90.0, help="wall time for each dtype (default: %(default)s)"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     if reason := extension.why_not():

@@ -1,8 +1,11 @@
-"""A peer: LoRAFusion's scheme, written anew. A library makes h = x Aᵀ; one Triton product starts its accumulator from (γ h) Bᵀ.
+"""A peer: LoRAFusion's scheme, written anew. A library makes h = x Aᵀ; one Triton product starts its
+accumulator from (γ h) Bᵀ.
 
-    y = (γ ⊙ h) Bᵀ + x Wᵀ + b          two launches where there are no gates, and torch's small ones for γ where there are
+    y = (γ ⊙ h) Bᵀ + x Wᵀ + b          two launches where there are no gates, and torch's small ones for γ
+    where there are
 
-Source of the scheme: LoRAFusion (Zhu et al., 2025), the graph-splitting forward. Its tile is the fastest of `TILES` for the shape, tried
+Source of the scheme: LoRAFusion (Zhu et al., 2025), the graph-splitting forward. Its tile is the fastest of
+`TILES` for the shape, tried
 before anything is measured.
 """
 
@@ -29,7 +32,13 @@ class Tile:
     stages: int
 
 
-TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 3), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4))
+TILES = (
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 4, 3),
+    Tile(64, 128, 64, 4, 4),
+    Tile(64, 64, 64, 4, 4),
+)
 SMALL = (Tile(32, 32, 32, 4, 2),)
 
 
@@ -77,10 +86,26 @@ class LoRAFusion(nn.Module):
         M, K, N, R = z.shape[0], x.shape[-1], self.weight.shape[0], z.shape[-1]
         t = self.tile
         arguments: dict[str, Any] = dict(
-            x=x, w=self.weight, z=z, up=self.up, bias=z if self.bias is None else self.bias, y=y, M=M, K=K, N=N, R=R,
-            sxm=x.stride(-2), swn=self.weight.stride(0), sun=self.up.stride(0), BIAS=self.bias is not None, EVEN_K=K % t.BK == 0,
-            BM=t.BM, BN=t.BN, BK=t.BK, BR=min(64, max(16, 1 << (R - 1).bit_length())),
-        )  # fmt: skip
+            x=x,
+            w=self.weight,
+            z=z,
+            up=self.up,
+            bias=z if self.bias is None else self.bias,
+            y=y,
+            M=M,
+            K=K,
+            N=N,
+            R=R,
+            sxm=x.stride(-2),
+            swn=self.weight.stride(0),
+            sun=self.up.stride(0),
+            BIAS=self.bias is not None,
+            EVEN_K=K % t.BK == 0,
+            BM=t.BM,
+            BN=t.BN,
+            BK=t.BK,
+            BR=min(64, max(16, 1 << (R - 1).bit_length())),
+        )
         if x.device.type == "cuda":
             arguments |= dict(num_warps=t.warps, num_stages=t.stages)
         _kernel()[(-(-M // t.BM) * -(-N // t.BN),)](**arguments)
@@ -92,7 +117,9 @@ class LoRAFusion(nn.Module):
 
     def scaled_down(self) -> Tensor:
         if not hasattr(self, "_down"):
-            per_row = self.stacked.scale.repeat_interleave(torch.tensor(self.stacked.ranks, device=self.up.device))
+            per_row = self.stacked.scale.repeat_interleave(
+                torch.tensor(self.stacked.ranks, device=self.up.device)
+            )
             self._down = (self.stacked.down.float() * per_row[:, None]).to(self.stacked.down.dtype)
         return self._down
 

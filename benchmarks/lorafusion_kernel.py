@@ -1,4 +1,6 @@
-"""y = z Bᵀ + x Wᵀ + b in one launch, the accumulator started from z Bᵀ.  z [M,R], up [N,R], x [M,K], w [N,K], y [M,N]"""
+"""y = z Bᵀ + x Wᵀ + b in one launch, the accumulator started from z Bᵀ.  z [M,R], up [N,R], x [M,K], w [N,K],
+y [M,N]
+"""
 
 import triton
 import triton.language as tl
@@ -6,9 +8,26 @@ import triton.language as tl
 
 @triton.jit
 def fused_kernel(
-    x, w, z, up, bias, y, M, K, N, R, sxm, swn, sun, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    z,
+    up,
+    bias,
+    y,
+    M,
+    K,
+    N,
+    R,
+    sxm,
+    swn,
+    sun,
+    BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
     """One [BM,BN] tile a program, eight row tiles at a time so that neighbours share columns of w."""
     n_m, n_n, tile = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.program_id(0)
     first = (tile // (8 * n_n)) * 8

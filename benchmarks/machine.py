@@ -1,4 +1,6 @@
-"""What a result must say of where it was made: software, processor (no host name), commit, and the rates that bound it."""
+"""What a result must say of where it was made: software, processor (no host name), commit, and the rates that
+bound it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def processor() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.*)$", info.read_text(), re.MULTILINE))
+        fields = dict(
+            re.findall(r"^(model name|cpu family|model)\s*:\s*(.*)$", info.read_text(), re.MULTILINE)
+        )
         name = f"{fields.get('model name', name)} family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
     isa = torch.ops.mole_cpu.instruction_set() if extension.why_not() is None else platform.machine()
     return f"{name} {isa}"
@@ -36,7 +40,14 @@ def slug(name: str) -> str:
 def commit() -> tuple[str, bool]:
     def git(*words: str) -> str:
         try:
-            run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=20)
+            run = subprocess.run(
+                ["git", *words],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=20,
+            )
         except (OSError, subprocess.TimeoutExpired):
             return ""
         return run.stdout.strip()
@@ -60,7 +71,9 @@ def ceilings() -> dict[str, float]:
     rates = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a = torch.randn(768, 768).to(dtype)
-        rates[f"{name}_gflops"] = 2e-3 * 768**3 / paired({"": lambda a=a: a @ a}, Budget(1.0, least=10))[""].us[0]
+        rates[f"{name}_gflops"] = (
+            2e-3 * 768**3 / paired({"": lambda a=a: a @ a}, Budget(1.0, least=10))[""].us[0]
+        )
     x, y = torch.randn(32 << 20), torch.empty(32 << 20)
     rates["copy_gb_s"] = 8e-3 * x.numel() / paired({"": lambda: y.copy_(x)}, Budget(1.0, least=5))[""].us[0]
     return {name: round(rate, 1) for name, rate in rates.items()}

@@ -23,7 +23,9 @@ def error(got: Tensor, truth: Tensor) -> float:
 
 
 def verify(case: Case, layer: Layer, modules: dict[str, nn.Module]) -> dict[str, float]:
-    """Relative error of each method against float64. PEFT has no gates and is checked against the ungated sum."""
+    """Relative error of each method against float64. PEFT has no gates and is checked against the ungated
+    sum.
+    """
     truth, errors = layer.truth(), {}
     for name, module in modules.items():
         if name == "plain":
@@ -34,7 +36,9 @@ def verify(case: Case, layer: Layer, modules: dict[str, nn.Module]) -> dict[str,
             right = truth
         errors[name] = error(module(layer.x), right)
         if not errors[name] <= ALLOWED[case.dtype]:
-            raise SystemExit(f"{case}: {name} is wrong: relative error {errors[name]:.2e} > {ALLOWED[case.dtype]:.0e}; nothing is timed")
+            raise SystemExit(
+                f"{case}: {name} is wrong: relative error {errors[name]:.2e} > {ALLOWED[case.dtype]:.0e}; nothing is timed"
+            )
     return errors
 
 
@@ -48,21 +52,34 @@ def forward(case: Case, layer: Layer, seconds: float) -> list[dict[str, Any]]:
     modules = methods(layer)
     with torch.no_grad():
         errors = verify(case, layer, modules)
-        runs: dict[str, Callable[[], object]] = {name: (lambda m=module: m(layer.x)) for name, module in modules.items()}
-        close = {"plain": runs["plain"], "plain again": runs["plain"]} | {n: runs[n] for n in ("ours", "operator", "stacked")}
+        runs: dict[str, Callable[[], object]] = {
+            name: (lambda m=module: m(layer.x)) for name, module in modules.items()
+        }
+        close = {"plain": runs["plain"], "plain again": runs["plain"]} | {
+            n: runs[n] for n in ("ours", "operator", "stacked")
+        }
         far = {"plain": runs["plain"]} | {n: runs[n] for n in ("eager", "peft") if n in runs}
         times = paired(far, Budget(seconds * 0.25, least=7, most=15)) | paired(close, Budget(seconds * 0.75))
     return [row(case, name, t, errors.get(name)) for name, t in times.items()]
 
 
 def backward(case: Case, layer: Layer, seconds: float) -> list[dict[str, Any]]:
-    """Gradients of x, A, B and the gates, against the plain layer's gradient of x; ours through autograd, graph kept."""
+    """Gradients of x, A, B and the gates, against the plain layer's gradient of x; ours through autograd,
+    graph kept.
+    """
     modules = methods(layer)
     layer.experts.requires_grad_(True)
     layer.gate.requires_grad_(True)
     x = layer.x.requires_grad_(True)
     dy = torch.randn(2, case.M // 2, case.N).to(x.dtype)
-    leaves = [x, layer.experts.down, layer.experts.up, layer.gate.phi, layer.gate.phi_bias, layer.gate.head_bias]
+    leaves = [
+        x,
+        layer.experts.down,
+        layer.experts.up,
+        layer.gate.phi,
+        layer.gate.phi_bias,
+        layer.gate.head_bias,
+    ]
     outputs = {name: modules[name](x) for name in ("plain", "ours")}
     outputs["eager"] = eager_output(layer, x)
 
@@ -75,9 +92,13 @@ def backward(case: Case, layer: Layer, seconds: float) -> list[dict[str, Any]]:
     allowed = 0.05 if case.dtype == "bf16" else 1e-4
     for mine, theirs in list(zip(ours, peers))[:3]:
         if error(mine, theirs.double()) > allowed:
-            raise SystemExit(f"{case}: a gradient is off by {error(mine, theirs.double()):.1e} from the eager layer's; nothing is timed")
+            raise SystemExit(
+                f"{case}: a gradient is off by {error(mine, theirs.double()):.1e} from the eager layer's; nothing is timed"
+            )
     runs["operator"] = operator_backward(layer, dy)
-    order = {"plain": runs["plain"], "plain again": runs["plain"]} | {n: runs[n] for n in ("ours", "operator", "eager")}
+    order = {"plain": runs["plain"], "plain again": runs["plain"]} | {
+        n: runs[n] for n in ("ours", "operator", "eager")
+    }
     times = paired(order, Budget(seconds))
     return [row(case, name, t, None) for name, t in times.items()]
 
@@ -89,7 +110,20 @@ def operator_backward(layer: Layer, dy: Tensor) -> Callable[[], object]:
         x, weight = layer.x.detach(), layer.base.weight
         saved = cpu.forward(x, weight, layer.base.bias, e.down, e.up, e.scale, e.ranks, *g[:5], True)[1:]
         need = [True, True, True, False, False, True, True, True, True]
-        args = (dy, x, weight, e.down.detach(), e.up.detach(), e.scale, e.ranks, None, g.phi.detach(), g.pool.detach(), *saved, need)
+        args = (
+            dy,
+            x,
+            weight,
+            e.down.detach(),
+            e.up.detach(),
+            e.scale,
+            e.ranks,
+            None,
+            g.phi.detach(),
+            g.pool.detach(),
+            *saved,
+            need,
+        )
 
     def run() -> object:
         with torch.no_grad():
@@ -99,14 +133,20 @@ def operator_backward(layer: Layer, dy: Tensor) -> Callable[[], object]:
 
 
 def eager_output(layer: Layer, x: Tensor) -> Tensor:
-    """The paper's layer on the packed parameters themselves, so that its gradients are those of the same leaves."""
+    """The paper's layer on the packed parameters themselves, so that its gradients are those of the same
+    leaves.
+    """
     e, gate = layer.experts, layer.gate
     local = torch.sigmoid(nn.functional.linear(x, gate.phi, gate.phi_bias))
     y = layer.base(x)
     for i, name in enumerate(e.names):
         span = e.span(name)
-        o = nn.functional.linear(nn.functional.linear(x, e.down[0, span]), e.up[0, :, span]) * float(e.scale[i])
-        g = torch.sigmoid(nn.functional.linear(o.mean(1, keepdim=True), gate.head[i : i + 1], gate.head_bias[i : i + 1]))
+        o = nn.functional.linear(nn.functional.linear(x, e.down[0, span]), e.up[0, :, span]) * float(
+            e.scale[i]
+        )
+        g = torch.sigmoid(
+            nn.functional.linear(o.mean(1, keepdim=True), gate.head[i : i + 1], gate.head_bias[i : i + 1])
+        )
         y = y + o * local[..., i : i + 1] * g
     return y
 
@@ -129,7 +169,11 @@ def row(case: Case, method: str, times: Times, wrong: float | None) -> dict[str,
         "method": method,
         "rounds": times.rounds,
         "us": dict(zip(("p20", "p50", "p80"), (round(t, 2) for t in times.us))),
-        "ratio": {"plain": round(times.ratio[1], 4), "p20": round(times.ratio[0], 4), "p80": round(times.ratio[2], 4)},
+        "ratio": {
+            "plain": round(times.ratio[1], 4),
+            "p20": round(times.ratio[0], 4),
+            "p80": round(times.ratio[2], 4),
+        },
         "flop_ratio": round(case.flop_ratio, 4),
         "flops": flops,
         "bytes_min": case.bytes_min,

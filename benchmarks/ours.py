@@ -1,6 +1,7 @@
 """Our backends by name, each way of computing among them: "triton:persistent", "triton:two_pass", …
 
-A way is registered as a backend of its own, so that it is reached through the public door with all its checks.
+A way is registered as a backend of its own, so that it is reached through the public door with all its
+checks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def interpreting() -> bool:
 
 
 class Forced:
-    """A backend that always takes one way; its backward too where that way has one, else the dispatcher's choice."""
+    """A backend that always takes one way; its backward too where that way has one, else the dispatcher's
+    choice.
+    """
 
     def __init__(self, module: Any, way: str) -> None:
         self.module, self.way, self.name = module, way, f"{module.name}:{way}"
@@ -70,7 +73,11 @@ def small_tile() -> dict[str, Any]:
 
 def way_refuses(forced: Forced, problem: Problem, use: Use) -> str | None:
     name = candidate(forced.name)
-    return choose.refusal(name, problem, use) if name in (*choose.CANDIDATES, *getattr(choose, "HOPPER", ())) else None
+    return (
+        choose.refusal(name, problem, use)
+        if name in (*choose.CANDIDATES, *getattr(choose, "HOPPER", ()))
+        else None
+    )
 
 
 def candidate(name: str) -> str:
@@ -100,4 +107,8 @@ def register() -> dict[str, Forced]:
 
 def compiled_backends() -> list[str]:
     """Names of the backends for GPUs that are more than plain torch, ways left out."""
-    return [name for name, b in BACKENDS.items() if not isinstance(b, Forced) and name not in ("cpu", "stacked", "reference")]
+    return [
+        name
+        for name, b in BACKENDS.items()
+        if not isinstance(b, Forced) and name not in ("cpu", "stacked", "reference")
+    ]

@@ -1,8 +1,10 @@
-"""How long it takes to patch a Stable Diffusion UNet, to change scales, to swap an expert and to take everything off.
+"""How long it takes to patch a Stable Diffusion UNet, to change scales, to swap an expert and to take
+everything off.
 
     python benchmarks/patching.py --model sd15 --rank 256 --dtype bfloat16
 
-Experts and gates are in memory beforehand: what reading the files takes comes on top. Prints the median of the rounds.
+Experts and gates are in memory beforehand: what reading the files takes comes on top. Prints the median of
+the rounds.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from torch import nn
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.io.gates import GateFile, GateTensors
+from mole_kernels.modules.scan import mole_targets, sizes
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.plan import plan
-from mole_kernels.patching.targets import mole_targets, sizes
 
 SDXL = {
     "block_out_channels": (320, 640, 1280),
@@ -49,12 +51,17 @@ def make_unet(name: str, dtype: torch.dtype, meta: bool) -> nn.Module:
 def make_inputs(unet: nn.Module, rank: int, dtype: torch.dtype) -> tuple[dict[str, Expert], GateFile]:
     shapes = {path: sizes(layer) for path, layer in mole_targets(unet).items()}
     bank = ExpertBank.new(shapes, ["face", "hand"], rank, dtype=dtype)
-    layers = {path: GateTensors(torch.zeros(2, K), torch.zeros(2), torch.zeros(2, N), torch.zeros(2)) for path, (N, K) in shapes.items()}
+    layers = {
+        path: GateTensors(torch.zeros(2, K), torch.zeros(2), torch.zeros(2, N), torch.zeros(2))
+        for path, (N, K) in shapes.items()
+    }
     return bank.experts, GateFile(layers, ("face", "hand"))
 
 
 class Clock:
-    """Milliseconds by the wall and of this process alone (all its threads), which a busy machine does not stretch."""
+    """Milliseconds by the wall and of this process alone (all its threads), which a busy machine does not
+    stretch.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[str, list[tuple[float, float]]] = {}
@@ -62,7 +69,9 @@ class Clock:
     def time(self, name: str, call: Callable[[], Any]) -> Any:
         wall, cpu = time.perf_counter(), time.process_time()
         result = call()
-        self.rows.setdefault(name, []).append((1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)))
+        self.rows.setdefault(name, []).append(
+            (1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu))
+        )
         return result
 
     def table(self) -> str:
@@ -84,7 +93,9 @@ def main() -> None:
     given = parser.parse_args()
     unet = make_unet(given.model, getattr(torch, given.dtype), given.meta)
     experts, gates = make_inputs(unet, given.rank, getattr(torch, given.expert_dtype))
-    print(f"{given.model}, {len(mole_targets(unet))} layers, two experts of rank {given.rank} ({given.expert_dtype}), model {given.dtype}")
+    print(
+        f"{given.model}, {len(mole_targets(unet))} layers, two experts of rank {given.rank} ({given.expert_dtype}), model {given.dtype}"
+    )
 
     clock = Clock()
     for _ in range(given.rounds):

@@ -3,7 +3,8 @@
 plain      nn.Linear: the floor
 ours       GatedLoRALinear with MoLEGate: what a user calls, its Python included
 operator   the compiled operator alone
-stacked    the strongest plain-torch form: A and B stacked, one shrink, gates on h, one addmm into the base's output
+stacked    the strongest plain-torch form: A and B stacked, one shrink, gates on h, one addmm into the base's
+           output
 eager      the MoLE layer as its paper has it, expert by expert on full outputs
 peft       PEFT's lora.Linear with the same adapters active (it has no gates: less work than the others do)
 merged     W + Σ s_e B_e A_e made beforehand: the plain layer's cost, possible only without gates
@@ -52,7 +53,9 @@ class Stacked(nn.Module):
 
 
 class Eager(nn.Module):
-    """The paper's layer: o_e = s_e B_e(A_e x), l = sigmoid(Phi x), g_e = sigmoid(w_e · mean_t o_e + c_e), y = base + Σ o_e l_e g_e."""
+    """The paper's layer: o_e = s_e B_e(A_e x), l = sigmoid(Phi x), g_e = sigmoid(w_e · mean_t o_e + c_e), y =
+    base + Σ o_e l_e g_e.
+    """
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -73,7 +76,9 @@ class Eager(nn.Module):
 
 
 class Merged(nn.Linear):
-    """y = x (W + Σ s_e B_e A_e)ᵀ + b, the sum made in float32 before the clock starts; for a case without gates."""
+    """y = x (W + Σ s_e B_e A_e)ᵀ + b, the sum made in float32 before the clock starts; for a case without
+    gates.
+    """
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer.case.K, layer.case.N, bias=layer.case.bias, device="meta")
@@ -90,7 +95,16 @@ class Operator(nn.Module):
     def __init__(self, layer: Layer) -> None:
         super().__init__()
         e = layer.experts.operands()
-        self.args = (layer.base.weight, layer.base.bias, e.down, e.up, e.scale, e.ranks, *layer.gates()[:5], False)
+        self.args = (
+            layer.base.weight,
+            layer.base.bias,
+            e.down,
+            e.up,
+            e.scale,
+            e.ranks,
+            *layer.gates()[:5],
+            False,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return cpu.forward(x, *self.args)[0]

@@ -26,7 +26,8 @@ from mole_kernels.attention.regional import regional_attention, regional_attenti
 from mole_kernels.methods.mix_of_show.regions import Region, shares
 
 RESULTS = Path(__file__).with_name("results")
-# heads, width of a head, rows and columns of the grid: cross-attention of SD1.5 at 512² and of SDXL at 1024², two samples (guidance)
+# heads, width of a head, rows and columns of the grid: cross-attention of SD1.5 at 512² and of SDXL at 1024²,
+# two samples (guidance)
 SHAPES = {
     "sd15-64": (8, 40, 64, 64),
     "sd15-32": (8, 80, 32, 32),
@@ -45,8 +46,12 @@ LAYOUTS = {"quarters": QUARTERS, "overlapping": OVERLAPPING}
 B, L = 2, 77
 
 
-def runs(shape: str, layout: str, kind: str, dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], float]:
-    """plain, plain again, regional; and the queries that the regions ask for in all, over the plain call's."""
+def runs(
+    shape: str, layout: str, kind: str, dtype: torch.dtype
+) -> tuple[dict[str, Callable[[], object]], float]:
+    """plain, plain again, regional; and the queries that the regions ask for in all, over the plain
+    call's.
+    """
     H, D, h, w = SHAPES[shape]
     g = torch.Generator().manual_seed(0)
     q = torch.randn(B, h * w, H, D, generator=g).to(kind, dtype).transpose(1, 2)
@@ -61,9 +66,11 @@ def runs(shape: str, layout: str, kind: str, dtype: torch.dtype) -> tuple[dict[s
     def plain() -> object:
         return F.scaled_dot_product_attention(q, k[:, 0], v[:, 0])
 
-    return {"plain": plain, "plain again": plain, "regional": lambda: regional_attention(q, k, v, table)}, float(
-        (table[0] != 0).sum() / (h * w)
-    )
+    return {
+        "plain": plain,
+        "plain again": plain,
+        "regional": lambda: regional_attention(q, k, v, table),
+    }, float((table[0] != 0).sum() / (h * w))
 
 
 def main() -> None:
@@ -85,7 +92,9 @@ def main() -> None:
                 else:
                     budget = Budget(options.seconds)
 
-                    def elapsed(run: Callable[[], object], clock: Callable[[], float] = budget.clock) -> float:
+                    def elapsed(
+                        run: Callable[[], object], clock: Callable[[], float] = budget.clock
+                    ) -> float:
                         begin = clock()
                         run()
                         return (clock() - begin) * 1e6
@@ -93,10 +102,25 @@ def main() -> None:
                     for run in methods.values():
                         run()
                     taken = interleaved(methods, budget, elapsed)
-            against, again = ratio(taken["regional"], taken["plain"]), ratio(taken["plain again"], taken["plain"])
+            against, again = (
+                ratio(taken["regional"], taken["plain"]),
+                ratio(taken["plain again"], taken["plain"]),
+            )
             us = {name: spread(values) for name, values in taken.items()}
-            rows.append({"id": f"{shape}-{layout}", "queries": asked, "us": us, "ratio": against, "aa": again, "dtype": str(dtype)[6:]})
-            print(f"{shape:8} {layout:12} queries asked {asked:.2f}  regional ÷ plain {against[1]:.2f}  (A/A {again[1]:.2f})", flush=True)
+            rows.append(
+                {
+                    "id": f"{shape}-{layout}",
+                    "queries": asked,
+                    "us": us,
+                    "ratio": against,
+                    "aa": again,
+                    "dtype": str(dtype)[6:],
+                }
+            )
+            print(
+                f"{shape:8} {layout:12} queries asked {asked:.2f}  regional ÷ plain {against[1]:.2f}  (A/A {again[1]:.2f})",
+                flush=True,
+            )
     if options.write:
         folder = RESULTS / slug(processor())
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = {"ours": "#d1495b", "stacked": "#30638e", "peft": "#7a9e7e", "eager": "#edae49"}
-LABELS = {"ours": "ours (layer, gates included)", "stacked": "stacked addmm", "peft": "PEFT (no gates)", "eager": "the paper's layer"}
+LABELS = {
+    "ours": "ours (layer, gates included)",
+    "stacked": "stacked addmm",
+    "peft": "PEFT (no gates)",
+    "eager": "the paper's layer",
+}
 
 
 def geometric(values: list[float]) -> float:
@@ -39,10 +44,18 @@ def summary(result: dict[str, Any]) -> str:
 
             def mean(method: str, table=table, against_flops: bool = False) -> str:
                 rows = [rows[method] for rows in table.values() if method in rows]
-                return f"{geometric([r['ratio']['plain'] / (r['flop_ratio'] if against_flops else 1) for r in rows]):.3f}" if rows else "–"
+                return (
+                    f"{geometric([r['ratio']['plain'] / (r['flop_ratio'] if against_flops else 1) for r in rows]):.3f}"
+                    if rows
+                    else "–"
+                )
 
             flops = geometric([rows["ours"]["flop_ratio"] for rows in table.values()])
-            worst = [rows["ours"]["ratio"]["plain"] / rows["stacked"]["ratio"]["plain"] for rows in table.values() if "stacked" in rows]
+            worst = [
+                rows["ours"]["ratio"]["plain"] / rows["stacked"]["ratio"]["plain"]
+                for rows in table.values()
+                if "stacked" in rows
+            ]
             lines.append(
                 f"| {mode} | {dtype} | {len(table)} | {flops:.3f} | {mean('ours')} | {mean('ours', against_flops=True)} "
                 f"| {mean('operator', against_flops=True)} | {mean('stacked')} | {mean('peft')} | {mean('eager')} "
@@ -52,7 +65,9 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    again = sorted(abs(row["ratio"]["plain"] - 1) for row in result["cases"] if row["method"] == "plain again")
+    again = sorted(
+        abs(row["ratio"]["plain"] - 1) for row in result["cases"] if row["method"] == "plain again"
+    )
     noise = f"|A/A − 1|: median {again[len(again) // 2]:.3f}, largest {again[-1]:.3f}" if again else ""
     host, soft = result["host"], ", ".join(f"{k} {v}" for k, v in result["software"].items())
     text = [
@@ -76,7 +91,11 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def case_table(table: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    names = [n for n in ("ours", "operator", "stacked", "peft", "eager") if any(n in rows for rows in table.values())]
+    names = [
+        n
+        for n in ("ours", "operator", "stacked", "peft", "eager")
+        if any(n in rows for rows in table.values())
+    ]
     lines = [
         f"| M × K × N | r | plain µs | flop ratio | {' | '.join(names)} | ours ÷ flop ratio | A/A |",
         "|" + "---|" * (len(names) + 6),
@@ -100,26 +119,44 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 1, figsize=(13, 9), sharex=True)
     for axis, dtype in zip(axes, ("fp32", "bf16")):
-        table = sorted(ratios(result, "forward", dtype).values(), key=lambda rows: (rows["ours"]["ranks"][0], rows["ours"]["flop_ratio"]))
+        table = sorted(
+            ratios(result, "forward", dtype).values(),
+            key=lambda rows: (rows["ours"]["ranks"][0], rows["ours"]["flop_ratio"]),
+        )
         if not table:
             continue
-        axis.plot([rows["ours"]["flop_ratio"] for rows in table], color="black", lw=1, label="flop ratio (what the mathematics needs)")
+        axis.plot(
+            [rows["ours"]["flop_ratio"] for rows in table],
+            color="black",
+            lw=1,
+            label="flop ratio (what the mathematics needs)",
+        )
         for method, colour in COLOURS.items():
             points = [(i, rows[method]["ratio"]) for i, rows in enumerate(table) if method in rows]
             if points:
                 where, ratio = zip(*points)
                 values = [r["plain"] for r in ratio]
-                bars = [[v - r["p20"] for v, r in zip(values, ratio)], [r["p80"] - v for v, r in zip(values, ratio)]]
-                axis.errorbar(where, values, yerr=bars, fmt="o", ms=4, lw=0.8, color=colour, label=LABELS[method])
+                bars = [
+                    [v - r["p20"] for v, r in zip(values, ratio)],
+                    [r["p80"] - v for v, r in zip(values, ratio)],
+                ]
+                axis.errorbar(
+                    where, values, yerr=bars, fmt="o", ms=4, lw=0.8, color=colour, label=LABELS[method]
+                )
         axis.axhline(1, color="grey", lw=0.8, ls=":")
         axis.set_yscale("log")
         axis.set_yticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
         axis.set_ylabel(f"time ÷ nn.Linear, {dtype}")
         axis.grid(axis="y", alpha=0.3)
-        labels = [f"{r['ours']['M']}×{r['ours']['K']}×{r['ours']['N']} r{r['ours']['ranks'][0]}" for r in table]
+        labels = [
+            f"{r['ours']['M']}×{r['ours']['K']}×{r['ours']['N']} r{r['ours']['ranks'][0]}" for r in table
+        ]
         axis.set_xticks(range(len(table)), labels, rotation=90, fontsize=6)
     axes[0].legend(fontsize=8)
-    axes[0].set_title(f"A linear layer with two gated experts, forward, {result['threads']} thread · {result['host']}", fontsize=10)
+    axes[0].set_title(
+        f"A linear layer with two gated experts, forward, {result['threads']} thread · {result['host']}",
+        fontsize=10,
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

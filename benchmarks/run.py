@@ -14,7 +14,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 # run as a script from anywhere, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,14 +37,29 @@ console = Console()
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("cpu",), default="cpu", help="what to measure (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="two shapes only; writes nothing unless --out is given")
-    parser.add_argument("--seconds", type=float, default=3.0, help="wall time for each case (default: %(default)s)")
-    parser.add_argument("--gflop", type=float, default=3.4, help="halve the rows until the plain layer is below (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--suite", choices=("cpu",), default="cpu", help="what to measure (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two shapes only; writes nothing unless --out is given"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="wall time for each case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gflop",
+        type=float,
+        default=3.4,
+        help="halve the rows until the plain layer is below (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--out", type=Path, help=f"folder for the results (default: {RESULTS.name}/<machine>)")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder for the results (default: {RESULTS.name}/<machine>)"
+    )
     parser.add_argument("--report", type=Path, help="make table and plot of this JSON, measure nothing")
     return parser.parse_args()
 
@@ -53,7 +75,13 @@ def run(args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     cases, rows = chosen(args), []
     result = environment(args.threads)
-    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<36}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:

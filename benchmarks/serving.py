@@ -1,6 +1,8 @@
-"""Serving: a batch whose samples each have their own identity, against the same batch with one shared, and against PEFT's mixed batch.
+"""Serving: a batch whose samples each have their own identity, against the same batch with one shared, and
+against PEFT's mixed batch.
 
-python benchmarks/serving.py                 CPU, two minutes on one core; writes results/<machine>/<date>-serving.{json,md}
+python benchmarks/serving.py                 CPU, two minutes on one core; writes
+results/<machine>/<date>-serving.{json,md}
 python benchmarks/serving.py --quick         one shape, writes nothing
 """
 
@@ -72,15 +74,22 @@ class Batch:
             return (torch.randn(*shape, generator=g) * scale).to(DTYPES[case.dtype])
 
         base = nn.Linear(case.K, case.N).to(DTYPES[case.dtype]).requires_grad_(False)
-        down, up = draw(case.S, case.r, case.K, scale=case.K**-0.5), draw(case.S, case.N, case.r, scale=case.r**-0.5)
+        down, up = (
+            draw(case.S, case.r, case.K, scale=case.K**-0.5),
+            draw(case.S, case.N, case.r, scale=case.r**-0.5),
+        )
         own = torch.randperm(case.S, generator=g)[: case.B]
         one = Experts(down[:1].clone(), up[:1].clone(), torch.ones(1), (case.r,))
         return cls(draw(case.B, case.T, case.K), base, Experts(down, up, torch.ones(1), (case.r,), own), one)
 
     def truth(self, experts: Experts) -> Tensor:
         """y in float64."""
-        wide = experts._replace(down=experts.down.double(), up=experts.up.double(), scale=experts.scale.double())
-        return gated_lora_ref(self.x.double(), self.base.weight.double(), self.base.bias.double(), wide, Gates())[0]
+        wide = experts._replace(
+            down=experts.down.double(), up=experts.up.double(), scale=experts.scale.double()
+        )
+        return gated_lora_ref(
+            self.x.double(), self.base.weight.double(), self.base.bias.double(), wide, Gates()
+        )[0]
 
     def ours(self, experts: Experts) -> Callable[[], Tensor]:
         return lambda: gated_lora_linear(self.x, self.base.weight, self.base.bias, experts)
@@ -110,7 +119,9 @@ def verified(case: Serving, batch: Batch) -> dict[str, Callable[[], object]]:
     """The methods by name, each checked against float64; a wrong one stops the run."""
     truth = {"shared": batch.truth(batch.shared), "own": batch.truth(batch.pool)}
     truth["peft"] = truth["own"]
-    truth["base"] = truth["base again"] = nn.functional.linear(batch.x.double(), batch.base.weight.double(), batch.base.bias.double())
+    truth["base"] = truth["base again"] = nn.functional.linear(
+        batch.x.double(), batch.base.weight.double(), batch.base.bias.double()
+    )
     every = {"base": lambda: batch.base(batch.x), "base again": lambda: batch.base(batch.x)}
     runs = every | {"shared": batch.ours(batch.shared), "own": batch.ours(batch.pool), "peft": batch.peft()}
     for name, run in runs.items():
@@ -122,7 +133,9 @@ def verified(case: Serving, batch: Batch) -> dict[str, Callable[[], object]]:
 
 
 def measure(case: Serving, seconds: float) -> dict[str, Any]:
-    """One row: µs of each method, own ÷ shared, and what own and PEFT cost over the base layer, all from the same rounds."""
+    """One row: µs of each method, own ÷ shared, and what own and PEFT cost over the base layer, all from the
+    same rounds.
+    """
     with torch.no_grad():
         runs = verified(case, Batch.make(case))
         budget = Budget(seconds)
@@ -165,15 +178,24 @@ def table(result: dict[str, Any]) -> str:
     for row in result["cases"]:
         low, mid, high = row["own_to_shared"]
         over = {name: f"{100 * value:+.1f} %" for name, value in row["over_base"].items()}
-        cells = f"{mid:.3f} ({low:.3f} to {high:.3f})", over["own"], over.get("peft", "–"), f"{100 * row['aa']:+.1f} %"
+        cells = (
+            f"{mid:.3f} ({low:.3f} to {high:.3f})",
+            over["own"],
+            over.get("peft", "–"),
+            f"{100 * row['aa']:+.1f} %",
+        )
         lines.append(f"| {row['id']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one shape; writes nothing")
-    parser.add_argument("--seconds", type=float, default=4.0, help="wall time for each case (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="wall time for each case (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     args = parser.parse_args()
     console = Console()
@@ -183,7 +205,12 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     shapes, batches = (SHAPES[2:3], (8,)) if args.quick else (SHAPES, (2, 8))
     result = environment(args.threads)
-    result["cases"] = [measure(Serving(B, *shape, dtype), args.seconds) for dtype in ALLOWED for shape in shapes for B in batches]
+    result["cases"] = [
+        measure(Serving(B, *shape, dtype), args.seconds)
+        for dtype in ALLOWED
+        for shape in shapes
+        for B in batches
+    ]
     text = table(result)
     console.print(Markdown(text))
     if not args.quick:

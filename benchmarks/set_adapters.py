@@ -1,10 +1,13 @@
-"""How long `set_adapters` takes on the 722 linear layers of an SDXL UNet that holds many adapters, as it is and accelerated.
+"""How long `set_adapters` takes on the 722 linear layers of an SDXL UNet that holds many adapters, as it is
+and accelerated.
 
 python benchmarks/set_adapters.py                    writes results/<machine>/<date>-set-adapters.{json,md}
 python benchmarks/set_adapters.py --loaded 2,10      writes nothing
 
-The UNet has its real layers and names on the meta device: `set_adapters` looks at flags, names and scales, never at a value. Adapters are
-of rank 1: the first two added by PEFT, the others put into the same dictionaries, for which PEFT takes minutes. Both methods run on the
+The UNet has its real layers and names on the meta device: `set_adapters` looks at flags, names and scales,
+never at a value. Adapters are
+of rank 1: the first two added by PEFT, the others put into the same dictionaries, for which PEFT takes
+minutes. Both methods run on the
 same model in turn, between two pairs of adapters, so that each call changes something.
 """
 
@@ -28,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import header, slug
 from benchmarks.patching import make_unet
 from benchmarks.timing import Budget, paired
-from mole_kernels.patching.accelerate import accelerate
+from mole_kernels.peft.accelerate import accelerate
 
 RESULTS = Path(__file__).with_name("results")
 LOADED = (2, 10, 50)
@@ -36,24 +39,37 @@ LOADED = (2, 10, 50)
 
 def linear_paths(unet: nn.Module) -> list[str]:
     """Those of its transformers: 722."""
-    return [path for path, module in unet.named_modules() if type(module) is nn.Linear and ".attentions." in path]
+    return [
+        path for path, module in unet.named_modules() if type(module) is nn.Linear and ".attentions." in path
+    ]
 
 
 def load(unet: Any, names: list[str], paths: list[str]) -> None:
-    """More adapters of rank 1: through PEFT the first time, then as copies of the first in every dictionary that it is in."""
+    """More adapters of rank 1: through PEFT the first time, then as copies of the first in every dictionary
+    that it is in.
+    """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
     if not hasattr(unet, "peft_config"):
         for name in names:
-            inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=paths), unet, name, low_cpu_mem_usage=True)
+            inject_adapter_in_model(
+                LoraConfig(r=1, lora_alpha=1, target_modules=paths), unet, name, low_cpu_mem_usage=True
+            )
         return
     first = next(iter(unet.peft_config))
     unet.peft_config |= dict.fromkeys(names, unet.peft_config[first])
     for layer in [module for module in unet.modules() if isinstance(module, LoraLayer)]:
         for held in (layer.lora_A, layer.lora_B, layer.lora_dropout):
             held.update({name: copy.deepcopy(held[first]).requires_grad_(False) for name in names})
-        for kept in (layer.scaling, layer.r, layer.lora_alpha, layer.use_rslora, layer.use_dora, layer.lora_bias):
+        for kept in (
+            layer.scaling,
+            layer.r,
+            layer.lora_alpha,
+            layer.use_rslora,
+            layer.use_dora,
+            layer.lora_bias,
+        ):
             kept.update({name: kept[first] for name in names if first in kept})
 
 
@@ -69,26 +85,47 @@ def measure(unet: Any, names: list[str], seconds: float) -> dict[str, Any]:
 
     handle = accelerate(unet)
     plain = type(unet).set_adapters
-    times = paired({"ours": call(unet.set_adapters), "diffusers": call(lambda *args: plain(unet, *args))}, Budget(seconds))
+    times = paired(
+        {"ours": call(unet.set_adapters), "diffusers": call(lambda *args: plain(unet, *args))},
+        Budget(seconds),
+    )
     layers = len(handle.layers)
     handle.remove()
-    row: dict[str, Any] = {"loaded": len(names), "active": 2, "layers": layers, "rounds": times["ours"].rounds}
+    row: dict[str, Any] = {
+        "loaded": len(names),
+        "active": 2,
+        "layers": layers,
+        "rounds": times["ours"].rounds,
+    }
     row |= {f"{name} ms": [round(t / 1000, 3) for t in result.us] for name, result in times.items()}
     return row | {"diffusers ÷ ours": [round(r, 2) for r in times["diffusers"].ratio]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| loaded | active | layers | ours, ms | diffusers, ms | diffusers ÷ ours |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| loaded | active | layers | ours, ms | diffusers, ms | diffusers ÷ ours |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        figures = " | ".join("{1} ({0} to {2})".format(*row[key]) for key in ("ours ms", "diffusers ms", "diffusers ÷ ours"))
+        figures = " | ".join(
+            "{1} ({0} to {2})".format(*row[key]) for key in ("ours ms", "diffusers ms", "diffusers ÷ ours")
+        )
         lines.append(f"| {row['loaded']} | {row['active']} | {row['layers']} | {figures} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loaded", default=",".join(map(str, LOADED)), help="numbers of adapters, rising (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=8.0, help="wall time for each number (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--loaded",
+        default=",".join(map(str, LOADED)),
+        help="numbers of adapters, rising (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="wall time for each number (default: %(default)s)"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     unet = make_unet("sdxl", torch.float32, meta=True)
@@ -100,7 +137,12 @@ def main() -> None:
         rows.append(measure(unet, names, given.seconds))
         print(table(rows[-1:]), flush=True)
     if tuple(row["loaded"] for row in rows) == LOADED:
-        result = header() | {"threads": 1, "clock": "cpu time of the thread", "model": "sdxl on the meta device", "cases": rows}
+        result = header() | {
+            "threads": 1,
+            "clock": "cpu time of the thread",
+            "model": "sdxl on the meta device",
+            "cases": rows,
+        }
         folder = RESULTS / slug(result["host"])
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{result['utc'][:10]}-set-adapters.json"

@@ -1,4 +1,6 @@
-"""The suite as pytest-benchmark sees it: `pytest benchmarks --benchmark-enable`. Without that flag each case is only verified."""
+"""The suite as pytest-benchmark sees it: `pytest benchmarks --benchmark-enable`. Without that flag each case
+is only verified.
+"""
 
 import pytest
 import torch

@@ -1,6 +1,8 @@
-"""GPU cases as pytest-benchmark sees them: `pytest benchmarks --benchmark-enable` on a machine with an NVIDIA GPU. `make gpu` says more.
+"""GPU cases as pytest-benchmark sees them: `pytest benchmarks --benchmark-enable` on a machine with an NVIDIA
+GPU. `make gpu` says more.
 
-Each call ends with a synchronisation, so the times hold the launch; graphs, cold caches and paired ratios are `make gpu`'s.
+Each call ends with a synchronisation, so the times hold the launch; graphs, cold caches and paired ratios are
+`make gpu`'s.
 """
 
 import pytest
@@ -18,7 +20,18 @@ from benchmarks.layer import Layer
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
 
 CASES = [of_rank(c, R) for model in (SDXL, FLUX) for c in layers(model)[:4] for R in (16, 64)]
-NAMES = ("plain", "ours", "triton:persistent", "triton:two_pass", "triton:added", "stacked", "lorafusion", "eager", "peft", "compiled")
+NAMES = (
+    "plain",
+    "ours",
+    "triton:persistent",
+    "triton:two_pass",
+    "triton:added",
+    "stacked",
+    "lorafusion",
+    "eager",
+    "peft",
+    "compiled",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,9 @@
 """Paired, interleaved times on a machine that others use too.
 
-Each round runs every method once, in alternating order (ABBA); a ratio is the median over rounds of one method's time to the first's
-in the same round. With one thread the clock is the thread's own CPU time, which does not count what other processes take.
+Each round runs every method once, in alternating order (ABBA); a ratio is the median over rounds of one
+method's time to the first's
+in the same round. With one thread the clock is the thread's own CPU time, which does not count what other
+processes take.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ class Times:
 
 @dataclass
 class Budget:
-    """How long a set of methods may take: at least `least` rounds, at most `most`, in between until `seconds` of wall time are gone."""
+    """How long a set of methods may take: at least `least` rounds, at most `most`, in between until `seconds`
+    of wall time are gone.
+    """
 
     seconds: float = 4.0
     least: int = 12
@@ -48,7 +52,9 @@ def spread(values: list[float]) -> list[float]:
 def interleaved(
     methods: dict[str, Callable[[], object]], budget: Budget, elapsed: Callable[[Callable[[], object]], float]
 ) -> dict[str, list[float]]:
-    """Samples of each method, one a round, the rounds in alternating order (ABBA); `elapsed` runs one and says how long it took."""
+    """Samples of each method, one a round, the rounds in alternating order (ABBA); `elapsed` runs one and
+    says how long it took.
+    """
     taken: dict[str, list[float]] = {name: [] for name in methods}
     until, rounds = time.perf_counter() + budget.seconds, 0
     while rounds < budget.least or (rounds < budget.most and time.perf_counter() < until):
@@ -76,4 +82,7 @@ def paired(methods: dict[str, Callable[[], object]], budget: Budget) -> dict[str
 
     taken = interleaved(methods, budget, elapsed)
     first = next(iter(taken.values()))
-    return {name: Times([t * 1e6 for t in spread(mine)], ratio(mine, first), len(mine)) for name, mine in taken.items()}
+    return {
+        name: Times([t * 1e6 for t in spread(mine)], ratio(mine, first), len(mine))
+        for name, mine in taken.items()
+    }

@@ -1,9 +1,12 @@
-"""A training step of one adapted layer on a CPU, forward and backward: ours, MoLE's eager layer, PEFT's with the same two adapters.
+"""A training step of one adapted layer on a CPU, forward and backward: ours, MoLE's eager layer, PEFT's with
+the same two adapters.
 
-python benchmarks/training.py              SD1.5's distinct shapes, both stages, fp32 and bf16: about ten minutes on one core
+python benchmarks/training.py              SD1.5's distinct shapes, both stages, fp32 and bf16: about ten
+minutes on one core
 python benchmarks/training.py --quick      three shapes; writes nothing unless --out is given
 
-gates    MoLE's stage 3: gradients of the input and the gates, experts frozen. PEFT has no gates: its adapters are frozen, it owes dx alone
+gates    MoLE's stage 3: gradients of the input and the gates, experts frozen. PEFT has no gates: its adapters
+         are frozen, it owes dx alone
 experts  experts and gates train; PEFT's adapters train
 Every output, gradient of the input and gradient of a gate is compared with float64 before anything is timed.
 """
@@ -22,7 +25,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 
 # run as a script from anywhere, installed or not
@@ -43,14 +53,17 @@ STAGES = ("gates", "experts")
 NAMES = ("plain", "ours", "eager", "peft")
 # relative error of output and dx that a method of this dtype may have
 ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}
-# and that a gate's gradient may have: sums over all tokens of what was rounded before, with terms of either sign
+# and that a gate's gradient may have: sums over all tokens of what was rounded before, with terms of either
+# sign
 ALLOWED_GATES = {"fp32": 1e-4, "bf16": 5e-2}
 console = Console()
 
 
 @dataclass
 class Step:
-    """run() -> (y, dx, gradients of what trains); leaves: what trains; frozen: the other tensors the layer owns."""
+    """run() -> (y, dx, gradients of what trains); leaves: what trains; frozen: the other tensors the layer
+    owns.
+    """
 
     module: nn.Module
     x: Tensor
@@ -66,32 +79,61 @@ def steps(case: Case, stage: str) -> tuple[dict[str, Step], dict[str, list[Tenso
     """(every method on one set of weights, {"gated" | "ungated" | "plain": float64 (y, dx)})."""
     with torch.no_grad():
         layer = Layer.make(case)
-        dy = torch.randn(layer.x.shape[:2] + (case.N,), generator=torch.Generator().manual_seed(7)).to(layer.x.dtype)
+        dy = torch.randn(layer.x.shape[:2] + (case.N,), generator=torch.Generator().manual_seed(7)).to(
+            layer.x.dtype
+        )
         truth = truths(layer, dy)
         peft = peft_layer(layer)
     assert layer.gate is not None
-    x, gates, eager = layer.x.requires_grad_(True), list(layer.gate.requires_grad_(True).parameters()), Eager(layer)
+    x, gates, eager = (
+        layer.x.requires_grad_(True),
+        list(layer.gate.requires_grad_(True).parameters()),
+        Eager(layer),
+    )
     ours = GatedLoRALinear.from_linear(layer.base, layer.experts, layer.gate)
     mine = list(gates)
     theirs, adapters = list(gates), []
     train = stage == "experts"
-    eager.factors = [(down.detach().requires_grad_(train), up.detach().requires_grad_(train), s) for down, up, s in eager.factors]
+    eager.factors = [
+        (down.detach().requires_grad_(train), up.detach().requires_grad_(train), s)
+        for down, up, s in eager.factors
+    ]
     if train:
         mine += [layer.experts.down.requires_grad_(True), layer.experts.up.requires_grad_(True)]
         theirs += [t for down, up, _ in eager.factors for t in (down, up)]
-        adapters = [] if peft is None else [p.requires_grad_(True) for n, p in peft.named_parameters() if "lora_" in n]
-    every = {"plain": (layer.base, []), "ours": (ours, mine), "eager": (eager, theirs), "peft": (peft, adapters)}
-    return {name: Step(module, x, dy, leaves) for name, (module, leaves) in every.items() if module is not None}, truth
+        adapters = (
+            []
+            if peft is None
+            else [p.requires_grad_(True) for n, p in peft.named_parameters() if "lora_" in n]
+        )
+    every = {
+        "plain": (layer.base, []),
+        "ours": (ours, mine),
+        "eager": (eager, theirs),
+        "peft": (peft, adapters),
+    }
+    return {
+        name: Step(module, x, dy, leaves) for name, (module, leaves) in every.items() if module is not None
+    }, truth
 
 
 def truths(layer: Layer, dy: Tensor) -> dict[str, list[Tensor]]:
-    """Float64 (y, dx) of the plain layer and of the ungated sum; of the gated mixture also the gradients of its gate's parameters."""
+    """Float64 (y, dx) of the plain layer and of the ungated sum; of the gated mixture also the gradients of
+    its gate's parameters.
+    """
     w, b = (None if t is None else t.double() for t in (layer.base.weight, layer.base.bias))
-    gate, experts = copy.deepcopy(layer.gate).double().requires_grad_(True), copy.deepcopy(layer.experts).double()  # type: ignore[union-attr]
-    scaled = [(down.double(), up.double(), s) for down, up, s in (layer.factors(i) for i in range(layer.case.E))]
+    gate, experts = (
+        copy.deepcopy(layer.gate).double().requires_grad_(True),
+        copy.deepcopy(layer.experts).double(),
+    )  # type: ignore[union-attr]
+    scaled = [
+        (down.double(), up.double(), s) for down, up, s in (layer.factors(i) for i in range(layer.case.E))
+    ]
     formulas: dict[str, Callable[[Tensor], Tensor]] = {
         "plain": lambda x: nn.functional.linear(x, w, b),
-        "ungated": lambda x: nn.functional.linear(x, w, b) + sum(s * (x @ down.mT @ up.mT) for down, up, s in scaled),
+        "ungated": lambda x: (
+            nn.functional.linear(x, w, b) + sum(s * (x @ down.mT @ up.mT) for down, up, s in scaled)
+        ),
         "gated": lambda x: gated_lora_ref(x, w, b, experts.operands(), gate.operands(experts))[0],
     }
     found = {}
@@ -99,7 +141,10 @@ def truths(layer: Layer, dy: Tensor) -> dict[str, list[Tensor]]:
         with torch.enable_grad():
             x = layer.x.detach().double().requires_grad_(True)
             y = formula(x)
-            found[name] = [y.detach(), *torch.autograd.grad(y, [x, *(gate.parameters() if name == "gated" else ())], dy.double())]
+            found[name] = [
+                y.detach(),
+                *torch.autograd.grad(y, [x, *(gate.parameters() if name == "gated" else ())], dy.double()),
+            ]
     return found
 
 
@@ -111,14 +156,25 @@ def verify(case: Case, every: dict[str, Step], truth: dict[str, list[Tensor]]) -
         found = [((g.double() - r).norm() / r.norm()).item() for g, r in zip(step.run(), right)]
         errors[name] = max(found[:2])
         if not errors[name] <= ALLOWED[case.dtype] or not max(found) <= ALLOWED_GATES[case.dtype]:
-            raise SystemExit(f"{case}: {name} is wrong: relative errors {', '.join(f'{e:.1e}' for e in found)}; nothing is timed")
+            raise SystemExit(
+                f"{case}: {name} is wrong: relative errors {', '.join(f'{e:.1e}' for e in found)}; nothing is timed"
+            )
     return errors
 
 
 def kept(step: Step) -> int:
-    """Bytes that the forward keeps for the backward beside its input and its own parameters, each storage once."""
-    own = {t.untyped_storage().data_ptr() for t in (step.x, *step.module.parameters(), *step.module.buffers(), *step.leaves)}
-    own |= {t.untyped_storage().data_ptr() for down, up, _ in getattr(step.module, "factors", []) for t in (down, up)}
+    """Bytes that the forward keeps for the backward beside its input and its own parameters, each storage
+    once.
+    """
+    own = {
+        t.untyped_storage().data_ptr()
+        for t in (step.x, *step.module.parameters(), *step.module.buffers(), *step.leaves)
+    }
+    own |= {
+        t.untyped_storage().data_ptr()
+        for down, up, _ in getattr(step.module, "factors", [])
+        for t in (down, up)
+    }
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -135,9 +191,13 @@ def kept(step: Step) -> int:
 
 
 def peak(step: Step) -> int:
-    """The most bytes of torch's allocator that one step holds at once beyond what was there before; outputs included."""
+    """The most bytes of torch's allocator that one step holds at once beyond what was there before; outputs
+    included.
+    """
     step.run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step.run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = most = 0
@@ -157,16 +217,32 @@ def measure(case: Case, stage: str, seconds: float) -> list[dict[str, Any]]:
     times = paired(runs, Budget(seconds, least=9, most=40))
     return [
         {
-            "id": f"{stage}-{case}", "op": "gated_lora_linear", "mode": "training", "stage": stage, "model": case.model,
+            "id": f"{stage}-{case}",
+            "op": "gated_lora_linear",
+            "mode": "training",
+            "stage": stage,
+            "model": case.model,
             "dtype": case.dtype,
-            "M": case.M, "K": case.K, "N": case.N, "E": case.E, "ranks": [case.r] * case.E, "gate": "local+global", "cache": "hot",
-            "method": name, "rounds": t.rounds, "us": dict(zip(("p20", "p50", "p80"), (round(v, 2) for v in t.us))),
-            "ratio": dict(zip(("p20", "ours", "p80"), (round(v, 4) for v in t.ratio))), "flop_ratio": round(case.flop_ratio, 4),
-            "flops": case.flops, "bytes_min": case.bytes_min,
-            "err": errors.get(name), "kept_bytes": memory.get(name, (None, None))[0], "peak_mem": memory.get(name, (None, None))[1],
+            "M": case.M,
+            "K": case.K,
+            "N": case.N,
+            "E": case.E,
+            "ranks": [case.r] * case.E,
+            "gate": "local+global",
+            "cache": "hot",
+            "method": name,
+            "rounds": t.rounds,
+            "us": dict(zip(("p20", "p50", "p80"), (round(v, 2) for v in t.us))),
+            "ratio": dict(zip(("p20", "ours", "p80"), (round(v, 4) for v in t.ratio))),
+            "flop_ratio": round(case.flop_ratio, 4),
+            "flops": case.flops,
+            "bytes_min": case.bytes_min,
+            "err": errors.get(name),
+            "kept_bytes": memory.get(name, (None, None))[0],
+            "peak_mem": memory.get(name, (None, None))[1],
         }
         for name, t in times.items()
-    ]  # fmt: skip
+    ]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -178,13 +254,26 @@ def table(result: dict[str, Any]) -> str:
     ]
     for stage in STAGES:
         for dtype in ("fp32", "bf16"):
-            rows = {name: [r for r in result["cases"] if (r["stage"], r["dtype"], r["method"]) == (stage, dtype, name)] for name in NAMES}
+            rows = {
+                name: [
+                    r
+                    for r in result["cases"]
+                    if (r["stage"], r["dtype"], r["method"]) == (stage, dtype, name)
+                ]
+                for name in NAMES
+            }
             if not rows["ours"]:
                 continue
-            means = {name: geometric([r["ratio"]["ours"] for r in found]) for name, found in rows.items() if found}
-            worst = {name: min((r["ratio"]["ours"] for r in rows[name]), default=float("nan")) for name in ("eager", "peft")}
+            means = {
+                name: geometric([r["ratio"]["ours"] for r in found]) for name, found in rows.items() if found
+            }
+            worst = {
+                name: min((r["ratio"]["ours"] for r in rows[name]), default=float("nan"))
+                for name in ("eager", "peft")
+            }
             mb = {
-                key: ", ".join(f"{sum(r[key] for r in rows[name]) / 1e6:.0f}" for name in NAMES[1:]) for key in ("kept_bytes", "peak_mem")
+                key: ", ".join(f"{sum(r[key] for r in rows[name]) / 1e6:.0f}" for name in NAMES[1:])
+                for key in ("kept_bytes", "peak_mem")
             }
             lines.append(
                 f"| {stage} | {dtype} | {len(rows['ours'])} | {means['eager']:.3f} | {means.get('peft', float('nan')):.3f} "
@@ -194,8 +283,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    where = f"{result['utc']}, commit {result['commit']}{' with changes' if result['dirty'] else ''}; " + ", ".join(
-        f"{name} {version}" for name, version in result["software"].items()
+    where = (
+        f"{result['utc']}, commit {result['commit']}{' with changes' if result['dirty'] else ''}; "
+        + ", ".join(f"{name} {version}" for name, version in result["software"].items())
     )
     parts = [
         f"# A training step · {result['host']}",
@@ -216,28 +306,52 @@ def markdown(result: dict[str, Any]) -> str:
             if not found:
                 continue
             parts += [f"## {stage}, {dtype}"]
-            lines = ["| M × K × N | ours µs | eager | PEFT | plain | A/A | kept MB: ours, eager, PEFT |", "|---|---|---|---|---|---|---|"]
+            lines = [
+                "| M × K × N | ours µs | eager | PEFT | plain | A/A | kept MB: ours, eager, PEFT |",
+                "|---|---|---|---|---|---|---|",
+            ]
             for by in found.values():
                 r = by["ours"]
                 ratio = {
-                    name: f"{by[name]['ratio']['ours']:.3f}" if name in by else "–" for name in ("eager", "peft", "plain", "ours again")
+                    name: f"{by[name]['ratio']['ours']:.3f}" if name in by else "–"
+                    for name in ("eager", "peft", "plain", "ours again")
                 }
                 mb = ", ".join(f"{by[name]['kept_bytes'] / 1e6:.1f}" for name in NAMES[1:] if name in by)
-                lines.append(f"| {r['M']} × {r['K']} × {r['N']} | {r['us']['p50']:.0f} | {' | '.join(ratio.values())} | {mb} |")
+                lines.append(
+                    f"| {r['M']} × {r['K']} × {r['N']} | {r['us']['p50']:.0f} | {' | '.join(ratio.values())} | {mb} |"
+                )
             parts += ["\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three shapes; writes nothing unless --out is given")
-    parser.add_argument("--seconds", type=float, default=5.0, help="wall time for each case (default: %(default)s)")
-    parser.add_argument("--gflop", type=float, default=1.7, help="halve the rows until the plain layer is below (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="three shapes; writes nothing unless --out is given"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="wall time for each case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gflop",
+        type=float,
+        default=1.7,
+        help="halve the rows until the plain layer is below (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--stage", choices=STAGES, help="one of them alone")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="one of them alone")
-    parser.add_argument("--report", type=Path, nargs="+", help="the table of these JSONs together, beside the first; measure nothing")
-    parser.add_argument("--out", type=Path, help=f"folder for the results (default: {RESULTS.name}/<machine>)")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        help="the table of these JSONs together, beside the first; measure nothing",
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"folder for the results (default: {RESULTS.name}/<machine>)"
+    )
     return parser.parse_args()
 
 
@@ -261,7 +375,13 @@ def main() -> int:
     ]
     result: dict[str, Any] = environment(args.threads) | {"gflop": args.gflop}
     rows: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<44}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(cases))
         for case, stage in cases:

@@ -13,12 +13,16 @@ std::string instruction_set_name() { return instruction_set(); }
 
 STABLE_TORCH_LIBRARY(mole_cpu, m) {
   m.def(
-      "forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, Tensor? gate, Tensor? phi, "
-      "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, bool save, Tensor? assignment=None, int top_k=0) -> (Tensor, Tensor, Tensor, Tensor)");
+      "forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, "
+      "Tensor? gate, Tensor? phi, "
+      "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, bool save, Tensor? assignment=None, int top_k=0) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   // need: bit i asks for the i-th of dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias
   m.def(
-      "backward(Tensor dy, Tensor x, Tensor weight, Tensor down, Tensor up, Tensor scale, int[] ranks, Tensor? gate, Tensor? phi, "
-      "Tensor? pool, Tensor h, Tensor token_gate, Tensor sample_gate, int need, Tensor? assignment=None, int top_k=0) -> "
+      "backward(Tensor dy, Tensor x, Tensor weight, Tensor down, Tensor up, Tensor scale, int[] ranks, "
+      "Tensor? gate, Tensor? phi, "
+      "Tensor? pool, Tensor h, Tensor token_gate, Tensor sample_gate, int need, Tensor? assignment=None, int "
+      "top_k=0) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("instruction_set() -> str");
 }
@@ -28,4 +32,6 @@ STABLE_TORCH_LIBRARY_IMPL(mole_cpu, CPU, m) {
   m.impl("backward", TORCH_BOX(&mole::backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mole_cpu, CompositeExplicitAutograd, m) { m.impl("instruction_set", TORCH_BOX(&mole::instruction_set_name)); }
+STABLE_TORCH_LIBRARY_IMPL(mole_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&mole::instruction_set_name));
+}

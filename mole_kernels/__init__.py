@@ -1,6 +1,7 @@
 """Mixtures of low-rank experts in diffusion models, at the speed of the plain layer.
 
-    handle = mk.patch(pipe, experts={"face": "face.safetensors", "hand": "hand.safetensors"}, gates="gates.safetensors")
+    handle = mk.patch(pipe, experts={"face": "face.safetensors", "hand": "hand.safetensors"},
+    gates="gates.safetensors")
 
 Importing this needs no GPU, no compiler, no diffusers and no PEFT; names are fetched when first used.
 """
@@ -15,9 +16,9 @@ __version__ = "0.1.0"
 _HOME = {
     "patch": "mole_kernels.patching.apply",
     "plan": "mole_kernels.patching.plan",
-    "cache_text": "mole_kernels.patching.cache",
-    "accelerate": "mole_kernels.patching.accelerate",
-    "status": "mole_kernels.patching.status",
+    "cache_text": "mole_kernels.text_cache.cache",
+    "accelerate": "mole_kernels.peft.accelerate",
+    "status": "mole_kernels.peft.status",
     "serve": "mole_kernels.serving.serve",
     "gated_lora_linear": "mole_kernels.functional",
     "Experts": "mole_kernels.operands",

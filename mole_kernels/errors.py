@@ -13,7 +13,9 @@ class MoleError(Exception):
     hint      what to do about it
     """
 
-    def __init__(self, where: str, problem: str = "", *, expected: object = None, got: object = None, hint: str = "") -> None:
+    def __init__(
+        self, where: str, problem: str = "", *, expected: object = None, got: object = None, hint: str = ""
+    ) -> None:
         self.where, self.problem, self.expected, self.got, self.hint = where, problem, expected, got, hint
         parts = [problem.rstrip(".")] if problem else []
         if expected is not None:
@@ -27,7 +29,9 @@ class MoleError(Exception):
         return (_rebuild, (type(self), self.where, self.problem, self.expected, self.got, self.hint))
 
 
-def _rebuild(cls: type[MoleError], where: str, problem: str, expected: object, got: object, hint: str) -> MoleError:
+def _rebuild(
+    cls: type[MoleError], where: str, problem: str, expected: object, got: object, hint: str
+) -> MoleError:
     return cls(where, problem, expected=expected, got=got, hint=hint)
 
 

@@ -17,7 +17,9 @@ BUILD = "pip install --no-build-isolation . (with a C++17 compiler and ninja)"
 
 
 def build_report() -> dict[str, Any]:
-    """What the build wrote about itself: built, torch, target, cuda (architectures), or the reason why not; {} where there is none."""
+    """What the build wrote about itself: built, torch, target, cuda (architectures), or the reason why not;
+    {} where there is none.
+    """
     try:
         return json.loads(REPORT.read_text())
     except (OSError, ValueError):
@@ -57,17 +59,27 @@ def has_sm90() -> bool:
 def describe() -> dict[str, Any]:
     """For `doctor`: usable, reason, instruction set, what the build said of CUDA, and of each Hopper kernel.
 
-    sm90: kernel<dtype, warp groups, columns of y, columns of h>, registers at launch, bytes spilled, whether ptxas serialised its
+    sm90: kernel<dtype, warp groups, columns of y, columns of h>, registers at launch, bytes spilled, whether
+    ptxas serialised its
     products, and bytes of shared memory at R = 64 with a token gate (None where no tile of it takes that).
     """
     reason = why_not()
     report = build_report()
-    facts: dict[str, Any] = {"usable": reason is None, "reason": reason, "library": LIBRARY.name, "built_with_torch": report.get("torch")}
+    facts: dict[str, Any] = {
+        "usable": reason is None,
+        "reason": reason,
+        "library": LIBRARY.name,
+        "built_with_torch": report.get("torch"),
+    }
     if reason is None:
         facts["instruction_set"] = torch.ops.mole_cpu.instruction_set()
         facts["cuda_archs"] = report.get("cuda", "") if has_cuda() else ""
         facts["no_cuda"] = report.get("no_cuda", "") if not has_cuda() else ""
-        facts["sm90"] = [kernel | {"shared": _shared(kernel["kernel"])} for kernel in report.get("sm90", [])] if has_sm90() else []
+        facts["sm90"] = (
+            [kernel | {"shared": _shared(kernel["kernel"])} for kernel in report.get("sm90", [])]
+            if has_sm90()
+            else []
+        )
     return facts
 
 

@@ -68,5 +68,7 @@ class Problem:
     def __str__(self) -> str:
         kinds = (("given", self.given_gate), (self.token_kind, self.token_gate), ("sample", self.sample_gate))
         gates = "+".join(name for name, on in kinds if on) or "none"
-        size = f"x [{self.B},{self.T},{self.K}] → {self.N}, ranks {','.join(map(str, self.ranks))}, S={self.S}"
+        size = (
+            f"x [{self.B},{self.T},{self.K}] → {self.N}, ranks {','.join(map(str, self.ranks))}, S={self.S}"
+        )
         return f"{size}{' by assignment' if self.assigned else ''}, gates {gates}, {str(self.dtype)[6:]}, {self.device}"

@@ -13,7 +13,9 @@ from mole_kernels.operands import Experts, Gates
 
 
 def token_gate_ref(x: Tensor, gates: Gates) -> Tensor | None:
-    """l = sigmoid(logits), or softmax over the top_k; logits = x phiᵀ + phi_bias.  x [B,T,K] -> [B,T,E], or None without a token gate."""
+    """l = sigmoid(logits), or softmax over the top_k; logits = x phiᵀ + phi_bias.  x [B,T,K] -> [B,T,E], or
+    None without a token gate.
+    """
     if gates.phi is None:
         return None
     logits = x @ gates.phi.to(x.dtype).mT
@@ -22,7 +24,9 @@ def token_gate_ref(x: Tensor, gates: Gates) -> Tensor | None:
 
 
 def softmax_of_largest(logits: Tensor, k: int) -> Tensor:
-    """Softmax over the k largest of the last dimension, 0 elsewhere; of equal ones the first counts as the larger.  [..., E] -> [..., E]"""
+    """Softmax over the k largest of the last dimension, 0 elsewhere; of equal ones the first counts as the
+    larger.  [..., E] -> [..., E]
+    """
     if k >= logits.shape[-1]:
         return torch.softmax(logits, -1)
     order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
@@ -31,7 +35,9 @@ def softmax_of_largest(logits: Tensor, k: int) -> Tensor:
 
 
 def sets_of(experts: Experts) -> Experts:
-    """Every sample its own set, gathered by the assignment: down [B,R,K], up [B,N,R], zeros where it is −1."""
+    """Every sample its own set, gathered by the assignment: down [B,R,K], up [B,N,R], zeros where it is
+    −1.
+    """
     if experts.assignment is None:
         return experts
     taken, index = experts.assignment >= 0, experts.assignment.clamp_min(0)
@@ -40,7 +46,9 @@ def sets_of(experts: Experts) -> Experts:
 
 
 def sample_gate_ref(h: Tensor, e: int, span: slice, gates: Gates) -> Tensor | None:
-    """G_e = sigmoid(p_e · mean_t h_e + c_e).  h [B,T,R_e] -> [B,1], or None where the call has no sample gate."""
+    """G_e = sigmoid(p_e · mean_t h_e + c_e).  h [B,T,R_e] -> [B,1], or None where the call has no sample
+    gate.
+    """
     if gates.pool is None:
         return None
     mean = h.mean(1) if h.shape[1] else h.new_zeros(h.shape[0], h.shape[2])
@@ -53,7 +61,8 @@ def gated_lora_ref(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = x Wᵀ + b + Σ_e s_e·gate_e·l_e·G_e·(x A_eᵀ) B_eᵀ.
 
-    x [B,T,K], weight [N,K], bias [N]; experts and gates as in `operands`; with an assignment, A and B are those of the sample's set.
+    x [B,T,K], weight [N,K], bias [N]; experts and gates as in `operands`; with an assignment, A and B are
+    those of the sample's set.
     Returns y [B,T,N], the token gate l [B,T,E] and the sample gate G [B,E] (None where the call has none).
     """
     y = F.linear(x, weight, bias)

@@ -11,5 +11,7 @@ def extension_disabled() -> bool:
 
 
 def tables_folder() -> str | None:
-    """MOLE_TABLES=folder: measured tables looked for there before the shipped ones (`mole-kernels tune` writes them)."""
+    """MOLE_TABLES=folder: measured tables looked for there before the shipped ones (`mole-kernels tune`
+    writes them).
+    """
     return os.environ.get("MOLE_TABLES") or None

@@ -2,7 +2,10 @@
 
 from tests.truth import Case
 
-GATE_KINDS = [Case(gate=g) for g in ("none", "local", "pooled", "both", "constant", "mask", "onehot", "mask+both", "onehot+local")]
+GATE_KINDS = [
+    Case(gate=g)
+    for g in ("none", "local", "pooled", "both", "constant", "mask", "onehot", "mask+both", "onehot+local")
+]
 SIZES = [
     Case(T=0),
     Case(T=1),
@@ -27,8 +30,16 @@ RANKS = [
     Case(ranks=(2,) * 7),
     Case(ranks=(1, 2, 3, 4) * 16, T=9),
 ]
-SETS = [Case(S=2), Case(S=2, gate="none"), Case(B=3, S=3, ranks=(3, 5), gate="mask+pooled"), Case(B=3, S=3, T=1, K=65), Case(S=2, T=0)]
-LAYOUTS = [Case(layout=name, gate=gate) for name in ("transposed", "sliced", "stride0") for gate in ("both", "none")]
+SETS = [
+    Case(S=2),
+    Case(S=2, gate="none"),
+    Case(B=3, S=3, ranks=(3, 5), gate="mask+pooled"),
+    Case(B=3, S=3, T=1, K=65),
+    Case(S=2, T=0),
+]
+LAYOUTS = [
+    Case(layout=name, gate=gate) for name in ("transposed", "sliced", "stride0") for gate in ("both", "none")
+]
 LAYOUTS += [Case(layout="transposed", S=2), Case(bias=False), Case(bias=False, gate="none")]
 ROUTED = [
     Case(gate="softmax", ranks=(8, 3, 16)),

@@ -1,4 +1,6 @@
-"""Before anything imports Triton: its kernels run in the interpreter in these tests (tests/kernels), with or without a GPU."""
+"""Before anything imports Triton: its kernels run in the interpreter in these tests (tests/kernels), with or
+without a GPU.
+"""
 
 import os
 

@@ -14,7 +14,11 @@ def raw(header: bytes | dict[str, Any] | list[Any], data: bytes = b"", length: i
 
 
 def entry(shape: Any = (1,), begin: Any = 0, end: Any = 4, dtype: Any = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": [begin, end]}
+    return {
+        "dtype": dtype,
+        "shape": list(shape) if isinstance(shape, tuple) else shape,
+        "data_offsets": [begin, end],
+    }
 
 
 def write(folder: Path, content: bytes, name: str = "file.safetensors") -> Path:

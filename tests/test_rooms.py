@@ -13,8 +13,8 @@ PACKAGE = Path(mole_kernels.__file__).parent
 # from the bottom up, as in docs/design.md section 2
 ROOMS = [
     *"errors settings precision files operands problem reference extension kernels dispatch backends ops functional attention".split(),
-    *"experts gates layers io patching looking serving training methods demo cli".split(),
-]  # fmt: skip
+    *"experts gates layers io modules text_cache grouping peft patching reports serving training methods demo cli".split(),
+]
 
 
 def room_of(path: Path) -> str:
@@ -29,10 +29,16 @@ def imports_of(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mole_kernels"):
-            names = [node.module] if node.module != "mole_kernels" else [f"mole_kernels.{alias.name}" for alias in node.names]
+            names = (
+                [node.module]
+                if node.module != "mole_kernels"
+                else [f"mole_kernels.{alias.name}" for alias in node.names]
+            )
             found |= {name.split(".")[1] for name in names if "." in name}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mole_kernels.")}
+            found |= {
+                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mole_kernels.")
+            }
     return found & {room_of(p) for p in FILES}
 
 
@@ -55,7 +61,9 @@ def test_import_is_light_and_the_names_are_there():
         "libraries = open('/proc/self/maps').read() if sys.platform == 'linux' else ''\n"
         "print(heavy, 'mole_kernels/' in libraries and '.so' in libraries.split('mole_kernels/')[-1].split('\\n')[0])"
     )
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", timeout=300)
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd="/", timeout=300
+    )
     assert out.returncode == 0, out.stderr
     assert out.stdout.split("\n")[0] == "[] False"
 

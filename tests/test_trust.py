@@ -1,4 +1,6 @@
-"""What SECURITY.md promises: no pickle by default, nothing evaluated, hostile sizes refused before they cost anything, licences known."""
+"""What SECURITY.md promises: no pickle by default, nothing evaluated, hostile sizes refused before they cost
+anything, licences known.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,14 @@ from tests.raw import raw
 
 PACKAGE = Path(mole_kernels.__file__).parent
 ROOT = PACKAGE.parent
-SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "python").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), ROOT / "setup.py"])
+SOURCES = sorted(
+    [
+        *PACKAGE.rglob("*.py"),
+        *(ROOT / "python").rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+        ROOT / "setup.py",
+    ]
+)
 # modules that build objects or code out of bytes
 FORBIDDEN_MODULES = {"marshal", "shelve", "dill", "cloudpickle", "joblib", "code", "codeop"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
@@ -68,13 +77,17 @@ def complaints(source: str) -> list[str]:
             found.append(f"calls {name}")
         if name.split(".")[0] == "pickle" and name.split(".")[-1] in LOADERS:
             found.append(f"calls {name}")
-        if name == "torch.load" and not (isinstance(only := given.get("weights_only"), ast.Constant) and only.value is True):
+        if name == "torch.load" and not (
+            isinstance(only := given.get("weights_only"), ast.Constant) and only.value is True
+        ):
             found.append("torch.load without weights_only=True")
         if name in ("np.load", "numpy.load") and "allow_pickle" in given:
             found.append("np.load with allow_pickle")
         if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
             found.append(f"calls {name}")
-        if any(k == "shell" and not (isinstance(v, ast.Constant) and v.value is False) for k, v in given.items()):
+        if any(
+            k == "shell" and not (isinstance(v, ast.Constant) and v.value is False) for k, v in given.items()
+        ):
             found.append(f"{name} through a shell")
         if name in ("os.system", "os.popen"):
             found.append(f"calls {name}")
@@ -113,16 +126,21 @@ def test_the_search_finds_what_it_is_for(source: str):
 
 
 def test_the_search_lets_the_harmless_pass():
-    assert not complaints("model.eval()\ntorch.load(f, weights_only=True)\nimport pickle\nre.compile('x')\npickle.UnpicklingError")
+    assert not complaints(
+        "model.eval()\ntorch.load(f, weights_only=True)\nimport pickle\nre.compile('x')\npickle.UnpicklingError"
+    )
 
 
 def test_torch_load_is_called_in_two_places_only():
     """The converter of Mix-of-Show's files, and this package's own checkpoints."""
-    places = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if "torch.load(" in p.read_text()}
+    places = {
+        p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if "torch.load(" in p.read_text()
+    }
     assert places == {"io/mix_of_show.py", "training/checkpoint.py"}
 
 
-# -- one that tries ---------------------------------------------------------------------------------------------------------------------
+# -- one that tries
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Malicious:
@@ -186,7 +204,9 @@ def test_24_25_a_malicious_pickle_runs_at_no_door(door: str, write, suffix: str,
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("write", [as_torch, as_legacy_torch, as_pickle], ids=lambda write: write.__name__)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_24_25_a_malicious_pickle_runs_in_no_command(command: str, write, suffix: str, tmp_path: Path, monkeypatch, capsys):
+def test_24_25_a_malicious_pickle_runs_in_no_command(
+    command: str, write, suffix: str, tmp_path: Path, monkeypatch, capsys
+):
     path, mark = tmp_path / f"x{suffix}", tmp_path / "ran"
     write(path, Malicious(mark))
     monkeypatch.setattr(sys, "argv", ["mole-kernels", *map(str, COMMANDS[command](path))])
@@ -211,14 +231,17 @@ def test_the_malicious_pickle_is_one(tmp_path: Path):
 
 
 def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path):
-    (tmp_path / "run.json").write_text(json.dumps({"format": 1, "ema": False, "step": 1, "config": {}, "identity": {}}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"format": 1, "ema": False, "step": 1, "config": {}, "identity": {}})
+    )
     torch.save({"optimiser": Malicious(tmp_path / "ran")}, tmp_path / "optimiser.pt")
     with pytest.raises(MoleFileError, match="cannot be read"):
         load_checkpoint(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
-# -- what hostile sizes cost ------------------------------------------------------------------------------------------------------------
+# -- what hostile sizes cost
+# ------------------------------------------------------------------------------------------------------------
 
 MEASURE = """
 import json, resource, sys, time
@@ -280,17 +303,23 @@ def costs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 
 def measured(folder: Path) -> dict[str, dict]:
-    """{size: {said, read, peak, cpu_s}}, each in bytes and seconds, of one process that has met a good file before."""
+    """{size: {said, read, peak, cpu_s}}, each in bytes and seconds, of one process that has met a good file
+    before.
+    """
     paths = {}
     for count in (1_000_000, 250_000):
         paths[f"{count}-tensors"] = folder / f"{count}.safetensors"
         paths[f"{count}-tensors"].write_bytes(bomb(count))
-    expert = Expert({"unet.x": LowRank(torch.empty(1024, 2**19, device="meta"), torch.empty(2**19, 1024, device="meta"))})
+    expert = Expert(
+        {"unet.x": LowRank(torch.empty(1024, 2**19, device="meta"), torch.empty(2**19, 1024, device="meta"))}
+    )
     bank = bank_tensors(ExpertBank({"e": expert}))[1]
     paths["4GB-lora"] = four_gigabytes(folder, ("unet.x.lora_A.weight", "unet.x.lora_B.weight"), {})
     paths["4GB-single-file"] = four_gigabytes(folder, ("expert.e.unet.x.down", "expert.e.unet.x.up"), bank)
     files = [str(small_expert(folder)), *map(str, paths.values())]
-    out = subprocess.run([sys.executable, "-c", MEASURE, *files], capture_output=True, text=True, timeout=600, cwd=ROOT)
+    out = subprocess.run(
+        [sys.executable, "-c", MEASURE, *files], capture_output=True, text=True, timeout=600, cwd=ROOT
+    )
     assert out.returncode == 0, out.stderr
     return dict(zip(paths, json.loads(out.stdout.splitlines()[-1])))
 
@@ -312,7 +341,9 @@ def test_four_gigabytes_are_inspected_unread(kind: str, costs: dict[str, dict], 
     assert found["said"] == "" and found["read"] < 1e5 and found["peak"] < 50e6
 
 
-def test_inspect_says_what_it_did_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_inspect_says_what_it_did_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     from mole_kernels.cli import inspect
 
     path = small_expert(tmp_path)
@@ -325,7 +356,8 @@ def test_inspect_says_what_it_did_not_read(tmp_path: Path, monkeypatch: pytest.M
     assert "not read, and not checked for NaN" in out and "—" in out
 
 
-# -- licences ---------------------------------------------------------------------------------------------------------------------------
+# -- licences
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def tool_of(name: str):
@@ -343,10 +375,16 @@ def licences():
 def test_licences_are_listed_known_and_as_installed():
     pytest.importorskip("tomllib")
     tool = licences()
-    listed = {line.split(" | ")[0].removeprefix("| "): line for line in tool.DOC.read_text().splitlines() if line.startswith("| ")}
+    listed = {
+        line.split(" | ")[0].removeprefix("| "): line
+        for line in tool.DOC.read_text().splitlines()
+        if line.startswith("| ")
+    }
     assert {tool.normal(name) for name in listed} >= tool.direct()
     assert [line for line in listed.values() if "unknown" in line] == []
-    assert [row for row in tool.rows() if row not in listed.values()] == [], "make robustness writes docs/licences.md anew"
+    assert [row for row in tool.rows() if row not in listed.values()] == [], (
+        "make robustness writes docs/licences.md anew"
+    )
     # what is used at run time puts no condition on its users' own code
     assert [line for line in listed.values() if "GPL" in line and "runs with" in line] == []
 
@@ -354,12 +392,14 @@ def test_licences_are_listed_known_and_as_installed():
 def test_every_pin_but_torchs_is_locked_to_the_bits():
     tool = tool_of("lock")
     pins, locked = tool.pins(), tool.locked()
-    assert {tool.normal(name): version for name, version in pins.items()} == {name: version for name, (version, _) in locked.items()}, (
-        "make lock writes constraints.lock anew"
-    )
+    assert {tool.normal(name): version for name, version in pins.items()} == {
+        name: version for name, (version, _) in locked.items()
+    }, "make lock writes constraints.lock anew"
     assert "torch" not in locked and len(locked) > 100
     sums = [each for _, hashes in locked.values() for each in hashes]
-    assert all(len(each) == 64 and set(each) <= set("0123456789abcdef") for each in sums) and len(set(sums)) == len(sums)
+    assert all(len(each) == 64 and set(each) <= set("0123456789abcdef") for each in sums) and len(
+        set(sums)
+    ) == len(sums)
     assert "://" not in tool.LOCK.read_text()
 
 

@@ -1,6 +1,7 @@
 """Cases, float64 truth, and the derived allowances that every backend is held to.
 
-What separates right from wrong is the low-rank part alone (W = 0, b = 0): errors there cannot hide behind the base product.
+What separates right from wrong is the low-rank part alone (W = 0, b = 0): errors there cannot hide behind the
+base product.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Case:
-    """One problem and its seed; `gate` is any of local, pooled, both, none, constant, mask, onehot, softmax, top1, top2 joined by '+'.
+    """One problem and its seed; `gate` is any of local, pooled, both, none, constant, mask, onehot, softmax,
+    top1, top2 joined by '+'.
 
-    softmax and top… make the token gate one over the experts; S < 0 means |S| sets named by an assignment, −1 (none) among them.
+    softmax and top… make the token gate one over the experts; S < 0 means |S| sets named by an assignment, −1
+    (none) among them.
     """
 
     B: int = 2
@@ -43,7 +46,11 @@ class Case:
             "r" + "-".join(map(str, self.ranks)) if len(self.ranks) < 8 else f"E{len(self.ranks)}",
         ]
         parts += [f"S{self.S}"] if self.S > 1 else [f"pool{-self.S}"] if self.S < 0 else []
-        parts += [self.gate] + ([] if self.bias else ["nobias"]) + ([self.layout] if self.layout != "plain" else [])
+        parts += (
+            [self.gate]
+            + ([] if self.bias else ["nobias"])
+            + ([self.layout] if self.layout != "plain" else [])
+        )
         return "-".join(parts)
 
     @property
@@ -87,10 +94,20 @@ class Case:
         x, sets = _laid_out(draw, self), abs(self.S)
         weight = draw(self.N, self.K, scale=self.K**-0.5) * (1 if self.base else 0)
         bias = draw(self.N) * (1 if self.base else 0) if self.bias else None
-        down, up = draw(sets, self.R, self.K, scale=self.K**-0.5), draw(sets, self.N, self.R, scale=self.R**-0.5)
+        down, up = (
+            draw(sets, self.R, self.K, scale=self.K**-0.5),
+            draw(sets, self.N, self.R, scale=self.R**-0.5),
+        )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scale = torch.linspace(0.5, 1.5, self.E, dtype=wide) if not integers else torch.ones(self.E)
-        return Call(x, weight, bias, Experts(down, up, scale, self.ranks, self.assignment()), self._gates(g, dtype, wide), self)
+        return Call(
+            x,
+            weight,
+            bias,
+            Experts(down, up, scale, self.ranks, self.assignment()),
+            self._gates(g, dtype, wide),
+            self,
+        )
 
     def _gates(self, g: torch.Generator, dtype: torch.dtype, wide: torch.dtype) -> Gates:
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -133,16 +150,29 @@ class Call:
 
     def tensors(self) -> dict[str, Tensor]:
         """The differentiable operands by name."""
-        named = {"x": self.x, "down": self.experts.down, "up": self.experts.up, "scale": self.experts.scale, **self.gates.tensors()}
+        named = {
+            "x": self.x,
+            "down": self.experts.down,
+            "up": self.experts.up,
+            "scale": self.experts.scale,
+            **self.gates.tensors(),
+        }
         return named
 
     def with_tensors(self, new: dict[str, Tensor]) -> Call:
         experts = self.experts._replace(down=new["down"], up=new["up"], scale=new["scale"])
-        return replace(self, x=new["x"], experts=experts, gates=self.gates._replace(**{name: new[name] for name in self.gates.tensors()}))
+        return replace(
+            self,
+            x=new["x"],
+            experts=experts,
+            gates=self.gates._replace(**{name: new[name] for name in self.gates.tensors()}),
+        )
 
     def double(self) -> Call:
         wide = self.with_tensors({name: t.double() for name, t in self.tensors().items()})
-        return replace(wide, weight=self.weight.double(), bias=None if self.bias is None else self.bias.double())
+        return replace(
+            wide, weight=self.weight.double(), bias=None if self.bias is None else self.bias.double()
+        )
 
     def truth(self) -> Tensor:
         """y in float64 from the operands as they are."""
@@ -150,7 +180,9 @@ class Call:
         return gated_lora_ref(call.x, call.weight, call.bias, call.experts, call.gates)[0]
 
     def truth_grads(self, dy: Tensor) -> tuple[dict[str, Tensor], float]:
-        """All gradients in float64, by autograd through the reference; and the size ‖dγ‖ of the per-token terms of the gates' gradients."""
+        """All gradients in float64, by autograd through the reference; and the size ‖dγ‖ of the per-token
+        terms of the gates' gradients.
+        """
         call = self.double()
         terms = torch.ones(call.x.shape[0], call.x.shape[1], self.case.E, dtype=torch.float64)
         gate = terms if call.gates.gate is None else terms * call.gates.gate
@@ -164,14 +196,20 @@ class Call:
 
 
 def rounding_error(truth: Tensor, dtype: torch.dtype) -> float:
-    """‖round(truth) − truth‖ / ‖truth‖ in `dtype`; for float32 the accumulation bound 1e-6 is used instead."""
+    """‖round(truth) − truth‖ / ‖truth‖ in `dtype`; for float32 the accumulation bound 1e-6 is used
+    instead.
+    """
     if dtype == torch.float32:
         return 1e-6
     return ((truth.to(dtype).double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
 
 
-def assert_close_to_truth(got: Tensor, truth: Tensor, dtype: torch.dtype, roundings: int, what: str = "") -> None:
-    """G1 to G3: NaN and Inf where the truth has them; relative error ≤ 1.25·√roundings·e_round; rows and columns ≤ 4 times that."""
+def assert_close_to_truth(
+    got: Tensor, truth: Tensor, dtype: torch.dtype, roundings: int, what: str = ""
+) -> None:
+    """G1 to G3: NaN and Inf where the truth has them; relative error ≤ 1.25·√roundings·e_round; rows and
+    columns ≤ 4 times that.
+    """
     assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, truth {tuple(truth.shape)}"
     assert torch.equal(got.isnan(), truth.isnan()) and torch.equal(got.isinf(), truth.isinf()), (
         f"{what}: NaN or Inf where the truth has none"

@@ -2,12 +2,16 @@
 
     make gpu                                       or: python -m benchmarks.gpu
     python -m benchmarks.gpu --quick               fewer checks, three shapes, about two minutes
-    python -m benchmarks.gpu --only 2048x1280      what is verified stays; of the measurements those whose name contains this
-    python -m benchmarks.gpu --full --seconds 14400    every shape, rank, number of experts, gate and direction
+    python -m benchmarks.gpu --only 2048x1280      what is verified stays; of the measurements those whose
+    name contains this
+    python -m benchmarks.gpu --full --seconds 14400    every shape, rank, number of experts, gate and
+    direction
     python -m benchmarks.gpu --report FILE.json    table and plots of an earlier run
-    python -m benchmarks.gpu --table FILE.json     a table for the dispatcher from an earlier run, on standard output
+    python -m benchmarks.gpu --table FILE.json     a table for the dispatcher from an earlier run, on standard
+    output
 
-exit 0: all verified · 1: something is wrong · 2: no NVIDIA GPU here · 3: nothing wrong, but not everything could be checked in time
+exit 0: all verified · 1: something is wrong · 2: no NVIDIA GPU here · 3: nothing wrong, but not everything
+could be checked in time
 """
 
 from __future__ import annotations
@@ -23,19 +27,49 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer checks and three shapes; written only where --out says")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer checks and three shapes; written only where --out says"
+    )
     parser.add_argument("--full", action="store_true", help="every case; give it hours with --seconds")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="measure only cases whose name contains or matches this")
-    parser.add_argument("--out", type=Path, help=f"folder for the results (default: benchmarks/{RESULTS.name}/<gpu>)")
-    parser.add_argument("--seconds", type=float, default=460.0, help="time for everything (default: %(default)s)")
-    parser.add_argument("--processes", type=int, help="how many verify at a time (default: by the processor's cores)")
-    parser.add_argument("--peers", metavar="FILE.py", help="METHODS {name: Layer -> module} and BACKENDS of your own, beside ours")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run on tiny shapes; its times mean nothing")
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="measure only cases whose name contains or matches this"
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"folder for the results (default: benchmarks/{RESULTS.name}/<gpu>)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=460.0, help="time for everything (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--processes", type=int, help="how many verify at a time (default: by the processor's cores)"
+    )
+    parser.add_argument(
+        "--peers",
+        metavar="FILE.py",
+        help="METHODS {name: Layer -> module} and BACKENDS of your own, beside ours",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: a dry run on tiny shapes; its times mean nothing",
+    )
     parser.add_argument("--no-build", action="store_true", help="leave the compiled extension as it is")
-    parser.add_argument("--no-verify", action="store_true", help="measure only; the result is then not verified")
-    parser.add_argument("--report", type=Path, metavar="FILE.json", help="table and plots of this file, nothing else")
-    parser.add_argument("--table", type=Path, metavar="FILE.json", help="print this file's rows as a dispatch table, nothing else")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="measure only; the result is then not verified"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.json", help="table and plots of this file, nothing else"
+    )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE.json",
+        help="print this file's rows as a dispatch table, nothing else",
+    )
     return parser.parse_args(given)
 
 

@@ -1,6 +1,8 @@
-"""The compiled extension, with nvcc where it is found, before anything is verified; that it fails is recorded, and the rest goes on.
+"""The compiled extension, with nvcc where it is found, before anything is verified; that it fails is
+recorded, and the rest goes on.
 
-With setuptools and ninja: `setup.py build_ext --inplace`. Without ninja the same commands are run here, many at a time: a machine that
+With setuptools and ninja: `setup.py build_ext --inplace`. Without ninja the same commands are run here, many
+at a time: a machine that
 has torch and a compiler needs nothing else.
 """
 
@@ -25,13 +27,17 @@ Facts = dict[str, Any]
 
 
 def arch() -> str:
-    """The present GPU's architecture, with its own features (9.0a) where it has them: one architecture builds in a fraction of the time."""
+    """The present GPU's architecture, with its own features (9.0a) where it has them: one architecture builds
+    in a fraction of the time.
+    """
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}" + ("a" if major >= 9 else "")
 
 
 def build(limit: float, gpu: bool) -> Facts:
-    """{"built", "seconds", "how", "error", "arch"}; what fails is recorded, and tried once more without CUDA. Never raises for a build."""
+    """{"built", "seconds", "how", "error", "arch"}; what fails is recorded, and tried once more without CUDA.
+    Never raises for a build.
+    """
     begin, env = time.monotonic(), dict(os.environ)
     if gpu and "TORCH_CUDA_ARCH_LIST" not in env:
         env["TORCH_CUDA_ARCH_LIST"] = arch()
@@ -42,7 +48,13 @@ def build(limit: float, gpu: bool) -> Facts:
         how, error = attempt(limit - (time.monotonic() - begin), env | {"MOLE_SKIP_CUDA_BUILD": "1"})
         how += ", without CUDA"
     seconds = round(time.monotonic() - begin, 1)
-    return {"built": not error, "how": how, "seconds": seconds, "error": first, "arch": env.get("TORCH_CUDA_ARCH_LIST", "")}
+    return {
+        "built": not error,
+        "how": how,
+        "seconds": seconds,
+        "error": first,
+        "arch": env.get("TORCH_CUDA_ARCH_LIST", ""),
+    }
 
 
 def attempt(limit: float, env: dict[str, str]) -> tuple[str, str]:
@@ -99,7 +111,9 @@ def without_ninja(setup: Any, limit: float, env: dict[str, str]) -> str:
     made = library.with_suffix(".new")
     work = ROOT / "build" / f"plain-{platform.machine()}"
     work.mkdir(parents=True, exist_ok=True)
-    text = setup.ninja_file(setup.find_torch(), setup.Toolchain(cxx, "", found, why), made, env, platform.machine())
+    text = setup.ninja_file(
+        setup.find_torch(), setup.Toolchain(cxx, "", found, why), made, env, platform.machine()
+    )
     steps = commands(text)
     until = time.monotonic() + limit
     with ThreadPoolExecutor(int(env["MAX_JOBS"])) as pool:
@@ -108,7 +122,12 @@ def without_ninja(setup: Any, limit: float, env: dict[str, str]) -> str:
     if not error:
         # in one step, so that a process that has the old one open keeps it
         made.replace(library)
-        report = {"built": True, "torch": torch.__version__, "cuda": env.get("TORCH_CUDA_ARCH_LIST", "") if found else "", "no_cuda": why}
+        report = {
+            "built": True,
+            "torch": torch.__version__,
+            "cuda": env.get("TORCH_CUDA_ARCH_LIST", "") if found else "",
+            "no_cuda": why,
+        }
         library.with_name(setup.REPORT).write_text(json.dumps(report) + "\n")
     return error
 
@@ -119,7 +138,9 @@ def run(command: str, work: Path, until: float) -> str:
 
 
 def commands(text: str) -> list[str]:
-    """The shell commands of a build.ninja as setup.py writes it (rules with a command, builds with variables), in its order."""
+    """The shell commands of a build.ninja as setup.py writes it (rules with a command, builds with
+    variables), in its order.
+    """
     variables: dict[str, str] = {}
     rules: dict[str, str] = {}
     builds: list[tuple[str, str, str, dict[str, str]]] = []
@@ -141,7 +162,10 @@ def commands(text: str) -> list[str]:
         elif " = " in line:
             name, _, value = line.partition(" = ")
             variables[name] = value
-    return [_expanded(rules[rule], variables | own | {"in": sources, "out": out}) for out, rule, sources, own in builds]
+    return [
+        _expanded(rules[rule], variables | own | {"in": sources, "out": out})
+        for out, rule, sources, own in builds
+    ]
 
 
 def _expanded(command: str, variables: dict[str, str]) -> str:

@@ -1,4 +1,6 @@
-"""What bounds a layer here: the rate of a large copy and of a large product, measured in the same run as everything else."""
+"""What bounds a layer here: the rate of a large copy and of a large product, measured in the same run as
+everything else.
+"""
 
 from __future__ import annotations
 

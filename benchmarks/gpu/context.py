@@ -33,7 +33,9 @@ class Context:
 
     @classmethod
     def make(cls, kind: str, peers: str | None = None, **named: Any) -> Context:
-        """`peers`: a Python file that may define METHODS {name: Layer -> module} and BACKENDS {name: backend}."""
+        """`peers`: a Python file that may define METHODS {name: Layer -> module} and BACKENDS {name:
+        backend}.
+        """
         methods: dict[str, Callable[[Any], Any]] = {}
         if peers is not None:
             spec = importlib.util.spec_from_file_location("benchmarks_peers_file", Path(peers))
@@ -48,7 +50,9 @@ class Context:
 
 @dataclass
 class Outcome:
-    """rows of the result file; failures {id, method, stage, error}; refused {method: reason}; passed: how many checks were right."""
+    """rows of the result file; failures {id, method, stage, error}; refused {method: reason}; passed: how
+    many checks were right.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)

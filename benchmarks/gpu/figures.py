@@ -1,4 +1,6 @@
-"""The plots: time over the plain layer by shape and by rank, and how near each layer comes to this run's ceilings."""
+"""The plots: time over the plain layer by shape and by rank, and how near each layer comes to this run's
+ceilings.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ from matplotlib import pyplot
 
 from benchmarks.gpu.results import Row, grouped, rank, rows
 
-COLOURS = {"ours": "#d1495b", "stacked": "#30638e", "lorafusion": "#8f5ea8", "peft": "#7a9e7e", "eager": "#edae49", "merged": "#888888"}
+COLOURS = {
+    "ours": "#d1495b",
+    "stacked": "#30638e",
+    "lorafusion": "#8f5ea8",
+    "peft": "#7a9e7e",
+    "eager": "#edae49",
+    "merged": "#888888",
+}
 LABELS = {
     "ours": "ours (layer, gates included)",
     "stacked": "stacked addmm",
@@ -28,7 +37,9 @@ def named(result: dict[str, Any]) -> str:
 
 
 def ratio(result: dict[str, Any], path: Path) -> bool:
-    """Above: every shape at the rank measured most. Below: the ranks of the shapes that were swept. False where nothing was timed."""
+    """Above: every shape at the rank measured most. Below: the ranks of the shapes that were swept. False
+    where nothing was timed.
+    """
     usual = dict(gate="token+sample", E=2)
     found = [r for m in COLOURS for r in rows(result, m, **usual)]
     if not found:
@@ -38,18 +49,27 @@ def ratio(result: dict[str, Any], path: Path) -> bool:
     table = [m for m in grouped([r for r in found if rank(r) == most]).values() if "ours" in m]
     table = sorted(table, key=lambda m: m["ours"]["flop_ratio"])[:MOST_SHAPES]
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(13, 11))
-    above.plot([m["ours"]["flop_ratio"] for m in table], color="black", lw=1, label="what the mathematics needs")
+    above.plot(
+        [m["ours"]["flop_ratio"] for m in table], color="black", lw=1, label="what the mathematics needs"
+    )
     for method, colour in COLOURS.items():
         points = [(i, m[method]["ratio"]) for i, m in enumerate(table) if method in m]
         if points:
             where, values = zip(*points)
             middle = [v["plain"] for v in values]
             # quantiles of few rounds may lie on one side of the median
-            bars = [[max(0.0, c - v["p20"]) for c, v in zip(middle, values)], [max(0.0, v["p80"] - c) for c, v in zip(middle, values)]]
-            above.errorbar(where, middle, yerr=bars, fmt="o", ms=5, lw=0.8, color=colour, label=LABELS[method])
+            bars = [
+                [max(0.0, c - v["p20"]) for c, v in zip(middle, values)],
+                [max(0.0, v["p80"] - c) for c, v in zip(middle, values)],
+            ]
+            above.errorbar(
+                where, middle, yerr=bars, fmt="o", ms=5, lw=0.8, color=colour, label=LABELS[method]
+            )
     labels = [f"{m['ours']['M']}×{m['ours']['K']}×{m['ours']['N']}" for m in table]
     above.set_xticks(range(len(table)), labels, rotation=60, ha="right", fontsize=7)
-    above.set_title(f"Adapted ÷ plain layer by shape, R = {most} in two experts · {named(result)}", fontsize=10)
+    above.set_title(
+        f"Adapted ÷ plain layer by shape, R = {most} in two experts · {named(result)}", fontsize=10
+    )
     by_rank(below, found)
     for axis in (above, below):
         axis.axhline(1, color="grey", lw=0.8, ls=":")
@@ -73,12 +93,22 @@ def by_rank(axis: Any, found: list[Row]) -> None:
     swept = sorted(shapes, key=lambda s: -len(shapes[s]))[:2]
     for shape, style in zip(swept, ("-", "--")):
         for method in ("ours", "stacked", "lorafusion"):
-            mine = sorted((rank(r), r["ratio"]["plain"]) for r in found if r["method"] == method and (r["M"], r["K"], r["N"]) == shape)
+            mine = sorted(
+                (rank(r), r["ratio"]["plain"])
+                for r in found
+                if r["method"] == method and (r["M"], r["K"], r["N"]) == shape
+            )
             if mine:
                 label = f"{LABELS[method]}, {'×'.join(map(str, shape))}"
                 axis.plot(*zip(*mine), style, marker="o", ms=4, color=COLOURS[method], label=label)
         needed = sorted({(rank(r), r["flop_ratio"]) for r in found if (r["M"], r["K"], r["N"]) == shape})
-        axis.plot(*zip(*needed), style, color="black", lw=0.8, label=f"what the mathematics needs, {'×'.join(map(str, shape))}")
+        axis.plot(
+            *zip(*needed),
+            style,
+            color="black",
+            lw=0.8,
+            label=f"what the mathematics needs, {'×'.join(map(str, shape))}",
+        )
     ranks = sorted(set().union(*(shapes[s] for s in swept)))
     axis.set_xscale("log", base=2)
     axis.set_xticks(ranks, [str(r) for r in ranks])
@@ -97,18 +127,39 @@ def roofline(result: dict[str, Any], path: Path) -> bool:
     low, high = min(points) / 2, max(points) * 2
     ridge = rate * 1e3 / copy
     x = sorted({low, min(max(ridge, low), high), high})
-    axis.plot(x, [min(rate, i * copy * 1e-3) for i in x], color="black", lw=1.2, label=f"ceilings: {rate:g} TFLOP/s, {copy:g} GB/s")
-    for method, marker, colour in (("plain", "s", "#333333"), ("ours", "o", COLOURS["ours"]), ("stacked", "^", COLOURS["stacked"]),
-                                   ("lorafusion", "v", COLOURS["lorafusion"])):  # fmt: skip
+    axis.plot(
+        x,
+        [min(rate, i * copy * 1e-3) for i in x],
+        color="black",
+        lw=1.2,
+        label=f"ceilings: {rate:g} TFLOP/s, {copy:g} GB/s",
+    )
+    for method, marker, colour in (
+        ("plain", "s", "#333333"),
+        ("ours", "o", COLOURS["ours"]),
+        ("stacked", "^", COLOURS["stacked"]),
+        ("lorafusion", "v", COLOURS["lorafusion"]),
+    ):
         mine = found[method]
         if mine:
             where, rates = [r["flops"] / r["bytes_min"] for r in mine], [r["tflops"] for r in mine]
-            axis.scatter(where, rates, marker=marker, s=22, alpha=0.8, color=colour, label=LABELS.get(method, "plain nn.Linear"))
+            axis.scatter(
+                where,
+                rates,
+                marker=marker,
+                s=22,
+                alpha=0.8,
+                color=colour,
+                label=LABELS.get(method, "plain nn.Linear"),
+            )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("operations per byte that must be moved")
     axis.set_ylabel("TFLOP/s, of the operations that the mathematics needs")
-    axis.set_title(f"Forward, bfloat16, cache hot (small layers may pass the memory's line) · {named(result)}", fontsize=10)
+    axis.set_title(
+        f"Forward, bfloat16, cache hot (small layers may pass the memory's line) · {named(result)}",
+        fontsize=10,
+    )
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     finish(figure, path)

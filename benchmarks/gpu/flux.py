@@ -1,6 +1,8 @@
-"""One double and one single block of FLUX.1's kind in plain torch, with its real linear sizes: for machines without diffusers.
+"""One double and one single block of FLUX.1's kind in plain torch, with its real linear sizes: for machines
+without diffusers.
 
-Joint attention over text and picture tokens, GELU, modulation from one vector; no rotary embedding (it has no linear layer).
+Joint attention over text and picture tokens, GELU, modulation from one vector; no rotary embedding (it has no
+linear layer).
 """
 
 from __future__ import annotations
@@ -54,7 +56,10 @@ class Double(nn.Module):
         streams, inputs = (self.text, self.picture), (c, x)
         mods = [s.norm(F.silu(vector))[:, None].chunk(6, -1) for s in streams]
         normed = [modulated(t, m[0], m[1]) for t, m in zip(inputs, mods)]
-        q, k, v = (torch.cat([getattr(s, n)(t) for s, t in zip(streams, normed)], 1) for n in ("to_q", "to_k", "to_v"))
+        q, k, v = (
+            torch.cat([getattr(s, n)(t) for s, t in zip(streams, normed)], 1)
+            for n in ("to_q", "to_k", "to_v")
+        )
         mixed = attention(q, k, v, self.heads).split([c.shape[1], x.shape[1]], 1)
         outputs = []
         for s, t, m, a in zip(streams, inputs, mods, mixed):

@@ -1,4 +1,6 @@
-"""One measured case: every method built, verified against float64, counted, timed (hot, cold, launched one by one), and made rows."""
+"""One measured case: every method built, verified against float64, counted, timed (hot, cold, launched one by
+one), and made rows.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,11 @@ def check(item: Item, context: Context) -> Outcome:
     for name, method in found.items():
         if method.refuses is not None:
             out.refused[name] = method.refuses
-    usable = {n: m for n, m in found.items() if m.refuses is None and n not in context.skip and (wanted is None or n in (PLAIN, *wanted))}
+    usable = {
+        n: m
+        for n, m in found.items()
+        if m.refuses is None and n not in context.skip and (wanted is None or n in (PLAIN, *wanted))
+    }
     with torch.no_grad():
         layer = Layer.make(case, device=context.device.kind)
     work = Work(item, case, layer, context, out, usable)
@@ -102,7 +108,9 @@ def prepare_forward(work: Work) -> None:
         if module is None:
             continue
         truth = truths.get(name, right)
-        facts = work.attempt(name, "verify", lambda module=module, truth=truth, name=name: verified(work, module, truth, name))
+        facts = work.attempt(
+            name, "verify", lambda module=module, truth=truth, name=name: verified(work, module, truth, name)
+        )
         if facts is None:
             continue
         work.facts[name] = facts
@@ -118,7 +126,9 @@ def prepare_forward(work: Work) -> None:
 def prepare_training(work: Work) -> None:
     """Each method on leaves of its own; dx, and ours in all, against float64."""
     for name in work.chosen:
-        made = work.attempt(name, "build", lambda name=name: step_of(name, work.case, work.context.device.kind))
+        made = work.attempt(
+            name, "build", lambda name=name: step_of(name, work.case, work.context.device.kind)
+        )
         if made is None:
             continue
         facts = work.attempt(name, "verify", lambda made=made, name=name: verified_step(work, made, name))
@@ -145,10 +155,13 @@ def verified(work: Work, module: nn.Module, truth: Tensor, name: str) -> dict[st
         wrong = "; ".join(rules.broken(y, truth, DTYPES[case.dtype], ROUNDINGS))
     else:
         error = rules.relative(y, truth)
-        wrong = "" if error <= ALLOWED[case.dtype] else f"relative error {error:.2e} > {ALLOWED[case.dtype]:.0e}"
+        wrong = (
+            "" if error <= ALLOWED[case.dtype] else f"relative error {error:.2e} > {ALLOWED[case.dtype]:.0e}"
+        )
     facts: dict[str, Any] = {"err": rules.relative(y, truth), "wrong": wrong}
     if name not in (PLAIN, AGAIN, "merged") and not wrong:
-        # the experts' share, from the whole: the base's own rounding is in it, so it tells gross faults; `verify` has W = 0
+        # the experts' share, from the whole: the base's own rounding is in it, so it tells gross faults;
+        # `verify` has W = 0
         share = truth - work.layer.plain_truth()
         facts["share"] = (share.norm() / truth.norm()).item()
     return facts
@@ -160,7 +173,9 @@ def verified_step(work: Work, made: Any, name: str) -> dict[str, Any]:
     work.context.device.sync()
     errors = [rules.relative(g, t) for g, t in zip(got, made.truth())]
     allowed = 1e-4 if work.case.dtype == "fp32" else 0.05
-    wrong = "" if max(errors) <= allowed else f"relative error of a gradient {max(errors):.2e} > {allowed:.0e}"
+    wrong = (
+        "" if max(errors) <= allowed else f"relative error of a gradient {max(errors):.2e} > {allowed:.0e}"
+    )
     return {"err": max(errors), "wrong": wrong}
 
 
@@ -188,7 +203,9 @@ def captured(work: Work, name: str, run: Run) -> Run | None:
 
     def make() -> Run:
         replay = work.context.device.captured(keep)
-        outputs = [t for t in (held[0] if isinstance(held[0], (tuple, list)) else held) if isinstance(t, Tensor)]
+        outputs = [
+            t for t in (held[0] if isinstance(held[0], (tuple, list)) else held) if isinstance(t, Tensor)
+        ]
         for t in outputs:
             t.detach().fill_(math.nan)
         replay()
@@ -208,8 +225,15 @@ def hot(work: Work) -> None:
         each, graphs = 1, single
     else:
         again = {name: clock.repeated(work.runs[name], each) for name in single}
-        graphs = clock.guarded(again, lambda name, run: work.attempt(name, "graph", lambda: work.context.device.captured(run)))
-    add_rows(work, clock.measured(work.context.device, graphs, each, work.context.seconds) if PLAIN in graphs else {}, "hot", "graph")
+        graphs = clock.guarded(
+            again, lambda name, run: work.attempt(name, "graph", lambda: work.context.device.captured(run))
+        )
+    add_rows(
+        work,
+        clock.measured(work.context.device, graphs, each, work.context.seconds) if PLAIN in graphs else {},
+        "hot",
+        "graph",
+    )
 
 
 def stream(work: Work) -> None:
@@ -219,7 +243,9 @@ def stream(work: Work) -> None:
 
 
 def cold(work: Work) -> None:
-    """Every call finds its inputs outside the cache: copies of them, used in turn, hold at least three times its size."""
+    """Every call finds its inputs outside the cache: copies of them, used in turn, hold at least three times
+    its size.
+    """
     device, case = work.context.device, work.case
     size = case.bytes_min
     copies = max(2, min(MOST_COPIES, math.ceil(ROTATED * device.cache() / size), MOST_BYTES // size))
@@ -229,7 +255,11 @@ def cold(work: Work) -> None:
     layers = [work.layer, *(Layer.make(case, seed, device.kind) for seed in range(1, copies))]
     runs: dict[str, Run] = {}
     for name in [n for n in COLD if n in work.runs]:
-        modules = work.attempt(name, "cold", lambda name=name: [work.modules[name], *(again(work, name, layer) for layer in layers[1:])])
+        modules = work.attempt(
+            name,
+            "cold",
+            lambda name=name: [work.modules[name], *(again(work, name, layer) for layer in layers[1:])],
+        )
         if modules is not None:
 
             def rotate(modules: list[nn.Module] = modules) -> None:
@@ -237,7 +267,9 @@ def cold(work: Work) -> None:
                     module(layer.x)
 
             runs[name] = rotate
-    graphs = clock.guarded(runs, lambda name, run: work.attempt(name, "cold graph", lambda: device.captured(run)))
+    graphs = clock.guarded(
+        runs, lambda name, run: work.attempt(name, "cold graph", lambda: device.captured(run))
+    )
     if PLAIN in graphs:
         add_rows(work, clock.measured(device, graphs, copies, work.context.seconds / 2), "cold", "graph")
 
@@ -252,7 +284,9 @@ def again(work: Work, name: str, layer: Layer) -> nn.Module:
 
 
 def floor_us(case: Case, ceilings: dict[str, float], base: bool = False) -> float:
-    """The least time by this run's own ceilings: operations over the product's rate, bytes over the copy's."""
+    """The least time by this run's own ceilings: operations over the product's rate, bytes over the
+    copy's.
+    """
     rate, copy = ceilings.get("bf16_tflops", 800.0), ceilings.get("copy_gb_s", 4000.0)
     flops, size = (case.base_flops, case.base_bytes) if base else (case.flops, case.bytes_min)
     return max(flops / rate * 1e-6, size / copy * 1e-3)
@@ -262,7 +296,9 @@ def add_rows(work: Work, times: dict[str, Timed], cache: str, launch: str) -> No
     work.out.rows += [row(work, name, timed, times, cache, launch) for name, timed in times.items()]
 
 
-def row(work: Work, name: str, timed: Timed | None, times: dict[str, Timed], cache: str, launch: str) -> dict[str, Any]:
+def row(
+    work: Work, name: str, timed: Timed | None, times: dict[str, Timed], cache: str, launch: str
+) -> dict[str, Any]:
     """One line of the result file; a wrong method's has no time."""
     case, facts = work.case, work.facts.get(name, {})
     base = name in (PLAIN, AGAIN)
@@ -297,7 +333,13 @@ def row(work: Work, name: str, timed: Timed | None, times: dict[str, Timed], cac
     made["us"] = dict(zip(("p20", "p50", "p80"), (round(t, 3) for t in timed.us)))
     made["rounds"] = len(timed.samples)
     made["ratio"] = {}
-    for peer, key in ((PLAIN, "plain"), ("eager", "eager"), ("stacked", "stacked"), ("compiled", "compile"), ("lorafusion", "lorafusion")):
+    for peer, key in (
+        (PLAIN, "plain"),
+        ("eager", "eager"),
+        ("stacked", "stacked"),
+        ("compiled", "compile"),
+        ("lorafusion", "lorafusion"),
+    ):
         if peer in times:
             low, middle, high = timed.to(times[peer])
             made["ratio"][key] = round(middle, 4)
@@ -311,20 +353,30 @@ def row(work: Work, name: str, timed: Timed | None, times: dict[str, Timed], cac
 
 
 def predicted(work: Work, name: str) -> dict[str, Any]:
-    """What the dispatcher's model said beforehand, and which way it took: predictions stand beside outcomes."""
-    if work.case.mode != "forward" or work.context.device.kind != "cuda" or (name not in ("ours", PLAIN) and ":" not in name):
+    """What the dispatcher's model said beforehand, and which way it took: predictions stand beside
+    outcomes.
+    """
+    if (
+        work.case.mode != "forward"
+        or work.context.device.kind != "cuda"
+        or (name not in ("ours", PLAIN) and ":" not in name)
+    ):
         return {}
     from mole_kernels.dispatch.choose import candidates_of, choose
     from mole_kernels.dispatch.device import present
     from mole_kernels.dispatch.tables import for_device
 
     try:
-        choice = choose(problem_of(work.case, "cuda"), present(), for_device(present()), names=candidates_of(present()))
+        choice = choose(
+            problem_of(work.case, "cuda"), present(), for_device(present()), names=candidates_of(present())
+        )
         if name == PLAIN:
             return {"predicted_us": round(choice.plain, 2)}
         way = choice.name if name == "ours" else ours.candidate(name)
         said = choice.of(way).predicted
-        return {"predicted_us": None if said is None else round(said, 2)} | ({"choice": choice.name} if name == "ours" else {})
+        return {"predicted_us": None if said is None else round(said, 2)} | (
+            {"choice": choice.name} if name == "ours" else {}
+        )
     # a prediction is a remark; that it cannot be had must not cost the measurement
     except Exception as error:
         return {"predicted_us": None, "remark": short(error)}

@@ -1,4 +1,6 @@
-"""Every method of a case by name: ours by the dispatcher and by each way, and the peers; and which of them can run here."""
+"""Every method of a case by name: ours by the dispatcher and by each way, and the peers; and which of them
+can run here.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def peft_of(layer: Layer) -> nn.Module:
 
 def problem_of(case: Case, kind: str) -> Problem:
     mole = case.gate == "mole"
-    return Problem(case.B, case.T, case.K, case.N, (case.r,) * case.E, 1, DTYPES[case.dtype], kind, mole, mole)
+    return Problem(
+        case.B, case.T, case.K, case.N, (case.r,) * case.E, 1, DTYPES[case.dtype], kind, mole, mole
+    )
 
 
 def methods(case: Case, context: Context, compiled: bool) -> dict[str, Method]:
@@ -79,8 +83,13 @@ def methods(case: Case, context: Context, compiled: bool) -> dict[str, Method]:
         if case.gate == "none":
             found["merged"] = Method(Merged)
         found["lorafusion"] = Method(lorafusion.LoRAFusion, lorafusion.why_not(kind))
-        for name in [*ours.compiled_backends(), *(n for n, b in BACKENDS.items() if isinstance(b, ours.Forced))]:
-            found[name] = Method(lambda layer, name=name: Way(layer, name), BACKENDS[name].reject(problem), ours=True)  # type: ignore[misc]
+        for name in [
+            *ours.compiled_backends(),
+            *(n for n, b in BACKENDS.items() if isinstance(b, ours.Forced)),
+        ]:
+            found[name] = Method(
+                lambda layer, name=name: Way(layer, name), BACKENDS[name].reject(problem), ours=True
+            )  # type: ignore[misc]
         found |= {name: Method(make) for name, make in context.methods.items()}
     found["peft"] = Method(peft_of, None if installed("peft") else "PEFT is not installed")
     if compiled and case.mode == "forward":
@@ -89,7 +98,9 @@ def methods(case: Case, context: Context, compiled: bool) -> dict[str, Method]:
 
 
 def installed(name: str) -> bool:
-    """Without importing it, which takes seconds; a package that is there and broken fails where it is used."""
+    """Without importing it, which takes seconds; a package that is there and broken fails where it is
+    used.
+    """
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):

@@ -1,6 +1,8 @@
-"""End to end: one denoising step of a whole model, un-adapted and adapted by PEFT, the eager MoLE layer and ours.
+"""End to end: one denoising step of a whole model, un-adapted and adapted by PEFT, the eager MoLE layer and
+ours.
 
-The copies share the base's weights. Eager, CUDA graph, and compiled where asked; peak memory. Steps take turns (ABBA) as layers do.
+The copies share the base's weights. Eager, CUDA graph, and compiled where asked; peak memory. Steps take
+turns (ABBA) as layers do.
 """
 
 from __future__ import annotations
@@ -33,9 +35,12 @@ def sdxl(tiny: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
     from benchmarks.patching import SDXL
 
     small: dict[str, Any] = {
-        "block_out_channels": (32, 32, 32), "transformer_layers_per_block": [1, 1, 1], "attention_head_dim": [2, 2, 2],
-        "cross_attention_dim": 64, "norm_num_groups": 8,
-    }  # fmt: skip
+        "block_out_channels": (32, 32, 32),
+        "transformer_layers_per_block": [1, 1, 1],
+        "attention_head_dim": [2, 2, 2],
+        "cross_attention_dim": 64,
+        "norm_num_groups": 8,
+    }
     with torch.device("meta"):
         unet = UNet2DConditionModel(**(SDXL | (small if tiny else {})))
         edge, width = (8, 64) if tiny else (128, 2048)
@@ -76,7 +81,9 @@ BUILD: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
 }
 
 
-def filled(model: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype, kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def filled(
+    model: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype, kind: str
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """Random weights whose activations stay of size one, random inputs."""
     torch.manual_seed(0)
     model = model.to(dtype).to_empty(device=kind).requires_grad_(False).eval()
@@ -94,11 +101,15 @@ def shared(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, tensors)
 
 
-def adapted(model: nn.Module, make: Callable[[Layer], nn.Module], R: int, gate: str, part: str) -> tuple[nn.Module, int]:
+def adapted(
+    model: nn.Module, make: Callable[[Layer], nn.Module], R: int, gate: str, part: str
+) -> tuple[nn.Module, int]:
     """A copy of `model` whose linear layers named with `part` are `make`'s, and how many they are."""
     model = shared(model)
     found = [
-        (name, m) for name, m in model.named_modules() if type(m).__name__ in ("Linear", "LoRACompatibleLinear") and part in f"{name}."
+        (name, m)
+        for name, m in model.named_modules()
+        if type(m).__name__ in ("Linear", "LoRACompatibleLinear") and part in f"{name}."
     ]
     found = [(name, m) for name, m in found if "norm" not in name.rpartition(".")[2]]
     for i, (name, base) in enumerate(found):
@@ -110,7 +121,9 @@ def adapted(model: nn.Module, make: Callable[[Layer], nn.Module], R: int, gate: 
 def random_layer(base: nn.Linear, R: int, gate: str, seed: int) -> Layer:
     """Experts and gates around an existing layer; small enough that activations stay of size one."""
     dtype, device = base.weight.dtype, base.weight.device.type
-    case = Case("", 2, base.in_features, base.out_features, base.bias is not None, _short(dtype), R // 2, 2, gate=gate)
+    case = Case(
+        "", 2, base.in_features, base.out_features, base.bias is not None, _short(dtype), R // 2, 2, gate=gate
+    )
     layer = Layer.make(case, seed, device)
     layer.base = base
     return layer
@@ -127,14 +140,18 @@ def check(item: Item, context: Context) -> Outcome:
         out.refused[item["model"]] = "diffusers is not installed"
         return out
     with torch.no_grad():
-        plain, inputs = filled(*BUILD[item["model"]](), DTYPES["bf16"] if kind == "cuda" else DTYPES["fp32"], kind)
+        plain, inputs = filled(
+            *BUILD[item["model"]](), DTYPES["bf16"] if kind == "cuda" else DTYPES["fp32"], kind
+        )
         models, layers = {PLAIN: plain, "plain again": plain}, 0
         for name, make in METHODS.items():
             if name in context.skip or (name == "peft" and not installed("peft")):
                 continue
             context.at(name)
             try:
-                models[name], layers = adapted(plain, make, item["R"], item["gate"], PARTS.get(item["model"], ""))
+                models[name], layers = adapted(
+                    plain, make, item["R"], item["gate"], PARTS.get(item["model"], "")
+                )
                 compare(item, name, step(models[name], inputs), step(plain, inputs), out)
             # a model may be too much for one method's memory or code; the others go on
             except Exception as error:
@@ -153,7 +170,13 @@ def compare(item: Item, name: str, y: Tensor, base: Tensor, out: Outcome) -> Non
 
 
 def rows(
-    item: Item, launch: str, models: dict[str, nn.Module], inputs: dict[str, Tensor], layers: int, context: Context, out: Outcome
+    item: Item,
+    launch: str,
+    models: dict[str, nn.Module],
+    inputs: dict[str, Tensor],
+    layers: int,
+    context: Context,
+    out: Outcome,
 ) -> list[dict[str, Any]]:
     runs: dict[str, Run] = {}
     peaks: dict[str, int | None] = {}
@@ -177,9 +200,21 @@ def rows(
             ratio["eager"] = round(timed.to(times["eager"])[1], 4)
         us = dict(zip(("p20", "p50", "p80"), (round(t, 1) for t in timed.us)))
         made.append(
-            {"id": item["id"], "op": "step", "model": item["model"], "R": item["R"], "gate": item["gate"], "layers": layers,
-             "launch": launch, "method": name, "us": us, "ratio": ratio, "rounds": len(timed.samples), "peak_mem": peaks.get(name)}
-        )  # fmt: skip
+            {
+                "id": item["id"],
+                "op": "step",
+                "model": item["model"],
+                "R": item["R"],
+                "gate": item["gate"],
+                "layers": layers,
+                "launch": launch,
+                "method": name,
+                "us": us,
+                "ratio": ratio,
+                "rounds": len(timed.samples),
+                "peak_mem": peaks.get(name),
+            }
+        )
     return made
 
 

@@ -1,4 +1,6 @@
-"""What is verified and measured, in the order of importance: where time runs out, the end of the list is dropped (and recorded)."""
+"""What is verified and measured, in the order of importance: where time runs out, the end of the list is
+dropped (and recorded).
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,23 @@ def core() -> Iterator[Item]:
     yield from (layer_item(of_rank(c, 16)) for c in layers(SDXL))
     yield from (layer_item(of_rank(c, 64)) for c in layers(FLUX)[:9])
     # against LoRAFusion: attention shapes without gates, as it has none
-    yield from (layer_item(of_rank(c, 64, gate="none")) for c in [*layers(SDXL, "attn"), long] if c.K == c.N or c.M == 154)
+    yield from (
+        layer_item(of_rank(c, 64, gate="none"))
+        for c in [*layers(SDXL, "attn"), long]
+        if c.K == c.N or c.M == 154
+    )
 
 
 def models() -> Iterator[Item]:
     for model, R in (("sdxl", 64), ("sdxl", 16), ("flux", 64)):
-        yield {"id": f"step {model} R{R} mole", "kind": "model", "model": model, "R": R, "gate": "mole", "limit": 90}
+        yield {
+            "id": f"step {model} R{R} mole",
+            "kind": "model",
+            "model": model,
+            "R": R,
+            "gate": "mole",
+            "limit": 90,
+        }
 
 
 def sweeps(full: bool) -> Iterator[Item]:
@@ -120,7 +133,9 @@ def measured(device: str, quick: bool, full: bool) -> list[Item]:
 
 
 def merge(items: list[Item]) -> list[Item]:
-    """One item for each id, with whatever any of them asked for; a shape that several models have counts for all of them."""
+    """One item for each id, with whatever any of them asked for; a shape that several models have counts for
+    all of them.
+    """
     found: dict[str, Item] = {}
     for item in items:
         first = found.get(item["id"])
@@ -136,8 +151,14 @@ def merge(items: list[Item]) -> list[Item]:
 
 
 def warmed(items: list[Item]) -> list[Item]:
-    """The same cases, run once: Triton's kernels are then compiled, by many processes at a time, before anything is timed."""
-    return [{**i, "kind": "warm", "id": f"warm {i['id']}", "compile": False} for i in items if i["kind"] == "layer"]
+    """The same cases, run once: Triton's kernels are then compiled, by many processes at a time, before
+    anything is timed.
+    """
+    return [
+        {**i, "kind": "warm", "id": f"warm {i['id']}", "compile": False}
+        for i in items
+        if i["kind"] == "layer"
+    ]
 
 
 def chosen(items: list[Item], pattern: str) -> list[Item]:

@@ -1,4 +1,6 @@
-"""Items shared out among processes, each under a time limit: what hangs or crashes costs itself, and is recorded."""
+"""Items shared out among processes, each under a time limit: what hangs or crashes costs itself, and is
+recorded.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from benchmarks.gpu import processes
 from benchmarks.gpu.context import Item, Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
-# a process that has not said that it is ready by then (torch's import, the device's first use) is started anew
+# a process that has not said that it is ready by then (torch's import, the device's first use) is started
+# anew
 START = 90.0
 POLL = 0.05
 MOST_TRIES = 3
@@ -50,7 +53,9 @@ class Results:
 
 @dataclass
 class Job:
-    """What every process of a run is told; `limit` seconds for one item (an item's own "limit" overrides it)."""
+    """What every process of a run is told; `limit` seconds for one item (an item's own "limit" overrides
+    it).
+    """
 
     device: str
     limit: float
@@ -73,7 +78,14 @@ class Worker:
 
     def start(self) -> None:
         job, out, log = self.files
-        job.write_text(json.dumps({**{n: getattr(self.job, n) for n in ("device", "peers", "seconds", "ceilings")}, "items": self.left}))
+        job.write_text(
+            json.dumps(
+                {
+                    **{n: getattr(self.job, n) for n in ("device", "peers", "seconds", "ceilings")},
+                    "items": self.left,
+                }
+            )
+        )
         out.write_text("")
         self.started += 1
         self.read, self.item, self.method, self.heard, self.ready = 0, None, "", time.monotonic(), False
@@ -90,7 +102,9 @@ class Worker:
             if self.item is not None:
                 self.blame(f"the process ended with code {self.process.returncode}: {self.last_words()}")
             elif self.process.returncode not in (0, 75) and self.left:
-                return self.give_up(f"its process does not start: code {self.process.returncode}: {self.last_words()}")
+                return self.give_up(
+                    f"its process does not start: code {self.process.returncode}: {self.last_words()}"
+                )
             return self.again()
         limit = self.job.start if not self.ready else float((self.item or {}).get("limit", self.job.limit))
         if time.monotonic() - self.heard > limit:
@@ -112,7 +126,9 @@ class Worker:
             elif "at" in said:
                 self.method = said["at"]
             elif "end" in said:
-                self.results.outcomes[said["end"]] = merged(self.results.outcomes.get(said["end"]), said["outcome"])
+                self.results.outcomes[said["end"]] = merged(
+                    self.results.outcomes.get(said["end"]), said["outcome"]
+                )
                 self.left, self.item = self.left[1:], None
         self.read = complete
 
@@ -162,8 +178,12 @@ def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(items: Sequence[Item], job: Job, many: int, until: float, tell: Callable[[int], None] = lambda done: None) -> Results:
-    """All items, the first first, on `many` processes; what has not ended at `until` (time.monotonic) is dropped or, if begun, stopped."""
+def run(
+    items: Sequence[Item], job: Job, many: int, until: float, tell: Callable[[int], None] = lambda done: None
+) -> Results:
+    """All items, the first first, on `many` processes; what has not ended at `until` (time.monotonic) is
+    dropped or, if begun, stopped.
+    """
     results = Results()
     if not items:
         return results

@@ -1,4 +1,6 @@
-"""Processes in groups of their own, so that what they started (a compiler, a program under the sanitizer) ends with them."""
+"""Processes in groups of their own, so that what they started (a compiler, a program under the sanitizer)
+ends with them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Markdown table and plots of a GPU's results file; matplotlib is used where it is, and nothing else is needed."""
+"""Markdown table and plots of a GPU's results file; matplotlib is used where it is, and nothing else is
+needed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ def others(result: Result) -> list[str]:
 
 def head(result: Result) -> list[str]:
     gpu, soft = result["gpu"], ", ".join(f"{k} {v}" for k, v in result["software"].items())
-    where = f"{gpu['name']} (sm {gpu['sm']}, driver {gpu['driver']})" if gpu else f"{result['host']}: a dry run, its times say nothing"
+    where = (
+        f"{gpu['name']} (sm {gpu['sm']}, driver {gpu['driver']})"
+        if gpu
+        else f"{result['host']}: a dry run, its times say nothing"
+    )
     checks, failed, dropped = result["checks"], len(result["failures"]), len(result["dropped"])
     state = "verified" if result["verified"] else "NOT verified"
     sanitizer = "; ".join(f"{tool}: {said}" for tool, said in checks.get("sanitizer", {}).items())
@@ -41,7 +47,9 @@ def goal_table(result: Result) -> list[str]:
     lines = ["## Goals", "", "| goal | target | found | | note |", "|---|---|---|---|---|"]
     for g in result["goals"]:
         word = {True: "met", False: "**missed**", None: "not measured"}[g["met"]]
-        lines.append(f"| {g['goal']} | {g['target']} | {'–' if g['value'] is None else format(g['value'], '.3f')} | {word} | {g['note']} |")
+        lines.append(
+            f"| {g['goal']} | {g['target']} | {'–' if g['value'] is None else format(g['value'], '.3f')} | {word} | {g['note']} |"
+        )
     return [*lines, ""]
 
 
@@ -68,9 +76,22 @@ def step_table(result: Result) -> list[str]:
     for r in result["models"]:
         plain = peaks.get((r["id"], r["launch"]))
         extra = "–" if r["peak_mem"] is None or plain is None else f"{(r['peak_mem'] - plain) / 2**20:.0f}"
-        cells = (r["model"], r["R"], r["launch"], r["method"], f"{r['us']['p50'] / 1e3:.3f}", f"{r['ratio']['plain']:.3f}", extra)
+        cells = (
+            r["model"],
+            r["R"],
+            r["launch"],
+            r["method"],
+            f"{r['us']['p50'] / 1e3:.3f}",
+            f"{r['ratio']['plain']:.3f}",
+            extra,
+        )
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    head = ["## One denoising step", "", "| model | R | launch | method | ms | ÷ un-adapted | extra MiB |", "|---|---|---|---|---|---|---|"]
+    head = [
+        "## One denoising step",
+        "",
+        "| model | R | launch | method | ms | ÷ un-adapted | extra MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     return [*head, *lines, ""] if lines else []
 
 
@@ -79,15 +100,26 @@ def case_table(result: Result, title: str, found: list[Row]) -> list[str]:
     if not table:
         return []
     names = [n for n in (*PEERS, *others(result)) if any(n in methods for methods in table.values())]
-    lines = [f"## {title}", "", f"| case | plain µs | of ceiling | {' | '.join(names)} | kernels | A/A |", "|" + "---|" * (len(names) + 5)]
+    lines = [
+        f"## {title}",
+        "",
+        f"| case | plain µs | of ceiling | {' | '.join(names)} | kernels | A/A |",
+        "|" + "---|" * (len(names) + 5),
+    ]
     for case, methods in table.items():
         plain, ours = methods.get("plain"), methods.get("ours", {})
         if plain is None or not plain["us"]:
             continue
         cells = [_cell(methods.get(n)) for n in names]
         again = methods.get("plain again")
-        tail = f"{ours.get('launches') or '–'} | {again['ratio']['plain']:.3f}" if again and again["us"] else "– | –"
-        lines.append(f"| {case} | {plain['us']['p50']:.1f} | {plain['roofline']:.2f} | {' | '.join(cells)} | {tail} |")
+        tail = (
+            f"{ours.get('launches') or '–'} | {again['ratio']['plain']:.3f}"
+            if again and again["us"]
+            else "– | –"
+        )
+        lines.append(
+            f"| {case} | {plain['us']['p50']:.1f} | {plain['roofline']:.2f} | {' | '.join(cells)} | {tail} |"
+        )
     return [*lines, ""]
 
 
@@ -100,7 +132,12 @@ def _cell(row: Row | None) -> str:
 def failure_list(result: Result) -> list[str]:
     lines = []
     if result["failures"]:
-        lines += ["## Failures", "", *(f"- {f['id']}, {f['method']}, {f['stage']}: {f['error']}" for f in result["failures"]), ""]
+        lines += [
+            "## Failures",
+            "",
+            *(f"- {f['id']}, {f['method']}, {f['stage']}: {f['error']}" for f in result["failures"]),
+            "",
+        ]
     if result["dropped"]:
         lines += ["## Dropped", "", *(f"- {d['id']}: {d['why']}" for d in result["dropped"][:60])]
         lines += [f"- and {len(result['dropped']) - 60} more"] if len(result["dropped"]) > 60 else []
@@ -117,7 +154,9 @@ def markdown(result: Result) -> str:
         ("Forward and backward, in a graph", dict(mode="training", cache="hot", launch="graph")),
     ]
     for title, same in kinds:
-        text += case_table(result, title, [r for r in result["cases"] if all(r[k] == v for k, v in same.items())])
+        text += case_table(
+            result, title, [r for r in result["cases"] if all(r[k] == v for k, v in same.items())]
+        )
     return "\n".join([*text, *failure_list(result)])
 
 
@@ -125,7 +164,9 @@ def summary(result: Result) -> str:
     """For a terminal: state, goals, failures."""
     ours = [r["ratio"]["plain"] for r in rows(result)]
     lines = [*head(result)[4:7], *goal_table(result)[2:]]
-    lines += [f"ours ÷ plain over {len(ours)} forward cases: geometric mean {geometric(ours):.3f}"] if ours else []
+    lines += (
+        [f"ours ÷ plain over {len(ours)} forward cases: geometric mean {geometric(ours):.3f}"] if ours else []
+    )
     return "\n".join([*lines, *failure_list(result)[:40]])
 
 
@@ -134,7 +175,10 @@ def plots(result: Result, folder: Path, stem: str) -> list[Path]:
     try:
         import matplotlib
     except ImportError:
-        print("matplotlib is not installed: no plots (make gpu's --report FILE.json makes them elsewhere)", file=sys.stderr)
+        print(
+            "matplotlib is not installed: no plots (make gpu's --report FILE.json makes them elsewhere)",
+            file=sys.stderr,
+        )
         return []
     matplotlib.use("Agg")
     from benchmarks.gpu import figures

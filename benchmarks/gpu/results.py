@@ -13,17 +13,53 @@ from benchmarks.machine import SCHEMA
 Row = dict[str, Any]
 NUMBER, TEXT = (int, float), str
 HEAD: dict[str, Any] = {
-    "schema": int, "commit": TEXT, "dirty": bool, "utc": TEXT, "host": TEXT, "gpu": (dict, type(None)), "software": dict,
-    "ceilings": dict, "aa_spread": NUMBER, "cases": list, "proxies": list,
-}  # fmt: skip
+    "schema": int,
+    "commit": TEXT,
+    "dirty": bool,
+    "utc": TEXT,
+    "host": TEXT,
+    "gpu": (dict, type(None)),
+    "software": dict,
+    "ceilings": dict,
+    "aa_spread": NUMBER,
+    "cases": list,
+    "proxies": list,
+}
 CASE: dict[str, Any] = {
-    "id": TEXT, "op": TEXT, "dtype": TEXT, "M": int, "K": int, "N": int, "E": int, "ranks": list, "gate": TEXT, "mode": TEXT,
-    "cache": TEXT, "method": TEXT, "us": (dict, type(None)), "ratio": (dict, type(None)), "flops": int, "bytes_min": int,
-    "err": (*NUMBER, type(None)), "peak_mem": (int, type(None)),
-}  # fmt: skip
+    "id": TEXT,
+    "op": TEXT,
+    "dtype": TEXT,
+    "M": int,
+    "K": int,
+    "N": int,
+    "E": int,
+    "ranks": list,
+    "gate": TEXT,
+    "mode": TEXT,
+    "cache": TEXT,
+    "method": TEXT,
+    "us": (dict, type(None)),
+    "ratio": (dict, type(None)),
+    "flops": int,
+    "bytes_min": int,
+    "err": (*NUMBER, type(None)),
+    "peak_mem": (int, type(None)),
+}
 # what a GPU's file has besides
-GPU_HEAD: dict[str, Any] = {"verified": bool, "checks": dict, "failures": list, "dropped": list, "goals": list, "models": list}
-GPU_CASE: dict[str, Any] = {"launch": TEXT, "roofline": (*NUMBER, type(None)), "launches": (int, type(None)), "counts": dict}
+GPU_HEAD: dict[str, Any] = {
+    "verified": bool,
+    "checks": dict,
+    "failures": list,
+    "dropped": list,
+    "goals": list,
+    "models": list,
+}
+GPU_CASE: dict[str, Any] = {
+    "launch": TEXT,
+    "roofline": (*NUMBER, type(None)),
+    "launches": (int, type(None)),
+    "counts": dict,
+}
 
 
 def problems(result: Any) -> list[str]:
@@ -62,7 +98,9 @@ def _times(row: Row, where: str) -> Iterator[str]:
             yield f"{where}: no time, and no word on what is wrong"
         return
     values = [row["us"].get(name) for name in ("p20", "p50", "p80")]
-    if not all(isinstance(v, NUMBER) and math.isfinite(v) and v > 0 for v in values) or values != sorted(values):
+    if not all(isinstance(v, NUMBER) and math.isfinite(v) and v > 0 for v in values) or values != sorted(
+        values
+    ):
         yield f"{where}: us is {row['us']}"
     if "plain" not in (row["ratio"] or {}):
         yield f"{where}: no ratio to the plain layer"
@@ -101,10 +139,20 @@ def load(path: Path) -> dict[str, Any]:
     return result
 
 
-def rows(result: dict[str, Any], method: str = "ours", *, where: Callable[[Row], bool] = lambda row: True, **same: Any) -> list[Row]:
+def rows(
+    result: dict[str, Any],
+    method: str = "ours",
+    *,
+    where: Callable[[Row], bool] = lambda row: True,
+    **same: Any,
+) -> list[Row]:
     """Timed rows of a method; hot and graphed unless `same` says otherwise."""
     wanted = {"cache": "hot", "launch": "graph", "mode": "forward"} | same
-    return [r for r in result["cases"] if r["method"] == method and r["us"] and all(r[k] == v for k, v in wanted.items()) and where(r)]
+    return [
+        r
+        for r in result["cases"]
+        if r["method"] == method and r["us"] and all(r[k] == v for k, v in wanted.items()) and where(r)
+    ]
 
 
 def rank(row: Row) -> int:

@@ -1,4 +1,5 @@
-"""The correctness rules as numbers: what a result breaks, each with its figure and its limit. Truth is float64.
+"""The correctness rules as numbers: what a result breaks, each with its figure and its limit. Truth is
+float64.
 
 G1 NaN and Inf where the truth has them, nowhere else
 G2 relative Frobenius error ≤ 1.25·√r·e_round, r roundings on the path; float32 ≤ 1e-6
@@ -37,12 +38,16 @@ def relative(got: Tensor, truth: Tensor) -> float:
     return error if error == error else math.inf
 
 
-def broken(got: Tensor, truth: Tensor, dtype: torch.dtype, roundings: int, eager: Tensor | None = None) -> list[str]:
+def broken(
+    got: Tensor, truth: Tensor, dtype: torch.dtype, roundings: int, eager: Tensor | None = None
+) -> list[str]:
     """The rules that `got` breaks, in words; all tensors on one device, truth in float64."""
     if got.shape != truth.shape or got.dtype != dtype:
         return [f"G1: {dtype} {list(truth.shape)} expected, got {got.dtype} {list(got.shape)}"]
     if not torch.equal(got.isnan(), truth.isnan()) or not torch.equal(got.isinf(), truth.isinf()):
-        return [f"G1: {int(got.isnan().sum())} NaN and {int(got.isinf().sum())} Inf; the truth has {int(truth.isnan().sum())}"]
+        return [
+            f"G1: {int(got.isnan().sum())} NaN and {int(got.isinf().sum())} Inf; the truth has {int(truth.isnan().sum())}"
+        ]
     if truth.numel() == 0:
         return []
     if not truth.norm() > 0:
@@ -61,7 +66,9 @@ def broken(got: Tensor, truth: Tensor, dtype: torch.dtype, roundings: int, eager
 
 
 def lines(error: Tensor, truth: Tensor, most: float) -> list[str]:
-    """G3. A line much smaller than the others is judged against the typical one: its rounding has theirs in it."""
+    """G3. A line much smaller than the others is judged against the typical one: its rounding has theirs in
+    it.
+    """
     matrix, off, found = truth.reshape(-1, truth.shape[-1]), error.reshape(-1, truth.shape[-1]), []
     for axis, word in ((1, "row"), (0, "column")):
         floor = truth.norm() / math.sqrt(matrix.shape[1 - axis])
@@ -72,7 +79,9 @@ def lines(error: Tensor, truth: Tensor, most: float) -> list[str]:
 
 
 def broken_gradient(got: Tensor, truth: Tensor, dtype: torch.dtype, size: float, roundings: int) -> list[str]:
-    """G1 and G2 of a gradient against its size (or its terms'); twice as loose as y, for its operands were rounded on the way forward."""
+    """G1 and G2 of a gradient against its size (or its terms'); twice as loose as y, for its operands were
+    rounded on the way forward.
+    """
     if got.shape != truth.shape:
         return [f"G1: shape {list(got.shape)}, expected {list(truth.shape)}"]
     if not bool(got.isfinite().all()):

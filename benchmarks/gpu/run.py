@@ -20,7 +20,8 @@ from mole_kernels import extension
 
 # each step may go on until this part of the whole time is gone
 BUILT, VERIFIED, MEASURED = 0.18, 0.58, 0.96
-# seconds without a word after which a process is stopped: one check (kernels compiled included), one measured case
+# seconds without a word after which a process is stopped: one check (kernels compiled included), one measured
+# case
 CHECK, CASE = 60.0, 45.0
 PEERS = ("plain", "plain again", "stacked", "eager", "peft", "compiled", "lorafusion", "merged")
 # of a step that is optional
@@ -78,12 +79,19 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def verify_and_warm(r: Run, items: list[Item]) -> None:
-    """All checks on many processes at a time, compute-sanitizer beside them, and each measured case once: nothing compiles later."""
+    """All checks on many processes at a time, compute-sanitizer beside them, and each measured case once:
+    nothing compiles later.
+    """
     until = r.until(VERIFIED)
     checks = [] if r.args.no_verify else verify.unique(verify.items(r.args.device, r.args.quick))
-    tools = [c for tool in sanitize.TOOLS if (c := sanitize.start(tool, sanitize.shapes(checks)))] if r.args.device == "cuda" else []
+    tools = (
+        [c for tool in sanitize.TOOLS if (c := sanitize.start(tool, sanitize.shapes(checks)))]
+        if r.args.device == "cuda"
+        else []
+    )
     r.required = {i["id"] for i in checks if not i.get("extra")}
-    # the most important checks, the warming, then the rest: a kernel that compiles while it is timed costs a case
+    # the most important checks, the warming, then the rest: a kernel that compiles while it is timed costs a
+    # case
     first, rest = checks[: len(checks) // 3], checks[len(checks) // 3 :]
     warm = plan.warmed(items) if r.args.device == "cuda" else []
     order = [*first, *warm, *rest]
@@ -100,16 +108,22 @@ def verify_and_warm(r: Run, items: list[Item]) -> None:
 
 
 def measure(r: Run, items: list[Item], clocks: dict[str, Any]) -> None:
-    """One process at a time, so that nothing else runs on the device; ceilings first, for all that follows refers to them."""
+    """One process at a time, so that nothing else runs on the device; ceilings first, for all that follows
+    refers to them.
+    """
     until = r.until(MEASURED)
     found = pool.run([{"id": "ceilings", "kind": "ceilings"}], r.job(CASE), 1, until)
     ceilings = next((row["ceilings"] for row in found.rows), {})
     r.facts["ceilings"] = ceilings
     clocks["loaded"] = r.device.clocks()
     seconds = 0.02 if r.args.device == "cpu" else 0.25
-    r.measured = pool.run(items, r.job(CASE, seconds=seconds, ceilings=ceilings), 1, until, progress("measured", len(items)))
+    r.measured = pool.run(
+        items, r.job(CASE, seconds=seconds, ceilings=ceilings), 1, until, progress("measured", len(items))
+    )
     if not ceilings:
-        r.measured.outcomes["ceilings"] = next(iter(found.outcomes.values()), {"rows": [], "failures": [], "refused": {}, "passed": 0})
+        r.measured.outcomes["ceilings"] = next(
+            iter(found.outcomes.values()), {"rows": [], "failures": [], "refused": {}, "passed": 0}
+        )
 
 
 def progress(word: str, whole: int) -> Any:
@@ -130,9 +144,23 @@ def conclude(r: Run, clocks: dict[str, Any]) -> dict[str, Any]:
     cases, models = [row for row in rows if row["op"] != "step"], [row for row in rows if row["op"] == "step"]
     gpu = r.device.facts()
     failures = [*r.checked.failures, *r.measured.failures]
-    noise = [abs(row["ratio"]["plain"] - 1) for row in cases if row["method"] == "plain again" and row["launch"] == "graph" and row["us"]]
-    refused = {name: why for results in (r.checked, r.measured) for o in results.outcomes.values() for name, why in o["refused"].items()}
-    checks = {"passed": r.checked.passed, "items": len(r.checked.outcomes), "sanitizer": r.facts["sanitizer"], "refused": refused}
+    noise = [
+        abs(row["ratio"]["plain"] - 1)
+        for row in cases
+        if row["method"] == "plain again" and row["launch"] == "graph" and row["us"]
+    ]
+    refused = {
+        name: why
+        for results in (r.checked, r.measured)
+        for o in results.outcomes.values()
+        for name, why in o["refused"].items()
+    }
+    checks = {
+        "passed": r.checked.passed,
+        "items": len(r.checked.outcomes),
+        "sanitizer": r.facts["sanitizer"],
+        "refused": refused,
+    }
     missing = [d["id"] for d in r.checked.dropped if d["id"] in r.required]
     checks["missing"] = len(missing)
     result = machine.header() | {
@@ -141,7 +169,10 @@ def conclude(r: Run, clocks: dict[str, Any]) -> dict[str, Any]:
         "ceilings": r.facts.get("ceilings", {}),
         "aa_spread": round(spread(noise)[2], 4) if noise else 0.0,
         "aa_worst": round(max(noise, default=0.0), 4),
-        "verified": not r.args.no_verify and r.checked.passed > 0 and not any(of_ours(f) for f in failures) and not missing,
+        "verified": not r.args.no_verify
+        and r.checked.passed > 0
+        and not any(of_ours(f) for f in failures)
+        and not missing,
         "checks": checks,
         "build": r.facts.get("build"),
         "proxies": proxies(),
@@ -157,7 +188,10 @@ def conclude(r: Run, clocks: dict[str, Any]) -> dict[str, Any]:
 def proxies() -> list[dict[str, Any]]:
     """What the compiler said of the CUDA kernels, where they were built."""
     said = extension.build_report().get("sm90", [])
-    return [{"kernel": k["kernel"], "arch": "sm_90a", "regs": k.get("registers"), "spill": k.get("spilled")} for k in said]
+    return [
+        {"kernel": k["kernel"], "arch": "sm_90a", "regs": k.get("registers"), "spill": k.get("spilled")}
+        for k in said
+    ]
 
 
 def of_ours(failure: dict[str, str]) -> bool:

@@ -1,4 +1,6 @@
-"""compute-sanitizer over a few small checks: memory errors and races, with allocations of their own so that every bound is a real one."""
+"""compute-sanitizer over a few small checks: memory errors and races, with allocations of their own so that
+every bound is a real one.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ def shapes(items: Sequence[Item]) -> list[Item]:
 
     Hopper's ways refuse such sizes, and dX where there is a sample gate: they get a call without one.
     """
-    every, odd, unpooled = str(Case(gate="mask+both")), str(Case(T=17, K=63, N=65)), str(Case(gate="onehot+local"))
+    every, odd, unpooled = (
+        str(Case(gate="mask+both")),
+        str(Case(T=17, K=63, N=65)),
+        str(Case(gate="onehot+local")),
+    )
     plain = ("stacked", "reference", "cpu")
     ours = [i for i in items if i["kind"] == "rules" and i["dtype"] == "bf16" and i["backend"] not in plain]
     found = [i for i in ours if i["case"] in (every, unpooled if i["backend"].startswith("cuda") else odd)]
@@ -66,13 +72,19 @@ class Check:
 
 
 def verdict(code: int, text: str, ended: int) -> tuple[str, str]:
-    """What a sanitizer's exit and words mean; a device that it does not support is not a failure of the kernels."""
+    """What a sanitizer's exit and words mean; a device that it does not support is not a failure of the
+    kernels.
+    """
     counts = [int(n) for n in SUMMARY.findall(text)]
     if ended == 0:
         lines = [line for line in text.splitlines() if "rror" in line or "upported" in line]
         return "not run", (lines or ["nothing was checked"])[0].strip("= ")[:300]
     if code == FOUND or any(counts):
-        lines = [line.strip("= ") for line in text.splitlines() if "Invalid" in line or "hazard" in line or "at " in line]
+        lines = [
+            line.strip("= ")
+            for line in text.splitlines()
+            if "Invalid" in line or "hazard" in line or "at " in line
+        ]
         return "failed", "; ".join(lines[:3])[:500] or f"{sum(counts)} errors"
     return ("passed", f"{ended} checks") if code == 0 else ("not run", f"code {code}")
 
@@ -88,7 +100,11 @@ def start(tool: str, items: Sequence[Item]) -> Check | None:
     log = Path(folder.name, "log").open("w+b")  # noqa: SIM115  it lives as long as the check
     env = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     process = processes.start(
-        [*command, sys.executable, "-m", "benchmarks.gpu.worker", str(job), str(out)], cwd=ROOT, stdout=log, stderr=log, env=env
+        [*command, sys.executable, "-m", "benchmarks.gpu.worker", str(job), str(out)],
+        cwd=ROOT,
+        stdout=log,
+        stderr=log,
+        env=env,
     )
     return Check(tool, process, log, folder)
 

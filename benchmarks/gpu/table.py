@@ -1,6 +1,7 @@
 """A results file's rows as a table for the dispatcher: the ways of each forward case, hot, in a graph.
 
-`mole-kernels tune` measures more (training, backward, masks); this one costs nothing where a run is there already.
+`mole-kernels tune` measures more (training, backward, masks); this one costs nothing where a run is there
+already.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Raises ValueError where the results are not of a GPU, or hold no case with the plain layer, stacked and a way."""
+    """Raises ValueError where the results are not of a GPU, or hold no case with the plain layer, stacked and
+    a way.
+    """
     gpu = result["gpu"]
     if gpu is None:
         raise ValueError("a dispatch table is made of a GPU's results; these are of a CPU")

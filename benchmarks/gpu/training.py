@@ -1,4 +1,6 @@
-"""A training step of one layer by every method: forward, then gradients of the input, the experts and the gates."""
+"""A training step of one layer by every method: forward, then gradients of the input, the experts and the
+gates.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from benchmarks.peers import Eager, Stacked
 
 @dataclass
 class Step:
-    """run() -> gradients, the input's first; truth() -> float64 of those that are checked (the first ones)."""
+    """run() -> gradients, the input's first; truth() -> float64 of those that are checked (the first
+    ones).
+    """
 
     run: Callable[[], tuple[Tensor, ...]]
     truth: Callable[[], list[Tensor]]
@@ -26,14 +30,17 @@ def step_of(name: str, case: Case, device: str) -> Step:
     """The method on a layer of its own with the same numbers: what it trains are its own leaves."""
     with torch.no_grad():
         layer = Layer.make(case, device=device)
-        dy = torch.randn(layer.x.shape[:2] + (case.N,), generator=torch.Generator(device).manual_seed(7), device=device).to(layer.x.dtype)
+        dy = torch.randn(
+            layer.x.shape[:2] + (case.N,), generator=torch.Generator(device).manual_seed(7), device=device
+        ).to(layer.x.dtype)
     x = layer.x.requires_grad_(True)
     module, leaves = trained(name, layer)
 
     def run() -> tuple[Tensor, ...]:
         return torch.autograd.grad(module(x), [x, *leaves], dy, allow_unused=True)
 
-    # the pooled vector is a function of up here and a given operand for stacked, so up's gradients differ: dx and dA are checked
+    # the pooled vector is a function of up here and a given operand for stacked, so up's gradients differ: dx
+    # and dA are checked
     return Step(run, lambda: truth(layer, dy, name))
 
 
@@ -49,7 +56,10 @@ def trained(name: str, layer: Layer) -> tuple[nn.Module, list[Tensor]]:
     gates = [] if gate is None else list(gate.requires_grad_(True).parameters())
     if name == "eager":
         eager = Eager(layer)
-        eager.factors = [(down.detach().requires_grad_(True), up.detach().requires_grad_(True), s) for down, up, s in eager.factors]
+        eager.factors = [
+            (down.detach().requires_grad_(True), up.detach().requires_grad_(True), s)
+            for down, up, s in eager.factors
+        ]
         return eager, [t for down, up, _ in eager.factors for t in (down, up)] + gates
     if name == "stacked":
         with torch.no_grad():
@@ -80,6 +90,8 @@ def truth(layer: Layer, dy: Tensor, name: str) -> list[Tensor]:
 
             with torch.no_grad():
                 gates = layer.gates().map(lambda t: t.detach().double())
-            y = gated_lora_ref(x, w, None, experts._replace(down=down, up=up, scale=experts.scale.double()), gates)[0]
+            y = gated_lora_ref(
+                x, w, None, experts._replace(down=down, up=up, scale=experts.scale.double()), gates
+            )[0]
         dx, ddown = torch.autograd.grad(y, [x, down], dy.double())
     return [dx, ddown] if name == "ours" else [dx]

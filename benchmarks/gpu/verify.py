@@ -1,4 +1,6 @@
-"""Every backend and every way held to float64 on this device, by the rules of `rules.py`: an item for each check."""
+"""Every backend and every way held to float64 on this device, by the rules of `rules.py`: an item for each
+check.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from mole_kernels.methods.mix_of_show.regions import Region, shares
 from tests import cases as problems
 from tests.truth import Call, Case
 
-# roundings on the way to y and to a gradient: h, its gated form, the base and the sum; twice as many backwards
+# roundings on the way to y and to a gradient: h, its gated form, the base and the sum; twice as many
+# backwards
 ROUNDINGS = {"reference": (1, 4)}
 USUAL = (4, 8)
 BY_NAME = {str(case): case for case in problems.CASES}
@@ -39,10 +42,20 @@ SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def items(device: str, quick: bool = False) -> Iterator[Item]:
-    """All checks, the most important first: the dispatcher's choice in bfloat16, then each way, then other dtypes, then plain torch."""
+    """All checks, the most important first: the dispatcher's choice in bfloat16, then each way, then other
+    dtypes, then plain torch.
+    """
     compiled = ours.compiled_backends()
-    automatic = compiled if device == "cuda" else ["cpu", *(name for name in compiled if name not in ("triton", "cuda"))]
-    forced = [name for name, b in BACKENDS.items() if isinstance(b, ours.Forced)] if device == "cuda" or ours.interpreting() else []
+    automatic = (
+        compiled
+        if device == "cuda"
+        else ["cpu", *(name for name in compiled if name not in ("triton", "cuda"))]
+    )
+    forced = (
+        [name for name, b in BACKENDS.items() if isinstance(b, ours.Forced)]
+        if device == "cuda" or ours.interpreting()
+        else []
+    )
     plain = ["stacked", "reference"]
     few, every = [*problems.GATE_KINDS, *LARGER], list(BY_NAME.values())
     if quick:
@@ -53,20 +66,30 @@ def items(device: str, quick: bool = False) -> Iterator[Item]:
         for kind in ("integers", "experts", "graph", "nan", "faults"):
             yield {"id": f"{kind} {backend} bf16", "kind": kind, "backend": backend, "dtype": "bf16"}
     yield from (
-        {"id": f"regional {dtype} D{D}", "kind": "regional", "dtype": dtype, "D": D} for dtype in ("bf16", "fp32") for D in (40, 128, 160)
+        {"id": f"regional {dtype} D{D}", "kind": "regional", "dtype": dtype, "D": D}
+        for dtype in ("bf16", "fp32")
+        for D in (40, 128, 160)
     )
     yield from _rules(forced, ("bf16",), few)
     yield from _rules(automatic, ("bf16",), every)
     yield from _rules(automatic, ("fp32", "fp16"), few)
     # Hopper's ways are compiled already: their checks cost next to nothing
-    yield from _rules([name for name in forced if has_backward(name) or name.startswith("cuda:")], ("bf16",), every)
+    yield from _rules(
+        [name for name in forced if has_backward(name) or name.startswith("cuda:")], ("bf16",), every
+    )
     yield from _rules(forced, ("fp32", "fp16"), problems.GATE_KINDS[:1] if quick else problems.GATE_KINDS[:4])
     yield from _rules(plain, ("bf16", "fp32"), few)
     if not quick:
         if device == "cuda":
-            yield from ({"id": f"offsets {b} bf16", "kind": "offsets", "backend": b, "dtype": "bf16"} for b in small)
+            yield from (
+                {"id": f"offsets {b} bf16", "kind": "offsets", "backend": b, "dtype": "bf16"} for b in small
+            )
         # what the others share their kernels with has been through these: left out where time runs short
-        rest = [*_rules(automatic, ("fp32", "fp16"), every), *_rules(forced, ("bf16",), every), *_rules(forced, ("fp32", "fp16"), few)]
+        rest = [
+            *_rules(automatic, ("fp32", "fp16"), every),
+            *_rules(forced, ("bf16",), every),
+            *_rules(forced, ("fp32", "fp16"), few),
+        ]
         yield from ({**item, "extra": True} for item in rest)
 
 
@@ -79,7 +102,13 @@ def _rules(backends: Any, dtypes: tuple[str, ...], cases: list[Case]) -> Iterato
     for dtype in dtypes:
         for case in cases:
             for backend in backends:
-                yield {"id": f"rules {backend} {dtype} {case}", "kind": "rules", "backend": backend, "dtype": dtype, "case": str(case)}
+                yield {
+                    "id": f"rules {backend} {dtype} {case}",
+                    "kind": "rules",
+                    "backend": backend,
+                    "dtype": dtype,
+                    "case": str(case),
+                }
 
 
 def moved(t: Tensor, kind: str) -> Tensor:
@@ -91,7 +120,11 @@ def moved(t: Tensor, kind: str) -> Tensor:
 def on_device(call: Call, kind: str) -> Call:
     there = call.with_tensors({name: moved(t, kind) for name, t in call.tensors().items()})
     experts = there.experts._replace(
-        **{n: t.to(kind) for n, t in there.experts._asdict().items() if isinstance(t, Tensor) and n not in call.tensors()}
+        **{
+            n: t.to(kind)
+            for n, t in there.experts._asdict().items()
+            if isinstance(t, Tensor) and n not in call.tensors()
+        }
     )
     bias = None if call.bias is None else moved(call.bias, kind)
     return replace(there, weight=moved(call.weight, kind), bias=bias, experts=experts)
@@ -124,33 +157,54 @@ def check_rules(item: Item, context: Context) -> Outcome:
         there = on_device(call, context.device.kind)
         context.device.poison()
         with poisoned():
-            y, again, aside = run(there, backend), run(there, backend), context.device.aside(lambda there=there: run(there, backend))
+            y, again, aside = (
+                run(there, backend),
+                run(there, backend),
+                context.device.aside(lambda there=there: run(there, backend)),
+            )
         context.device.sync()
         part = "forward" if variant.base else "low-rank part"
         eager = run(call, "stacked")
-        out.judge(item, backend, part, rules.broken(y.cpu(), call.truth(), dtype, roundings(backend, case)[0], eager))
+        out.judge(
+            item,
+            backend,
+            part,
+            rules.broken(y.cpu(), call.truth(), dtype, roundings(backend, case)[0], eager),
+        )
         # two runs of torch's own products may differ where its library picks a split by the address
         if backend not in ("stacked", "reference"):
             out.judge(item, backend, f"{part}, G7", [] if rules.same(y, again) else ["G7: two runs differ"])
-            out.judge(item, backend, f"{part}, another stream", [] if rules.same(y, aside) else ["differs on another stream"])  # type: ignore[arg-type]
+            out.judge(
+                item,
+                backend,
+                f"{part}, another stream",
+                [] if rules.same(y, aside) else ["differs on another stream"],
+            )  # type: ignore[arg-type]
     check_gradients(item, context, out, case.make(dtype), dtype, roundings(backend, case)[1])
     return out
 
 
-def check_gradients(item: Item, context: Context, out: Outcome, call: Call, dtype: torch.dtype, most: int) -> None:
+def check_gradients(
+    item: Item, context: Context, out: Outcome, call: Call, dtype: torch.dtype, most: int
+) -> None:
     backend = item["backend"]
-    if BACKENDS[backend].reject(replace(call.case.problem(dtype), device=context.device.kind)) or not has_backward(backend):
+    if BACKENDS[backend].reject(
+        replace(call.case.problem(dtype), device=context.device.kind)
+    ) or not has_backward(backend):
         return
     there = on_device(call, context.device.kind)
     leaves = {name: t.detach().requires_grad_() for name, t in there.tensors().items()}
-    dy = torch.randn(*call.x.shape[:2], call.weight.shape[0], generator=torch.Generator().manual_seed(7)).to(dtype)
+    dy = torch.randn(*call.x.shape[:2], call.weight.shape[0], generator=torch.Generator().manual_seed(7)).to(
+        dtype
+    )
     with poisoned():
         y = run(there.with_tensors(leaves), backend)
         got = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy.to(context.device.kind))))
     context.device.sync()
     truth, terms = call.truth_grads(dy)
     for name, t in truth.items():
-        # a handful of numbers, each a sum over all tokens that may cancel: judged against the size of its terms
+        # a handful of numbers, each a sum over all tokens that may cancel: judged against the size of its
+        # terms
         size = max(t.norm().item(), 2 * terms if t.numel() == call.case.E else 0)
         out.judge(item, backend, f"d{name}", rules.broken_gradient(got[name].cpu(), t, dtype, size, most))
 
@@ -177,7 +231,12 @@ def check_experts(item: Item, context: Context) -> Outcome:
         with poisoned():
             y = run(on_device(call, context.device.kind), backend)
         context.device.sync()
-        out.judge(item, backend, f"expert {e} alone", rules.broken(y.cpu(), call.truth(), dtype, roundings(backend, case)[0]))
+        out.judge(
+            item,
+            backend,
+            f"expert {e} alone",
+            rules.broken(y.cpu(), call.truth(), dtype, roundings(backend, case)[0]),
+        )
     return out
 
 
@@ -199,14 +258,20 @@ def check_integers(item: Item, context: Context) -> Outcome:
     with poisoned():
         y = run(on_device(call, context.device.kind), item["backend"])
     wrong = int((y.cpu().double() != call.truth()).sum())
-    out.judge(item, item["backend"], "integers", [f"G6: {wrong} of {y.numel()} numbers differ"] if wrong else [])
+    out.judge(
+        item, item["backend"], "integers", [f"G6: {wrong} of {y.numel()} numbers differ"] if wrong else []
+    )
     return out
 
 
 def check_graph(item: Item, context: Context) -> Outcome:
-    """A captured forward, and a captured step of training, replayed on changed inputs and changed gates: what a fresh call gives."""
+    """A captured forward, and a captured step of training, replayed on changed inputs and changed gates: what
+    a fresh call gives.
+    """
     out, backend, dtype = Outcome(), item["backend"], DTYPES[item["dtype"]]
-    case = replace(CAPTURED, gate="none" if saves_nothing(backend) else "local" if "recompute" in backend else "both")
+    case = replace(
+        CAPTURED, gate="none" if saves_nothing(backend) else "local" if "recompute" in backend else "both"
+    )
     if not usable(case, dtype, item, context, out):
         return out
     second = on_device(replace(case, seed=1).make(dtype), context.device.kind)
@@ -227,11 +292,15 @@ def check_graph(item: Item, context: Context) -> Outcome:
         fresh: list[Tensor] = []
         new = {name: t.detach().clone().requires_grad_(training) for name, t in second.tensors().items()}
         # the base stays the captured one's
-        _step(replace(second.with_tensors(new), weight=call.weight, bias=call.bias), backend, training, fresh)()
+        _step(
+            replace(second.with_tensors(new), weight=call.weight, bias=call.bias), backend, training, fresh
+        )()
         context.device.sync()
         equal = len(held) == len(fresh) and all(rules.same(a, b) for a, b in zip(held, fresh))
         stage = "graph of a training step" if training else "graph"
-        out.judge(item, backend, stage, [] if equal else ["a replay on changed inputs differs from a fresh call"])
+        out.judge(
+            item, backend, stage, [] if equal else ["a replay on changed inputs differs from a fresh call"]
+        )
     return out
 
 
@@ -241,17 +310,23 @@ def _step(call: Call, backend: str, training: bool, held: list[Tensor]) -> Calla
     def step() -> None:
         with torch.set_grad_enabled(training):
             y = run(call, backend)
-            grads = torch.autograd.grad(y, list(call.tensors().values()), torch.ones_like(y)) if training else ()
+            grads = (
+                torch.autograd.grad(y, list(call.tensors().values()), torch.ones_like(y)) if training else ()
+            )
         held[:] = [y.detach(), *grads]
 
     return step
 
 
 def check_nan(item: Item, context: Context) -> Outcome:
-    """G1: a NaN in one token's gate makes NaN of that token's row only; one in x, of its row, or its sample's where gates pool."""
+    """G1: a NaN in one token's gate makes NaN of that token's row only; one in x, of its row, or its sample's
+    where gates pool.
+    """
     out, backend, dtype = Outcome(), item["backend"], DTYPES[item["dtype"]]
     pools = "recompute" not in backend and not saves_nothing(backend)
-    case = Case(T=20, ranks=(3, 20), gate="mask+pooled" if pools else "mask" if not saves_nothing(backend) else "none")
+    case = Case(
+        T=20, ranks=(3, 20), gate="mask+pooled" if pools else "mask" if not saves_nothing(backend) else "none"
+    )
     if not usable(case, dtype, item, context, out):
         return out
     call = case.make(dtype)
@@ -274,7 +349,9 @@ FAULTS: dict[str, Callable[[Call], Call]] = {
     "a scale 5 % off": lambda c: replace(c, experts=c.experts._replace(scale=c.experts.scale * 1.05)),
     "experts swapped": lambda c: replace(c, experts=c.experts._replace(scale=c.experts.scale.flip(0))),
     "a lost K tail": lambda c: replace(c, experts=c.experts._replace(down=_without(c.experts.down, -1, 8))),
-    "one rank column lost": lambda c: replace(c, experts=c.experts._replace(up=_without(c.experts.up, -1, 1))),
+    "one rank column lost": lambda c: replace(
+        c, experts=c.experts._replace(up=_without(c.experts.up, -1, 1))
+    ),
     "one element zeroed": lambda c: replace(c, experts=c.experts._replace(up=_element(c.experts.up))),
     "one wrong gate row": lambda c: replace(c, gates=c.gates._replace(gate=_row(c))),
     "gates in fp8": lambda c: replace(c, gates=c.gates._replace(gate=_fp8(c))),
@@ -338,14 +415,19 @@ def check_offsets(item: Item, context: Context) -> Outcome:
 
 
 def check_regional(item: Item, context: Context) -> Outcome:
-    """Regional attention, overlapping regions and texts of different lengths, against float64; two runs are equal."""
+    """Regional attention, overlapping regions and texts of different lengths, against float64; two runs are
+    equal.
+    """
     out, dtype = Outcome(), DTYPES[item["dtype"]]
     g = torch.Generator().manual_seed(0)
     B, H, D, L, (h, w) = 2, 3, item["D"], 77, (13, 10)
     regions = [Region("x", box=box) for box in ((0, 0, 0.75, 0.75), (0.25, 0.25, 1, 1), (0.5, 0, 1, 1))]
     q = torch.randn(B, H, h * w, D, generator=g).to(dtype)
     k, v = (torch.randn(B, 4, H, L, D, generator=g).to(dtype) for _ in "kv")
-    table, lengths = shares(regions, h, w).expand(B, -1, -1).contiguous(), torch.randint(1, L + 1, (B, 4), generator=g)
+    table, lengths = (
+        shares(regions, h, w).expand(B, -1, -1).contiguous(),
+        torch.randint(1, L + 1, (B, 4), generator=g),
+    )
     backend = "triton" if context.device.kind == "cuda" else "gathered"
     there = [t.to(context.device.kind) for t in (q, k, v, table, lengths)]
     with poisoned():
@@ -354,7 +436,12 @@ def check_regional(item: Item, context: Context) -> Outcome:
     truth = regional_attention_ref(q.double(), k.double(), v.double(), table.double(), lengths)
     eager = regional_attention(q, k, v, table, lengths, backend="gathered")
     name = f"{backend} regional"
-    out.judge(item, name, "forward", rules.broken(y.cpu().flatten(1, 2), truth.flatten(1, 2), dtype, 4, eager.flatten(1, 2)))
+    out.judge(
+        item,
+        name,
+        "forward",
+        rules.broken(y.cpu().flatten(1, 2), truth.flatten(1, 2), dtype, 4, eager.flatten(1, 2)),
+    )
     out.judge(item, name, "G7", [] if rules.same(y, again) else ["G7: two runs differ"])
     return out
 

@@ -1,9 +1,11 @@
-"""One process that works through a list of items and says after each what came out. Started by `pool.py`, never by hand.
+"""One process that works through a list of items and says after each what came out. Started by `pool.py`,
+never by hand.
 
     python -m benchmarks.gpu.worker JOB.json OUT.jsonl
 
 JOB: {"device", "peers", "seconds", "ceilings", "items": [...]}. OUT, one JSON object a line:
-{"begin": id}, {"at": method} before each method, {"end": id, "outcome": {...}}. An error that leaves the device unusable ends the
+{"begin": id}, {"at": method} before each method, {"end": id, "outcome": {...}}. An error that leaves the
+device unusable ends the
 process with LOST, after its line was written; what was not begun is given to a new process.
 """
 
@@ -75,7 +77,9 @@ def main() -> int:
     with open(job_file) as file:
         job = json.load(file)
     with open(out_file, "a") as out:
-        context = Context.make(job["device"], job.get("peers"), seconds=job["seconds"], ceilings=job.get("ceilings", {}))
+        context = Context.make(
+            job["device"], job.get("peers"), seconds=job["seconds"], ceilings=job.get("ceilings", {})
+        )
         line(out, {"ready": True})
         try:
             work(job["items"], context, lambda said: line(out, said))

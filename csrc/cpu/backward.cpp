@@ -7,7 +7,17 @@
 namespace mole {
 namespace {
 
-enum Need { X = 1, DOWN = 2, UP = 4, SCALE = 8, GATE = 16, PHI = 32, PHI_BIAS = 64, POOL = 128, POOL_BIAS = 256 };
+enum Need {
+  X = 1,
+  DOWN = 2,
+  UP = 4,
+  SCALE = 8,
+  GATE = 16,
+  PHI = 32,
+  PHI_BIAS = 64,
+  POOL = 128,
+  POOL_BIAS = 256
+};
 
 template <class W>
 W* at(const Tensor& t) {
@@ -22,8 +32,14 @@ struct GateGradients {
   Tensor scale, gate, dlogit, phi_bias, dq, pool_bias;
 
   GateGradients(const Call& c, const W* token, const W* sample)
-      : c(c), token(token), sample(sample), scale(empty({c.E}, c.wide_type)), gate(gate_like(c)),
-        dlogit(empty({c.B, c.T, token ? c.E : 0}, c.wide_type)), phi_bias(empty({c.E}, c.wide_type)), dq(empty({c.B, c.E}, c.wide_type)),
+      : c(c),
+        token(token),
+        sample(sample),
+        scale(empty({c.E}, c.wide_type)),
+        gate(gate_like(c)),
+        dlogit(empty({c.B, c.T, token ? c.E : 0}, c.wide_type)),
+        phi_bias(empty({c.E}, c.wide_type)),
+        dq(empty({c.B, c.E}, c.wide_type)),
         pool_bias(empty({c.E}, c.wide_type)) {}
 
   static Tensor gate_like(const Call& c) {
@@ -47,7 +63,8 @@ struct GateGradients {
 
   void run(const W* D) {
     std::vector<double> ds(c.E), dphi(c.E), dpool(c.E), dgate(c.gate.tensor ? gate.numel() : 0);
-    const int64_t gate_b = c.gate.tensor && gate.size(0) > 1 ? gate.size(1) * c.E : 0, gate_t = c.gate.tensor && gate.size(1) > 1 ? c.E : 0;
+    const int64_t gate_b = c.gate.tensor && gate.size(0) > 1 ? gate.size(1) * c.E : 0,
+                  gate_t = c.gate.tensor && gate.size(1) > 1 ? c.E : 0;
     const W* s = at<W>(c.scale);
     if (token) std::fill(at<W>(dlogit), at<W>(dlogit) + c.B * c.T * c.E, W(0));
     std::fill(at<W>(dq), at<W>(dq) + c.B * c.E, W(0));
@@ -58,12 +75,15 @@ struct GateGradients {
         double q = 0;
         for (int64_t t = 0; t < c.T; ++t) {
           const int64_t m = (b * c.T + t) * c.E + e;
-          const W l = token ? token[m] : W(1), given = c.gate.tensor ? static_cast<const W*>(c.gate.at(b, t))[e * c.gate.expert] : W(1);
+          const W l = token ? token[m] : W(1),
+                  given = c.gate.tensor ? static_cast<const W*>(c.gate.at(b, t))[e * c.gate.expert] : W(1);
           const double d = D[m], through = double(l) * G * d, gamma = double(s[e]) * given * through;
           ds[e] += given * through;
           if (c.gate.tensor) dgate[b * gate_b + t * gate_t + e] += s[e] * through;
-          if (token && c.top_k) at<W>(dlogit)[m] = W(gamma);
-          else if (token) at<W>(dlogit)[m] = W(gamma * (1 - l)), dphi[e] += gamma * (1 - l);
+          if (token && c.top_k)
+            at<W>(dlogit)[m] = W(gamma);
+          else if (token)
+            at<W>(dlogit)[m] = W(gamma * (1 - l)), dphi[e] += gamma * (1 - l);
           q += gamma * (1 - G);
         }
         at<W>(dq)[b * c.E + e] = W(q);
@@ -71,7 +91,8 @@ struct GateGradients {
       }
       if (token && c.top_k) through_softmax(b, dphi);
     }
-    for (int64_t e = 0; e < c.E; ++e) at<W>(scale)[e] = W(ds[e]), at<W>(phi_bias)[e] = W(dphi[e]), at<W>(pool_bias)[e] = W(dpool[e]);
+    for (int64_t e = 0; e < c.E; ++e)
+      at<W>(scale)[e] = W(ds[e]), at<W>(phi_bias)[e] = W(dphi[e]), at<W>(pool_bias)[e] = W(dpool[e]);
     for (size_t i = 0; i < dgate.size(); ++i) at<W>(gate)[i] = W(dgate[i]);
   }
 };
@@ -86,9 +107,21 @@ struct Backward {
   const char *token, *sample;
   GateGradients<W> gates;
 
-  Backward(const Call& c, const Tensor& dy, const Tensor& h, const Tensor& token_gate, const Tensor& sample_gate, int64_t need)
-      : c(c), k(c.k), dy(dy), h(h), token_gate(token_gate), sample_gate(sample_gate), need(need),
-        token(c.phi ? static_cast<const char*>(data(token_gate)) : nullptr), sample(c.pool ? static_cast<const char*>(data(sample_gate)) : nullptr),
+  Backward(const Call& c,
+           const Tensor& dy,
+           const Tensor& h,
+           const Tensor& token_gate,
+           const Tensor& sample_gate,
+           int64_t need)
+      : c(c),
+        k(c.k),
+        dy(dy),
+        h(h),
+        token_gate(token_gate),
+        sample_gate(sample_gate),
+        need(need),
+        token(c.phi ? static_cast<const char*>(data(token_gate)) : nullptr),
+        sample(c.pool ? static_cast<const char*>(data(sample_gate)) : nullptr),
         gates(c, reinterpret_cast<const W*>(token), reinterpret_cast<const W*>(sample)) {}
 
   bool none(const Tensor& t) const { return t.numel() == 0; }
@@ -109,7 +142,9 @@ struct Backward {
     W *pv = at<W>(v), *pd = at<W>(d);
     shrink(k, c.groups, c.blocks, c.rows(dy), c.N, c.up_n(), c.R, reinterpret_cast<char*>(pv),
            [&](int64_t b, int64_t t, int64_t rows, const Product&, int64_t, bool last) {
-             if (last) k.expert_dots(pv + row(b, t) * c.R, c.R, wide_h(b, t, rows), c.R, rows, c.starts.data(), c.E, pd + row(b, t) * c.E);
+             if (last)
+               k.expert_dots(pv + row(b, t) * c.R, c.R, wide_h(b, t, rows), c.R, rows, c.starts.data(), c.E,
+                             pd + row(b, t) * c.E);
            });
     gates.run(pd);
     std::vector<W> add(c.pool ? c.B * c.R : 0);
@@ -119,7 +154,8 @@ struct Backward {
           add[b * c.R + r] = at<W>(gates.dq)[b * c.E + e] * at<W>(*c.pool)[c.set_of[b] * c.R + r] / W(c.T);
     c.blocks.each(c.groups.taken(), [&](int64_t b, int64_t t, int64_t rows) {
       W* line = pv + row(b, t) * c.R;
-      k.gate(line, c.R, rows, c.gates(b, t, token, sample), c.pool ? add.data() + b * c.R : nullptr, line, c.R, true);
+      k.gate(line, c.R, rows, c.gates(b, t, token, sample), c.pool ? add.data() + b * c.R : nullptr, line,
+             c.R, true);
     });
     return v;
   }
@@ -136,7 +172,10 @@ struct Backward {
   Tensor input_gradient(const Tensor& dh) const {
     Tensor dx = empty({c.B, c.T, c.K}, c.type);
     const Tensor& phi = c.phi ? *c.phi : c.weight;
-    const Sets w[3] = {c.weight_n(), c.down_r(), {static_cast<const char*>(data(phi)), k.element_size, 0, phi.stride(0), phi.stride(1)}};
+    const Sets w[3] = {
+        c.weight_n(),
+        c.down_r(),
+        {static_cast<const char*>(data(phi)), k.element_size, 0, phi.stride(0), phi.stride(1)}};
     const int64_t depth[3] = {c.N, c.R, c.E};
     const auto fill = [&](int64_t b, int64_t t, int64_t rows, Product* p) {
       p[0] = operands(at<W>(dh) + row(b, t) * c.R, c.R, rows, Scratch::GATED);
@@ -150,7 +189,8 @@ struct Backward {
             [&](int64_t b, int64_t t, int64_t rows, Product* p) { fill(b, t, rows, p + 1); });
     } else {
       base_product(dx, dy, c.weight, std::nullopt, c.B, c.T);
-      expand(k, c.groups, c.blocks, c.K, {w[1], w[2]}, {depth[1], depth[2]}, 0, thin, out, true, nullptr, fill);
+      expand(k, c.groups, c.blocks, c.K, {w[1], w[2]}, {depth[1], depth[2]}, 0, thin, out, true, nullptr,
+             fill);
     }
     return dx;
   }
@@ -172,26 +212,33 @@ struct Backward {
   }
 
   Tensor down_gradient(const Tensor& dh) const {
-    return reduced(c.R, [&](int64_t b, int64_t t, int64_t) { return at<W>(dh) + row(b, t) * c.R; }, c.x_rows(), c.K);
+    return reduced(
+        c.R, [&](int64_t b, int64_t t, int64_t) { return at<W>(dh) + row(b, t) * c.R; }, c.x_rows(), c.K);
   }
 
   Tensor phi_gradient() const {
     Tensor out = empty({c.E, c.K}, c.wide_type);
-    reduce(k, c.groups.taken(), c.T, c.E, [&](int64_t b, int64_t t, int64_t) { return at<W>(gates.dlogit) + row(b, t) * c.E; }, c.x_rows(), c.K,
-           static_cast<char*>(data(out)));
+    reduce(
+        k, c.groups.taken(), c.T, c.E,
+        [&](int64_t b, int64_t t, int64_t) { return at<W>(gates.dlogit) + row(b, t) * c.E; }, c.x_rows(), c.K,
+        static_cast<char*>(data(out)));
     return out;
   }
 
   // dB [S,N,R], made as dBᵀ so that the wide side of the product is the packed one
   Tensor up_gradient() const {
-    Tensor t = reduced(c.R, [&](int64_t b, int64_t t0, int64_t rows) {
-      W* gated = reinterpret_cast<W*>(Scratch::get(Scratch::GATED, rows * c.R * k.wide_size));
-      k.gate(wide_h(b, t0, rows), c.R, rows, c.gates(b, t0, token, sample), nullptr, gated, c.R, true);
-      return static_cast<const W*>(gated);
-    }, c.rows(dy), c.N);
+    Tensor t = reduced(
+        c.R,
+        [&](int64_t b, int64_t t0, int64_t rows) {
+          W* gated = reinterpret_cast<W*>(Scratch::get(Scratch::GATED, rows * c.R * k.wide_size));
+          k.gate(wide_h(b, t0, rows), c.R, rows, c.gates(b, t0, token, sample), nullptr, gated, c.R, true);
+          return static_cast<const W*>(gated);
+        },
+        c.rows(dy), c.N);
     Tensor out = empty({c.S, c.N, c.R}, c.type);
     for (int64_t s = 0; s < c.S; ++s)
-      k.narrow_turned(at<W>(t) + s * c.R * c.N, c.N, c.R, c.N, static_cast<char*>(data(out)) + s * c.N * c.R * k.element_size, c.R);
+      k.narrow_turned(at<W>(t) + s * c.R * c.N, c.N, c.R, c.N,
+                      static_cast<char*>(data(out)) + s * c.N * c.R * k.element_size, c.R);
     return out;
   }
 
@@ -211,23 +258,22 @@ struct Backward {
       }
       for (int64_t e = 0; e < c.E; ++e)
         for (int64_t r = c.starts[e]; r < c.starts[e + 1]; ++r)
-          total[c.set_of[b] * c.R + r] += at<W>(gates.dq)[b * c.E + e] * sample_sum[r] / std::max<int64_t>(c.T, 1);
+          total[c.set_of[b] * c.R + r] +=
+              at<W>(gates.dq)[b * c.E + e] * sample_sum[r] / std::max<int64_t>(c.T, 1);
     }
     for (size_t i = 0; i < total.size(); ++i) at<W>(out)[i] = W(total[i]);
     return out;
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run(ScalarType scale, ScalarType gate, ScalarType pool) {
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run(ScalarType scale,
+                                                                                         ScalarType gate,
+                                                                                         ScalarType pool) {
     const Tensor no = empty({0}, c.type);
     const Tensor dh = need & ~UP ? thin_gradient() : no;
-    return {need & X ? input_gradient(dh) : no,
-            need & DOWN ? as(down_gradient(dh), c.type) : no,
-            need & UP ? up_gradient() : no,
-            need & SCALE ? as(gates.scale, scale) : no,
-            need & GATE ? as(gates.gate, gate) : no,
-            need & PHI ? as(phi_gradient(), c.type) : no,
-            need & PHI_BIAS ? gates.phi_bias : no,
-            need & POOL ? as(pool_gradient(), pool) : no,
+    return {need & X ? input_gradient(dh) : no,      need & DOWN ? as(down_gradient(dh), c.type) : no,
+            need & UP ? up_gradient() : no,          need & SCALE ? as(gates.scale, scale) : no,
+            need & GATE ? as(gates.gate, gate) : no, need & PHI ? as(phi_gradient(), c.type) : no,
+            need & PHI_BIAS ? gates.phi_bias : no,   need & POOL ? as(pool_gradient(), pool) : no,
             need & POOL_BIAS ? gates.pool_bias : no};
   }
 };
@@ -235,18 +281,35 @@ struct Backward {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& dy_, const Tensor& x, const Tensor& weight, const Tensor& down, const Tensor& up, const Tensor& scale,
-    const std::vector<int64_t>& ranks, const Maybe& gate, const Maybe& phi, const Maybe& pool, const Tensor& h_, const Tensor& token_gate,
-    const Tensor& sample_gate, int64_t need, const Maybe& assignment, int64_t top_k) {
+    const Tensor& dy_,
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& down,
+    const Tensor& up,
+    const Tensor& scale,
+    const std::vector<int64_t>& ranks,
+    const Maybe& gate,
+    const Maybe& phi,
+    const Maybe& pool,
+    const Tensor& h_,
+    const Tensor& token_gate,
+    const Tensor& sample_gate,
+    int64_t need,
+    const Maybe& assignment,
+    int64_t top_k) {
   const Call c(x, weight, down, up, scale, ranks, gate, phi, pool, assignment, top_k);
   const Tensor dy = dense(as(dy_, c.type)), h = dense(as(h_, c.type));
-  STD_TORCH_CHECK(dy.numel() == c.B * c.T * c.N && h.numel() == c.B * c.T * c.R, "mole_cpu: expected dy [B,T,N] and h [B,T,R] of the forward");
+  STD_TORCH_CHECK(dy.numel() == c.B * c.T * c.N && h.numel() == c.B * c.T * c.R,
+                  "mole_cpu: expected dy [B,T,N] and h [B,T,R] of the forward");
   const Tensor token = dense(as(token_gate, c.wide_type)), sample = dense(as(sample_gate, c.wide_type));
-  STD_TORCH_CHECK((!phi || token.numel() == c.B * c.T * c.E) && (!pool || sample.numel() == c.B * c.E), "mole_cpu: expected the gates of the forward");
+  STD_TORCH_CHECK((!phi || token.numel() == c.B * c.T * c.E) && (!pool || sample.numel() == c.B * c.E),
+                  "mole_cpu: expected the gates of the forward");
   // a gradient of what the call lacks is empty
   need &= ~((gate ? 0 : GATE) | (phi ? 0 : PHI | PHI_BIAS) | (pool ? 0 : POOL | POOL_BIAS));
-  const ScalarType gate_type = gate ? gate->scalar_type() : c.wide_type, pool_type = pool ? pool->scalar_type() : c.wide_type;
-  if (c.wide_type == ScalarType::Double) return Backward<double>(c, dy, h, token, sample, need).run(scale.scalar_type(), gate_type, pool_type);
+  const ScalarType gate_type = gate ? gate->scalar_type() : c.wide_type,
+                   pool_type = pool ? pool->scalar_type() : c.wide_type;
+  if (c.wide_type == ScalarType::Double)
+    return Backward<double>(c, dy, h, token, sample, need).run(scale.scalar_type(), gate_type, pool_type);
   return Backward<float>(c, dy, h, token, sample, need).run(scale.scalar_type(), gate_type, pool_type);
 }
 

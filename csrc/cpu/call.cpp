@@ -5,11 +5,16 @@ namespace {
 
 Element element_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return F32;
-    case ScalarType::Double: return F64;
-    case ScalarType::BFloat16: return BF16;
-    case ScalarType::Half: return F16;
-    default: STD_TORCH_CHECK(false, "mole_cpu: expected x of float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return F32;
+    case ScalarType::Double:
+      return F64;
+    case ScalarType::BFloat16:
+      return BF16;
+    case ScalarType::Half:
+      return F16;
+    default:
+      STD_TORCH_CHECK(false, "mole_cpu: expected x of float32, float64, bfloat16 or float16");
   }
   return F32;
 }
@@ -20,16 +25,19 @@ void expect(const Tensor& t, const char* name, ScalarType type, std::initializer
   STD_TORCH_CHECK(good, "mole_cpu: ", name, " has the wrong device, dtype or shape for the other tensors");
 }
 
-// the set of each sample; an assignment is read here and nowhere else, so that no value of it can reach memory unchecked
+// the set of each sample; an assignment is read here and nowhere else, so that no value of it can reach
+// memory unchecked
 std::vector<int64_t> sets_of(int64_t B, int64_t S, const Maybe& assignment) {
   std::vector<int64_t> set_of(B, 0);
   if (assignment) {
-    STD_TORCH_CHECK(assignment->is_cpu() && assignment->scalar_type() == ScalarType::Long && assignment->dim() == 1 && assignment->size(0) == B,
+    STD_TORCH_CHECK(assignment->is_cpu() && assignment->scalar_type() == ScalarType::Long &&
+                        assignment->dim() == 1 && assignment->size(0) == B,
                     "mole_cpu: expected assignment [B] int64");
     const int64_t *from = static_cast<const int64_t*>(data(*assignment)), step = assignment->stride(0);
     for (int64_t b = 0; b < B; ++b) {
       set_of[b] = from[b * step];
-      STD_TORCH_CHECK(set_of[b] >= -1 && set_of[b] < S, "mole_cpu: expected assignment between -1 and ", S - 1, ", got ", set_of[b], " for sample ", b);
+      STD_TORCH_CHECK(set_of[b] >= -1 && set_of[b] < S, "mole_cpu: expected assignment between -1 and ",
+                      S - 1, ", got ", set_of[b], " for sample ", b);
     }
   } else {
     STD_TORCH_CHECK(S == 1 || S == B, "mole_cpu: expected down [S,R,K] with S = 1 or B");
@@ -40,8 +48,17 @@ std::vector<int64_t> sets_of(int64_t B, int64_t S, const Maybe& assignment) {
 
 }  // namespace
 
-Call::Call(const Tensor& x, const Tensor& weight, const Tensor& down, const Tensor& up, const Tensor& scale, const std::vector<int64_t>& ranks,
-           const Maybe& gate, const Maybe& phi, const Maybe& pool, const Maybe& assignment, int64_t top_k)
+Call::Call(const Tensor& x,
+           const Tensor& weight,
+           const Tensor& down,
+           const Tensor& up,
+           const Tensor& scale,
+           const std::vector<int64_t>& ranks,
+           const Maybe& gate,
+           const Maybe& phi,
+           const Maybe& pool,
+           const Maybe& assignment,
+           int64_t top_k)
     : top_k(top_k),
       set_of(sets_of(x.size(0), down.size(0), assignment)),
       type(x.scalar_type()),
@@ -58,8 +75,10 @@ Call::Call(const Tensor& x, const Tensor& weight, const Tensor& down, const Tens
       pool(dense(as(pool, wide_type))),
       groups(set_of),
       blocks(k, groups.smallest(), x.size(1)) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && weight.dim() == 2 && down.dim() == 3, "mole_cpu: expected x [B,T,K], weight [N,K], down [S,R,K]");
-  B = x.size(0), T = x.size(1), K = x.size(2), N = weight.size(0), S = down.size(0), R = down.size(1), E = int64_t(ranks.size());
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && weight.dim() == 2 && down.dim() == 3,
+                  "mole_cpu: expected x [B,T,K], weight [N,K], down [S,R,K]");
+  B = x.size(0), T = x.size(1), K = x.size(2), N = weight.size(0), S = down.size(0), R = down.size(1),
+  E = int64_t(ranks.size());
   STD_TORCH_CHECK(top_k >= 0 && (top_k == 0 || phi), "mole_cpu: expected top_k = 0, or k ≥ 1 with phi");
   starts.assign(1, 0);
   for (int64_t r : ranks) starts.push_back(starts.back() + r);
@@ -74,7 +93,8 @@ Call::Call(const Tensor& x, const Tensor& weight, const Tensor& down, const Tens
   if (gate) {
     // NOLINTNEXTLINE(bugprone-unchecked-optional-access): the same
     const Tensor& g = *this->gate.tensor;
-    STD_TORCH_CHECK(g.dim() == 3 && (g.size(0) == 1 || g.size(0) == B) && (g.size(1) == 1 || g.size(1) == T) && g.size(2) == E,
+    STD_TORCH_CHECK(g.dim() == 3 && (g.size(0) == 1 || g.size(0) == B) &&
+                        (g.size(1) == 1 || g.size(1) == T) && g.size(2) == E,
                     "mole_cpu: expected gate [B|1,T|1,E]");
   }
 }
@@ -85,7 +105,8 @@ bool fuses_base(const Call& c, const Tensor& left) {
 
 Tensor wide_bias(const Call& c, const Maybe& bias) {
   if (!bias) return empty({0}, c.wide_type);
-  STD_TORCH_CHECK(bias->numel() == c.N && bias->scalar_type() == c.type, "mole_cpu: expected bias [N] of x's dtype");
+  STD_TORCH_CHECK(bias->numel() == c.N && bias->scalar_type() == c.type,
+                  "mole_cpu: expected bias [N] of x's dtype");
   const int64_t padded = round_up(c.N, c.k.panel_cols);
   Tensor out = empty({padded}, c.wide_type);
   char* at = static_cast<char*>(data(out));
@@ -95,7 +116,8 @@ Tensor wide_bias(const Call& c, const Maybe& bias) {
   return out;
 }
 
-void base_product(const Tensor& y, const Tensor& x, const Tensor& w, const Maybe& bias, int64_t B, int64_t T) {
+void base_product(
+    const Tensor& y, const Tensor& x, const Tensor& w, const Maybe& bias, int64_t B, int64_t T) {
   const int64_t K = x.size(2), N = y.size(2);
   if (B == 0 || T == 0 || N == 0) return;
   if (B == 1 || x.stride(0) == T * x.stride(1)) {
@@ -103,7 +125,8 @@ void base_product(const Tensor& y, const Tensor& x, const Tensor& w, const Maybe
     return;
   }
   for (int64_t b = 0; b < B; ++b)
-    product(matrix(y, T, N, N, 1, b * T * N), bias, matrix(x, T, K, x.stride(1), x.stride(2), b * x.stride(0)), w);
+    product(matrix(y, T, N, N, 1, b * T * N), bias,
+            matrix(x, T, K, x.stride(1), x.stride(2), b * x.stride(0)), w);
 }
 
 }  // namespace mole

@@ -33,9 +33,10 @@ int available(Choice (&list)[4]) {
   int n = 0;
 #if MOLE_HAS_AVX2
   __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vl");
+  const bool v3 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (v4 && __builtin_cpu_supports("avx512bf16")) list[n++] = {"avx512bf16", avx512bf16::table};
   if (v4) list[n++] = {"avx512", avx512::table};
   if (v3) list[n++] = {"avx2", avx2::table};
@@ -49,7 +50,8 @@ const Choice& choice() {
   static const Choice chosen = [] {
     Choice list[4];
     const int n = available(list);
-    // NOLINTNEXTLINE(concurrency-mt-unsafe): once in a process, under the lock of a static; nobody here writes the environment
+    // NOLINTNEXTLINE(concurrency-mt-unsafe): once in a process, under the lock of a static; nobody here
+    // writes the environment
     const char* wanted = std::getenv("MOLE_INSTRUCTION_SET");
     for (int i = 0; wanted && i < n; ++i)
       if (std::strcmp(list[i].name, wanted) == 0) return list[i];
@@ -63,12 +65,13 @@ const Choice& choice() {
 const Kernels& kernels(Element type) { return choice().table(type); }
 const char* instruction_set() { return choice().name; }
 
-// Measured on Zen 4 only, against MKL 2024.2 (which runs its AVX2 kernel there: 93 of 118 GF) and oneDNN 3.12 (200 of 235 GF):
-// see docs/kernels/cpu.md. Elsewhere torch's own product makes the base.
+// Measured on Zen 4 only, against MKL 2024.2 (which runs its AVX2 kernel there: 93 of 118 GF) and oneDNN 3.12
+// (200 of 235 GF): see docs/kernels/cpu.md. Elsewhere torch's own product makes the base.
 bool beats_torch(Element type) {
 #if MOLE_HAS_AVX2
   static const bool amd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
-  const bool bf16 = std::strcmp(choice().name, "avx512bf16") == 0, wide = bf16 || std::strcmp(choice().name, "avx512") == 0;
+  const bool bf16 = std::strcmp(choice().name, "avx512bf16") == 0,
+             wide = bf16 || std::strcmp(choice().name, "avx512") == 0;
   return amd && ((type == F32 && wide) || (type == BF16 && bf16));
 #else
   return false;

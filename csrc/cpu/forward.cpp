@@ -1,8 +1,10 @@
 // y = x Wᵀ + b + (γ ⊙ x Aᵀ) Bᵀ without an expert's output ever being written.
 //
-//   shrink   h = x Aᵀ, kept wide (M × R), token logits from the same block of x while it is hot, column sums for the sample gate
-//   expand   γ ⊙ h of a block, rounded once, times Bᵀ: added to torch's base in registers, or, where our products are faster
-//            than torch's, summed with x Wᵀ + b in the same registers, so that y is written once and rounded once
+//   shrink   h = x Aᵀ, kept wide (M × R), token logits from the same block of x while it is hot, column sums
+//   for the sample gate expand   γ ⊙ h of a block, rounded once, times Bᵀ: added to torch's base in
+//   registers, or, where our products are faster
+//            than torch's, summed with x Wᵀ + b in the same registers, so that y is written once and rounded
+//            once
 #include <cmath>
 
 #include "cpu/call.h"
@@ -10,11 +12,13 @@
 namespace mole {
 namespace {
 
-// column sums of h, a row for each block of each sample, so that the order of the sum does not depend on threads
+// column sums of h, a row for each block of each sample, so that the order of the sum does not depend on
+// threads
 struct Sums {
   Tensor tensor;
   char* at;
-  Sums(const Call& c, int64_t blocks) : tensor(empty({c.B, blocks, c.R}, c.wide_type)), at(static_cast<char*>(data(tensor))) {
+  Sums(const Call& c, int64_t blocks)
+      : tensor(empty({c.B, blocks, c.R}, c.wide_type)), at(static_cast<char*>(data(tensor))) {
     std::fill(at, at + c.B * blocks * c.R * c.k.wide_size, char(0));
   }
 };
@@ -40,7 +44,8 @@ void sample_gates(const Call& c, const W* sums, int64_t blocks, const W* bias, W
 const char* phi_operands(const Call& c, Tensor& keep) {
   const Kernels& k = c.k;
   // NOLINTNEXTLINE(bugprone-unchecked-optional-access): called with a token gate alone
-  if (k.element_size == k.operand_size && c.phi->stride(1) == 1 && c.phi->stride(0) == c.K) return static_cast<const char*>(data(c.phi));
+  if (k.element_size == k.operand_size && c.phi->stride(1) == 1 && c.phi->stride(0) == c.K)
+    return static_cast<const char*>(data(c.phi));
   keep = empty({c.E, c.K}, k.operand_size == k.element_size ? c.type : c.wide_type);
   // NOLINTNEXTLINE(bugprone-unchecked-optional-access): the same
   k.to_operand(data(c.phi), c.phi->stride(0), c.phi->stride(1), c.E, c.K, data(keep), c.K);
@@ -49,10 +54,21 @@ const char* phi_operands(const Call& c, Tensor& keep) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& down, const Tensor& up, const Tensor& scale,
-    const std::vector<int64_t>& ranks, const Maybe& gate, const Maybe& phi, const Maybe& phi_bias, const Maybe& pool, const Maybe& pool_bias,
-    bool save, const Maybe& assignment, int64_t top_k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x,
+                                                   const Tensor& weight,
+                                                   const Maybe& bias,
+                                                   const Tensor& down,
+                                                   const Tensor& up,
+                                                   const Tensor& scale,
+                                                   const std::vector<int64_t>& ranks,
+                                                   const Maybe& gate,
+                                                   const Maybe& phi,
+                                                   const Maybe& phi_bias,
+                                                   const Maybe& pool,
+                                                   const Maybe& pool_bias,
+                                                   bool save,
+                                                   const Maybe& assignment,
+                                                   int64_t top_k) {
   const Call c(x, weight, down, up, scale, ranks, gate, phi, pool, assignment, top_k);
   const Kernels& k = c.k;
   const Maybe token_bias = dense(as(phi_bias, c.wide_type)), sample_bias = dense(as(pool_bias, c.wide_type));
@@ -60,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   STD_TORCH_CHECK(!sample_bias || sample_bias->numel() == c.E, "mole_cpu: expected pool_bias [E]");
 
   Tensor y = empty({c.B, c.T, c.N}, c.type);
-  // rows without a set are the base layer's to the bit: torch's own product, of the whole batch as the base layer has it
+  // rows without a set are the base layer's to the bit: torch's own product, of the whole batch as the base
+  // layer has it
   const bool fuse = fuses_base(c, x) && c.groups.none() == 0;
   if (!fuse) base_product(y, x, matrix(weight, c.K, c.N, weight.stride(1), weight.stride(0)), bias, c.B, c.T);
 
@@ -69,7 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   Tensor h = !save ? empty({0}, c.type) : h_is_wide ? wide : empty({c.B, c.T, c.R}, c.type);
   Tensor token = phi ? empty({c.B, c.T, c.E}, c.wide_type) : empty({0}, c.wide_type);
   Tensor sample = pool ? empty({c.B, c.E}, c.wide_type) : empty({0}, c.wide_type);
-  char *rows_h = static_cast<char*>(data(wide)), *out_h = static_cast<char*>(data(h)), *out_token = static_cast<char*>(data(token));
+  char *rows_h = static_cast<char*>(data(wide)), *out_h = static_cast<char*>(data(h)),
+       *out_token = static_cast<char*>(data(token));
   Tensor keep = empty({0}, c.type);
   const char* phi_rows = phi ? phi_operands(c, keep) : nullptr;
   const Blocks& blocks = c.blocks;
@@ -80,24 +98,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
          [&](int64_t b, int64_t t, int64_t rows, const Product& left, int64_t from, bool last) {
            const int64_t row = b * c.T + t;
            char *line = rows_h + row * c.R * k.wide_size, *logits = out_token + row * c.E * k.wide_size;
-           if (phi) k.row_dots(left.a, left.a_row, rows, left.k, phi_rows + from * k.operand_size, c.K, c.E, logits, from > 0);
+           if (phi)
+             k.row_dots(left.a, left.a_row, rows, left.k, phi_rows + from * k.operand_size, c.K, c.E, logits,
+                        from > 0);
            if (!last) return;
-           if (phi && c.top_k) k.softmax(logits, rows, c.E, data(token_bias), c.top_k);
-           else if (phi) k.sigmoid(logits, rows, c.E, data(token_bias));
-           if (pool) k.column_sums(line, c.R, rows, c.R, sums->at + (b * blocks.per_sample + t / blocks.rows) * c.R * k.wide_size);
+           if (phi && c.top_k)
+             k.softmax(logits, rows, c.E, data(token_bias), c.top_k);
+           else if (phi)
+             k.sigmoid(logits, rows, c.E, data(token_bias));
+           if (pool)
+             k.column_sums(line, c.R, rows, c.R,
+                           sums->at + (b * blocks.per_sample + t / blocks.rows) * c.R * k.wide_size);
            if (save && !h_is_wide) k.narrow(line, c.R, rows, c.R, out_h + row * c.R * k.element_size, c.R);
          });
   if (pool) {
     if (c.wide_type == ScalarType::Double)
-      sample_gates(c, reinterpret_cast<double*>(sums->at), blocks.per_sample, static_cast<double*>(data(sample_bias)), static_cast<double*>(data(sample)));
+      sample_gates(c, reinterpret_cast<double*>(sums->at), blocks.per_sample,
+                   static_cast<double*>(data(sample_bias)), static_cast<double*>(data(sample)));
     else
-      sample_gates(c, reinterpret_cast<float*>(sums->at), blocks.per_sample, static_cast<float*>(data(sample_bias)), static_cast<float*>(data(sample)));
+      sample_gates(c, reinterpret_cast<float*>(sums->at), blocks.per_sample,
+                   static_cast<float*>(data(sample_bias)), static_cast<float*>(data(sample)));
   }
 
-  const char *token_at = phi ? out_token : nullptr, *sample_at = pool ? static_cast<char*>(data(sample)) : nullptr;
+  const char *token_at = phi ? out_token : nullptr,
+             *sample_at = pool ? static_cast<char*>(data(sample)) : nullptr;
   const auto gated = [&](int64_t b, int64_t t, int64_t rows) {
     char* out = Scratch::get(Scratch::GATED, rows * c.R * k.operand_size);
-    k.gate(rows_h + (b * c.T + t) * c.R * k.wide_size, c.R, rows, c.gates(b, t, token_at, sample_at), nullptr, out, c.R, false);
+    k.gate(rows_h + (b * c.T + t) * c.R * k.wide_size, c.R, rows, c.gates(b, t, token_at, sample_at), nullptr,
+           out, c.R, false);
     return Product{out, c.R, 1, nullptr, c.R};
   };
   char* out_y = static_cast<char*>(data(y));
@@ -105,7 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor wide_b = wide_bias(c, bias);
     const Sets w[2] = {c.weight_k(), c.up_r()};
     const int64_t depth[2] = {c.K, c.R};
-    fused(k, c.groups, blocks, c.x_rows(), c.N, w, depth, 2, out_y, bias ? static_cast<char*>(data(wide_b)) : nullptr,
+    fused(k, c.groups, blocks, c.x_rows(), c.N, w, depth, 2, out_y,
+          bias ? static_cast<char*>(data(wide_b)) : nullptr,
           [&](int64_t b, int64_t t, int64_t rows, Product* p) { p[1] = gated(b, t, rows); });
   } else {
     const Sets w[1] = {c.up_r()};

@@ -41,8 +41,10 @@ struct Of {
   static int64_t panel_size(int64_t k, int64_t cols) { return padded(k) * ((cols + L - 1) / L * L); }
 
   static MOLE_INLINE O operand(T v) {
-    if constexpr (same<T, O>) return v;
-    else return O(to_wide(v));
+    if constexpr (same<T, O>)
+      return v;
+    else
+      return O(to_wide(v));
   }
 
   // b[p,c] for a step of p, zero beyond k
@@ -59,8 +61,10 @@ struct Of {
       for (int c = 0; c < L; ++c) {
         O line[L * step];
         const T* from = b + c * b_col + p;
-        if constexpr (same<T, O>) std::memcpy(line, from, sizeof line);
-        else widen_row<T, W>(from, line, L);
+        if constexpr (same<T, O>)
+          std::memcpy(line, from, sizeof line);
+        else
+          widen_row<T, W>(from, line, L);
         std::memcpy(&r[c], line, sizeof line);
       }
       transpose(r);
@@ -86,8 +90,10 @@ struct Of {
         for (; p < k; p += step) {
           O* at = out + v * L * step + p / step * out_step;
           for (int64_t c = 0; c < L; ++c) {
-            if (c < n) cell(from + c * b_col, b_k, p, k, at + c * step);
-            else for (int s = 0; s < step; ++s) at[c * step + s] = O{};
+            if (c < n)
+              cell(from + c * b_col, b_k, p, k, at + c * step);
+            else
+              for (int s = 0; s < step; ++s) at[c * step + s] = O{};
           }
         }
       }
@@ -101,9 +107,12 @@ struct Of {
       for (int64_t v = 0; v < vectors; ++v) {
         O* at = out + p / step * out_step + v * L * step;
         const T* from = b + p * b_k + v * L;
-        if constexpr (step == 2) pair_rows(from, from + b_k, at);
-        else if constexpr (same<T, O>) std::memcpy(at, from, L * sizeof(O));
-        else widen_row<T, W>(from, at, L);
+        if constexpr (step == 2)
+          pair_rows(from, from + b_k, at);
+        else if constexpr (same<T, O>)
+          std::memcpy(at, from, L * sizeof(O));
+        else
+          widen_row<T, W>(from, at, L);
       }
     return p;
   }
@@ -117,13 +126,21 @@ struct Of {
 #endif
   }
 
-  static void to_operand(const void* source, int64_t a_row, int64_t a_k, int64_t rows, int64_t k, void* target, int64_t out_row) {
+  static void to_operand(const void* source,
+                         int64_t a_row,
+                         int64_t a_k,
+                         int64_t rows,
+                         int64_t k,
+                         void* target,
+                         int64_t out_row) {
     const T* a = static_cast<const T*>(source);
     O* out = static_cast<O*>(target);
     if (a_k == 1) {
       for (int64_t i = 0; i < rows; ++i) {
-        if constexpr (same<T, O>) std::memcpy(out + i * out_row, a + i * a_row, k * sizeof(O));
-        else widen_row<T, W>(a + i * a_row, out + i * out_row, k);
+        if constexpr (same<T, O>)
+          std::memcpy(out + i * out_row, a + i * a_row, k * sizeof(O));
+        else
+          widen_row<T, W>(a + i * a_row, out + i * out_row, k);
       }
       return;
     }
@@ -135,7 +152,8 @@ struct Of {
     }
   }
 
-  static void transposed(const void* wide, int64_t wide_row, int64_t k, int64_t rows, void* target, Product* p) {
+  static void transposed(
+      const void* wide, int64_t wide_row, int64_t k, int64_t rows, void* target, Product* p) {
     p->k = k;
     if constexpr (same<O, W>) {
       p->a = wide, p->a_row = 1, p->a_k = wide_row;
@@ -145,22 +163,44 @@ struct Of {
       for (int64_t q = 0; q < k; q += 2) {
         const W *one = in + q * wide_row, *two = one + wide_row;
         O* at = out + q * rows;
-        for (int64_t i = 0; i < rows; ++i) at[2 * i] = from_wide<O>(one[i]), at[2 * i + 1] = q + 1 < k ? from_wide<O>(two[i]) : O{};
+        for (int64_t i = 0; i < rows; ++i)
+          at[2 * i] = from_wide<O>(one[i]), at[2 * i + 1] = q + 1 < k ? from_wide<O>(two[i]) : O{};
       }
       p->a = out, p->a_row = 2, p->a_k = rows;
     }
   }
 
-  static void multiply_wide(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row, bool accumulate) {
+  static void multiply_wide(const Product* products,
+                            int count,
+                            int64_t rows,
+                            int64_t cols,
+                            void* c,
+                            int64_t c_row,
+                            bool accumulate) {
     tiles<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, true, accumulate, nullptr});
   }
-  static void multiply(const Product* products, int count, int64_t rows, int64_t cols, void* c, int64_t c_row, bool accumulate, const void* bias) {
-    tiles<T, O>(products, count, rows, cols, Target<T, W>{c, c_row, same<T, W>, accumulate, static_cast<const W*>(bias)});
+  static void multiply(const Product* products,
+                       int count,
+                       int64_t rows,
+                       int64_t cols,
+                       void* c,
+                       int64_t c_row,
+                       bool accumulate,
+                       const void* bias) {
+    tiles<T, O>(products, count, rows, cols,
+                Target<T, W>{c, c_row, same<T, W>, accumulate, static_cast<const W*>(bias)});
   }
 
   // L accumulators: L/2 rows times two experts, summed across lanes by one transposition
-  static void row_dots(const void* source, int64_t a_row, int64_t rows, int64_t k, const void* phi_, int64_t phi_row, int64_t experts,
-                       void* logits_, bool accumulate) {
+  static void row_dots(const void* source,
+                       int64_t a_row,
+                       int64_t rows,
+                       int64_t k,
+                       const void* phi_,
+                       int64_t phi_row,
+                       int64_t experts,
+                       void* logits_,
+                       bool accumulate) {
     constexpr int R = L / 2;
     const O *a = static_cast<const O*>(source), *phi = static_cast<const O*>(phi_);
     W* logits = static_cast<W*>(logits_);
@@ -195,8 +235,10 @@ struct Of {
     if (p < k) {
       for (int j = 0; j < R; ++j) {
         W s = 0, t = 0;
-        for (int64_t q = p; q < k; ++q) s += to_wide(line[j][q]) * to_wide(one[q]), t += to_wide(line[j][q]) * to_wide(two[q]);
-        // NOLINTNEXTLINE(clang-analyzer-core.uninitialized.Assign): all of acc is zeroed above; the analyser does not follow lanes of vectors
+        for (int64_t q = p; q < k; ++q)
+          s += to_wide(line[j][q]) * to_wide(one[q]), t += to_wide(line[j][q]) * to_wide(two[q]);
+        // NOLINTNEXTLINE(clang-analyzer-core.uninitialized.Assign): all of acc is zeroed above; the analyser
+        // does not follow lanes of vectors
         acc[2 * j][0] += s, acc[2 * j + 1][0] += t;
       }
     }
@@ -210,7 +252,8 @@ struct Of {
   static MOLE_INLINE Vec<W> fma(Vec<W> acc, const O* x, const O* y) {
 #if MOLE_ISA_AVX512BF16
     if constexpr (step == 2)
-      return (Vec<W>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(y));
+      return (Vec<W>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(x),
+                                      (__m512bh)_mm512_loadu_si512(y));
     else
 #endif
       return acc + load(x) * load(y);
@@ -250,7 +293,8 @@ struct Of {
         W best = 0;
         int64_t found = -1;
         for (int64_t e = 0; e < experts; ++e)
-          if ((v[e] < bound || (v[e] == bound && e > at)) && (found < 0 || v[e] > best)) best = v[e], found = e;
+          if ((v[e] < bound || (v[e] == bound && e > at)) && (found < 0 || v[e] > best))
+            best = v[e], found = e;
         bound = best, at = found;
       }
       for (int64_t e = 0; e < experts; ++e)
@@ -293,7 +337,14 @@ struct Of {
     return s * bits_to_float(uint32_t(int32_t(n == n ? n : 0.0f) + 127) << 23);
   }
 
-  static void gate(const void* h_, int64_t h_row, int64_t rows, const RowGates& g, const void* add_, void* out, int64_t out_row, bool wide_out) {
+  static void gate(const void* h_,
+                   int64_t h_row,
+                   int64_t rows,
+                   const RowGates& g,
+                   const void* add_,
+                   void* out,
+                   int64_t out_row,
+                   bool wide_out) {
     const W *h = static_cast<const W*>(h_), *add = static_cast<const W*>(add_);
     const W *scale = static_cast<const W*>(g.scale), *given = static_cast<const W*>(g.gate);
     const W *token = static_cast<const W*>(g.token), *sample = static_cast<const W*>(g.sample);
@@ -305,8 +356,10 @@ struct Of {
         if (sample) gamma *= sample[e];
         const int64_t from = g.starts[e], n = g.starts[e + 1] - from;
         const W *in = h + i * h_row + from, *plus = add ? add + from : nullptr;
-        if (wide_out) scaled(in, gamma, plus, static_cast<W*>(out) + i * out_row + from, n);
-        else scaled(in, gamma, plus, static_cast<O*>(out) + i * out_row + from, n);
+        if (wide_out)
+          scaled(in, gamma, plus, static_cast<W*>(out) + i * out_row + from, n);
+        else
+          scaled(in, gamma, plus, static_cast<O*>(out) + i * out_row + from, n);
       }
   }
 
@@ -346,7 +399,14 @@ struct Of {
       for (int64_t c = r; c < cols; ++c) sums[c] += h[i * h_row + c];
   }
 
-  static void expert_dots(const void* v_, int64_t v_row, const void* h_, int64_t h_row, int64_t rows, const int64_t* starts, int64_t experts, void* d_) {
+  static void expert_dots(const void* v_,
+                          int64_t v_row,
+                          const void* h_,
+                          int64_t h_row,
+                          int64_t rows,
+                          const int64_t* starts,
+                          int64_t experts,
+                          void* d_) {
     const W *v = static_cast<const W*>(v_), *h = static_cast<const W*>(h_);
     W* d = static_cast<W*>(d_);
     for (int64_t i = 0; i < rows; ++i)
@@ -363,9 +423,11 @@ struct Of {
   }
 
   static void narrow(const void* in, int64_t in_row, int64_t rows, int64_t cols, void* out, int64_t out_row) {
-    for (int64_t i = 0; i < rows; ++i) narrow_row<T, W>(static_cast<const W*>(in) + i * in_row, static_cast<T*>(out) + i * out_row, cols);
+    for (int64_t i = 0; i < rows; ++i)
+      narrow_row<T, W>(static_cast<const W*>(in) + i * in_row, static_cast<T*>(out) + i * out_row, cols);
   }
-  static void narrow_turned(const void* in_, int64_t in_row, int64_t rows, int64_t cols, void* out_, int64_t out_row) {
+  static void narrow_turned(
+      const void* in_, int64_t in_row, int64_t rows, int64_t cols, void* out_, int64_t out_row) {
     const W* in = static_cast<const W*>(in_);
     T* out = static_cast<T*>(out_);
     for (int64_t r = 0; r < rows; r += L)
@@ -382,25 +444,48 @@ struct Of {
           for (int i = 0; i < L; ++i) narrow_row<T, W>(line[i], out + (c + i) * out_row + r, L);
         } else {
           for (int64_t i = 0; i < wide; ++i)
-            for (int64_t j = 0; j < high; ++j) out[(c + i) * out_row + r + j] = from_wide<T>(in[(r + j) * in_row + c + i]);
+            for (int64_t j = 0; j < high; ++j)
+              out[(c + i) * out_row + r + j] = from_wide<T>(in[(r + j) * in_row + c + i]);
         }
       }
   }
   static void widen(const void* in, int64_t in_row, int64_t rows, int64_t cols, void* out, int64_t out_row) {
-    for (int64_t i = 0; i < rows; ++i) widen_row<T, W>(static_cast<const T*>(in) + i * in_row, static_cast<W*>(out) + i * out_row, cols);
+    for (int64_t i = 0; i < rows; ++i)
+      widen_row<T, W>(static_cast<const T*>(in) + i * in_row, static_cast<W*>(out) + i * out_row, cols);
   }
 
-  static constexpr Kernels table{
-      int64_t(sizeof(T)), int64_t(sizeof(O)), int64_t(sizeof(W)), kTileRows[kPanelVectors] * 2, panel_size, panel_cols, pack, to_operand, transposed,
-      multiply_wide, multiply, row_dots, sigmoid, softmax, gate, column_sums, expert_dots, narrow, narrow_turned, widen};
+  static constexpr Kernels table{int64_t(sizeof(T)),
+                                 int64_t(sizeof(O)),
+                                 int64_t(sizeof(W)),
+                                 kTileRows[kPanelVectors] * 2,
+                                 panel_size,
+                                 panel_cols,
+                                 pack,
+                                 to_operand,
+                                 transposed,
+                                 multiply_wide,
+                                 multiply,
+                                 row_dots,
+                                 sigmoid,
+                                 softmax,
+                                 gate,
+                                 column_sums,
+                                 expert_dots,
+                                 narrow,
+                                 narrow_turned,
+                                 widen};
 };
 
 const Kernels& table(Element type) {
   switch (type) {
-    case F64: return Of<double>::table;
-    case BF16: return Of<bfloat>::table;
-    case F16: return Of<half>::table;
-    default: return Of<float>::table;
+    case F64:
+      return Of<double>::table;
+    case BF16:
+      return Of<bfloat>::table;
+    case F16:
+      return Of<half>::table;
+    default:
+      return Of<float>::table;
   }
 }
 

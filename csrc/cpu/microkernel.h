@@ -1,7 +1,7 @@
 // One register tile: acc [MR][NV vectors] = Σ_p a[i,p] · panel[p, ·]. Included by kernels.cpp only.
 //
-// The left operand is read where it lies (its rows are short-strided broadcasts that stay in L1); only the right one is packed.
-// Measured on a Zen 4 core with panels in L2: 117 of ~118 GF fp32, 233 GF bf16.
+// The left operand is read where it lies (its rows are short-strided broadcasts that stay in L1); only the
+// right one is packed. Measured on a Zen 4 core with panels in L2: 117 of ~118 GF fp32, 233 GF bf16.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -10,7 +10,8 @@
 namespace mole {
 namespace MOLE_ISA {
 
-// vectors a panel is wide, and rows a tile is high: accumulators + panel vectors + one broadcast fit the register file
+// vectors a panel is wide, and rows a tile is high: accumulators + panel vectors + one broadcast fit the
+// register file
 #if MOLE_VECTOR_BYTES == 64
 constexpr int kPanelVectors = 4;
 constexpr int kTileRows[] = {0, 12, 12, 8, 6};
@@ -25,7 +26,8 @@ struct Operand {
   static constexpr int step = 1;
 
   template <int MR, int NV>
-  static MOLE_INLINE void run(Vec<Wide> (&acc)[MR][NV], const O* a, int64_t a_row, int64_t a_k, const O* b, int64_t k) {
+  static MOLE_INLINE void run(
+      Vec<Wide> (&acc)[MR][NV], const O* a, int64_t a_row, int64_t a_k, const O* b, int64_t k) {
     constexpr int L = lanes<Wide>;
     for (int64_t p = 0; p < k; ++p) {
       Vec<Wide> bv[NV];
@@ -48,15 +50,18 @@ struct Operand<bfloat> {
   static constexpr int step = 2;
 
   template <int MR, int NV>
-  static MOLE_INLINE void pair(Vec<float> (&acc)[MR][NV], const bfloat* a, int64_t a_row, const bfloat* b, int bytes) {
+  static MOLE_INLINE void pair(
+      Vec<float> (&acc)[MR][NV], const bfloat* a, int64_t a_row, const bfloat* b, int bytes) {
     __m512bh bv[NV];
     MOLE_UNROLL
     for (int j = 0; j < NV; ++j) bv[j] = (__m512bh)_mm512_loadu_si512(b + j * 32);
     MOLE_UNROLL
     for (int i = 0; i < MR; ++i) {
       int two = 0;
-      if (bytes == 4) std::memcpy(&two, a + i * a_row, 4);
-      else std::memcpy(&two, a + i * a_row, 2);
+      if (bytes == 4)
+        std::memcpy(&two, a + i * a_row, 4);
+      else
+        std::memcpy(&two, a + i * a_row, 2);
       const __m512bh av = (__m512bh)_mm512_set1_epi32(two);
       MOLE_UNROLL
       for (int j = 0; j < NV; ++j) acc[i][j] = (Vec<float>)_mm512_dpbf16_ps((__m512)acc[i][j], av, bv[j]);
@@ -65,7 +70,8 @@ struct Operand<bfloat> {
 
   // a_k is the distance of two k; a pair (2p, 2p+1) always lies side by side
   template <int MR, int NV>
-  static MOLE_INLINE void run(Vec<float> (&acc)[MR][NV], const bfloat* a, int64_t a_row, int64_t a_k, const bfloat* b, int64_t k) {
+  static MOLE_INLINE void run(
+      Vec<float> (&acc)[MR][NV], const bfloat* a, int64_t a_row, int64_t a_k, const bfloat* b, int64_t k) {
     int64_t p = 0;
     for (; p + 2 <= k; p += 2) pair<MR, NV>(acc, a + p * a_k, a_row, b + p * NV * 16, 4);
     // the element after the last is another row's, and NaN times the panel's zero would be NaN
@@ -116,8 +122,11 @@ struct Target {
   // the first n columns of a tile at the right edge: not worth its own copy of the code
   __attribute__((noinline)) void put_some(const W* values, int64_t row, int64_t col, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) {
-      if (wide) *wide_at(row, col + i) = accumulate ? *wide_at(row, col + i) + values[i] : values[i];
-      else *element_at(row, col + i) = from_wide<T>(accumulate ? to_wide(*element_at(row, col + i)) + values[i] : values[i]);
+      if (wide)
+        *wide_at(row, col + i) = accumulate ? *wide_at(row, col + i) + values[i] : values[i];
+      else
+        *element_at(row, col + i) =
+            from_wide<T>(accumulate ? to_wide(*element_at(row, col + i)) + values[i] : values[i]);
     }
   }
 
@@ -133,17 +142,25 @@ struct Target {
       }
       for (int i = 0; i < MR; ++i) put_some(values[i], row + i, col, n);
     } else if (wide) {
-      if (accumulate) put_all<true, true>(acc, row, col);
-      else put_all<true, false>(acc, row, col);
+      if (accumulate)
+        put_all<true, true>(acc, row, col);
+      else
+        put_all<true, false>(acc, row, col);
     } else {
-      if (accumulate) put_all<false, true>(acc, row, col);
-      else put_all<false, false>(acc, row, col);
+      if (accumulate)
+        put_all<false, true>(acc, row, col);
+      else
+        put_all<false, false>(acc, row, col);
     }
   }
 };
 
 template <class T, class O, int MR, int NV>
-__attribute__((noinline)) void tile(const Product* products, int count, int64_t row, int64_t col, int64_t cols,
+__attribute__((noinline)) void tile(const Product* products,
+                                    int count,
+                                    int64_t row,
+                                    int64_t col,
+                                    int64_t cols,
                                     const Target<T, typename Operand<O>::Wide>& target) {
   using W = typename Operand<O>::Wide;
   constexpr int step = Operand<O>::step;
@@ -166,16 +183,28 @@ __attribute__((noinline)) void tile(const Product* products, int count, int64_t 
 
 // the rows that are left of a panel, in one tile of just their number
 template <class T, class O, int MR, int NV>
-MOLE_INLINE void last_tile(const Product* products, int count, int64_t rows, int64_t row, int64_t col, int64_t cols,
+MOLE_INLINE void last_tile(const Product* products,
+                           int count,
+                           int64_t rows,
+                           int64_t row,
+                           int64_t col,
+                           int64_t cols,
                            const Target<T, typename Operand<O>::Wide>& target) {
   if constexpr (MR > 0) {
-    if (rows == MR) tile<T, O, MR, NV>(products, count, row, col, cols, target);
-    else last_tile<T, O, MR - 1, NV>(products, count, rows, row, col, cols, target);
+    if (rows == MR)
+      tile<T, O, MR, NV>(products, count, row, col, cols, target);
+    else
+      last_tile<T, O, MR - 1, NV>(products, count, rows, row, col, cols, target);
   }
 }
 
 template <class T, class O, int NV>
-void panel(const Product* products, int count, int64_t rows, int64_t col, int64_t cols, const Target<T, typename Operand<O>::Wide>& target) {
+void panel(const Product* products,
+           int count,
+           int64_t rows,
+           int64_t col,
+           int64_t cols,
+           const Target<T, typename Operand<O>::Wide>& target) {
   constexpr int MR = kTileRows[NV];
   int64_t i = 0;
   for (; i + MR <= rows; i += MR) tile<T, O, MR, NV>(products, count, i, col, cols, target);
@@ -183,15 +212,23 @@ void panel(const Product* products, int count, int64_t rows, int64_t col, int64_
 }
 
 template <class T, class O>
-void tiles(const Product* products, int count, int64_t rows, int64_t cols, const Target<T, typename Operand<O>::Wide>& target) {
+void tiles(const Product* products,
+           int count,
+           int64_t rows,
+           int64_t cols,
+           const Target<T, typename Operand<O>::Wide>& target) {
   constexpr int64_t L = lanes<typename Operand<O>::Wide>;
   for (int64_t col = 0; col < cols; col += kPanelVectors * L) {
     const int64_t vectors = (cols - col + L - 1) / L;
-    if (vectors >= kPanelVectors) panel<T, O, kPanelVectors>(products, count, rows, col, cols, target);
-    else if (vectors == 1) panel<T, O, 1>(products, count, rows, col, cols, target);
+    if (vectors >= kPanelVectors)
+      panel<T, O, kPanelVectors>(products, count, rows, col, cols, target);
+    else if (vectors == 1)
+      panel<T, O, 1>(products, count, rows, col, cols, target);
 #if MOLE_VECTOR_BYTES == 64
-    else if (vectors == 2) panel<T, O, 2>(products, count, rows, col, cols, target);
-    else panel<T, O, 3>(products, count, rows, col, cols, target);
+    else if (vectors == 2)
+      panel<T, O, 2>(products, count, rows, col, cols, target);
+    else
+      panel<T, O, 3>(products, count, rows, col, cols, target);
 #endif
   }
 }

@@ -1,4 +1,5 @@
-// Vectors and scalar types of one instruction set, in the compiler's own vector syntax. Included by kernels.cpp only.
+// Vectors and scalar types of one instruction set, in the compiler's own vector syntax. Included by
+// kernels.cpp only.
 #pragma once
 
 #include <cstdint>
@@ -83,7 +84,8 @@ MOLE_INLINE float to_wide(half v) {
   // exponent moved by a multiplication, so that subnormals come out right; Inf and NaN by hand
   const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, magnitude = uint32_t(v.bits & 0x7fffu) << 13;
   const float scaled = bits_to_float(magnitude) * bits_to_float(0x77800000u);
-  return bits_to_float(sign | ((v.bits & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : float_to_bits(scaled)));
+  return bits_to_float(sign |
+                       ((v.bits & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : float_to_bits(scaled)));
 #endif
 }
 
@@ -92,9 +94,13 @@ MOLE_INLINE T from_wide(float v);
 template <class T>
 MOLE_INLINE T from_wide(double v);
 template <>
-MOLE_INLINE float from_wide<float>(float v) { return v; }
+MOLE_INLINE float from_wide<float>(float v) {
+  return v;
+}
 template <>
-MOLE_INLINE double from_wide<double>(double v) { return v; }
+MOLE_INLINE double from_wide<double>(double v) {
+  return v;
+}
 template <>
 MOLE_INLINE bfloat from_wide<bfloat>(float v) {
   const uint32_t bits = float_to_bits(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -136,13 +142,15 @@ MOLE_INLINE void narrow_row(const W* in, T* out, int64_t n) {
 template <>
 MOLE_INLINE void widen_row<half, float>(const half* in, float* out, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
   for (; i < n; ++i) out[i] = to_wide(in[i]);
 }
 template <>
 MOLE_INLINE void narrow_row<half, float>(const float* in, half* out, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
   for (; i < n; ++i) out[i] = from_wide<half>(in[i]);
 }
 #endif
@@ -162,7 +170,9 @@ MOLE_INLINE void narrow_row<bfloat, float>(const float* in, bfloat* out, int64_t
 // r[i][j] -> r[j][i]: log2(n) rounds of a perfect shuffle of the rows' halves
 template <class V, int... I>
 struct Interleave {
-  static MOLE_INLINE V low(V a, V b) { return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * int(sizeof...(I)))...); }
+  static MOLE_INLINE V low(V a, V b) {
+    return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * int(sizeof...(I)))...);
+  }
   static MOLE_INLINE V high(V a, V b) {
     return __builtin_shufflevector(a, b, (int(sizeof...(I)) / 2 + I / 2 + (I % 2) * int(sizeof...(I)))...);
   }

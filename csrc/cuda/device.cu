@@ -1,4 +1,5 @@
-// What `mole-kernels doctor` asks of CUDA: devices, their attributes, and torch's current stream. Kernels come beside this file.
+// What `mole-kernels doctor` asks of CUDA: devices, their attributes, and torch's current stream. Kernels
+// come beside this file.
 #include <cuda_runtime.h>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,7 +10,8 @@
 #include <vector>
 
 // weak: with a torch that has no CUDA the library still loads, and this is null
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
 
 namespace mole {
 namespace {
@@ -20,13 +22,14 @@ int64_t device_count() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
-// compute capability ×10, multiprocessors, shared memory per block (opt-in), shared memory per multiprocessor, registers per
-// multiprocessor, L2 bytes
+// compute capability ×10, multiprocessors, shared memory per block (opt-in), shared memory per
+// multiprocessor, registers per multiprocessor, L2 bytes
 std::vector<int64_t> device_attributes(int64_t device) {
   STD_TORCH_CHECK(device >= 0 && device < device_count(), "mole_cuda: there is no device ", device);
   const auto get = [&](cudaDeviceAttr attribute) {
     int value = 0;
-    STD_TORCH_CHECK(cudaDeviceGetAttribute(&value, attribute, int(device)) == cudaSuccess, "mole_cuda: cudaDeviceGetAttribute failed");
+    STD_TORCH_CHECK(cudaDeviceGetAttribute(&value, attribute, int(device)) == cudaSuccess,
+                    "mole_cuda: cudaDeviceGetAttribute failed");
     return int64_t(value);
   };
   return {get(cudaDevAttrComputeCapabilityMajor) * 10 + get(cudaDevAttrComputeCapabilityMinor),

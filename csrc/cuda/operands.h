@@ -1,4 +1,5 @@
-// What the operators of sm90.cpp and sm90_backward.cpp share: checks that name a tensor and its shape, operands as TMA sees them, sizes.
+// What the operators of sm90.cpp and sm90_backward.cpp share: checks that name a tensor and its shape,
+// operands as TMA sees them, sizes.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,7 +17,8 @@
 #include "sm90/launch.h"
 
 // weak: with a torch that has no CUDA the library still loads, and this is null
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
 
 namespace mole {
 
@@ -37,18 +39,22 @@ inline void expect(const Tensor& t, const char* name, std::initializer_list<int6
   std::string wanted = "[";
   for (int64_t n : sizes) wanted += (wanted.size() > 1 ? "," : "") + std::to_string(n);
   STD_TORCH_CHECK(good, "mole_cuda: expected ", name, " ", wanted, "], got ", shape_of(t));
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device() == device, "mole_cuda: expected ", name, " on CUDA device ", device, ", where x is");
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device() == device, "mole_cuda: expected ", name, " on CUDA device ",
+                  device, ", where x is");
 }
 
 inline void expect_type(const Tensor& t, const char* name, ScalarType type) {
-  STD_TORCH_CHECK(t.scalar_type() == type, "mole_cuda: ", name, " ", shape_of(t), " has another dtype than this kernel takes for it");
+  STD_TORCH_CHECK(t.scalar_type() == type, "mole_cuda: ", name, " ", shape_of(t),
+                  " has another dtype than this kernel takes for it");
 }
 
 // room for `count` elements that the kernel may use as it likes
 inline void* workspace(const Maybe& t, const char* name, ScalarType type, int64_t count, int device) {
   if (count == 0) return nullptr;
-  STD_TORCH_CHECK(t && t->is_cuda() && t->get_device() == device && t->scalar_type() == type && t->is_contiguous() && t->numel() >= count,
-                  "mole_cuda: expected workspace ", name, " of ", count, " contiguous elements on CUDA device ", device);
+  STD_TORCH_CHECK(t && t->is_cuda() && t->get_device() == device && t->scalar_type() == type &&
+                      t->is_contiguous() && t->numel() >= count,
+                  "mole_cuda: expected workspace ", name, " of ", count,
+                  " contiguous elements on CUDA device ", device);
   return t->data_ptr();
 }
 
@@ -61,10 +67,15 @@ inline Way way_of(const std::string& name) {
 
 inline Kind kind_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Kind::f32;
-    case ScalarType::BFloat16: return Kind::bf16;
-    case ScalarType::Half: return Kind::f16;
-    default: STD_TORCH_CHECK(false, "mole_cuda: expected ", name, " ", shape_of(t), " in float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return Kind::f32;
+    case ScalarType::BFloat16:
+      return Kind::bf16;
+    case ScalarType::Half:
+      return Kind::f16;
+    default:
+      STD_TORCH_CHECK(false, "mole_cuda: expected ", name, " ", shape_of(t),
+                      " in float32, bfloat16 or float16");
   }
   return Kind::f32;
 }
@@ -82,9 +93,13 @@ inline Operand tidy(Operand o) {
 }
 
 // [rows, columns] with unit columns, as one slab
-inline Operand matrix(const Tensor& t) { return tidy({t.data_ptr(), {t.size(1), t.size(0), 1}, {t.stride(0), 0}}); }
+inline Operand matrix(const Tensor& t) {
+  return tidy({t.data_ptr(), {t.size(1), t.size(0), 1}, {t.stride(0), 0}});
+}
 // [slabs, rows, columns] with unit columns
-inline Operand slabs(const Tensor& t) { return tidy({t.data_ptr(), {t.size(2), t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}}); }
+inline Operand slabs(const Tensor& t) {
+  return tidy({t.data_ptr(), {t.size(2), t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}});
+}
 
 // why TMA cannot take this tensor; a layout is no error, another way may take it
 inline void refuse_layout(std::string& reason, const Tensor& t, const char* name, const Operand& o) {
@@ -113,23 +128,40 @@ inline cudaStream_t current_stream(int device) {
 }
 
 // apart: samples name their sets, and their rows stay apart. back: dX, whose product sums over N
-inline Sizes sizes_of(int64_t B, int64_t T, int64_t K, int64_t N, int64_t R, int64_t E, int64_t S, bool token, bool pooled, bool apart,
+inline Sizes sizes_of(int64_t B,
+                      int64_t T,
+                      int64_t K,
+                      int64_t N,
+                      int64_t R,
+                      int64_t E,
+                      int64_t S,
+                      bool token,
+                      bool pooled,
+                      bool apart,
                       bool back) {
   const bool alone = S > 1 || pooled || apart;
   return {alone ? B : 1, alone ? T : B * T, back ? N : K, back ? K : N, R, E, token, pooled, back};
 }
 
 // scale [E], gate [B|1,T|1,E] and assignment [B], checked
-inline void take_gates(Params& p, const Tensor& scale, const Maybe& gate, const Maybe& assignment, int64_t B, int64_t T, int64_t E,
+inline void take_gates(Params& p,
+                       const Tensor& scale,
+                       const Maybe& gate,
+                       const Maybe& assignment,
+                       int64_t B,
+                       int64_t T,
+                       int64_t E,
                        int device) {
   expect(scale, "scale", {E}, device);
   STD_TORCH_CHECK(scale.is_contiguous(), "mole_cuda: expected a contiguous scale");
   p.scale = {scale.data_ptr(), kind_of(scale, "scale")};
   p.gate = numbers(gate, "gate");
   if (gate) {
-    STD_TORCH_CHECK(gate->dim() == 3 && gate->is_cuda() && gate->get_device() == device && (gate->size(0) == 1 || gate->size(0) == B) &&
+    STD_TORCH_CHECK(gate->dim() == 3 && gate->is_cuda() && gate->get_device() == device &&
+                        (gate->size(0) == 1 || gate->size(0) == B) &&
                         (gate->size(1) == 1 || gate->size(1) == T) && gate->size(2) == E,
-                    "mole_cuda: expected gate broadcastable to [", B, ",", T, ",", E, "] on x's device, got ", shape_of(*gate));
+                    "mole_cuda: expected gate broadcastable to [", B, ",", T, ",", E, "] on x's device, got ",
+                    shape_of(*gate));
     p.gate_b = gate->size(0) == 1 ? 0 : gate->stride(0);
     p.gate_t = gate->size(1) == 1 ? 0 : gate->stride(1);
     p.gate_e = E == 1 ? 0 : gate->stride(2);
@@ -144,7 +176,8 @@ inline void take_gates(Params& p, const Tensor& scale, const Maybe& gate, const 
 
 inline void take_sizes(Params& p, const Sizes& s, int64_t T, int64_t S, const std::vector<int64_t>& ranks) {
   p.T = int32_t(T), p.N = int32_t(s.N), p.K = int32_t(s.K), p.R = int32_t(s.R), p.E = int32_t(s.E);
-  p.span = int32_t(s.span), p.groups = int32_t(s.groups), p.sets = int32_t(S), p.token = s.token, p.pooled = s.pooled;
+  p.span = int32_t(s.span), p.groups = int32_t(s.groups), p.sets = int32_t(S), p.token = s.token,
+  p.pooled = s.pooled;
   int64_t sum = 0;
   for (int64_t e = 0; e < s.E; ++e) {
     STD_TORCH_CHECK(ranks[e] >= 0, "mole_cuda: expected ranks of at least 0, got ", ranks[e]);

@@ -1,38 +1,50 @@
-// torch.ops.mole_cuda.sm90_*: the sm_90 kernels on tensors. Checks name the tensor and its shape; nothing is allocated here.
+// torch.ops.mole_cuda.sm90_*: the sm_90 kernels on tensors. Checks name the tensor and its shape; nothing is
+// allocated here.
 #include "operands.h"
 
 namespace mole {
 namespace {
 
-// The fastest tile for these sizes by prediction: warp groups, columns, extra columns, cluster, stages, shared bytes, grid, slices,
-// floats of z, floats of shares, counters, nanoseconds; or none and the reason. K and N are the layer's, of dX too.  device < 0: an H200 as it is nominally
-std::tuple<std::vector<int64_t>, std::string> sm90_plan(std::string way, std::vector<int64_t> sizes, bool token, bool pooled,
-                                                        bool assigned, bool backward, int64_t device) {
+// The fastest tile for these sizes by prediction: warp groups, columns, extra columns, cluster, stages,
+// shared bytes, grid, slices, floats of z, floats of shares, counters, nanoseconds; or none and the reason. K
+// and N are the layer's, of dX too.  device < 0: an H200 as it is nominally
+std::tuple<std::vector<int64_t>, std::string> sm90_plan(std::string way,
+                                                        std::vector<int64_t> sizes,
+                                                        bool token,
+                                                        bool pooled,
+                                                        bool assigned,
+                                                        bool backward,
+                                                        int64_t device) {
   STD_TORCH_CHECK(sizes.size() == 7, "mole_cuda: expected sizes B, T, K, N, R, E, S");
-  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled, assigned, backward);
+  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token,
+                           pooled, assigned, backward);
   const Candidate best = choose(way_of(way), s, device < 0 ? Card{} : card_of(int(device)));
   if (!best.reason.empty()) return {std::vector<int64_t>{}, best.reason};
   const Tile& t = best.tile;
   const Rooms rooms(t, s);
-  return {std::vector<int64_t>{t.shape.warp_groups, t.shape.columns, t.shape.extra, t.cluster, t.stages, t.shared, t.grid, t.slices, rooms.z,
-                               rooms.parts, rooms.flags, int64_t(best.us * 1000)},
-          ""};
+  return {
+      std::vector<int64_t>{t.shape.warp_groups, t.shape.columns, t.shape.extra, t.cluster, t.stages, t.shared,
+                           t.grid, t.slices, rooms.z, rooms.parts, rooms.flags, int64_t(best.us * 1000)},
+      ""};
 }
 
-// all candidates, one to a line: groups columns extra cluster, then predicted microseconds or the reason why not
+// all candidates, one to a line: groups columns extra cluster, then predicted microseconds or the reason why
+// not
 std::string sm90_candidates(std::string way, std::vector<int64_t> sizes, bool token, bool pooled) {
   STD_TORCH_CHECK(sizes.size() == 7, "mole_cuda: expected sizes B, T, K, N, R, E, S");
-  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token, pooled, false, false);
+  const Sizes s = sizes_of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], token,
+                           pooled, false, false);
   std::string text;
   for (const Candidate& c : candidates(way_of(way), s, Card{})) {
-    text += std::to_string(c.tile.rows()) + "×" + std::to_string(c.tile.shape.columns) + "+" + std::to_string(c.tile.shape.extra) +
-            " cluster " + std::to_string(c.tile.cluster) + ": " + (c.reason.empty() ? std::to_string(c.us) + " µs" : c.reason) + "\n";
+    text += std::to_string(c.tile.rows()) + "×" + std::to_string(c.tile.shape.columns) + "+" +
+            std::to_string(c.tile.shape.extra) + " cluster " + std::to_string(c.tile.cluster) + ": " +
+            (c.reason.empty() ? std::to_string(c.us) + " µs" : c.reason) + "\n";
   }
   return text;
 }
 
-// bytes of shared memory of a kernel at 2048×1280×1280, R = 64, with a token gate; -1 where it does not take that.
-// way: a kernel's name, "cluster" or "cluster_dx"
+// bytes of shared memory of a kernel at 2048×1280×1280, R = 64, with a token gate; -1 where it does not take
+// that. way: a kernel's name, "cluster" or "cluster_dx"
 int64_t sm90_shared(std::string way, std::vector<int64_t> shape) {
   STD_TORCH_CHECK(shape.size() == 3, "mole_cuda: expected warp groups, columns, extra columns");
   const size_t suffix = way.find("_dx");
@@ -48,36 +60,67 @@ int64_t sm90_shared(std::string way, std::vector<int64_t> shape) {
   return -1;
 }
 
-// y (and h, l, G where tensors for them are given) of one call; tile: warp groups, columns, extra columns, cluster, from sm90_plan.
-// Returns why TMA cannot take a tensor's layout, and has done nothing then; or an empty text.
-std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tensor up, Tensor scale, std::vector<int64_t> ranks, Maybe gate, Maybe phi,
-                  Maybe phi_bias, Maybe pool, Maybe pool_bias, Maybe assignment, int64_t top_k, Tensor y, Maybe h, Maybe token_gate, Maybe sample_gate, Maybe z, Maybe parts,
-                  Maybe flags, std::string way, std::vector<int64_t> tile) {
-  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 3 && weight.dim() == 2 && down.dim() == 3 && up.dim() == 3,
-                  "mole_cuda: expected x [B,T,K] on a CUDA device, weight [N,K], down [S,R,K], up [S,N,R], got ", shape_of(x), ", ",
-                  shape_of(weight), ", ", shape_of(down), ", ", shape_of(up));
-  const int64_t B = x.size(0), T = x.size(1), K = x.size(2), N = weight.size(0), S = down.size(0), R = down.size(1);
+// y (and h, l, G where tensors for them are given) of one call; tile: warp groups, columns, extra columns,
+// cluster, from sm90_plan. Returns why TMA cannot take a tensor's layout, and has done nothing then; or an
+// empty text.
+std::string sm90_forward(Tensor x,
+                         Tensor weight,
+                         Maybe bias,
+                         Tensor down,
+                         Tensor up,
+                         Tensor scale,
+                         std::vector<int64_t> ranks,
+                         Maybe gate,
+                         Maybe phi,
+                         Maybe phi_bias,
+                         Maybe pool,
+                         Maybe pool_bias,
+                         Maybe assignment,
+                         int64_t top_k,
+                         Tensor y,
+                         Maybe h,
+                         Maybe token_gate,
+                         Maybe sample_gate,
+                         Maybe z,
+                         Maybe parts,
+                         Maybe flags,
+                         std::string way,
+                         std::vector<int64_t> tile) {
+  STD_TORCH_CHECK(
+      x.is_cuda() && x.dim() == 3 && weight.dim() == 2 && down.dim() == 3 && up.dim() == 3,
+      "mole_cuda: expected x [B,T,K] on a CUDA device, weight [N,K], down [S,R,K], up [S,N,R], got ",
+      shape_of(x), ", ", shape_of(weight), ", ", shape_of(down), ", ", shape_of(up));
+  const int64_t B = x.size(0), T = x.size(1), K = x.size(2), N = weight.size(0), S = down.size(0),
+                R = down.size(1);
   const int64_t E = int64_t(ranks.size());
   const int device = x.get_device();
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "mole_cuda: expected x in bfloat16 or float16");
-  STD_TORCH_CHECK(B * T > 0 && B * T < int64_t(1) << 31 && K > 0 && N > 0 && R > 0, "mole_cuda: nothing to do, or too much, for x ", shape_of(x));
-  STD_TORCH_CHECK(assignment || S == 1 || S == B, "mole_cuda: expected down [S,R,K] with S = 1 or B = ", B, ", got ", shape_of(down));
-  STD_TORCH_CHECK(S > 0 && top_k >= 0 && (top_k == 0 || phi), "mole_cuda: expected top_k = 0, or k ≥ 1 with phi, and at least one set");
-  STD_TORCH_CHECK(E >= 1 && E <= MOST_EXPERTS, "mole_cuda: expected 1 to ", MOST_EXPERTS, " experts, got ", E);
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "mole_cuda: expected x in bfloat16 or float16");
+  STD_TORCH_CHECK(B * T > 0 && B * T < int64_t(1) << 31 && K > 0 && N > 0 && R > 0,
+                  "mole_cuda: nothing to do, or too much, for x ", shape_of(x));
+  STD_TORCH_CHECK(assignment || S == 1 || S == B, "mole_cuda: expected down [S,R,K] with S = 1 or B = ", B,
+                  ", got ", shape_of(down));
+  STD_TORCH_CHECK(S > 0 && top_k >= 0 && (top_k == 0 || phi),
+                  "mole_cuda: expected top_k = 0, or k ≥ 1 with phi, and at least one set");
+  STD_TORCH_CHECK(E >= 1 && E <= MOST_EXPERTS, "mole_cuda: expected 1 to ", MOST_EXPERTS, " experts, got ",
+                  E);
   STD_TORCH_CHECK(tile.size() == 4, "mole_cuda: expected tile: warp groups, columns, extra columns, cluster");
   expect(weight, "weight", {N, K}, device);
   expect(down, "down", {S, R, K}, device);
   expect(up, "up", {S, N, R}, device);
   expect(y, "y", {B, T, N}, device);
-  for (auto [t, name] : {std::pair<const Tensor*, const char*>{&weight, "weight"}, {&down, "down"}, {&up, "up"}, {&y, "y"}})
+  for (auto [t, name] :
+       {std::pair<const Tensor*, const char*>{&weight, "weight"}, {&down, "down"}, {&up, "up"}, {&y, "y"}})
     expect_type(*t, name, type);
 
-  const Sizes s = sizes_of(B, T, K, N, R, E, S, phi.has_value(), pool.has_value(), assignment.has_value(), false);
+  const Sizes s =
+      sizes_of(B, T, K, N, R, E, S, phi.has_value(), pool.has_value(), assignment.has_value(), false);
   const Way chosen = way_of(way);
   const std::string never = refusal(chosen, s);
   STD_TORCH_CHECK(never.empty(), "mole_cuda: ", way, " refuses: ", never);
-  const Candidate c = consider(chosen, {int(tile[0]), int(tile[1]), int(tile[2])}, int(tile[3]), s, card_of(device));
+  const Candidate c =
+      consider(chosen, {int(tile[0]), int(tile[1]), int(tile[2])}, int(tile[3]), s, card_of(device));
   STD_TORCH_CHECK(c.reason.empty(), "mole_cuda: ", way, " refuses this tile: ", c.reason);
   const Rooms rooms(c.tile, s);
 
@@ -110,9 +153,11 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
     refuse_layout(reason, *phi, "phi", call.phi);
     STD_TORCH_CHECK(token_gate, "mole_cuda: expected token_gate to be filled");
     expect(*token_gate, "token_gate", {B, T, E}, device);
-    p.token_gate = static_cast<float*>(workspace(token_gate, "token_gate", ScalarType::Float, B * T * E, device));
+    p.token_gate =
+        static_cast<float*>(workspace(token_gate, "token_gate", ScalarType::Float, B * T * E, device));
   }
-  const std::tuple<const Maybe*, const char*, int64_t> vectors[] = {{&phi_bias, "phi_bias", E}, {&pool_bias, "pool_bias", E}};
+  const std::tuple<const Maybe*, const char*, int64_t> vectors[] = {{&phi_bias, "phi_bias", E},
+                                                                    {&pool_bias, "pool_bias", E}};
   for (auto [t, name, size] : vectors) {
     if (!*t) continue;
     expect(**t, name, {size}, device);
@@ -128,7 +173,8 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
     p.pool_set = R;
     STD_TORCH_CHECK(sample_gate, "mole_cuda: expected sample_gate to be filled");
     expect(*sample_gate, "sample_gate", {B, E}, device);
-    p.sample_gate = static_cast<float*>(workspace(sample_gate, "sample_gate", ScalarType::Float, B * E, device));
+    p.sample_gate =
+        static_cast<float*>(workspace(sample_gate, "sample_gate", ScalarType::Float, B * E, device));
   }
   p.top_k = int32_t(std::min(top_k, E));
   if (h) {
@@ -145,19 +191,23 @@ std::string sm90_forward(Tensor x, Tensor weight, Maybe bias, Tensor down, Tenso
   call.device = device;
   call.stream = current_stream(device);
   const std::string failed = launch(call, c.tile);
-  // a driver that does not launch clusters cooperatively, or has no room for all of them now, refuses: another way may do
+  // a driver that does not launch clusters cooperatively, or has no room for all of them now, refuses:
+  // another way may do
   if (!failed.empty() && chosen == Way::cluster && p.pooled) return failed;
   STD_TORCH_CHECK(failed.empty(), "mole_cuda: ", way, ": ", failed);
   return "";
 }
 
 // y [M,N] = x [M,K] weightᵀ by a step of the ladder, from step 3 with bias; step 4 adds z [M,R] · up [N,R]ᵀ
-void sm90_ladder(Tensor x, Tensor weight, Maybe bias, Maybe z, Maybe up, Tensor y, int64_t step, int64_t columns) {
-  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && weight.dim() == 2, "mole_cuda: expected x [M,K] on a CUDA device and weight [N,K], got ",
-                  shape_of(x), ", ", shape_of(weight));
+void sm90_ladder(
+    Tensor x, Tensor weight, Maybe bias, Maybe z, Maybe up, Tensor y, int64_t step, int64_t columns) {
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && weight.dim() == 2,
+                  "mole_cuda: expected x [M,K] on a CUDA device and weight [N,K], got ", shape_of(x), ", ",
+                  shape_of(weight));
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
   const int device = x.get_device();
-  STD_TORCH_CHECK(M > 0 && M < int64_t(1) << 31 && K > 0 && N > 0 && N % 8 == 0, "mole_cuda: expected M, K ≥ 1 and N a multiple of 8");
+  STD_TORCH_CHECK(M > 0 && M < int64_t(1) << 31 && K > 0 && N > 0 && N % 8 == 0,
+                  "mole_cuda: expected M, K ≥ 1 and N a multiple of 8");
   expect(weight, "weight", {N, K}, device);
   expect(y, "y", {M, N}, device);
   STD_TORCH_CHECK(y.is_contiguous(), "mole_cuda: expected a contiguous y");
@@ -166,7 +216,8 @@ void sm90_ladder(Tensor x, Tensor weight, Maybe bias, Maybe z, Maybe up, Tensor 
   const torch::stable::accelerator::DeviceGuard on(device);
   Call call{};
   call.x = matrix(x), call.w = matrix(weight), call.y = matrix(y);
-  std::vector<std::tuple<const Tensor*, const char*, Operand*>> all{{&x, "x", &call.x}, {&weight, "weight", &call.w}, {&y, "y", &call.y}};
+  std::vector<std::tuple<const Tensor*, const char*, Operand*>> all{
+      {&x, "x", &call.x}, {&weight, "weight", &call.w}, {&y, "y", &call.y}};
   if (z) {
     expect(*z, "z", {M, z->size(1)}, device);
     expect(*up, "up", {N, z->size(1)}, device);
@@ -185,7 +236,8 @@ void sm90_ladder(Tensor x, Tensor weight, Maybe bias, Maybe z, Maybe up, Tensor 
     STD_TORCH_CHECK(bias->is_contiguous(), "mole_cuda: expected a contiguous bias");
     call.params.bias = bias->data_ptr();
   }
-  call.params.N = int32_t(N), call.params.K = int32_t(K), call.params.span = int32_t(M), call.params.h = y.data_ptr();
+  call.params.N = int32_t(N), call.params.K = int32_t(K), call.params.span = int32_t(M),
+  call.params.h = y.data_ptr();
   call.bf16 = true, call.device = device, call.stream = current_stream(device);
   const std::string failed = launch_ladder(int(step), call, int(columns));
   STD_TORCH_CHECK(failed.empty(), "mole_cuda: ladder: ", failed);
@@ -195,14 +247,19 @@ void sm90_ladder(Tensor x, Tensor weight, Maybe bias, Maybe z, Maybe up, Tensor 
 }  // namespace mole
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mole_cuda, m) {
-  m.def("sm90_plan(str way, int[] sizes, bool token, bool pooled, bool assigned, bool backward, int device) -> (int[], str)");
+  m.def(
+      "sm90_plan(str way, int[] sizes, bool token, bool pooled, bool assigned, bool backward, int device) -> "
+      "(int[], str)");
   m.def("sm90_candidates(str way, int[] sizes, bool token, bool pooled) -> str");
   m.def("sm90_shared(str way, int[] shape) -> int");
   m.def(
-      "sm90_ladder(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor? up, Tensor(a!) y, int step, int columns) -> ()");
+      "sm90_ladder(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor? up, Tensor(a!) y, int step, int "
+      "columns) -> ()");
   m.def(
-      "sm90_forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, Tensor? gate, Tensor? phi, "
-      "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, Tensor? assignment, int top_k, Tensor(a!) y, Tensor(b!)? h, Tensor(c!)? token_gate, Tensor(d!)? sample_gate, "
+      "sm90_forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] "
+      "ranks, Tensor? gate, Tensor? phi, "
+      "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, Tensor? assignment, int top_k, Tensor(a!) y, "
+      "Tensor(b!)? h, Tensor(c!)? token_gate, Tensor(d!)? sample_gate, "
       "Tensor(e!)? z, Tensor(f!)? parts, Tensor(g!)? flags, str way, int[] tile) -> str");
 }
 

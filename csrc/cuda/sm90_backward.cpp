@@ -1,12 +1,19 @@
-// torch.ops.mole_cuda.sm90_backward: dX by the sm_90 kernels, with what the second launch of the backward reads. Nothing is allocated here.
+// torch.ops.mole_cuda.sm90_backward: dX by the sm_90 kernels, with what the second launch of the backward
+// reads. Nothing is allocated here.
 #include "operands.h"
 
 namespace mole {
 namespace {
 
 // operands of one dX and what TMA has against them
-std::string take_operands(Call& call, const Tensor& dy, const Tensor& weight, const Tensor& down, const Tensor& up, const Maybe& phi,
-                          const Tensor& dx, bool alone) {
+std::string take_operands(Call& call,
+                          const Tensor& dy,
+                          const Tensor& weight,
+                          const Tensor& down,
+                          const Tensor& up,
+                          const Maybe& phi,
+                          const Tensor& dx,
+                          bool alone) {
   std::string reason;
   call.x = grouped(reason, dy, "dy", alone);
   call.y = grouped(reason, dx, "dx", alone);
@@ -22,38 +29,62 @@ std::string take_operands(Call& call, const Tensor& dy, const Tensor& weight, co
   return reason;
 }
 
-// dX = dY·W + dh·A + dlogit·Φ [B,T,K] of one call without a sample gate, and where tensors for them are given dh = γ ⊙ dY·B [B,T,R] and
-// shares of D [slices,B·T,E]; h and token_gate as the forward saved them; tile and slices from sm90_plan with backward.
-// `persistent` needs dh, and d where there is a token gate. Returns why TMA cannot take a tensor's layout, and has done nothing then.
-std::string sm90_backward(Tensor dy, Tensor weight, Tensor down, Tensor up, Tensor scale, std::vector<int64_t> ranks, Maybe gate, Maybe phi,
-                          Maybe assignment, int64_t top_k, Maybe h, Maybe token_gate, Tensor dx, Maybe dh, Maybe d, Maybe flags,
-                          std::string way, std::vector<int64_t> tile) {
-  STD_TORCH_CHECK(dy.is_cuda() && dy.dim() == 3 && weight.dim() == 2 && down.dim() == 3 && up.dim() == 3,
-                  "mole_cuda: expected dy [B,T,N] on a CUDA device, weight [N,K], down [S,R,K], up [S,N,R], got ", shape_of(dy), ", ",
-                  shape_of(weight), ", ", shape_of(down), ", ", shape_of(up));
-  const int64_t B = dy.size(0), T = dy.size(1), N = dy.size(2), K = weight.size(1), S = down.size(0), R = down.size(1);
+// dX = dY·W + dh·A + dlogit·Φ [B,T,K] of one call without a sample gate, and where tensors for them are given
+// dh = γ ⊙ dY·B [B,T,R] and shares of D [slices,B·T,E]; h and token_gate as the forward saved them; tile and
+// slices from sm90_plan with backward. `persistent` needs dh, and d where there is a token gate. Returns why
+// TMA cannot take a tensor's layout, and has done nothing then.
+std::string sm90_backward(Tensor dy,
+                          Tensor weight,
+                          Tensor down,
+                          Tensor up,
+                          Tensor scale,
+                          std::vector<int64_t> ranks,
+                          Maybe gate,
+                          Maybe phi,
+                          Maybe assignment,
+                          int64_t top_k,
+                          Maybe h,
+                          Maybe token_gate,
+                          Tensor dx,
+                          Maybe dh,
+                          Maybe d,
+                          Maybe flags,
+                          std::string way,
+                          std::vector<int64_t> tile) {
+  STD_TORCH_CHECK(
+      dy.is_cuda() && dy.dim() == 3 && weight.dim() == 2 && down.dim() == 3 && up.dim() == 3,
+      "mole_cuda: expected dy [B,T,N] on a CUDA device, weight [N,K], down [S,R,K], up [S,N,R], got ",
+      shape_of(dy), ", ", shape_of(weight), ", ", shape_of(down), ", ", shape_of(up));
+  const int64_t B = dy.size(0), T = dy.size(1), N = dy.size(2), K = weight.size(1), S = down.size(0),
+                R = down.size(1);
   const int64_t E = int64_t(ranks.size());
   const int device = dy.get_device();
   const ScalarType type = dy.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "mole_cuda: expected dy in bfloat16 or float16");
-  STD_TORCH_CHECK(B * T > 0 && B * T < int64_t(1) << 31 && K > 0 && N > 0 && R > 0, "mole_cuda: nothing to do, or too much, for dy ", shape_of(dy));
-  STD_TORCH_CHECK(S > 0 && (assignment || S == 1 || S == B), "mole_cuda: expected down [S,R,K] with S = 1 or B = ", B, ", got ", shape_of(down));
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "mole_cuda: expected dy in bfloat16 or float16");
+  STD_TORCH_CHECK(B * T > 0 && B * T < int64_t(1) << 31 && K > 0 && N > 0 && R > 0,
+                  "mole_cuda: nothing to do, or too much, for dy ", shape_of(dy));
+  STD_TORCH_CHECK(S > 0 && (assignment || S == 1 || S == B),
+                  "mole_cuda: expected down [S,R,K] with S = 1 or B = ", B, ", got ", shape_of(down));
   STD_TORCH_CHECK(top_k >= 0 && (top_k == 0 || phi), "mole_cuda: expected top_k = 0, or k ≥ 1 with phi");
-  STD_TORCH_CHECK(E >= 1 && E <= MOST_EXPERTS, "mole_cuda: expected 1 to ", MOST_EXPERTS, " experts, got ", E);
+  STD_TORCH_CHECK(E >= 1 && E <= MOST_EXPERTS, "mole_cuda: expected 1 to ", MOST_EXPERTS, " experts, got ",
+                  E);
   STD_TORCH_CHECK(tile.size() == 4, "mole_cuda: expected tile: warp groups, columns, extra columns, cluster");
   expect(weight, "weight", {N, K}, device);
   expect(down, "down", {S, R, K}, device);
   expect(up, "up", {S, N, R}, device);
   expect(dx, "dx", {B, T, K}, device);
   if (phi) expect(*phi, "phi", {E, K}, device), expect_type(*phi, "phi", type);
-  for (auto [t, name] : {std::pair<const Tensor*, const char*>{&weight, "weight"}, {&down, "down"}, {&up, "up"}, {&dx, "dx"}})
+  for (auto [t, name] :
+       {std::pair<const Tensor*, const char*>{&weight, "weight"}, {&down, "down"}, {&up, "up"}, {&dx, "dx"}})
     expect_type(*t, name, type);
 
   const Way chosen = way_of(way);
   const Sizes s = sizes_of(B, T, K, N, R, E, S, phi.has_value(), false, assignment.has_value(), true);
   const std::string never = refusal(chosen, s);
   STD_TORCH_CHECK(never.empty(), "mole_cuda: ", way, " refuses: ", never);
-  const Candidate c = consider(chosen, {int(tile[0]), int(tile[1]), int(tile[2])}, int(tile[3]), s, card_of(device));
+  const Candidate c =
+      consider(chosen, {int(tile[0]), int(tile[1]), int(tile[2])}, int(tile[3]), s, card_of(device));
   STD_TORCH_CHECK(c.reason.empty(), "mole_cuda: ", way, " refuses this tile: ", c.reason);
 
   const torch::stable::accelerator::DeviceGuard on(device);
@@ -63,12 +94,16 @@ std::string sm90_backward(Tensor dy, Tensor weight, Tensor down, Tensor up, Tens
   take_gates(p, scale, gate, assignment, B, T, E, device);
   take_sizes(p, s, T, S, ranks);
   p.top_k = int32_t(std::min(top_k, E));
-  if (phi) p.token_gate = static_cast<float*>(workspace(token_gate, "token_gate", ScalarType::Float, B * T * E, device));
+  if (phi)
+    p.token_gate =
+        static_cast<float*>(workspace(token_gate, "token_gate", ScalarType::Float, B * T * E, device));
   if (phi || d) p.h = workspace(h, "h", type, B * T * R, device);
   const bool first = chosen == Way::persistent;
   if (first || dh) p.dh = workspace(dh, "dh", type, B * T * R, device);
-  if ((first && phi) || d) p.d = static_cast<float*>(workspace(d, "d", ScalarType::Float, c.tile.slices * B * T * E, device));
-  p.flags = static_cast<uint32_t*>(workspace(flags, "flags", ScalarType::Int, Rooms(c.tile, s).flags, device));
+  if ((first && phi) || d)
+    p.d = static_cast<float*>(workspace(d, "d", ScalarType::Float, c.tile.slices * B * T * E, device));
+  p.flags =
+      static_cast<uint32_t*>(workspace(flags, "flags", ScalarType::Int, Rooms(c.tile, s).flags, device));
   if (!reason.empty()) return reason;
   call.bf16 = type == ScalarType::BFloat16;
   call.device = device;
@@ -83,8 +118,10 @@ std::string sm90_backward(Tensor dy, Tensor weight, Tensor down, Tensor up, Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mole_cuda, m) {
   m.def(
-      "sm90_backward(Tensor dy, Tensor weight, Tensor down, Tensor up, Tensor scale, int[] ranks, Tensor? gate, Tensor? phi, Tensor? "
-      "assignment, int top_k, Tensor? h, Tensor? token_gate, Tensor(a!) dx, Tensor(b!)? dh, Tensor(c!)? d, Tensor(d!)? flags, str way, "
+      "sm90_backward(Tensor dy, Tensor weight, Tensor down, Tensor up, Tensor scale, int[] ranks, Tensor? "
+      "gate, Tensor? phi, Tensor? "
+      "assignment, int top_k, Tensor? h, Tensor? token_gate, Tensor(a!) dx, Tensor(b!)? dh, Tensor(c!)? d, "
+      "Tensor(d!)? flags, str way, "
       "int[] tile) -> str");
 }
 

@@ -6,7 +6,8 @@ namespace {
 
 Flag& flag_at(const void* p, Kind kind, const char* what) {
   Thread& t = me();
-  if (reinterpret_cast<uintptr_t>(p) % 4) fail("alignment", "%s at %s, whose address is not a multiple of 4", what, name_of(p).c_str());
+  if (reinterpret_cast<uintptr_t>(p) % 4)
+    fail("alignment", "%s at %s, whose address is not a multiple of 4", what, name_of(p).c_str());
   touch(thread_actor(t), p, 4, kind, what, t.pc);
   return machine->flags[p];
 }
@@ -85,7 +86,8 @@ float atomic_add(float* p, float v, Order order) {
 
 uint32_t atomic_cas(uint32_t* p, uint32_t expected, uint32_t desired, Order order) {
   MOLE_ENTER;
-  return update(p, order, "an atomic compare and swap", [=](uint32_t old) { return old == expected ? desired : old; });
+  return update(p, order, "an atomic compare and swap",
+                [=](uint32_t old) { return old == expected ? desired : old; });
 }
 
 void thread_fence() {
@@ -132,10 +134,12 @@ uint32_t smem_address(const void* p) {
   return uint32_t(size_t(offset) + kSmemBase);
 }
 
-// the shared::cluster window: the CTA's rank above 24 bits of address, as a number that is never a valid local address
+// the shared::cluster window: the CTA's rank above 24 bits of address, as a number that is never a valid
+// local address
 uint32_t cluster_map(const void* p, uint32_t rank) {
   const bool was = std::exchange(machine->inside, true);
-  if (rank >= machine->cluster_ctas) fail("bounds", "cluster_map to rank %u of a cluster of %u", rank, machine->cluster_ctas);
+  if (rank >= machine->cluster_ctas)
+    fail("bounds", "cluster_map to rank %u of a cluster of %u", rank, machine->cluster_ctas);
   const Cta& cta = *me().cta;
   const ptrdiff_t offset = static_cast<const unsigned char*>(p) - cta.smem;
   if (offset < 0 || size_t(offset) > machine->launch.smem)
@@ -147,11 +151,12 @@ uint32_t cluster_map(const void* p, uint32_t rank) {
 unsigned char* resolve(uint32_t address, size_t bytes, Cta** cta, const char* what) {
   Thread& t = me();
   const uint32_t window = address >> 24, offset = address & 0xffffffu;
-  if (window > machine->cluster_ctas) fail("bounds", "%s: %08x is no address of the cluster's shared memory", what, address);
+  if (window > machine->cluster_ctas)
+    fail("bounds", "%s: %08x is no address of the cluster's shared memory", what, address);
   *cta = window ? t.cta->cluster->ctas[window - 1] : t.cta;
   if (offset < kSmemBase || offset - kSmemBase + bytes > machine->launch.smem)
-    fail("bounds", "%s: %zu bytes at +%d of rank %u are outside shared memory (%zu bytes)", what, bytes, int(offset) - int(kSmemBase),
-         (*cta)->rank, machine->launch.smem);
+    fail("bounds", "%s: %zu bytes at +%d of rank %u are outside shared memory (%zu bytes)", what, bytes,
+         int(offset) - int(kSmemBase), (*cta)->rank, machine->launch.smem);
   if ((*cta)->gone) fail("exit", "%s: CTA rank %u has ended", what, (*cta)->rank);
   return (*cta)->smem + (offset - kSmemBase);
 }
@@ -159,7 +164,8 @@ unsigned char* resolve(uint32_t address, size_t bytes, Cta** cta, const char* wh
 // remember what is done to a CTA's shared memory from outside its threads: its end must come after that
 void visit(Cta& cta, Epoch mark, const char* what) {
   if (cta.gone) fail("exit", "%s: CTA rank %u has ended", what, cta.rank);
-  if (mark.dim >= machine->threads.size() || machine->threads[mark.dim]->cta != &cta) cta.visits[mark.dim] = {mark.clock, what};
+  if (mark.dim >= machine->threads.size() || machine->threads[mark.dim]->cta != &cta)
+    cta.visits[mark.dim] = {mark.clock, what};
 }
 
 static unsigned char* peer(uint32_t address, int bytes, Kind kind, const char* what) {
@@ -189,7 +195,9 @@ void st_async(uint32_t address, const void* v, int bytes, uint32_t bar) {
   unsigned char* p = resolve(address, size_t(bytes), &cta, "st_async");
   const unsigned char* b = resolve(bar, 8, &bar_cta, "st_async");
   if (address % unsigned(bytes)) fail("alignment", "st_async of %d bytes at %s", bytes, name_of(p).c_str());
-  if (cta != bar_cta) fail("mbarrier", "st_async: its destination is in CTA rank %u, its mbarrier in rank %u", cta->rank, bar_cta->rank);
+  if (cta != bar_cta)
+    fail("mbarrier", "st_async: its destination is in CTA rank %u, its mbarrier in rank %u", cta->rank,
+         bar_cta->rank);
   barrier_for_copy(b, uint64_t(bytes), "st_async");
   // not the barrier's own actor: what TMA wrote is known to both proxies, what this writes is not
   const uint32_t dim = actor_for(b + 4, "a st.async counted in the mbarrier that has ", true);

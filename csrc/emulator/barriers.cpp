@@ -7,8 +7,8 @@ namespace {
 void finish_phase(Mbarrier& b, const void* bar) {
   if (b.pending || b.bytes) {
     if (!b.pending && b.bytes < 0 && !b.in_flight)
-      fail("transactions", "the mbarrier at %s saw %lld bytes more than it was told to expect in phase %llu", name_of(bar).c_str(),
-           static_cast<long long>(-b.bytes), static_cast<unsigned long long>(b.phase));
+      fail("transactions", "the mbarrier at %s saw %lld bytes more than it was told to expect in phase %llu",
+           name_of(bar).c_str(), static_cast<long long>(-b.bytes), static_cast<unsigned long long>(b.phase));
     return;
   }
   b.phase++;
@@ -19,15 +19,18 @@ void finish_phase(Mbarrier& b, const void* bar) {
 
 void check_bytes(const Mbarrier& b, const void* bar) {
   if (b.bytes >= (1 << 20) || b.bytes <= -(1 << 20))
-    fail("transactions", "the mbarrier at %s expects %lld bytes: the count goes to 2^20-1", name_of(bar).c_str(),
-         static_cast<long long>(b.bytes));
+    fail("transactions", "the mbarrier at %s expects %lld bytes: the count goes to 2^20-1",
+         name_of(bar).c_str(), static_cast<long long>(b.bytes));
 }
 
 void arrive(const void* bar, uint32_t count, int64_t bytes, bool far) {
   Mbarrier& b = barrier_at(bar, far ? "mbarrier_arrive_remote" : "mbarrier_arrive");
   if (b.pending < int64_t(count))
-    fail("mbarrier", "an arrival too many at the mbarrier at %s: all %u of phase %llu have come, %lld bytes are still missing",
-         name_of(bar).c_str(), b.count, static_cast<unsigned long long>(b.phase), static_cast<long long>(b.bytes));
+    fail("mbarrier",
+         "an arrival too many at the mbarrier at %s: all %u of phase %llu have come, %lld bytes are still "
+         "missing",
+         name_of(bar).c_str(), b.count, static_cast<unsigned long long>(b.phase),
+         static_cast<long long>(b.bytes));
   b.bytes += bytes;
   check_bytes(b, bar);
   b.pending -= count;
@@ -47,17 +50,21 @@ const uint64_t* remote(uint64_t* bar, uint32_t rank, const char* what) {
 
 Mbarrier& barrier_at(const void* bar, const char* what) {
   Cta* cta = cta_of(bar);
-  if (!cta || !in_smem(*cta, bar, 8)) fail("bounds", "%s: there is no shared memory at %s", what, name_of(bar).c_str());
-  if (reinterpret_cast<uintptr_t>(bar) % 8) fail("alignment", "%s: the mbarrier at %s is not 8-byte aligned", what, name_of(bar).c_str());
+  if (!cta || !in_smem(*cta, bar, 8))
+    fail("bounds", "%s: there is no shared memory at %s", what, name_of(bar).c_str());
+  if (reinterpret_cast<uintptr_t>(bar) % 8)
+    fail("alignment", "%s: the mbarrier at %s is not 8-byte aligned", what, name_of(bar).c_str());
   auto i = cta->mbarriers.find(bar);
-  if (i == cta->mbarriers.end()) fail("mbarrier", "%s: %s is no initialised mbarrier", what, name_of(bar).c_str());
+  if (i == cta->mbarriers.end())
+    fail("mbarrier", "%s: %s is no initialised mbarrier", what, name_of(bar).c_str());
   Mbarrier& b = i->second;
   const Thread& t = me();
   if (b.maker != t.number && t.view.seen[b.born.dim] < b.born.clock)
-    fail("race", "%s: the initialisation of the mbarrier at %s is not ordered before its use by %s", what, name_of(bar).c_str(),
-         describe(t).c_str());
+    fail("race", "%s: the initialisation of the mbarrier at %s is not ordered before its use by %s", what,
+         name_of(bar).c_str(), describe(t).c_str());
   if (cta != t.cta && !b.fenced)
-    fail("proxy", "%s: the mbarrier at %s was initialised without fence_mbarrier_init", what, name_of(bar).c_str());
+    fail("proxy", "%s: the mbarrier at %s was initialised without fence_mbarrier_init", what,
+         name_of(bar).c_str());
   return b;
 }
 
@@ -68,7 +75,8 @@ void mbarrier_init(uint64_t* bar, uint32_t count) {
   if (count == 0 || count >= (1u << 20))
     fail("mbarrier", "mbarrier_init: a count of %u at %s: expected 1…2^20-1", count, name_of(bar).c_str());
   if (t.cta->mbarriers.count(bar))
-    fail("mbarrier", "mbarrier_init: %s is an mbarrier already (mbarrier_invalidate first)", name_of(bar).c_str());
+    fail("mbarrier", "mbarrier_init: %s is an mbarrier already (mbarrier_invalidate first)",
+         name_of(bar).c_str());
   touch(thread_actor(t), bar, 8, Kind::Write, "mbarrier_init", t.pc);
   mark_barrier(bar, true);
   Mbarrier& b = t.cta->mbarriers[bar];
@@ -83,7 +91,8 @@ void mbarrier_invalidate(uint64_t* bar) {
   MOLE_ENTER;
   Thread& t = me();
   const Mbarrier& b = barrier_at(bar, "mbarrier_invalidate");
-  if (!b.waiting.empty() || b.in_flight) fail("mbarrier", "mbarrier_invalidate: %s is in use", name_of(bar).c_str());
+  if (!b.waiting.empty() || b.in_flight)
+    fail("mbarrier", "mbarrier_invalidate: %s is in use", name_of(bar).c_str());
   t.cta->mbarriers.erase(bar);
   mark_barrier(bar, false);
 }
@@ -118,7 +127,8 @@ void mbarrier_expect_tx(uint64_t* bar, uint32_t bytes) {
 
 void mbarrier_arrive_expect_tx(uint64_t* bar, uint32_t bytes) {
   MOLE_ENTER;
-  if (cta_of(bar) != me().cta) fail("bounds", "mbarrier_arrive_expect_tx: %s is not this CTA's", name_of(bar).c_str());
+  if (cta_of(bar) != me().cta)
+    fail("bounds", "mbarrier_arrive_expect_tx: %s is not this CTA's", name_of(bar).c_str());
   arrive(bar, 1, bytes, false);
   maybe_yield();
 }
@@ -140,8 +150,10 @@ void mbarrier_arrive_expect_tx_remote(uint64_t* bar, uint32_t rank, uint32_t byt
 bool mbarrier_try_wait(uint64_t* bar, uint32_t parity, Scope scope) {
   MOLE_ENTER;
   Thread& t = me();
-  if (cta_of(bar) != t.cta) fail("bounds", "a wait at the mbarrier at %s, which is not this CTA's", name_of(bar).c_str());
-  if (parity > 1) fail("mbarrier", "a wait for parity %u at %s: expected 0 or 1", parity, name_of(bar).c_str());
+  if (cta_of(bar) != t.cta)
+    fail("bounds", "a wait at the mbarrier at %s, which is not this CTA's", name_of(bar).c_str());
+  if (parity > 1)
+    fail("mbarrier", "a wait for parity %u at %s: expected 0 or 1", parity, name_of(bar).c_str());
   for (int tries = 0; tries < 2; tries++) {
     Mbarrier& b = barrier_at(bar, "mbarrier_try_wait");
     if ((b.phase & 1) != parity) {
@@ -165,11 +177,13 @@ void mbarrier_wait(uint64_t* bar, uint32_t parity, Scope scope) {
   } while (!mbarrier_try_wait(bar, parity, scope));
 }
 
-// bytes of an asynchronous copy have come; what TMA wrote, both proxies see, what st.async wrote, the generic one
+// bytes of an asynchronous copy have come; what TMA wrote, both proxies see, what st.async wrote, the generic
+// one
 void complete_bytes(const void* bar, uint32_t bytes, Epoch mark, bool async_proxy) {
   Cta* cta = cta_of(bar);
   auto i = cta->mbarriers.find(bar);
-  if (i == cta->mbarriers.end()) fail("mbarrier", "an asynchronous copy ends at %s, which is no mbarrier any more", name_of(bar).c_str());
+  if (i == cta->mbarriers.end())
+    fail("mbarrier", "an asynchronous copy ends at %s, which is no mbarrier any more", name_of(bar).c_str());
   Mbarrier& b = i->second;
   b.in_flight -= bytes;
   b.bytes -= bytes;
@@ -193,7 +207,9 @@ void arrive_for_copies(const void* bar, Epoch mark) {
 // a copy that will count `bytes` at `bar` is issued
 void barrier_for_copy(const void* bar, uint64_t bytes, const char* what) {
   Mbarrier& b = barrier_at(bar, what);
-  if (!b.fenced) fail("proxy", "%s: the mbarrier at %s was initialised without fence_mbarrier_init", what, name_of(bar).c_str());
+  if (!b.fenced)
+    fail("proxy", "%s: the mbarrier at %s was initialised without fence_mbarrier_init", what,
+         name_of(bar).c_str());
   b.in_flight += bytes;
 }
 
@@ -204,7 +220,8 @@ void come_to_barrier(int id, int threads, bool wait, const char* name) {
   Cta& cta = *t.cta;
   if (id < 0 || id > 15) fail("barrier", "%s %d: expected 0…15", name, id);
   if (threads <= 0 || threads % 32 || threads > int(cta.threads.size() + 31) / 32 * 32)
-    fail("barrier", "%s %d for %d threads: expected a multiple of 32 up to the CTA's %zu", name, id, threads, cta.threads.size());
+    fail("barrier", "%s %d for %d threads: expected a multiple of 32 up to the CTA's %zu", name, id, threads,
+         cta.threads.size());
   NamedBarrier& b = cta.barriers[id];
   if (b.come && b.expected != threads)
     fail("barrier", "%s %d for %d threads, while others are there for %d", name, id, threads, b.expected);
@@ -261,7 +278,8 @@ void cluster_arrive(Order order) {
   Thread& t = me();
   Cluster& c = *t.cta->cluster;
   uint64_t& mine = c.arrived_phase[place_in_cluster(t)];
-  if (mine > c.phase) fail("divergence", "%s arrives twice at the cluster barrier without a wait", describe(t).c_str());
+  if (mine > c.phase)
+    fail("divergence", "%s arrives twice at the cluster barrier without a wait", describe(t).c_str());
   mine = c.phase + 1;
   if (order == kRelease)
     publish(c.messages);
@@ -280,7 +298,8 @@ void cluster_wait() {
   Thread& t = me();
   Cluster& c = *t.cta->cluster;
   const uint64_t mine = c.arrived_phase[place_in_cluster(t)];
-  if (!mine) fail("divergence", "%s waits at the cluster barrier without having arrived", describe(t).c_str());
+  if (!mine)
+    fail("divergence", "%s waits at the cluster barrier without having arrived", describe(t).c_str());
   while (c.phase < mine) {
     c.waiting.push_back(&t);
     sleep_on(Wait::ClusterBarrier, "cluster_wait", &c);
@@ -294,12 +313,16 @@ void set_registers(int n, bool increase) {
   MOLE_ENTER;
   Thread& t = me();
   Warpgroup& g = *t.group;
-  if (g.ask_come && g.asked != n) fail("divergence", "setmaxnreg %d while other threads of the warpgroup ask for %d", n, g.asked);
+  if (g.ask_come && g.asked != n)
+    fail("divergence", "setmaxnreg %d while other threads of the warpgroup ask for %d", n, g.asked);
   g.asked = n;
   if (!g.ask_come && (increase ? n < g.registers : n > g.registers))
-    fail("registers", "setmaxnreg.%s to %d of a warpgroup that has %d", increase ? "inc" : "dec", n, g.registers);
-  // counted once for the warpgroup, when its first thread comes; the last one to come opens it for the next call
-  const int size = int(std::min<size_t>(128, t.cta->threads.size() - size_t(&g - t.cta->groups.data()) * 128));
+    fail("registers", "setmaxnreg.%s to %d of a warpgroup that has %d", increase ? "inc" : "dec", n,
+         g.registers);
+  // counted once for the warpgroup, when its first thread comes; the last one to come opens it for the next
+  // call
+  const int size =
+      int(std::min<size_t>(128, t.cta->threads.size() - size_t(&g - t.cta->groups.data()) * 128));
   if (g.ask_come == 0) {
     const int need = (n - g.registers) * 128;
     while (need > t.cta->registers_free && g.registers != n) {

@@ -16,7 +16,9 @@ std::vector<Remembered> remembered(kRemembered);
 ClockRef join(const ClockRef& a, const ClockRef& b) {
   if (!b || a.get() == b.get()) return a;
   if (!a) return b;
-  const size_t key = (reinterpret_cast<uintptr_t>(a.get()) / 32 * 31 + reinterpret_cast<uintptr_t>(b.get()) / 32) % kRemembered;
+  const size_t key =
+      (reinterpret_cast<uintptr_t>(a.get()) / 32 * 31 + reinterpret_cast<uintptr_t>(b.get()) / 32) %
+      kRemembered;
   Remembered& r = remembered[key];
   if (r.a.get() == a.get() && r.b.get() == b.get()) return r.result;
   const auto &x = a.get()->at, &y = b.get()->at;

@@ -1,7 +1,7 @@
 // Vector clocks: who has seen what of whom. One dimension for each thread and for each asynchronous actor.
 //
-// Threads in step share one clock (a counted reference), and joins of the same two are remembered, so that a barrier of 384
-// threads costs a few joins instead of 384.
+// Threads in step share one clock (a counted reference), and joins of the same two are remembered, so that a
+// barrier of 384 threads costs a few joins instead of 384.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +61,8 @@ class Joiner {
   std::vector<Epoch> epochs_;
 };
 
-// what a thread, or a message to it, has seen: everything, and what of it the asynchronous proxy sees too (shared, global)
+// what a thread, or a message to it, has seen: everything, and what of it the asynchronous proxy sees too
+// (shared, global)
 struct View {
   ClockRef seen, proxied[2];
 };
@@ -72,7 +73,8 @@ class Messages {
  public:
   void add(const View& v);
   void add(const View& v, uint32_t dim, uint32_t own, const uint32_t (&own_proxied)[2]);
-  void add(Epoch e, bool async_proxy);  // an asynchronous operation's end, seen by the generic proxy or by both
+  void add(Epoch e,
+           bool async_proxy);  // an asynchronous operation's end, seen by the generic proxy or by both
   void clear();
   View result();
 

@@ -1,4 +1,5 @@
-// Asynchronous copies: cp.async, tensor tiles and runs of bytes by TMA. Data moves when the scheduler says so.
+// Asynchronous copies: cp.async, tensor tiles and runs of bytes by TMA. Data moves when the scheduler says
+// so.
 #include <memory>
 
 #include "machine.h"
@@ -10,7 +11,8 @@ constexpr uint32_t kMagic = 0x7e45044au;
 
 const CUtensorMap& check_map(const CUtensorMap* map, int rank, const char* what) {
   if (map->magic != kMagic) fail("tma", "%s: this is no tensor map", what);
-  if (int(map->rank) != rank) fail("tma", "%s: a tensor map of %u dimensions used as one of %d", what, map->rank, rank);
+  if (int(map->rank) != rank)
+    fail("tma", "%s: a tensor map of %u dimensions used as one of %d", what, map->rank, rank);
   return *map;
 }
 
@@ -27,11 +29,15 @@ struct Run {
 };
 
 Run run_of(const CUtensorMap& m, int x, int64_t y, int64_t z) {
-  const bool outside = y < 0 || y >= int64_t(m.rank > 1 ? m.size[1] : 1) || z < 0 || z >= int64_t(m.rank > 2 ? m.size[2] : 1);
-  const int64_t from = std::max<int64_t>(x, 0), to = std::min<int64_t>(int64_t(x) + m.box[0], int64_t(m.size[0]));
+  const bool outside =
+      y < 0 || y >= int64_t(m.rank > 1 ? m.size[1] : 1) || z < 0 || z >= int64_t(m.rank > 2 ? m.size[2] : 1);
+  const int64_t from = std::max<int64_t>(x, 0),
+                to = std::min<int64_t>(int64_t(x) + m.box[0], int64_t(m.size[0]));
   if (outside || from >= to) return {nullptr, 0, 0};
-  unsigned char* row = m.base + (m.rank > 1 ? uint64_t(y) * m.stride[1] : 0) + (m.rank > 2 ? uint64_t(z) * m.stride[2] : 0);
-  return {row + uint64_t(from) * m.element_bytes, uint32_t(from - x) * m.element_bytes, uint32_t(to - from) * m.element_bytes};
+  unsigned char* row =
+      m.base + (m.rank > 1 ? uint64_t(y) * m.stride[1] : 0) + (m.rank > 2 ? uint64_t(z) * m.stride[2] : 0);
+  return {row + uint64_t(from) * m.element_bytes, uint32_t(from - x) * m.element_bytes,
+          uint32_t(to - from) * m.element_bytes};
 }
 
 // for each row of the box at (x, y, z): its index in the box, and its run in global memory
@@ -67,7 +73,8 @@ void load_into(Cta& cta, unsigned char* dst, const CUtensorMap m, unsigned char*
   visit(cta, mark, "tma_load");
   const Actor who = async_actor(t, mark);
   touch(who, dst, bytes, Kind::Write, "tma_load", t.pc);
-  for_rows(m, x, y, z, [&](uint32_t, Run run) { touch(who, run.start, run.bytes, Kind::Read, "tma_load", t.pc); });
+  for_rows(m, x, y, z,
+           [&](uint32_t, Run run) { touch(who, run.start, run.bytes, Kind::Read, "tma_load", t.pc); });
   std::memset(dst, 0xff, bytes);
   add_operation([=, address = local_address(cta, dst)] {
     const uint32_t row_bytes = m.box[0] * m.element_bytes;
@@ -76,34 +83,49 @@ void load_into(Cta& cta, unsigned char* dst, const CUtensorMap m, unsigned char*
       std::fill(row.begin(), row.end(), static_cast<unsigned char>(0));
       if (run.bytes) std::memcpy(row.data() + run.skip, run.start, run.bytes);
       for (uint32_t c = 0; c < row_bytes / 16; c++)
-        std::memcpy(piece_at(dst, address, r * (row_bytes / 16) + c, m.swizzle_bytes), row.data() + c * 16, 16);
+        std::memcpy(piece_at(dst, address, r * (row_bytes / 16) + c, m.swizzle_bytes), row.data() + c * 16,
+                    16);
     });
     complete_bytes(bar, bytes, mark, true);
   });
 }
 
-const char* bad_map(const void* base, int rank, const uint64_t* size, const uint64_t* stride, const uint32_t* box, int swizzle,
+const char* bad_map(const void* base,
+                    int rank,
+                    const uint64_t* size,
+                    const uint64_t* stride,
+                    const uint32_t* box,
+                    int swizzle,
                     int element) {
   if (reinterpret_cast<uintptr_t>(base) % 16) return "its address is not a multiple of 16";
-  if (swizzle != 0 && swizzle != 32 && swizzle != 64 && swizzle != 128) return "its swizzle is none of 0, 32, 64, 128 bytes";
+  if (swizzle != 0 && swizzle != 32 && swizzle != 64 && swizzle != 128)
+    return "its swizzle is none of 0, 32, 64, 128 bytes";
   for (int i = 0; i < rank; i++) {
     if (size[i] == 0 || size[i] > (uint64_t(1) << 32)) return "a size is not in 1…2^32";
     if (box[i] == 0 || box[i] > 256) return "a box side is not in 1…256";
   }
   for (int i = 1; i < rank; i++)
-    if (stride[i] % 16 || stride[i] >= (uint64_t(1) << 40)) return "a stride is not a multiple of 16 bytes below 2^40";
+    if (stride[i] % 16 || stride[i] >= (uint64_t(1) << 40))
+      return "a stride is not a multiple of 16 bytes below 2^40";
   if (box[0] * uint32_t(element) % 16) return "its box's rows are not a multiple of 16 bytes";
   if (swizzle && int(box[0]) * element > swizzle) return "its box's rows are wider than the swizzle";
   return nullptr;
 }
 
-CUtensorMap make_map(const void* base, int rank, const uint64_t* size, const uint64_t* stride, const uint32_t* box, int swizzle,
+CUtensorMap make_map(const void* base,
+                     int rank,
+                     const uint64_t* size,
+                     const uint64_t* stride,
+                     const uint32_t* box,
+                     int swizzle,
                      int element) {
-  if (const char* why = bad_map(base, rank, size, stride, box, swizzle, element)) fail("tma", "a tensor map is refused: %s", why);
+  if (const char* why = bad_map(base, rank, size, stride, box, swizzle, element))
+    fail("tma", "a tensor map is refused: %s", why);
   CUtensorMap m{};
   m.base = const_cast<unsigned char*>(static_cast<const unsigned char*>(base));
   for (int i = 0; i < rank; i++) m.size[i] = size[i], m.stride[i] = stride[i], m.box[i] = box[i];
-  m.rank = uint32_t(rank), m.element_bytes = uint32_t(element), m.swizzle_bytes = uint32_t(swizzle), m.magic = kMagic;
+  m.rank = uint32_t(rank), m.element_bytes = uint32_t(element), m.swizzle_bytes = uint32_t(swizzle),
+  m.magic = kMagic;
   return m;
 }
 
@@ -133,16 +155,27 @@ void wait_for(Thread& t, const BulkGroup& g) {
 
 }  // namespace
 
-CUtensorMap tensor_map_2d(const void* base, uint64_t rows, uint64_t columns, uint32_t box_rows, uint32_t box_columns, int swizzle_bytes,
-                          uint64_t row_stride, int element_bytes) {
+CUtensorMap tensor_map_2d(const void* base,
+                          uint64_t rows,
+                          uint64_t columns,
+                          uint32_t box_rows,
+                          uint32_t box_columns,
+                          int swizzle_bytes,
+                          uint64_t row_stride,
+                          int element_bytes) {
   const uint64_t size[2] = {columns, rows},
-                 stride[2] = {uint64_t(element_bytes), (row_stride ? row_stride : columns) * uint64_t(element_bytes)};
+                 stride[2] = {uint64_t(element_bytes),
+                              (row_stride ? row_stride : columns) * uint64_t(element_bytes)};
   const uint32_t box[2] = {box_columns, box_rows};
   return make_map(base, 2, size, stride, box, swizzle_bytes, element_bytes);
 }
 
-CUtensorMap tensor_map_3d(const void* base, const uint64_t (&size)[3], const uint64_t (&stride)[2], const uint32_t (&box)[3],
-                          int swizzle_bytes, int element_bytes) {
+CUtensorMap tensor_map_3d(const void* base,
+                          const uint64_t (&size)[3],
+                          const uint64_t (&stride)[2],
+                          const uint32_t (&box)[3],
+                          int swizzle_bytes,
+                          int element_bytes) {
   const uint64_t strides[3] = {uint64_t(element_bytes), stride[0], stride[1]};
   return make_map(base, 3, size, strides, box, swizzle_bytes, element_bytes);
 }
@@ -152,16 +185,19 @@ void tma_prefetch(const CUtensorMap* map) {
   if (map->magic != kMagic) fail("tma", "tma_prefetch: this is no tensor map");
 }
 
-void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int rank, int x, int y, int z, uint16_t ctas) {
+void tma_load(
+    void* dst, const CUtensorMap* map, uint64_t* bar, int rank, int x, int y, int z, uint16_t ctas) {
   MOLE_ENTER;
   Thread& t = me();
   const CUtensorMap& m = check_map(map, rank, "tma_load");
   if (!ctas) {
-    if (cta_of(bar) != t.cta || cta_of(dst) != t.cta) fail("bounds", "tma_load into memory or an mbarrier that is not this CTA's");
+    if (cta_of(bar) != t.cta || cta_of(dst) != t.cta)
+      fail("bounds", "tma_load into memory or an mbarrier that is not this CTA's");
     load_into(*t.cta, static_cast<unsigned char*>(dst), m, reinterpret_cast<unsigned char*>(bar), x, y, z);
     return maybe_yield();
   }
-  if (ctas >> machine->cluster_ctas) fail("bounds", "tma_load_multicast to CTAs %04x of a cluster of %u", ctas, machine->cluster_ctas);
+  if (ctas >> machine->cluster_ctas)
+    fail("bounds", "tma_load_multicast to CTAs %04x of a cluster of %u", ctas, machine->cluster_ctas);
   for (uint32_t r = 0; r < machine->cluster_ctas; r++) {
     if (!(ctas >> r & 1)) continue;
     Cta* cta = nullptr;
@@ -180,13 +216,16 @@ void tma_store(const CUtensorMap* map, const void* src, int rank, int x, int y, 
   const auto* tile = static_cast<const unsigned char*>(src);
   const uint32_t address = local_address(*t.cta, src), row_bytes = m.box[0] * m.element_bytes;
   touch(reader, src, box_bytes(m), Kind::Read, "tma_store", t.pc);
-  for_rows(m, x, y, z, [&](uint32_t, Run run) { touch(writer, run.start, run.bytes, Kind::Write, "tma_store", t.pc); });
+  for_rows(m, x, y, z,
+           [&](uint32_t, Run run) { touch(writer, run.start, run.bytes, Kind::Write, "tma_store", t.pc); });
   add_bulk(t, [=] {
     std::vector<unsigned char> row(row_bytes);
     for_rows(m, x, y, z, [&](uint32_t r, Run run) {
       for (uint32_t c = 0; c < row_bytes / 16; c++)
-        std::memcpy(row.data() + c * 16, piece_at(const_cast<unsigned char*>(tile), address, r * (row_bytes / 16) + c, m.swizzle_bytes),
-                    16);
+        std::memcpy(
+            row.data() + c * 16,
+            piece_at(const_cast<unsigned char*>(tile), address, r * (row_bytes / 16) + c, m.swizzle_bytes),
+            16);
       if (run.bytes) std::memcpy(run.start, row.data() + run.skip, run.bytes);
     });
   });
@@ -240,7 +279,8 @@ void bulk_copy_cluster(uint32_t dst, const void* src, uint32_t bytes, uint32_t b
   check_smem(*t.cta, src, bytes, 16, "bulk_copy_cluster");
   check_run(to, bytes, "bulk_copy_cluster");
   if (cta != bar_cta)
-    fail("mbarrier", "bulk_copy_cluster: its destination is in CTA rank %u, its mbarrier in rank %u", cta->rank, bar_cta->rank);
+    fail("mbarrier", "bulk_copy_cluster: its destination is in CTA rank %u, its mbarrier in rank %u",
+         cta->rank, bar_cta->rank);
   barrier_for_copy(b, bytes, "bulk_copy_cluster");
   const uint32_t dim = barrier_at(b, "bulk_copy_cluster").dim;
   const Epoch mark{dim, tick(dim)};
@@ -263,7 +303,8 @@ void bulk_commit() {
   auto group = t.bulk_open ? std::move(t.bulk_open) : std::make_shared<BulkGroup>();
   t.bulk_open.reset();
   for (int which = 0; which < 2; which++) {
-    const auto i = machine->actors.find(reinterpret_cast<const void*>(uintptr_t(t.number) * 4 + 1 + unsigned(which)));
+    const auto i =
+        machine->actors.find(reinterpret_cast<const void*>(uintptr_t(t.number) * 4 + 1 + unsigned(which)));
     if (i != machine->actors.end()) group->mark[which] = {i->second, clock_of(i->second)};
   }
   t.bulk_groups.push_back(std::move(group));
@@ -288,7 +329,9 @@ void bulk_wait(int most, bool read) {
 
 // ---- cp.async: ordinary accesses that another thread, as it were, makes later
 
-static uint32_t copy_actor(const Thread& t) { return actor_for(reinterpret_cast<const void*>(uintptr_t(t.number) * 4 + 3), "a cp.async"); }
+static uint32_t copy_actor(const Thread& t) {
+  return actor_for(reinterpret_cast<const void*>(uintptr_t(t.number) * 4 + 3), "a cp.async");
+}
 
 static void land(const std::vector<Copy>& copies) {
   for (const Copy& c : copies) {
@@ -333,7 +376,8 @@ void cp_async_wait(int most) {
 void mbarrier_arrive_after_cp_async(uint64_t* bar) {
   MOLE_ENTER;
   Thread& t = me();
-  if (cta_of(bar) != t.cta) fail("bounds", "mbarrier_arrive_after_cp_async: %s is not this CTA's", name_of(bar).c_str());
+  if (cta_of(bar) != t.cta)
+    fail("bounds", "mbarrier_arrive_after_cp_async: %s is not this CTA's", name_of(bar).c_str());
   barrier_at(bar, "mbarrier_arrive_after_cp_async");
   auto all = std::make_shared<std::vector<Copy>>(std::move(t.copies));
   for (auto& g : t.groups) all->insert(all->end(), g.copies.begin(), g.copies.end());

@@ -1,4 +1,5 @@
-// What a kernel sees in the emulator: CUDA's own names, and the software bodies of the vocabulary (csrc/cuda/device).
+// What a kernel sees in the emulator: CUDA's own names, and the software bodies of the vocabulary
+// (csrc/cuda/device).
 #pragma once
 
 #include <algorithm>
@@ -117,7 +118,15 @@ void bulk_commit();
 void bulk_wait(int most, bool read);
 
 void wgmma_fence();
-void wgmma(float* d, int n, Element type, uint64_t a, bool a_mn, const uint32_t* a_registers, uint64_t b, bool b_mn, bool accumulate);
+void wgmma(float* d,
+           int n,
+           Element type,
+           uint64_t a,
+           bool a_mn,
+           const uint32_t* a_registers,
+           uint64_t b,
+           bool b_mn,
+           bool accumulate);
 void wgmma_commit();
 void wgmma_wait(int most);
 
@@ -167,9 +176,15 @@ template <class T>
 MOLE_EMU_INLINE T __shfl_up_sync(unsigned mask, T v, int by) {
   return emu::shuffle_as(mask, v, 3, by);
 }
-MOLE_EMU_INLINE unsigned __ballot_sync(unsigned mask, int predicate) { return emu::ballot(mask, predicate != 0); }
-MOLE_EMU_INLINE int __any_sync(unsigned mask, int predicate) { return emu::ballot(mask, predicate != 0) != 0; }
-MOLE_EMU_INLINE int __all_sync(unsigned mask, int predicate) { return emu::ballot(mask, predicate == 0) == 0; }
+MOLE_EMU_INLINE unsigned __ballot_sync(unsigned mask, int predicate) {
+  return emu::ballot(mask, predicate != 0);
+}
+MOLE_EMU_INLINE int __any_sync(unsigned mask, int predicate) {
+  return emu::ballot(mask, predicate != 0) != 0;
+}
+MOLE_EMU_INLINE int __all_sync(unsigned mask, int predicate) {
+  return emu::ballot(mask, predicate == 0) == 0;
+}
 template <class T>
 MOLE_EMU_INLINE T __ldg(const T* p) {
   return *p;

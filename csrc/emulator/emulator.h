@@ -48,18 +48,29 @@ struct Output : Array<T> {
 // read and written, initialised
 template <class T>
 struct Memory : Array<T> {
-  Memory(const char* name, size_t count, T value = T{}, size_t offset = 0) : Array<T>(name, count, Access::ReadWrite, offset) {
+  Memory(const char* name, size_t count, T value = T{}, size_t offset = 0)
+      : Array<T>(name, count, Access::ReadWrite, offset) {
     for (size_t i = 0; i < count; i++) (*this)[i] = value;
   }
 };
 
-// a map over a row-major matrix of 16-bit elements (stride in elements; 0: dense); swizzle_bytes 0, 32, 64, 128.
-// Refuses with a message what the driver's cuTensorMapEncodeTiled refuses.
-CUtensorMap tensor_map_2d(const void* base, uint64_t rows, uint64_t columns, uint32_t box_rows, uint32_t box_columns, int swizzle_bytes,
-                          uint64_t row_stride = 0, int element_bytes = 2);
+// a map over a row-major matrix of 16-bit elements (stride in elements; 0: dense); swizzle_bytes 0, 32, 64,
+// 128. Refuses with a message what the driver's cuTensorMapEncodeTiled refuses.
+CUtensorMap tensor_map_2d(const void* base,
+                          uint64_t rows,
+                          uint64_t columns,
+                          uint32_t box_rows,
+                          uint32_t box_columns,
+                          int swizzle_bytes,
+                          uint64_t row_stride = 0,
+                          int element_bytes = 2);
 // sizes and boxes innermost first; strides in bytes of dimensions 1 and 2
-CUtensorMap tensor_map_3d(const void* base, const uint64_t (&size)[3], const uint64_t (&stride)[2], const uint32_t (&box)[3],
-                          int swizzle_bytes, int element_bytes = 2);
+CUtensorMap tensor_map_3d(const void* base,
+                          const uint64_t (&size)[3],
+                          const uint64_t (&stride)[2],
+                          const uint32_t (&box)[3],
+                          int swizzle_bytes,
+                          int element_bytes = 2);
 
 struct Launch {
   dim3 grid, block, cluster;
@@ -70,7 +81,8 @@ struct Launch {
   uint64_t steps = 0;      // switches between threads before it counts as a livelock; 0: a default
 };
 
-// run `kernel` as every thread of the grid; returns when all are done; a broken rule ends the process with status 3
+// run `kernel` as every thread of the grid; returns when all are done; a broken rule ends the process with
+// status 3
 void launch(const Launch& launch, void (*call)(const void*), const void* kernel);
 
 template <class F>

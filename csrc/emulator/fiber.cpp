@@ -79,7 +79,8 @@ unsigned char* new_stack() {
     return s;
   }
   constexpr size_t page = 4096;
-  void* p = mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                 -1, 0);
   if (p == MAP_FAILED) fail("host", "no memory for the stack of a thread");
   mprotect(p, page, PROT_NONE);
   return static_cast<unsigned char*>(p) + page;
@@ -118,7 +119,8 @@ void switch_to(Thread& t) {
 
 void switch_back() {
   Thread& t = me();
-  MOLE_ASAN(__sanitizer_start_switch_fiber(t.wait == Wait::Done ? nullptr : &t.fake_stack, main_bottom, main_size);)
+  MOLE_ASAN(
+      __sanitizer_start_switch_fiber(t.wait == Wait::Done ? nullptr : &t.fake_stack, main_bottom, main_size);)
   swap(&t.stack_pointer, machine->stack_pointer);
   MOLE_ASAN(__sanitizer_finish_switch_fiber(t.fake_stack, &main_bottom, &main_size);)
 }

@@ -132,8 +132,9 @@ struct Thread {
   std::deque<std::shared_ptr<BulkGroup>> bulk_groups;
 
   uint64_t wgmma_next = 0, wgmma_committed = 0;
-  std::deque<uint64_t> wgmma_groups;  // index after the last product of each committed group not yet waited for
-  std::vector<Range> in_flight;       // accumulators
+  std::deque<uint64_t>
+      wgmma_groups;              // index after the last product of each committed group not yet waited for
+  std::vector<Range> in_flight;  // accumulators
   bool wgmma_fenced = false;
   std::vector<uint64_t> written;  // words of its stack written since the last wgmma fence
   size_t written_from = ~size_t(0), written_to = 0;
@@ -155,7 +156,8 @@ struct Cta {
   unsigned done = 0;
   bool gone = false;
   Messages exits;
-  std::unordered_map<uint32_t, std::pair<uint32_t, const char*>> visits;  // what peers and copies did to its shared memory: until when
+  std::unordered_map<uint32_t, std::pair<uint32_t, const char*>>
+      visits;  // what peers and copies did to its shared memory: until when
   int registers_free = 0;
 };
 
@@ -277,7 +279,14 @@ void barrier_for_copy(const void* bar, uint64_t bytes, const char* what);
 
 // warps: deposits `in`, waits for all lanes of `mask`, lets the last of them compute `out` for all
 using WarpBody = void (*)(WarpCall&);
-void warp_collective(const char* name, uint32_t mask, int tag, const void* in, size_t in_bytes, void* out, size_t out_bytes, WarpBody all,
+void warp_collective(const char* name,
+                     uint32_t mask,
+                     int tag,
+                     const void* in,
+                     size_t in_bytes,
+                     void* out,
+                     size_t out_bytes,
+                     WarpBody all,
                      bool orders = false);
 bool execute_product(size_t i);
 

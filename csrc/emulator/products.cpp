@@ -15,30 +15,37 @@ struct Layout {
 
 Layout read_descriptor(uint64_t d) {
   static const uint32_t widths[4] = {0, 128, 64, 32};
-  const Layout l{uint32_t(d & 0x3fff) << 4, uint32_t(d >> 16 & 0x3fff) << 4, uint32_t(d >> 32 & 0x3fff) << 4, widths[d >> 62]};
-  if (d >> 49 & 7) fail("descriptor", "a wgmma descriptor with base offset %u: expected 0", unsigned(d >> 49 & 7));
+  const Layout l{uint32_t(d & 0x3fff) << 4, uint32_t(d >> 16 & 0x3fff) << 4, uint32_t(d >> 32 & 0x3fff) << 4,
+                 widths[d >> 62]};
+  if (d >> 49 & 7)
+    fail("descriptor", "a wgmma descriptor with base offset %u: expected 0", unsigned(d >> 49 & 7));
   if (l.swizzle && (l.start >> 7 & (l.swizzle / 16 - 1)))
-    fail("descriptor", "a wgmma operand at shared address %u does not begin where its %u-byte swizzle pattern does (a multiple of %u)",
+    fail("descriptor",
+         "a wgmma operand at shared address %u does not begin where its %u-byte swizzle pattern does (a "
+         "multiple of %u)",
          l.start, l.swizzle, 8 * l.swizzle);
   return l;
 }
 
-// addresses of the 16-byte pieces of an operand of `rows` rows (M or N) and 16 columns (K). K-major: piece 2·row + k/8, eight of K.
-// MN-major: piece k·rows/8 + row/8, eight rows. PTX ISA, "Strides", "Shared memory matrix layout"
-void find_pieces(const Cta& cta, uint64_t descriptor, int rows, bool mn_major, Pieces& out, const char* which) {
+// addresses of the 16-byte pieces of an operand of `rows` rows (M or N) and 16 columns (K). K-major: piece
+// 2·row + k/8, eight of K. MN-major: piece k·rows/8 + row/8, eight rows. PTX ISA, "Strides", "Shared memory
+// matrix layout"
+void find_pieces(
+    const Cta& cta, uint64_t descriptor, int rows, bool mn_major, Pieces& out, const char* which) {
   const Layout l = read_descriptor(descriptor);
   const auto put = [&](uint32_t address) {
     if (l.swizzle) address ^= (address >> 7 & (l.swizzle / 16 - 1)) << 4;
     unsigned char* p = cta.smem + (int64_t(address) - int64_t(kSmemBase));
     if (!in_smem(cta, p, 16))
-      fail("bounds", "wgmma reads operand %s at +%d, outside shared memory (%zu bytes)", which, int(address) - int(kSmemBase),
-           machine->launch.smem);
+      fail("bounds", "wgmma reads operand %s at +%d, outside shared memory (%zu bytes)", which,
+           int(address) - int(kSmemBase), machine->launch.smem);
     out.at[out.count++] = p;
   };
   if (!mn_major) {
     for (uint32_t r = 0; r < uint32_t(rows); r++)
       for (uint32_t h = 0; h < 2; h++)
-        put(l.start + r / 8 * l.stride + (l.swizzle ? r % 8 * l.swizzle + h * 16 : r % 8 * 16 + h * l.leading));
+        put(l.start + r / 8 * l.stride +
+            (l.swizzle ? r % 8 * l.swizzle + h * 16 : r % 8 * 16 + h * l.leading));
     return;
   }
   const uint32_t wide = l.swizzle / 16;
@@ -56,7 +63,8 @@ void gather(const Pieces& pieces, int rows, bool mn_major, Element type, double 
     uint16_t v[8];
     std::memcpy(v, pieces.at[i], 16);
     for (int e = 0; e < 8; e++) {
-      const int row = mn_major ? i % (rows / 8) * 8 + e : i / 2, k = mn_major ? i / (rows / 8) : i % 2 * 8 + e;
+      const int row = mn_major ? i % (rows / 8) * 8 + e : i / 2,
+                k = mn_major ? i / (rows / 8) : i % 2 * 8 + e;
       x[k][row] = decode(type, v[e]);
     }
   }
@@ -67,7 +75,8 @@ void gather_registers(const Product& p, double (*x)[256]) {
     uint16_t v[8];
     std::memcpy(v, p.fragment[t], 16);
     const int g = t % 32 / 4, q = t % 4;
-    for (int i = 0; i < 8; i++) x[2 * q + i % 2 + i / 4 * 8][t / 32 * 16 + g + i / 2 % 2 * 8] = decode(p.type, v[i]);
+    for (int i = 0; i < 8; i++)
+      x[2 * q + i % 2 + i / 4 * 8][t / 32 * 16 + g + i / 2 % 2 * 8] = decode(p.type, v[i]);
   }
 }
 
@@ -94,9 +103,17 @@ void issue(Warpgroup& g, const Cta& cta, Product& p) {
   machine->products.push_back(&g);
 }
 
-bool same(const Product& p, int n, Element type, uint64_t a, bool a_mn, bool a_registers, uint64_t b, bool b_mn, bool accumulate) {
-  return p.n == n && p.type == type && p.a == a && p.a_mn == a_mn && p.a_registers == a_registers && p.b == b && p.b_mn == b_mn &&
-         p.accumulate == accumulate;
+bool same(const Product& p,
+          int n,
+          Element type,
+          uint64_t a,
+          bool a_mn,
+          bool a_registers,
+          uint64_t b,
+          bool b_mn,
+          bool accumulate) {
+  return p.n == n && p.type == type && p.a == a && p.a_mn == a_mn && p.a_registers == a_registers &&
+         p.b == b && p.b_mn == b_mn && p.accumulate == accumulate;
 }
 
 bool was_written(const Thread& t, const void* p, size_t bytes) {
@@ -110,7 +127,8 @@ bool was_written(const Thread& t, const void* p, size_t bytes) {
 void use_accumulators(Thread& t, const float* d, int n) {
   const auto from = reinterpret_cast<uintptr_t>(d), to = from + size_t(n) * 2;
   if (!t.wgmma_fenced) fail("wgmma", "%s: its first wgmma comes without a wgmma_fence", describe(t).c_str());
-  if (was_written(t, d, size_t(n) * 2)) fail("wgmma", "%s wrote accumulators after the last wgmma_fence", describe(t).c_str());
+  if (was_written(t, d, size_t(n) * 2))
+    fail("wgmma", "%s wrote accumulators after the last wgmma_fence", describe(t).c_str());
   for (auto& r : t.in_flight)
     if (r.from == from && r.to == to) {
       r.until = t.wgmma_next;
@@ -118,7 +136,8 @@ void use_accumulators(Thread& t, const float* d, int n) {
     }
   for (auto& r : t.in_flight)
     if (from < r.to && to > r.from)
-      fail("wgmma", "%s uses part of the accumulators of another shape's wgmma in flight", describe(t).c_str());
+      fail("wgmma", "%s uses part of the accumulators of another shape's wgmma in flight",
+           describe(t).c_str());
   t.in_flight.push_back({from, to, t.wgmma_next});
 }
 
@@ -132,32 +151,45 @@ void wgmma_fence() {
   t.written_from = ~size_t(0), t.written_to = 0;
 }
 
-void wgmma(float* d, int n, Element type, uint64_t a, bool a_mn, const uint32_t* a_registers, uint64_t b, bool b_mn, bool accumulate) {
+void wgmma(float* d,
+           int n,
+           Element type,
+           uint64_t a,
+           bool a_mn,
+           const uint32_t* a_registers,
+           uint64_t b,
+           bool b_mn,
+           bool accumulate) {
   MOLE_ENTER;
   Thread& t = me();
   Warpgroup& g = *t.group;
   const size_t first = index_of(g, *t.cta) * 128;
-  if (t.cta->threads.size() < first + 128) fail("divergence", "wgmma in a warpgroup of %zu threads", t.cta->threads.size() - first);
+  if (t.cta->threads.size() < first + 128)
+    fail("divergence", "wgmma in a warpgroup of %zu threads", t.cta->threads.size() - first);
   const uint64_t i = t.wgmma_next++ - g.executed;
   if (i == g.products.size()) {
     g.products.push_back(std::make_unique<Product>());
     Product& p = *g.products.back();
-    p.n = n, p.type = type, p.a = a, p.a_mn = a_mn, p.a_registers = a_registers != nullptr, p.b = b, p.b_mn = b_mn,
-    p.accumulate = accumulate;
+    p.n = n, p.type = type, p.a = a, p.a_mn = a_mn, p.a_registers = a_registers != nullptr, p.b = b,
+    p.b_mn = b_mn, p.accumulate = accumulate;
   }
   Product& p = *g.products[i];
   if (!same(p, n, type, a, a_mn, a_registers != nullptr, b, b_mn, accumulate))
-    fail("divergence", "%s issues a wgmma (n=%d, descriptors %llx, %llx) that differs from its warpgroup's (n=%d, %llx, %llx)",
+    fail("divergence",
+         "%s issues a wgmma (n=%d, descriptors %llx, %llx) that differs from its warpgroup's (n=%d, %llx, "
+         "%llx)",
          describe(t).c_str(), n, static_cast<unsigned long long>(a), static_cast<unsigned long long>(b), p.n,
          static_cast<unsigned long long>(p.a), static_cast<unsigned long long>(p.b));
   use_accumulators(t, d, n);
   p.d[t.index - first] = d;
   if (a_registers) {
-    if (was_written(t, a_registers, 16)) fail("wgmma", "%s wrote a fragment of operand a after the last wgmma_fence", describe(t).c_str());
+    if (was_written(t, a_registers, 16))
+      fail("wgmma", "%s wrote a fragment of operand a after the last wgmma_fence", describe(t).c_str());
     std::memcpy(p.fragment[t.index - first], a_registers, 16);
   }
   bool known = false;
-  for (const View& v : p.views) known |= v.seen.get() == t.view.seen.get() && v.proxied[0].get() == t.view.proxied[0].get();
+  for (const View& v : p.views)
+    known |= v.seen.get() == t.view.seen.get() && v.proxied[0].get() == t.view.proxied[0].get();
   if (!known) p.views.push_back(t.view);
   if (++p.come == 128) issue(g, *t.cta, p);
 }
@@ -216,7 +248,8 @@ void wgmma_wait(int most) {
     sleep_on(Wait::Wgmma, "wgmma_wait", &g);
   }
   if (!until) return;
-  if (g.done_until != until) g.done = with(ClockRef(), Epoch{g.dim, g.clock0 + uint32_t(until)}), g.done_until = until;
+  if (g.done_until != until)
+    g.done = with(ClockRef(), Epoch{g.dim, g.clock0 + uint32_t(until)}), g.done_until = until;
   t.view.seen = join(t.view.seen, g.done);
   std::erase_if(t.in_flight, [&](const Range& r) { return r.until <= until; });
 }

@@ -13,7 +13,8 @@ namespace emu {
 std::string describe(const Thread& t) {
   char s[160];
   const Cta& c = *t.cta;
-  std::snprintf(s, sizeof s, "thread %u (warp %u, lane %d) of CTA (%u,%u,%u)%s", t.index, t.index / 32, t.lane, c.id.x, c.id.y, c.id.z,
+  std::snprintf(s, sizeof s, "thread %u (warp %u, lane %d) of CTA (%u,%u,%u)%s", t.index, t.index / 32,
+                t.lane, c.id.x, c.id.y, c.id.z,
                 machine->cluster_ctas > 1 ? (", rank " + std::to_string(c.rank)).c_str() : "");
   return s;
 }
@@ -28,7 +29,8 @@ std::string line_of(const void* pc) {
   if (!pc) return "?";
   char path[1024] = {}, command[1400], out[1024] = {};
   if (readlink("/proc/self/exe", path, sizeof path - 1) <= 0) return "?";
-  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx 2>/dev/null", path, reinterpret_cast<size_t>(pc) - 1);
+  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx 2>/dev/null", path,
+                reinterpret_cast<size_t>(pc) - 1);
   FILE* f = popen(command, "r");
   std::string best = "?";
   while (f && std::fgets(out, sizeof out, f)) {
@@ -36,7 +38,8 @@ std::string line_of(const void* pc) {
     line = line.substr(0, line.find_first_of(" \n"));
     if (line.rfind("??", 0) == 0) continue;
     line = line.substr(line.rfind('/') + 1);
-    const bool ours = line.rfind("device.h", 0) == 0 || std::string(out).find("/cuda/device/") != std::string::npos;
+    const bool ours =
+        line.rfind("device.h", 0) == 0 || std::string(out).find("/cuda/device/") != std::string::npos;
     if (best == "?" || !ours) best = line;
     if (!ours) break;
   }
@@ -80,19 +83,23 @@ std::string waits_for(const Thread& t) {
 }
 
 void dump_cta(const Cta& cta) {
-  std::fprintf(stderr, "  CTA (%u,%u,%u), rank %u%s\n", cta.id.x, cta.id.y, cta.id.z, cta.rank, cta.gone ? ": done" : "");
+  std::fprintf(stderr, "  CTA (%u,%u,%u), rank %u%s\n", cta.id.x, cta.id.y, cta.id.z, cta.rank,
+               cta.gone ? ": done" : "");
   if (cta.gone) return;
   for (size_t i = 0; i < cta.threads.size();) {
     size_t j = i + 1;
     const std::string s = waits_for(*cta.threads[i]);
     while (j < cta.threads.size() && waits_for(*cta.threads[j]) == s) j++;
-    std::fprintf(stderr, "    threads %zu…%zu: %s, from %s\n", i, j - 1, s.c_str(), line_of(cta.threads[i]->pc).c_str());
+    std::fprintf(stderr, "    threads %zu…%zu: %s, from %s\n", i, j - 1, s.c_str(),
+                 line_of(cta.threads[i]->pc).c_str());
     i = j;
   }
   std::map<const void*, const Mbarrier*> sorted;
   for (const auto& [p, b] : cta.mbarriers) sorted[p] = &b;
   for (const auto& [p, b] : sorted)
-    std::fprintf(stderr, "    mbarrier at +%td: phase %llu, %lld of %u arrivals still to come, %lld bytes expected and not there\n",
+    std::fprintf(stderr,
+                 "    mbarrier at +%td: phase %llu, %lld of %u arrivals still to come, %lld bytes expected "
+                 "and not there\n",
                  static_cast<const unsigned char*>(p) - cta.smem, static_cast<unsigned long long>(b->phase),
                  static_cast<long long>(b->pending), b->count, static_cast<long long>(b->bytes));
   for (int i = 0; i < 16; i++)

@@ -51,7 +51,8 @@ void start_cta(Cluster& cluster, unsigned slot, unsigned rank, uint3 id) {
   cta.smem = new_smem(slot, m.launch.smem);
   cta.warps = std::vector<Warp>((m.threads_per_cta + 31) / 32);
   cta.groups = std::vector<Warpgroup>((m.threads_per_cta + 127) / 128);
-  const int each = m.launch.registers ? int(m.launch.registers) : std::min<int>(65536 / m.threads_per_cta, 256) / 8 * 8;
+  const int each =
+      m.launch.registers ? int(m.launch.registers) : std::min<int>(65536 / m.threads_per_cta, 256) / 8 * 8;
   for (auto& g : cta.groups) g.registers = each, g.cta = &cta;
   m.ctas[slot] = std::move(fresh);
   cluster.ctas.push_back(&cta);
@@ -62,7 +63,8 @@ void start_cluster(unsigned place, uint64_t index) {
   Machine& m = *machine;
   const dim3 c = m.launch.cluster, g = gridDim;
   const uint64_t gx = g.x / c.x, gy = g.y / c.y;
-  const unsigned x = unsigned(index % gx) * c.x, y = unsigned(index / gx % gy) * c.y, z = unsigned(index / gx / gy) * c.z;
+  const unsigned x = unsigned(index % gx) * c.x, y = unsigned(index / gx % gy) * c.y,
+                 z = unsigned(index / gx / gy) * c.z;
   m.clusters[place] = std::make_unique<Cluster>();
   Cluster& cluster = *m.clusters[place];
   cluster.total = m.cluster_ctas * m.threads_per_cta;
@@ -98,13 +100,13 @@ void finish_cta(Cta& cta) {
   Machine& m = *machine;
   for (auto& [p, b] : cta.mbarriers)
     if (b.in_flight)
-      fail("exit", "CTA (%u,%u,%u) is done while %llu bytes are still on their way to its mbarrier at %s", cta.id.x, cta.id.y, cta.id.z,
-           static_cast<unsigned long long>(b.in_flight), name_of(p).c_str());
+      fail("exit", "CTA (%u,%u,%u) is done while %llu bytes are still on their way to its mbarrier at %s",
+           cta.id.x, cta.id.y, cta.id.z, static_cast<unsigned long long>(b.in_flight), name_of(p).c_str());
   const View end = cta.exits.result();
   for (auto& [dim, visit] : cta.visits)
     if (end.seen[dim] < visit.first)
-      fail("exit", "CTA (%u,%u,%u) may be gone before %s by %s is done: its end is not ordered after it", cta.id.x, cta.id.y, cta.id.z,
-           visit.second, describe_actor(dim).c_str());
+      fail("exit", "CTA (%u,%u,%u) may be gone before %s by %s is done: its end is not ordered after it",
+           cta.id.x, cta.id.y, cta.id.z, visit.second, describe_actor(dim).c_str());
   cta.gone = true;
   for (Cta* c : cta.cluster->ctas)
     if (!c->gone) return;
@@ -139,20 +141,26 @@ void run() {
       if (m.progress != heard) continue;
       fail("deadlock", "no thread can go on and no copy is under way");
     }
-    if (++m.steps > limit) fail("livelock", "%llu switches between threads and no end", static_cast<unsigned long long>(limit));
+    if (++m.steps > limit)
+      fail("livelock", "%llu switches between threads and no end", static_cast<unsigned long long>(limit));
     switch_to(*pick());
   }
 }
 
 void check_launch(const Launch& l) {
-  const uint64_t threads = uint64_t(l.block.x) * l.block.y * l.block.z, ctas = uint64_t(l.cluster.x) * l.cluster.y * l.cluster.z;
-  if (threads == 0 || threads > 1024) fail("launch", "%llu threads in a CTA: expected 1…1024", static_cast<unsigned long long>(threads));
-  if (l.smem > kSmemMost) fail("launch", "%zu bytes of shared memory: a CTA has at most %zu", l.smem, kSmemMost);
-  if (ctas == 0 || ctas > 8) fail("launch", "a cluster of %llu CTAs: expected 1…8", static_cast<unsigned long long>(ctas));
+  const uint64_t threads = uint64_t(l.block.x) * l.block.y * l.block.z,
+                 ctas = uint64_t(l.cluster.x) * l.cluster.y * l.cluster.z;
+  if (threads == 0 || threads > 1024)
+    fail("launch", "%llu threads in a CTA: expected 1…1024", static_cast<unsigned long long>(threads));
+  if (l.smem > kSmemMost)
+    fail("launch", "%zu bytes of shared memory: a CTA has at most %zu", l.smem, kSmemMost);
+  if (ctas == 0 || ctas > 8)
+    fail("launch", "a cluster of %llu CTAs: expected 1…8", static_cast<unsigned long long>(ctas));
   if (l.grid.x % l.cluster.x || l.grid.y % l.cluster.y || l.grid.z % l.cluster.z)
     fail("launch", "the grid is not a multiple of the cluster");
   if (l.registers * threads > 65536)
-    fail("launch", "%u registers for each of %llu threads", l.registers, static_cast<unsigned long long>(threads));
+    fail("launch", "%u registers for each of %llu threads", l.registers,
+         static_cast<unsigned long long>(threads));
 }
 
 }  // namespace
@@ -240,10 +248,13 @@ void learn(const View& v) {
 void thread_exits(Thread& t) {
   t.wait = Wait::Done;
   if (!t.in_flight.empty()) fail("exit", "%s ends with a wgmma in flight", describe(t).c_str());
-  if (!t.copies.empty() || !t.groups.empty()) fail("exit", "%s ends with cp.async copies it did not wait for", describe(t).c_str());
-  if (t.bulk_open && t.bulk_open->clock) fail("exit", "%s ends with bulk stores it did not commit", describe(t).c_str());
+  if (!t.copies.empty() || !t.groups.empty())
+    fail("exit", "%s ends with cp.async copies it did not wait for", describe(t).c_str());
+  if (t.bulk_open && t.bulk_open->clock)
+    fail("exit", "%s ends with bulk stores it did not commit", describe(t).c_str());
   for (auto& g : t.bulk_groups)
-    if (!g->read_known) fail("exit", "%s ends with bulk stores it did not wait for (bulk_wait_read)", describe(t).c_str());
+    if (!g->read_known)
+      fail("exit", "%s ends with bulk stores it did not wait for (bulk_wait_read)", describe(t).c_str());
   Cta& cta = *t.cta;
   publish(cta.exits);
   made_progress();
@@ -272,7 +283,8 @@ void launch(const Launch& l, void (*call)(const void*), const void* kernel) {
   order.resize(cluster_count);
   for (uint64_t i = 0; i < cluster_count; i++) order[i] = i;
   if (l.seed % 2)
-    for (uint64_t i = cluster_count - 1; i > 0; i--) std::swap(order[i], order[random_below(uint32_t(i + 1))]);
+    for (uint64_t i = cluster_count - 1; i > 0; i--)
+      std::swap(order[i], order[random_below(uint32_t(i + 1))]);
   next_cluster = 0;
   for (uint64_t p = 0; p < places; p++) start_cluster(unsigned(p), order[next_cluster++]);
   run();

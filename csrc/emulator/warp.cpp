@@ -7,13 +7,15 @@ namespace emu {
 namespace {
 
 WarpCall& find_call(Thread& t, const char* name, uint32_t mask, int tag) {
-  if (!(mask >> t.lane & 1u)) fail("divergence", "%s: the mask %08x does not have the calling lane %d", name, mask, t.lane);
+  if (!(mask >> t.lane & 1u))
+    fail("divergence", "%s: the mask %08x does not have the calling lane %d", name, mask, t.lane);
   for (auto& c : t.warp->calls) {
     if (!c.come || !(c.mask & mask)) continue;
     if (c.mask == mask && c.tag == tag && c.name == name && !(c.come >> t.lane & 1u)) return c;
     if (c.mask == mask && (c.come >> t.lane & 1u)) continue;
-    fail("divergence", "lane %d calls %s with mask %08x while lanes %08x of its warp wait in %s with mask %08x", t.lane, name, mask, c.come,
-         c.name, c.mask);
+    fail("divergence",
+         "lane %d calls %s with mask %08x while lanes %08x of its warp wait in %s with mask %08x", t.lane,
+         name, mask, c.come, c.name, c.mask);
   }
   for (auto& c : t.warp->calls)
     if (!c.come && c.waiting.empty()) {
@@ -35,7 +37,14 @@ uint32_t present(const Thread& t) {
 
 }  // namespace
 
-void warp_collective(const char* name, uint32_t mask, int tag, const void* in, size_t in_bytes, void* out, size_t out_bytes, WarpBody all,
+void warp_collective(const char* name,
+                     uint32_t mask,
+                     int tag,
+                     const void* in,
+                     size_t in_bytes,
+                     void* out,
+                     size_t out_bytes,
+                     WarpBody all,
                      bool orders) {
   Thread& t = me();
   t.polled = nullptr;
@@ -43,8 +52,10 @@ void warp_collective(const char* name, uint32_t mask, int tag, const void* in, s
     uint32_t whole = 0;
     for (int i = 0; i < 32; i++) whole |= uint32_t(t.warp->lanes[i] != nullptr) << i;
     if (mask & whole & ~present(t))
-      fail("divergence", "%s waits for lanes %08x of its warp that have ended", name, mask & whole & ~present(t));
-    if (mask & ~whole) fail("divergence", "%s names lanes %08x that the CTA does not have", name, mask & ~whole);
+      fail("divergence", "%s waits for lanes %08x of its warp that have ended", name,
+           mask & whole & ~present(t));
+    if (mask & ~whole)
+      fail("divergence", "%s names lanes %08x that the CTA does not have", name, mask & ~whole);
   }
   WarpCall& c = find_call(t, name, mask, tag);
   std::memcpy(c.in[t.lane], in, in_bytes);
@@ -87,7 +98,8 @@ uint32_t shuffle(uint32_t mask, uint32_t v, int how, int operand) {
       const int o = int(c.in[l][1]);
       int from = c.tag == 0 ? o & 31 : c.tag == 1 ? l ^ o : c.tag == 2 ? l + o : l - o;
       if (from < 0 || from > 31) from = l;
-      if (!(c.mask >> from & 1u)) fail("divergence", "a shuffle reads lane %d, which its mask %08x does not have", from, c.mask);
+      if (!(c.mask >> from & 1u))
+        fail("divergence", "a shuffle reads lane %d, which its mask %08x does not have", from, c.mask);
       c.out[l][0] = c.in[from][0];
     }
   });
@@ -129,28 +141,30 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Element type) 
   static_assert(sizeof(Lane) <= 48);
   std::memcpy(lane.a, a, 16), std::memcpy(lane.b, b, 8), std::memcpy(lane.d, d, 16);
   float answer[4];
-  warp_collective("mma_m16n8k16", 0xffffffffu, type, &lane, sizeof lane, answer, sizeof answer, [](WarpCall& c) {
-    const auto decode = c.tag == kBf16 ? bf16_to_float : fp16_to_float;
-    double x[16][16], y[16][8];
-    for (int l = 0; l < 32; l++) {
-      Lane v;
-      std::memcpy(&v, c.in[l], sizeof v);
-      const int g = l / 4, q = l % 4;
-      for (int i = 0; i < 8; i++) x[g + (i / 2 % 2) * 8][2 * q + i % 2 + (i / 4) * 8] = decode(v.a[i]);
-      for (int i = 0; i < 4; i++) y[2 * q + i % 2 + (i / 2) * 8][g] = decode(v.b[i]);
-    }
-    for (int l = 0; l < 32; l++) {
-      Lane v;
-      std::memcpy(&v, c.in[l], sizeof v);
-      const int g = l / 4, q = l % 4;
-      for (int i = 0; i < 4; i++) {
-        double s = v.d[i];
-        for (int k = 0; k < 16; k++) s += x[g + (i / 2) * 8][k] * y[k][2 * q + i % 2];
-        v.d[i] = float(s);
-      }
-      std::memcpy(c.out[l], v.d, sizeof v.d);
-    }
-  });
+  warp_collective("mma_m16n8k16", 0xffffffffu, type, &lane, sizeof lane, answer, sizeof answer,
+                  [](WarpCall& c) {
+                    const auto decode = c.tag == kBf16 ? bf16_to_float : fp16_to_float;
+                    double x[16][16], y[16][8];
+                    for (int l = 0; l < 32; l++) {
+                      Lane v;
+                      std::memcpy(&v, c.in[l], sizeof v);
+                      const int g = l / 4, q = l % 4;
+                      for (int i = 0; i < 8; i++)
+                        x[g + (i / 2 % 2) * 8][2 * q + i % 2 + (i / 4) * 8] = decode(v.a[i]);
+                      for (int i = 0; i < 4; i++) y[2 * q + i % 2 + (i / 2) * 8][g] = decode(v.b[i]);
+                    }
+                    for (int l = 0; l < 32; l++) {
+                      Lane v;
+                      std::memcpy(&v, c.in[l], sizeof v);
+                      const int g = l / 4, q = l % 4;
+                      for (int i = 0; i < 4; i++) {
+                        double s = v.d[i];
+                        for (int k = 0; k < 16; k++) s += x[g + (i / 2) * 8][k] * y[k][2 * q + i % 2];
+                        v.d[i] = float(s);
+                      }
+                      std::memcpy(c.out[l], v.d, sizeof v.d);
+                    }
+                  });
   std::memcpy(d, answer, sizeof answer);
 }
 
@@ -172,19 +186,21 @@ void ldmatrix(uint32_t* r, int matrices, const void* row, bool transposed) {
     std::memcpy(&mine, row, 16);
   }
   uint32_t answer[4];
-  warp_collective("ldmatrix", 0xffffffffu, matrices * 2 + transposed, &mine, sizeof mine, answer, sizeof answer, [](WarpCall& c) {
-    for (int l = 0; l < 32; l++) {
-      uint16_t v[8] = {};
-      for (int m = 0; m < c.tag / 2; m++)
-        for (int i = 0; i < 2; i++) {
-          const int line = c.tag % 2 ? l % 4 * 2 + i : l / 4, element = c.tag % 2 ? l / 4 : l % 4 * 2 + i;
-          Row source;
-          std::memcpy(&source, c.in[m * 8 + line], sizeof source);
-          v[m * 2 + i] = source.v[element];
-        }
-      std::memcpy(c.out[l], v, sizeof v);
-    }
-  });
+  warp_collective("ldmatrix", 0xffffffffu, matrices * 2 + transposed, &mine, sizeof mine, answer,
+                  sizeof answer, [](WarpCall& c) {
+                    for (int l = 0; l < 32; l++) {
+                      uint16_t v[8] = {};
+                      for (int m = 0; m < c.tag / 2; m++)
+                        for (int i = 0; i < 2; i++) {
+                          const int line = c.tag % 2 ? l % 4 * 2 + i : l / 4,
+                                    element = c.tag % 2 ? l / 4 : l % 4 * 2 + i;
+                          Row source;
+                          std::memcpy(&source, c.in[m * 8 + line], sizeof source);
+                          v[m * 2 + i] = source.v[element];
+                        }
+                      std::memcpy(c.out[l], v, sizeof v);
+                    }
+                  });
   std::memcpy(r, answer, size_t(matrices) * 4);
 }
 
@@ -194,18 +210,19 @@ void stmatrix(void* row, const uint32_t* r, int matrices, bool transposed) {
   uint32_t mine[4] = {};
   std::memcpy(mine, r, size_t(matrices) * 4);
   Row answer;
-  warp_collective("stmatrix", 0xffffffffu, matrices * 2 + transposed, mine, sizeof mine, &answer, sizeof answer, [](WarpCall& c) {
-    for (int to = 0; to < 8 * (c.tag / 2); to++) {
-      Row line;
-      for (int e = 0; e < 8; e++) {
-        const int held_row = c.tag % 2 ? e : to % 8, held_column = c.tag % 2 ? to % 8 : e;
-        uint16_t v[8];
-        std::memcpy(v, c.in[held_row * 4 + held_column / 2], sizeof v);
-        line.v[e] = v[to / 8 * 2 + held_column % 2];
-      }
-      std::memcpy(c.out[to], &line, sizeof line);
-    }
-  });
+  warp_collective("stmatrix", 0xffffffffu, matrices * 2 + transposed, mine, sizeof mine, &answer,
+                  sizeof answer, [](WarpCall& c) {
+                    for (int to = 0; to < 8 * (c.tag / 2); to++) {
+                      Row line;
+                      for (int e = 0; e < 8; e++) {
+                        const int held_row = c.tag % 2 ? e : to % 8, held_column = c.tag % 2 ? to % 8 : e;
+                        uint16_t v[8];
+                        std::memcpy(v, c.in[held_row * 4 + held_column / 2], sizeof v);
+                        line.v[e] = v[to / 8 * 2 + held_column % 2];
+                      }
+                      std::memcpy(c.out[to], &line, sizeof line);
+                    }
+                  });
   if (t.lane >= 8 * matrices) return;
   check_smem(*t.cta, row, 16, 16, "stmatrix");
   touch(thread_actor(t), row, 16, Kind::Write, "stmatrix", t.pc);

@@ -18,7 +18,8 @@ def regional_attention_ref(
 ) -> Tensor:
     """o = Σ_s shares_s ⊙ softmax(q k_sᵀ · scale) v_s.
 
-    q [B,H,T,D]   k, v [B,S,H,L,D]   shares [B,S,T]   lengths [B,S]: how many of the L tokens count   scale: 1/√D by default
+    q [B,H,T,D]   k, v [B,S,H,L,D]   shares [B,S,T]   lengths [B,S]: how many of the L tokens count   scale:
+                  1/√D by default
     """
     logits = torch.einsum("bhtd,bshld->bshtl", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if lengths is not None:
@@ -30,8 +31,12 @@ def regional_attention_ref(
     return torch.where(w != 0, w * said, 0).sum(1)
 
 
-def _gathered(q: Tensor, k: Tensor, v: Tensor, shares: Tensor, lengths: Tensor | None, scale: float | None) -> Tensor:
-    """One plain attention call for each region, over the places it covers; places that several cover are computed for each."""
+def _gathered(
+    q: Tensor, k: Tensor, v: Tensor, shares: Tensor, lengths: Tensor | None, scale: float | None
+) -> Tensor:
+    """One plain attention call for each region, over the places it covers; places that several cover are
+    computed for each.
+    """
     B = q.shape[0]
     together = B == 1 or shares.stride(0) == 0 or bool((shares == shares[:1]).all())
     # [B,T,H,D] is how the projections lay it out: a place's queries are then one run of memory
@@ -43,7 +48,9 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, shares: Tensor, lengths: Tensor |
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(1, 2)
 
 
-def _of_one_layout(q: Tensor, k: Tensor, v: Tensor, shares: Tensor, lengths: Tensor | None, scale: float | None) -> Tensor:
+def _of_one_layout(
+    q: Tensor, k: Tensor, v: Tensor, shares: Tensor, lengths: Tensor | None, scale: float | None
+) -> Tensor:
     """The samples q [B,T,H,D] that have the same shares [S,T] -> [B,T,H,D]."""
     S, T = shares.shape
     # where no places overlap every place is written once, and nothing has to be added up
@@ -87,22 +94,27 @@ def regional_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """o = Σ_s shares_s ⊙ softmax(q k_sᵀ · scale) v_s: each place attends to the texts of the regions that cover it.
+    """o = Σ_s shares_s ⊙ softmax(q k_sᵀ · scale) v_s: each place attends to the texts of the regions that
+    cover it.
 
     q        [B,H,T,D]    queries of T places
     k, v     [B,S,H,L,D]  keys and values of S texts (the global prompt among them)
     shares   [B,S,T] float32  how much each text counts at each place; a text with share 0 costs nothing there
     lengths  [B,S] int64 or int32  the first so many tokens of a text count, at least 1; all by default
-    backend  "auto"; "triton": one launch, no copy of q, sampling only; "gathered": torch's attention over each region's places,
+    backend  "auto"; "triton": one launch, no copy of q, sampling only; "gathered": torch's attention over
+             each region's places,
              differentiable; "reference"
     Returns [B,H,T,D] in q's dtype. Raises MoleShapeError, MoleTypeError, MoleValueError, MoleBackendError.
-    Source: Mix-of-Show (Gu et al., NeurIPS 2023), regionally controllable sampling; shares of 1/n where n regions overlap are its code's.
+    Source: Mix-of-Show (Gu et al., NeurIPS 2023), regionally controllable sampling; shares of 1/n where n
+    regions overlap are its code's.
     """
     _check(q, k, v, shares, lengths, backend)
     inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, shares)))
     reason = reject(q) if inference else "has no backward"
     if backend == "triton" and reason is not None:
-        raise MoleBackendError(f"{OP}: backend 'triton'", f"refuses: {reason}", hint="backend='auto' takes the best that fits")
+        raise MoleBackendError(
+            f"{OP}: backend 'triton'", f"refuses: {reason}", hint="backend='auto' takes the best that fits"
+        )
     if backend == "triton" or (backend == "auto" and reason is None):
         from mole_kernels.kernels.triton.regional import launch
 
@@ -119,22 +131,45 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shares: Tensor, lengths: Tensor | No
     if backend != "auto" and backend not in BACKENDS:
         raise MoleValueError("backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend))
     if q.dim() != 4 or not q.is_floating_point():
-        raise MoleShapeError(OP, expected="q [B,H,T,D] of a floating dtype", got=f"{tuple(q.shape)} {q.dtype}")
+        raise MoleShapeError(
+            OP, expected="q [B,H,T,D] of a floating dtype", got=f"{tuple(q.shape)} {q.dtype}"
+        )
     B, H, T, D = q.shape
-    if k.dim() != 5 or k.shape[0] != B or k.shape[2] != H or k.shape[4] != D or not k.shape[1] or not k.shape[3]:
+    if (
+        k.dim() != 5
+        or k.shape[0] != B
+        or k.shape[2] != H
+        or k.shape[4] != D
+        or not k.shape[1]
+        or not k.shape[3]
+    ):
         raise MoleShapeError(OP, expected=f"k [B,S,H,L,D] = [{B}, S, {H}, L, {D}]", got=tuple(k.shape))
     if v.shape != k.shape:
         raise MoleShapeError(OP, expected=f"v of k's shape {tuple(k.shape)}", got=tuple(v.shape))
     if shares.shape != (B, k.shape[1], T) or not shares.is_floating_point():
         raise MoleShapeError(
-            OP, expected=f"shares [B,S,T] = [{B}, {k.shape[1]}, {T}], floating", got=f"{tuple(shares.shape)} {shares.dtype}"
+            OP,
+            expected=f"shares [B,S,T] = [{B}, {k.shape[1]}, {T}], floating",
+            got=f"{tuple(shares.shape)} {shares.dtype}",
         )
     for name, tensor in (("k", k), ("v", v), ("shares", shares), ("lengths", lengths)):
         if tensor is not None and tensor.device != q.device:
             raise MoleTypeError(OP, expected=f"{name} on q's device {q.device}", got=str(tensor.device))
     if not (q.dtype == k.dtype == v.dtype):
-        raise MoleTypeError(OP, expected=f"q, k and v of one dtype, q has {q.dtype}", got=f"{k.dtype} and {v.dtype}")
-    if lengths is not None and (lengths.shape != (B, k.shape[1]) or lengths.dtype not in (torch.int64, torch.int32)):
-        raise MoleShapeError(OP, expected=f"lengths [B,S] = [{B}, {k.shape[1]}], integers", got=f"{tuple(lengths.shape)} {lengths.dtype}")
-    if lengths is not None and lengths.device.type == "cpu" and bool(((lengths < 1) | (lengths > k.shape[3])).any()):
+        raise MoleTypeError(
+            OP, expected=f"q, k and v of one dtype, q has {q.dtype}", got=f"{k.dtype} and {v.dtype}"
+        )
+    if lengths is not None and (
+        lengths.shape != (B, k.shape[1]) or lengths.dtype not in (torch.int64, torch.int32)
+    ):
+        raise MoleShapeError(
+            OP,
+            expected=f"lengths [B,S] = [{B}, {k.shape[1]}], integers",
+            got=f"{tuple(lengths.shape)} {lengths.dtype}",
+        )
+    if (
+        lengths is not None
+        and lengths.device.type == "cpu"
+        and bool(((lengths < 1) | (lengths > k.shape[3])).any())
+    ):
         raise MoleValueError(OP, expected=f"lengths between 1 and L = {k.shape[3]}", got=lengths.tolist())

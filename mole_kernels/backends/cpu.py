@@ -36,12 +36,64 @@ def _bits(need: tuple[bool, ...]) -> int:
     return sum(1 << i for i, wanted in enumerate(need) if wanted)
 
 
-def forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment=None, top_k=0):
+def forward(
+    x,
+    weight,
+    bias,
+    down,
+    up,
+    scale,
+    ranks,
+    gate,
+    phi,
+    phi_bias,
+    pool,
+    pool_bias,
+    save,
+    assignment=None,
+    top_k=0,
+):
     """y, h, l, G; see docs/design.md section 3."""
-    return _operators()[0](x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k)
+    return _operators()[0](
+        x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k
+    )
 
 
-def backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment=None, top_k=0):
+def backward(
+    dy,
+    x,
+    weight,
+    down,
+    up,
+    scale,
+    ranks,
+    gate,
+    phi,
+    pool,
+    h,
+    token_gate,
+    sample_gate,
+    need,
+    assignment=None,
+    top_k=0,
+):
     """The nine gradients; what nobody needs is empty."""
-    args = dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, _bits(tuple(need)), assignment, top_k
+    args = (
+        dy,
+        x,
+        weight,
+        down,
+        up,
+        scale,
+        ranks,
+        gate,
+        phi,
+        pool,
+        h,
+        token_gate,
+        sample_gate,
+        _bits(tuple(need)),
+        assignment,
+        top_k,
+    )
     return _operators()[1](*args)

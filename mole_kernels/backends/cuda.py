@@ -1,7 +1,10 @@
-"""The operator by the compiled Hopper kernels (csrc/cuda/sm90): cluster, persistent, recompute. Forward in one launch, dX in one.
+"""The operator by the compiled Hopper kernels (csrc/cuda/sm90): cluster, persistent, recompute. Forward in
+one launch, dX in one.
 
-Which way computes a call: `dispatch/choose.py` among these and Triton's ways; where one of Triton's wins, where a layout is none that
-TMA takes, and for a backward with a sample gate or without dX, the call goes on to the Triton backend (or, without Triton, to plain
+Which way computes a call: `dispatch/choose.py` among these and Triton's ways; where one of Triton's wins,
+where a layout is none that
+TMA takes, and for a backward with a sample gate or without dX, the call goes on to the Triton backend (or,
+without Triton, to plain
 torch). The sums over tokens, the backward's second launch, are always Triton's.
 """
 
@@ -40,7 +43,11 @@ def why_not() -> str | None:
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability()
-    return None if (major, minor) == (9, 0) else f"needs compute capability 9.0 (Hopper), this GPU has {major}.{minor}"
+    return (
+        None
+        if (major, minor) == (9, 0)
+        else f"needs compute capability 9.0 (Hopper), this GPU has {major}.{minor}"
+    )
 
 
 def reject(problem: Problem) -> str | None:
@@ -52,14 +59,32 @@ def reject(problem: Problem) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _way(
-    index: int | None, B: int, T: int, K: int, N: int, ranks: tuple[int, ...], S: int, dtype: torch.dtype, token: bool, sample: bool,
-    gate: tuple[bool, bool] | None, top_k: int, assigned: bool, save: bool, backward: bool,
-) -> str:  # fmt: skip
-    """What `choose` takes for a call, or its backward, of Triton's ways too; gate: whether the given one varies by sample, by token."""
+    index: int | None,
+    B: int,
+    T: int,
+    K: int,
+    N: int,
+    ranks: tuple[int, ...],
+    S: int,
+    dtype: torch.dtype,
+    token: bool,
+    sample: bool,
+    gate: tuple[bool, bool] | None,
+    top_k: int,
+    assigned: bool,
+    save: bool,
+    backward: bool,
+) -> str:
+    """What `choose` takes for a call, or its backward, of Triton's ways too; gate: whether the given one
+    varies by sample, by token.
+    """
     problem = Problem(B, T, K, N, ranks, S, dtype, "cuda", token, sample, gate is not None, top_k, assigned)
     by_sample, by_token = gate or (False, False)
     device = devices.present(index)
-    others, kind = triton.reject(problem) is None, (B, T, K, N, ranks, S, token, sample, assigned, backward, index)
+    others, kind = (
+        triton.reject(problem) is None,
+        (B, T, K, N, ranks, S, token, sample, assigned, backward, index),
+    )
     able = [n for n in HOPPER if (others or not backward) and not _plan(n.removeprefix("cuda_"), *kind)[1]]
     names = (*(CANDIDATES if others else ("stacked",)), *able)
     return choose(problem, device, for_device(device), Use(backward, save, by_token, by_sample), names).name
@@ -80,29 +105,64 @@ def _plan(
     backward: bool,
     index: int | None,
 ) -> tuple[tuple[int, ...], str]:
-    """The library's tile for a way, and the floats of z, floats of shares and counters that it needs; or the reason why it has none."""
+    """The library's tile for a way, and the floats of z, floats of shares and counters that it needs; or the
+    reason why it has none.
+    """
     device = torch.cuda.current_device() if index is None else index
-    plan, reason = torch.ops.mole_cuda.sm90_plan(way, [B, T, K, N, sum(ranks), len(ranks), S], token, sample, assigned, backward, device)
+    plan, reason = torch.ops.mole_cuda.sm90_plan(
+        way, [B, T, K, N, sum(ranks), len(ranks), S], token, sample, assigned, backward, device
+    )
     return tuple(plan), reason
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: Tensor, ranks: tuple[int, ...],
-    gate: Tensor | None, phi: Tensor | None, phi_bias: Tensor | None, pool: Tensor | None, pool_bias: Tensor | None, save: bool,
-    assignment: Tensor | None = None, top_k: int = 0, way: str | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: Tensor,
+    ranks: tuple[int, ...],
+    gate: Tensor | None,
+    phi: Tensor | None,
+    phi_bias: Tensor | None,
+    pool: Tensor | None,
+    pool_bias: Tensor | None,
+    save: bool,
+    assignment: Tensor | None = None,
+    top_k: int = 0,
+    way: str | None = None,
+) -> tuple[Tensor, ...]:
     """y, h, l, G; see docs/design.md section 3. `way` (cluster, persistent, recompute) overrides the choice.
 
     Raises MoleBackendError where the way that was asked for by name cannot compute the call.
     """
-    arguments = (x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k)
+    arguments = (
+        x,
+        weight,
+        bias,
+        down,
+        up,
+        scale,
+        ranks,
+        gate,
+        phi,
+        phi_bias,
+        pool,
+        pool_bias,
+        save,
+        assignment,
+        top_k,
+    )
     B, T, K = x.shape
     kind = (B, T, K, weight.shape[0], tuple(ranks), down.shape[0])
     token, sample, assigned, index = phi is not None, pool is not None, assignment is not None, x.device.index
     chosen = way
     if chosen is None:
         varies = None if gate is None else (gate.shape[0] > 1, gate.shape[1] > 1)
-        chosen = _way(index, *kind, x.dtype, token, sample, varies, top_k if token else 0, assigned, save, False)
+        chosen = _way(
+            index, *kind, x.dtype, token, sample, varies, top_k if token else 0, assigned, save, False
+        )
         if chosen not in HOPPER:
             return _elsewhere(arguments, chosen)
         chosen = chosen.removeprefix("cuda_")
@@ -114,13 +174,19 @@ def forward(
     if not reason:
         return tuple(outputs)
     if way is not None:
-        raise MoleBackendError(f"backend 'cuda', way {way!r}", reason, hint="way=None takes the best that fits")
+        raise MoleBackendError(
+            f"backend 'cuda', way {way!r}", reason, hint="way=None takes the best that fits"
+        )
     return _elsewhere(arguments, None)
 
 
 def _run(way: str, plan: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """One launch with the outputs and the workspace that it fills -> y, h, l, G, and why it was refused ("" where it was not)."""
-    x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k = arguments
+    """One launch with the outputs and the workspace that it fills -> y, h, l, G, and why it was refused (""
+    where it was not).
+    """
+    x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k = (
+        arguments
+    )
     B, T, _ = x.shape
     E = len(ranks)
     floats = {"dtype": torch.float32, "device": x.device}
@@ -133,12 +199,35 @@ def _run(way: str, plan: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[A
     z = torch.empty(n_z, **floats) if n_z else None
     parts = torch.empty(n_parts, **floats) if n_parts else None
     counters = flags(x.device, n_flags) if n_flags else None
-    vectors = (t if t is None else t.contiguous() for t in (bias, scale, phi_bias, pool, pool_bias, assignment))
+    vectors = (
+        t if t is None else t.contiguous() for t in (bias, scale, phi_bias, pool, pool_bias, assignment)
+    )
     bias, scale, phi_bias, pool, pool_bias, assignment = vectors
     reason = torch.ops.mole_cuda.sm90_forward(
-        x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, assignment,
-        top_k if phi is not None else 0, y, h, token_gate, sample_gate, z, parts, counters, way, plan[:4],
-    )  # fmt: skip
+        x,
+        weight,
+        bias,
+        down,
+        up,
+        scale,
+        ranks,
+        gate,
+        phi,
+        phi_bias,
+        pool,
+        pool_bias,
+        assignment,
+        top_k if phi is not None else 0,
+        y,
+        h,
+        token_gate,
+        sample_gate,
+        z,
+        parts,
+        counters,
+        way,
+        plan[:4],
+    )
     absent = torch.empty(0, **floats)
     gates = (absent if g is None else g for g in (token_gate, sample_gate))
     return y, none if h is None else h, *gates, reason
@@ -159,16 +248,49 @@ def _elsewhere(arguments: Any, way: str | None) -> tuple[Tensor, ...]:
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: Tensor, ranks: tuple[int, ...], gate: Tensor | None,
-    phi: Tensor | None, pool: Tensor | None, h: Tensor, token_gate: Tensor, sample_gate: Tensor, need: list[bool],
-    assignment: Tensor | None = None, top_k: int = 0, way: str | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The nine gradients: dX by one of our launches, the sums over tokens by Triton's second; or all by Triton, or by plain torch.
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: Tensor,
+    ranks: tuple[int, ...],
+    gate: Tensor | None,
+    phi: Tensor | None,
+    pool: Tensor | None,
+    h: Tensor,
+    token_gate: Tensor,
+    sample_gate: Tensor,
+    need: list[bool],
+    assignment: Tensor | None = None,
+    top_k: int = 0,
+    way: str | None = None,
+) -> tuple[Tensor, ...]:
+    """The nine gradients: dX by one of our launches, the sums over tokens by Triton's second; or all by
+    Triton, or by plain torch.
 
-    `way` (cluster, persistent, recompute) overrides the choice of who makes dX; where nobody wants dX it says nothing.
+    `way` (cluster, persistent, recompute) overrides the choice of who makes dX; where nobody wants dX it says
+    nothing.
     Raises MoleBackendError where the way that was asked for by name cannot compute dX.
     """
-    arguments = (dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k)
+    arguments = (
+        dy,
+        x,
+        weight,
+        down,
+        up,
+        scale,
+        ranks,
+        gate,
+        phi,
+        pool,
+        h,
+        token_gate,
+        sample_gate,
+        need,
+        assignment,
+        top_k,
+    )
     kind = (*x.shape, weight.shape[0], tuple(ranks), down.shape[0])
     token, sample, assigned, index = phi is not None, pool is not None, assignment is not None, x.device.index
     second = triton.reject(_problem(x, weight, down, ranks))
@@ -177,7 +299,9 @@ def backward(
         return _backward_elsewhere(arguments, None, second)
     if chosen is None:
         varies = None if gate is None else (gate.shape[0] > 1, gate.shape[1] > 1)
-        chosen = _way(index, *kind, x.dtype, token, sample, varies, top_k if token else 0, assigned, False, True)
+        chosen = _way(
+            index, *kind, x.dtype, token, sample, varies, top_k if token else 0, assigned, False, True
+        )
         if chosen not in HOPPER:
             return _backward_elsewhere(arguments, chosen, second)
         chosen = chosen.removeprefix("cuda_")
@@ -191,12 +315,16 @@ def backward(
         run: Any = triton.backward
         return run(*arguments, first=tuple(first))
     if way is not None:
-        raise MoleBackendError(f"backend 'cuda', dX by way {way!r}", reason, hint="way=None takes the best that fits")
+        raise MoleBackendError(
+            f"backend 'cuda', dX by way {way!r}", reason, hint="way=None takes the best that fits"
+        )
     return _backward_elsewhere(arguments, None, second)
 
 
 def _run_dx(way: str, plan: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """One launch -> dX, dh [B,T,R] and shares of D [slices,B·T,E] (None where nobody wants them), and why it was refused ("")."""
+    """One launch -> dX, dh [B,T,R] and shares of D [slices,B·T,E] (None where nobody wants them), and why it
+    was refused ("").
+    """
     dy, x, weight, down, up, scale, ranks, gate, phi, _, h, token_gate, _, need, assignment, top_k = arguments
     B, T, _ = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -207,14 +335,32 @@ def _run_dx(way: str, plan: tuple[int, ...], arguments: tuple[Any, ...]) -> tupl
     counters = flags(x.device, plan[10]) if plan[10] else None
     scale, assignment = (t if t is None else t.contiguous() for t in (scale, assignment))
     reason = torch.ops.mole_cuda.sm90_backward(
-        dy, weight, down, up, scale, ranks, gate, phi, assignment, top_k if phi is not None else 0, h.contiguous(),
-        token_gate if phi is not None else None, dx, dh, d, counters, way, plan[:4],
-    )  # fmt: skip
+        dy,
+        weight,
+        down,
+        up,
+        scale,
+        ranks,
+        gate,
+        phi,
+        assignment,
+        top_k if phi is not None else 0,
+        h.contiguous(),
+        token_gate if phi is not None else None,
+        dx,
+        dh,
+        d,
+        counters,
+        way,
+        plan[:4],
+    )
     return dx, dh, d, reason
 
 
 def _backward_elsewhere(arguments: Any, way: str | None, refused: str | None) -> tuple[Tensor, ...]:
-    """The same backward by Triton, or where it refuses, by plain torch; way: of Triton's, None lets it choose."""
+    """The same backward by Triton, or where it refuses, by plain torch; way: of Triton's, None lets it
+    choose.
+    """
     if refused is not None or way == "stacked":
         return stacked.backward(*arguments)
     run: Any = triton.backward

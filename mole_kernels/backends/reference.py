@@ -23,8 +23,26 @@ def reject(problem: Problem) -> str | None:
     return None
 
 
-def forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment=None, top_k=0):
-    """y, h, l, G in float32 (float64 for float64), rounded to x's dtype once at the end; see docs/design.md section 3."""
+def forward(
+    x,
+    weight,
+    bias,
+    down,
+    up,
+    scale,
+    ranks,
+    gate,
+    phi,
+    phi_bias,
+    pool,
+    pool_bias,
+    save,
+    assignment=None,
+    top_k=0,
+):
+    """y, h, l, G in float32 (float64 for float64), rounded to x's dtype once at the end; see docs/design.md
+    section 3.
+    """
     wide = gate_dtype(x.dtype)
 
     def cast(*tensors: Tensor | None) -> list[Any]:
@@ -33,13 +51,42 @@ def forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, 
     xw, weight, bias = cast(x, weight, bias)
     wide_down, wide_up, wide_scale = cast(down, up, scale)
     experts = Experts(wide_down, wide_up, wide_scale, ranks, assignment)
-    y, *gates = gated_lora_ref(xw, weight, bias, experts, Gates(gate, phi, phi_bias, pool, pool_bias, top_k).map(lambda t: t.to(wide)))
+    y, *gates = gated_lora_ref(
+        xw,
+        weight,
+        bias,
+        experts,
+        Gates(gate, phi, phi_bias, pool, pool_bias, top_k).map(lambda t: t.to(wide)),
+    )
     h = (xw @ sets_of(experts).down.mT).to(x.dtype) if save else x.new_empty(0)
-    return y.to(x.dtype).contiguous(), h.contiguous(), *(xw.new_empty(0) if g is None else g.contiguous() for g in gates)
+    return (
+        y.to(x.dtype).contiguous(),
+        h.contiguous(),
+        *(xw.new_empty(0) if g is None else g.contiguous() for g in gates),
+    )
 
 
-def backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment=None, top_k=0):
-    """The nine gradients, one expert at a time, in the gates' dtype; what nobody needs is dropped at the end."""
+def backward(
+    dy,
+    x,
+    weight,
+    down,
+    up,
+    scale,
+    ranks,
+    gate,
+    phi,
+    pool,
+    h,
+    token_gate,
+    sample_gate,
+    need,
+    assignment=None,
+    top_k=0,
+):
+    """The nine gradients, one expert at a time, in the gates' dtype; what nobody needs is dropped at the
+    end.
+    """
     wide = gate_dtype(x.dtype)
     B, T, E = x.shape[0], x.shape[1], len(ranks)
     like = (x, down, up, scale, gate, phi, scale, pool, scale)
@@ -86,6 +133,8 @@ def backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_ga
         ddown, dup, dpool = (sets.scatter(assignment, g, like[1].shape[0]) for g in (ddown, dup, dpool))
     grads = (dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias)
     return tuple(
-        g.sum_to_size(t.shape).to(t.dtype if i not in BIASES else wide).contiguous() if wanted and t is not None else x.new_empty(0)
+        g.sum_to_size(t.shape).to(t.dtype if i not in BIASES else wide).contiguous()
+        if wanted and t is not None
+        else x.new_empty(0)
         for i, (g, t, wanted) in enumerate(zip(grads, like, need))
     )

@@ -44,10 +44,16 @@ def select(problem: Problem, backend: str = "auto") -> Backend:
     """
     if backend != "auto":
         if backend not in BACKENDS:
-            raise MoleValueError("backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend))
+            raise MoleValueError(
+                "backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend)
+            )
         reason = BACKENDS[backend].reject(problem)
         if reason is not None:
-            raise MoleBackendError(f"backend {backend!r}", f"refuses {problem}: {reason}", hint="backend='auto' takes the best that fits")
+            raise MoleBackendError(
+                f"backend {backend!r}",
+                f"refuses {problem}: {reason}",
+                hint="backend='auto' takes the best that fits",
+            )
         return BACKENDS[backend]
     for candidate in BACKENDS.values():
         reason = candidate.reject(problem)
@@ -55,7 +61,11 @@ def select(problem: Problem, backend: str = "auto") -> Backend:
             return candidate
         refusals[candidate.name, reason] += 1
         if candidate.name == COMPILED.get(problem.device) and refusals[candidate.name, reason] == 1:
-            warnings.warn(f"mole_kernels: backend {candidate.name!r} is passed over: {reason}", MoleWarning, stacklevel=3)
+            warnings.warn(
+                f"mole_kernels: backend {candidate.name!r} is passed over: {reason}",
+                MoleWarning,
+                stacklevel=3,
+            )
     every = "; ".join(f"{b.name}: {b.reject(problem)}" for b in BACKENDS.values())
     raise MoleBackendError("backend 'auto'", f"nothing takes {problem}: {every}")
 
@@ -64,5 +74,16 @@ def report(device: str = "cpu") -> dict[str, str | None]:
     """backend -> None where it takes a small float32 problem on `device`, else the reason why not."""
     import torch
 
-    problem = Problem(B=1, T=16, K=64, N=64, ranks=(4, 4), S=1, dtype=torch.float32, device=device, token_gate=True, sample_gate=True)
+    problem = Problem(
+        B=1,
+        T=16,
+        K=64,
+        N=64,
+        ranks=(4, 4),
+        S=1,
+        dtype=torch.float32,
+        device=device,
+        token_gate=True,
+        sample_gate=True,
+    )
     return {b.name: b.reject(problem) for b in BACKENDS.values()}

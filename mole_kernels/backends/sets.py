@@ -1,4 +1,6 @@
-"""Between a pool of S adapter sets and the batch: each sample's own set, and its gradient back into the pool."""
+"""Between a pool of S adapter sets and the batch: each sample's own set, and its gradient back into the
+pool.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,17 @@ from torch import Tensor
 def gather(assignment: Tensor, sets: Tensor) -> Tensor:
     """sets [S,...] -> [B,...]: the set that each sample's assignment [B] names, zeros where it is −1."""
     taken = (assignment >= 0).view(-1, *[1] * (sets.dim() - 1))
-    return torch.where(taken, sets[assignment.clamp_min(0)], 0) if sets.shape[0] else sets.new_zeros(assignment.shape[0], *sets.shape[1:])
+    return (
+        torch.where(taken, sets[assignment.clamp_min(0)], 0)
+        if sets.shape[0]
+        else sets.new_zeros(assignment.shape[0], *sets.shape[1:])
+    )
 
 
 def scatter(assignment: Tensor, grad: Tensor, count: int) -> Tensor:
-    """grad [B,...] -> [S,...]: the gradients of the samples that took a set, summed in the batch's order; −1 goes nowhere."""
+    """grad [B,...] -> [S,...]: the gradients of the samples that took a set, summed in the batch's order; −1
+    goes nowhere.
+    """
     taken = (assignment >= 0).view(-1, *[1] * (grad.dim() - 1))
     out = grad.new_zeros(count, *grad.shape[1:])
     return out.index_add_(0, assignment.clamp_min(0), torch.where(taken, grad, 0)) if count else out

@@ -1,6 +1,8 @@
-"""The operator in plain torch with stacked A and B: any device, any float dtype; what a user gets where no kernel fits.
+"""The operator in plain torch with stacked A and B: any device, any float dtype; what a user gets where no
+kernel fits.
 
-Forward: base, one shrink product, gates on h, one expand accumulated into the base's output. Gates are computed in float32
+Forward: base, one shrink product, gates on h, one expand accumulated into the base's output. Gates are
+computed in float32
 (float64 for float64), h is rounded to the input dtype before and after its gates.
 """
 
@@ -39,13 +41,21 @@ def _shrink(x: Tensor, down: Tensor, phi: Tensor | None) -> tuple[Tensor, Tensor
     return x @ down.mT, F.linear(x, phi)
 
 
-def _sample_gate(h: Tensor, pool: Tensor, pool_bias: Tensor | None, ranks: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _sample_gate(
+    h: Tensor, pool: Tensor, pool_bias: Tensor | None, ranks: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
     mean = h.sum(1, dtype=dtype) / max(h.shape[1], 1)
     logit = sum_columns(mean * pool.to(dtype), ranks)
     return torch.sigmoid(logit if pool_bias is None else logit + pool_bias.to(dtype))
 
 
-def _gamma(scale: Tensor, gate: Tensor | None, token_gate: Tensor | None, sample_gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _gamma(
+    scale: Tensor,
+    gate: Tensor | None,
+    token_gate: Tensor | None,
+    sample_gate: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """γ = s·gate·l·G, as small as the gates allow: broadcastable to [B,T,E]."""
     gamma = scale.to(dtype)[None, None]
     if gate is not None:
@@ -81,10 +91,16 @@ def forward(
     assignment: Tensor | None = None,
     top_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, h, l, G by the formulas of docs/design.md section 1; h is empty unless `save`. An assignment gathers the sets."""
+    """y, h, l, G by the formulas of docs/design.md section 1; h is empty unless `save`. An assignment gathers
+    the sets.
+    """
     dtype = gate_dtype(x.dtype)
     if assignment is not None:
-        down, up, pool = sets.gather(assignment, down), sets.gather(assignment, up), None if pool is None else sets.gather(assignment, pool)
+        down, up, pool = (
+            sets.gather(assignment, down),
+            sets.gather(assignment, up),
+            None if pool is None else sets.gather(assignment, pool),
+        )
     token_gate = sample_gate = None
     h, logits = _shrink(x, down, phi)
     if logits is not None:
@@ -119,13 +135,39 @@ def backward(
     assignment: Tensor | None = None,
     top_k: int = 0,
 ) -> tuple[Tensor, ...]:
-    """dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias; an empty tensor where `need` says no."""
+    """dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias; an empty tensor where `need` says
+    no.
+    """
     n_x, n_down, n_up, n_scale, n_gate, n_phi, n_phi_bias, n_pool, n_pool_bias = need
     if assignment is not None:
-        own = sets.gather(assignment, down), sets.gather(assignment, up), None if pool is None else sets.gather(assignment, pool)
-        grads = backward(dy, x, weight, own[0], own[1], scale, ranks, gate, phi, own[2], h, token_gate, sample_gate, need, None, top_k)
+        own = (
+            sets.gather(assignment, down),
+            sets.gather(assignment, up),
+            None if pool is None else sets.gather(assignment, pool),
+        )
+        grads = backward(
+            dy,
+            x,
+            weight,
+            own[0],
+            own[1],
+            scale,
+            ranks,
+            gate,
+            phi,
+            own[2],
+            h,
+            token_gate,
+            sample_gate,
+            need,
+            None,
+            top_k,
+        )
         pooled_sets = (1, 2, 7)
-        return tuple(sets.scatter(assignment, g, down.shape[0]) if i in pooled_sets and need[i] else g for i, g in enumerate(grads))
+        return tuple(
+            sets.scatter(assignment, g, down.shape[0]) if i in pooled_sets and need[i] else g
+            for i, g in enumerate(grads)
+        )
     dtype, T = gate_dtype(x.dtype), max(x.shape[1], 1)
     empty = x.new_empty(0)
     dx = ddown = dup = dscale = dgate = dphi = dphi_bias = dpool = dpool_bias = empty

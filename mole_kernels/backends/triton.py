@@ -1,6 +1,7 @@
 """The operator in Triton, for NVIDIA GPUs from Ampere on: forward in one launch, backward in two.
 
-Importing this module does not import Triton; the first call does. Which way computes a call: `dispatch/choose.py`, asked once for
+Importing this module does not import Triton; the first call does. Which way computes a call:
+`dispatch/choose.py`, asked once for
 every kind of call; nothing is measured at run time.
 """
 
@@ -70,16 +71,38 @@ def _flat(t: Tensor | None) -> Tensor | None:
 
 
 def _tame(t: Tensor) -> Tensor:
-    """t, or a contiguous copy where its last stride is so long that an offset within a tile would not fit in 32 bits."""
+    """t, or a contiguous copy where its last stride is so long that an offset within a tile would not fit in
+    32 bits.
+    """
     return t if t.stride(-1) < WIDEST else t.contiguous()
 
 
-def _call(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, assignment, top_k, save):
+def _call(
+    x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, assignment, top_k, save
+):
     from mole_kernels.kernels.triton.fused import Fused
 
-    bias, scale, phi_bias, pool, pool_bias, assignment = (_flat(t) for t in (bias, scale, phi_bias, pool, pool_bias, assignment))
+    bias, scale, phi_bias, pool, pool_bias, assignment = (
+        _flat(t) for t in (bias, scale, phi_bias, pool, pool_bias, assignment)
+    )
     top_k = min(top_k, len(ranks)) if phi is not None else 0
-    return Fused(_tame(x), weight, bias, down, up, scale, tuple(ranks), gate, phi, phi_bias, pool, pool_bias, assignment, top_k, save)
+    return Fused(
+        _tame(x),
+        weight,
+        bias,
+        down,
+        up,
+        scale,
+        tuple(ranks),
+        gate,
+        phi,
+        phi_bias,
+        pool,
+        pool_bias,
+        assignment,
+        top_k,
+        save,
+    )
 
 
 @lru_cache(maxsize=16)
@@ -90,9 +113,23 @@ def _device(index: int | None) -> devices.Device:
 
 @lru_cache(maxsize=4096)
 def _chosen(
-    index: int | None, B: int, T: int, K: int, N: int, ranks: tuple[int, ...], S: int, dtype: torch.dtype, token: bool, sample: bool,
-    gate: tuple[bool, bool] | None, top_k: int, assigned: bool, save: bool, backward: bool, tf32: bool,
-) -> str:  # fmt: skip
+    index: int | None,
+    B: int,
+    T: int,
+    K: int,
+    N: int,
+    ranks: tuple[int, ...],
+    S: int,
+    dtype: torch.dtype,
+    token: bool,
+    sample: bool,
+    gate: tuple[bool, bool] | None,
+    top_k: int,
+    assigned: bool,
+    save: bool,
+    backward: bool,
+    tf32: bool,
+) -> str:
     """The way for a kind of call; gate: whether the given one varies by sample and by token."""
     problem = Problem(B, T, K, N, ranks, S, dtype, "cuda", token, sample, gate is not None, top_k, assigned)
     by_sample, by_token = gate or (False, False)
@@ -100,13 +137,37 @@ def _chosen(
     return choose(problem, device, for_device(device), Use(backward, save, by_token, by_sample, tf32)).name
 
 
-def way_of(x, weight, down, ranks, gate, phi, pool, save: bool, backward: bool = False, assigned: bool = False, top_k: int = 0) -> str:
+def way_of(
+    x,
+    weight,
+    down,
+    ranks,
+    gate,
+    phi,
+    pool,
+    save: bool,
+    backward: bool = False,
+    assigned: bool = False,
+    top_k: int = 0,
+) -> str:
     """What `choose` says for the call that these tensors make: a name in `strategies.WAYS`, or "stacked"."""
     varies = None if gate is None else (gate.shape[0] > 1, gate.shape[1] > 1)
     return _chosen(
-        x.device.index, *x.shape, weight.shape[0], tuple(ranks), down.shape[0], x.dtype, phi is not None, pool is not None, varies,
-        top_k if phi is not None else 0, assigned, save, backward, _tf32(x),
-    )  # fmt: skip
+        x.device.index,
+        *x.shape,
+        weight.shape[0],
+        tuple(ranks),
+        down.shape[0],
+        x.dtype,
+        phi is not None,
+        pool is not None,
+        varies,
+        top_k if phi is not None else 0,
+        assigned,
+        save,
+        backward,
+        _tf32(x),
+    )
 
 
 def _tf32(x: Tensor) -> bool:
@@ -132,17 +193,47 @@ def _tile(f, way: str = ""):
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: Tensor, ranks: tuple[int, ...],
-    gate: Tensor | None, phi: Tensor | None, phi_bias: Tensor | None, pool: Tensor | None, pool_bias: Tensor | None, save: bool,
-    assignment: Tensor | None = None, top_k: int = 0, way: str | None = None, tile=None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: Tensor,
+    ranks: tuple[int, ...],
+    gate: Tensor | None,
+    phi: Tensor | None,
+    phi_bias: Tensor | None,
+    pool: Tensor | None,
+    pool_bias: Tensor | None,
+    save: bool,
+    assignment: Tensor | None = None,
+    top_k: int = 0,
+    way: str | None = None,
+    tile=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, h, l, G; see docs/design.md section 3. `way` and `tile` override the choice."""
     # where a size is 0 there is nothing for a kernel to do
     empty = 0 in (x.numel(), weight.shape[0], down.shape[0], down.shape[1])
     if way is None and not empty:
         way = way_of(x, weight, down, ranks, gate, phi, pool, save, False, assignment is not None, top_k)
     if empty or way == "stacked":
-        return stacked.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k)
+        return stacked.forward(
+            x,
+            weight,
+            bias,
+            down,
+            up,
+            scale,
+            ranks,
+            gate,
+            phi,
+            phi_bias,
+            pool,
+            pool_bias,
+            save,
+            assignment,
+            top_k,
+        )
     assert way is not None
     from mole_kernels.kernels.triton import plan
     from mole_kernels.kernels.triton.fused import Fused
@@ -162,20 +253,54 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: Tensor, ranks: tuple[int, ...],
-    gate: Tensor | None, phi: Tensor | None, pool: Tensor | None, h: Tensor, token_gate: Tensor, sample_gate: Tensor,
-    need: list[bool], assignment: Tensor | None = None, top_k: int = 0, way: str | None = None, tile=None, first=None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: Tensor,
+    ranks: tuple[int, ...],
+    gate: Tensor | None,
+    phi: Tensor | None,
+    pool: Tensor | None,
+    h: Tensor,
+    token_gate: Tensor,
+    sample_gate: Tensor,
+    need: list[bool],
+    assignment: Tensor | None = None,
+    top_k: int = 0,
+    way: str | None = None,
+    tile=None,
+    first=None,
+) -> tuple[Tensor, ...]:
     """The nine gradients; what nobody needs is empty. Deterministic: two runs are bit-equal.
 
-    `way` ("persistent", "two_pass", "stacked") and `tile` override the choice, which only dX leaves open. first: dX, dh and shares of D
+    `way` ("persistent", "two_pass", "stacked") and `tile` override the choice, which only dX leaves open.
+    first: dX, dh and shares of D
     where another kernel made them (kernels/triton/backward.py), so that only the sums over tokens are left.
     """
     empty = 0 in (x.numel(), weight.shape[0], down.shape[0], down.shape[1])
     if way is None and not empty and need[0] and first is None:
         way = way_of(x, weight, down, ranks, gate, phi, pool, False, True, assignment is not None, top_k)
     if empty or way == "stacked":
-        return stacked.backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k)
+        return stacked.backward(
+            dy,
+            x,
+            weight,
+            down,
+            up,
+            scale,
+            ranks,
+            gate,
+            phi,
+            pool,
+            h,
+            token_gate,
+            sample_gate,
+            need,
+            assignment,
+            top_k,
+        )
     from dataclasses import replace
 
     from mole_kernels.kernels.triton.backward import Need, swapped

@@ -36,14 +36,18 @@ def run(
     if any(arguments.get(name) is not None for name in ("rank", "energy", "max_error")) or not spectrum:
         predicted = Predicted(device or NOMINAL.device, tokens or NOMINAL.tokens)
         with layer_bar("compress") as heard:
-            made = compress_file(file, target, dtype=dtype, expert=expert, predicted=predicted, progress=heard, **arguments)
+            made = compress_file(
+                file, target, dtype=dtype, expert=expert, predicted=predicted, progress=heard, **arguments
+            )
         show(made, layers)
         if target is not None:
             done(str(target), f"{len(made.layers)} layers")
         if report is not None:
             _write(report, made.to_json())
     elif target is not None or report is not None:
-        raise MoleValueError("compress", expected="exactly one of --rank, --energy and --max-error", got="none")
+        raise MoleValueError(
+            "compress", expected="exactly one of --rank, --energy and --max-error", got="none"
+        )
     if spectrum is not None:
         with layer_bar("spectrum") as heard:
             found = spectra_of_file(file, expert=expert, progress=heard)
@@ -55,16 +59,29 @@ def show(made: Report, every: bool) -> None:
     total = made.total()
     if every:
         numbers = [column for column in COLUMNS if column != "layer"]
-        out().print(table("Layers (errors relative to the layer's own norm)", COLUMNS, map(_row, made.layers), numbers))
+        out().print(
+            table(
+                "Layers (errors relative to the layer's own norm)", COLUMNS, map(_row, made.layers), numbers
+            )
+        )
     kept = total["parameters_after"] / max(total["parameters_before"], 1)
     out().print(
         facts(
             [
                 ("layers", total["layers"]),
                 ("largest rank", f"{total['rank_before']} → {total['rank_after']}"),
-                ("parameters", f"{total['parameters_before']:,} → {total['parameters_after']:,} ({kept:.1%})"),
-                ("error", f"{number(total['relative_error_frobenius'])} of the expert's norm, all layers together (measured)"),
-                ("worst error", f"{number(total['worst_relative_error_spectral'])} of a layer's largest output (measured)"),
+                (
+                    "parameters",
+                    f"{total['parameters_before']:,} → {total['parameters_after']:,} ({kept:.1%})",
+                ),
+                (
+                    "error",
+                    f"{number(total['relative_error_frobenius'])} of the expert's norm, all layers together (measured)",
+                ),
+                (
+                    "worst error",
+                    f"{number(total['worst_relative_error_spectral'])} of a layer's largest output (measured)",
+                ),
                 (
                     "predicted",
                     f"{number(total['predicted_us_before'])} → {number(total['predicted_us_after'])} µs, one call of each layer with "

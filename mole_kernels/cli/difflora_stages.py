@@ -27,10 +27,21 @@ from mole_kernels.methods.difflora.dataset import (
     pictures_of,
     train_identities,
 )
-from mole_kernels.methods.difflora.features import ClipImages, ImageEncoder, InsightFaces, Picture, SmallImages
+from mole_kernels.methods.difflora.features import (
+    ClipImages,
+    ImageEncoder,
+    InsightFaces,
+    Picture,
+    SmallImages,
+)
 from mole_kernels.methods.difflora.generate import Sampling, generate
 from mole_kernels.methods.difflora.predictor import Predictor
-from mole_kernels.methods.difflora.store import load_autoencoder, load_predictor, save_autoencoder, save_predictor
+from mole_kernels.methods.difflora.store import (
+    load_autoencoder,
+    load_predictor,
+    save_autoencoder,
+    save_predictor,
+)
 from mole_kernels.methods.difflora.train import train_autoencoder, train_predictor
 from mole_kernels.methods.selma.train import size_multiple
 from mole_kernels.training.config import TrainConfig
@@ -52,9 +63,16 @@ def make_data(given: Given) -> None:
     pipe = read_pipeline(asked["model"], asked["dtype"] or wide)
     config = TrainConfig(steps=asked["steps"], lr=asked["lr"], seed=asked["seed"])
     training = IdentityTraining(
-        config, asked["rank"], float(asked["rank"]) if asked["alpha"] is None else asked["alpha"], asked["batch"], asked["resolution"],
-        size_multiple(pipe), tuple(asked["target"] or IdentityTraining.targets), caption=asked["caption"], per_shard=asked["per_shard"],
-    )  # fmt: skip
+        config,
+        asked["rank"],
+        float(asked["rank"]) if asked["alpha"] is None else asked["alpha"],
+        asked["batch"],
+        asked["resolution"],
+        size_multiple(pipe),
+        tuple(asked["target"] or IdentityTraining.targets),
+        caption=asked["caption"],
+        per_shard=asked["per_shard"],
+    )
     files = train_identities(pipe, asked["root"], asked["work"], training, accept=accept)
     found = pack_shards(asked["work"], list(files))
     _say(found.folder, f"{len(found)} LoRAs of {found.manifest.length:,} numbers each")
@@ -68,16 +86,23 @@ def teach_autoencoder(given: Given) -> None:
     except ValueError:
         expected = "whole numbers with commas, as in 128,256,128,64"
         raise MoleValueError("--channels", expected=expected, got=printable(asked["channels"])) from None
-    shape = AutoencoderConfig(found.manifest.length, channels, asked["factor"], asked["kernel"], asked["latent_channels"])
+    shape = AutoencoderConfig(
+        found.manifest.length, channels, asked["factor"], asked["kernel"], asked["latent_channels"]
+    )
     torch.manual_seed(asked["seed"])
     autoencoder = LoRAAutoencoder(shape)
     # clipping at 0.5, betas and decay are those of a co-author's earlier code
     config = TrainConfig(**_common(asked), grad_clip=0.5, betas=(0.86, 0.999), weight_decay=2e-6)
     more = {"strength": asked["strength"], "power": asked["power"], "batch_size": asked["batch"]}
-    result = train_autoencoder(autoencoder, found, config, **more, run_dir=_run_dir(asked["out"]), resume=asked["resume"])
+    result = train_autoencoder(
+        autoencoder, found, config, **more, run_dir=_run_dir(asked["out"]), resume=asked["resume"]
+    )
     if processes().is_main_process:
         save_autoencoder(asked["out"], autoencoder.cpu(), found.manifest, {"steps": str(result.steps)})
-    _say(asked["out"], f"an autoencoder of ratio {shape.ratio:.0f}, {result.steps} steps, late loss {_late(result.losses):.3g}")
+    _say(
+        asked["out"],
+        f"an autoencoder of ratio {shape.ratio:.0f}, {result.steps} steps, late loss {_late(result.losses):.3g}",
+    )
 
 
 def teach(given: Given) -> None:
@@ -86,20 +111,30 @@ def teach(given: Given) -> None:
     autoencoder, manifest = load_autoencoder(asked["autoencoder"])
     if manifest != found.manifest:
         raise MoleFileError(
-            printable(asked["autoencoder"], 300), expected="the layout of the data set's vectors", got="that of another set",
+            printable(asked["autoencoder"], 300),
+            expected="the layout of the data set's vectors",
+            got="that of another set",
             hint="mole-kernels difflora train-autoencoder on this data set",
-        )  # fmt: skip
+        )
     torch.manual_seed(asked["seed"])
     encoders = {kind: make_encoder(kind, asked[kind]) for kind in ("face", "image")}
     shape = {key: asked[key] for key in ("dim", "depth", "width", "heads", "patch")}
     predictor = Predictor.new(manifest, autoencoder, encoders, **shape)
-    references = [predictor.prepare(pictures_of(asked["work"], name), f"pictures of {printable(name)}") for name in found.names]
+    references = [
+        predictor.prepare(pictures_of(asked["work"], name), f"pictures of {printable(name)}")
+        for name in found.names
+    ]
     config = TrainConfig(**_common(asked), cond_dropout=asked["drop"])
     more = {"batch_size": asked["batch"], "most": asked["most"]}
-    result = train_predictor(predictor, found, references, config, **more, run_dir=_run_dir(asked["out"]), resume=asked["resume"])
+    result = train_predictor(
+        predictor, found, references, config, **more, run_dir=_run_dir(asked["out"]), resume=asked["resume"]
+    )
     if processes().is_main_process:
         save_predictor(asked["out"], predictor.cpu(), {"steps": str(result.steps)})
-    _say(asked["out"], f"a model of {len(found)} people, {result.steps} steps, late loss {_late(result.losses):.3g}")
+    _say(
+        asked["out"],
+        f"a model of {len(found)} people, {result.steps} steps, late loss {_late(result.losses):.3g}",
+    )
 
 
 def predict(given: Given) -> None:
@@ -115,7 +150,10 @@ def predict(given: Given) -> None:
     save_expert(expert, asked["out"], asked["to"])
     seconds = time.perf_counter() - began
     ranks = ", ".join(map(str, sorted(expert.ranks())))
-    done(str(asked["out"]), f"{len(expert.layers)} layers of rank {ranks} from {len(pictures)} pictures in {seconds:.2f} s")
+    done(
+        str(asked["out"]),
+        f"{len(expert.layers)} layers of rank {ranks} from {len(pictures)} pictures in {seconds:.2f} s",
+    )
 
 
 class _All:
@@ -149,7 +187,9 @@ def _base(name: str | None) -> Any:
 def _pictures(given: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        inside = (
+            sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        )
         if not inside:
             raise MoleFileError(printable(path, 300), f"holds no picture ({', '.join(SUFFIXES)})")
         found += inside

@@ -1,4 +1,6 @@
-"""What this machine can do: versions, the extension, the backends, and whether each of them computes rightly."""
+"""What this machine can do: versions, the extension, the backends, and whether each of them computes
+rightly.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,17 @@ from mole_kernels.errors import printable
 from mole_kernels.functional import gated_lora_linear
 from mole_kernels.operands import Experts, Gates
 
-PACKAGES = ("mole-kernels", "torch", "triton", "diffusers", "peft", "transformers", "accelerate", "safetensors", "numpy")
+PACKAGES = (
+    "mole-kernels",
+    "torch",
+    "triton",
+    "diffusers",
+    "peft",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+)
 # float64 arithmetic reordered over a few hundred terms; float32 rounds at 6e-8 each
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -47,28 +59,53 @@ def show(as_json: bool) -> bool:
     found = examine()
     healthy = all(check.right is not False for check in found["backends"])
     if as_json:
-        print(json.dumps(found | {"backends": [asdict(check) for check in found["backends"]], "healthy": healthy}, indent=2))
+        print(
+            json.dumps(
+                found | {"backends": [asdict(check) for check in found["backends"]], "healthy": healthy},
+                indent=2,
+            )
+        )
         return healthy
     console = out()
-    console.print(facts((name, version or Text("not installed", style="yellow")) for name, version in found["versions"].items()), "")
+    console.print(
+        facts(
+            (name, version or Text("not installed", style="yellow"))
+            for name, version in found["versions"].items()
+        ),
+        "",
+    )
     console.print(facts([("extension", _extension(found["extension"])), *_rest(found)]), "")
     rows = [[check.backend, check.device, *_verdict(check)] for check in found["backends"]]
     console.print(
-        table("Backends, in order of preference", ("backend", "device", "usable", "largest error against float64, or why not"), rows)
+        table(
+            "Backends, in order of preference",
+            ("backend", "device", "usable", "largest error against float64, or why not"),
+            rows,
+        )
     )
     return healthy
 
 
 def examine() -> dict[str, Any]:
-    """versions, extension, devices, in_use (device -> backend of "auto") and the checks of every backend on every device."""
+    """versions, extension, devices, in_use (device -> backend of "auto") and the checks of every backend on
+    every device.
+    """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     checks = [_check(name, device, reason) for device in devices for name, reason in report(device).items()]
-    in_use = {device: next((c.backend for c in checks if c.device == device and c.usable), None) for device in devices}
+    in_use = {
+        device: next((c.backend for c in checks if c.device == device and c.usable), None)
+        for device in devices
+    }
     return {
-        "versions": {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"} | _versions(),
+        "versions": {
+            "python": platform.python_version(),
+            "platform": f"{platform.system()} {platform.machine()}",
+        }
+        | _versions(),
         "extension": extension.describe(),
         "devices": {
-            device: torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" for device in devices
+            device: torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+            for device in devices
         },
         "in_use": in_use,
         "backends": checks,
@@ -96,7 +133,9 @@ def _check(name: str, device: str, reason: str | None) -> Check:
 
 
 def _error(name: str, device: str, dtype: torch.dtype) -> float:
-    """Largest relative error of y and of every gradient on a small problem with both gates, against the float64 reference."""
+    """Largest relative error of y and of every gradient on a small problem with both gates, against the
+    float64 reference.
+    """
     truth = _run("reference", "cpu", torch.float64, torch.float64)
     found = _run(name, device, dtype, torch.float64)
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, truth))
@@ -105,16 +144,33 @@ def _error(name: str, device: str, dtype: torch.dtype) -> float:
 def _run(name: str, device: str, dtype: torch.dtype, out_dtype: torch.dtype) -> list[torch.Tensor]:
     """y and the gradients of sum(y · weights), the same numbers for every backend."""
     draw = torch.Generator().manual_seed(0)
-    shapes = ((2, 15, 24), (20, 24), (20,), (1, 9, 24), (1, 20, 9), (2,), (2, 24), (2,), (1, 9), (2,), (2, 15, 20))
+    shapes = (
+        (2, 15, 24),
+        (20, 24),
+        (20,),
+        (1, 9, 24),
+        (1, 20, 9),
+        (2,),
+        (2, 24),
+        (2,),
+        (1, 9),
+        (2,),
+        (2, 15, 20),
+    )
     x, weight, bias, down, up, scale, phi, phi_bias, pool, pool_bias, dy = (
         torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes
     )
     trained = [t.to(device, dtype).requires_grad_() for t in (x, down, up, phi, phi_bias)]
     # scales and pooled gates stay float32, except in the float64 truth
-    kept = [t.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_() for t in (scale, pool, pool_bias)]
+    kept = [
+        t.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
+        for t in (scale, pool, pool_bias)
+    ]
     experts = Experts(trained[1], trained[2], kept[0], (5, 4))
     gates = Gates(phi=trained[3], phi_bias=trained[4], pool=kept[1], pool_bias=kept[2])
-    y = gated_lora_linear(trained[0], weight.to(device, dtype), bias.to(device, dtype), experts, gates, backend=name)
+    y = gated_lora_linear(
+        trained[0], weight.to(device, dtype), bias.to(device, dtype), experts, gates, backend=name
+    )
     grads = torch.autograd.grad(y, [*trained, *kept], dy.to(device, dtype))
     return [t.detach().to("cpu", out_dtype) for t in (y, *grads)]
 
@@ -122,13 +178,22 @@ def _run(name: str, device: str, dtype: torch.dtype, out_dtype: torch.dtype) -> 
 def _extension(found: dict[str, Any]) -> Text:
     if not found["usable"]:
         return Text(f"not usable: {printable(found['reason'], 2000)}", style="yellow")
-    cuda = f"CUDA for {found['cuda_archs']}" if found.get("cuda_archs") else f"no CUDA ({found.get('no_cuda') or 'built without nvcc'})"
-    return Text(f"{found['library']}, {found['instruction_set']}, built with torch {found['built_with_torch']}, {cuda}")
+    cuda = (
+        f"CUDA for {found['cuda_archs']}"
+        if found.get("cuda_archs")
+        else f"no CUDA ({found.get('no_cuda') or 'built without nvcc'})"
+    )
+    return Text(
+        f"{found['library']}, {found['instruction_set']}, built with torch {found['built_with_torch']}, {cuda}"
+    )
 
 
 def _rest(found: dict[str, Any]) -> list[tuple[str, object]]:
     devices = ", ".join(f"{device} ({what})" for device, what in found["devices"].items())
-    return [("devices", devices), ("in use", ", ".join(f"{device}: {backend}" for device, backend in found["in_use"].items()))]
+    return [
+        ("devices", devices),
+        ("in use", ", ".join(f"{device}: {backend}" for device, backend in found["in_use"].items())),
+    ]
 
 
 def _verdict(check: Check) -> list[Text]:
@@ -136,4 +201,7 @@ def _verdict(check: Check) -> list[Text]:
         return [Text("no", style="yellow"), Text(printable(check.reason, 2000))]
     if check.right:
         return [Text("yes", style="green"), Text(f"{check.error:.1e}")]
-    return [Text("WRONG", style="bold red"), Text(f"{check.error:.1e}, more than rounding explains; please report this with doctor --json")]
+    return [
+        Text("WRONG", style="bold red"),
+        Text(f"{check.error:.1e}, more than rounding explains; please report this with doctor --json"),
+    ]

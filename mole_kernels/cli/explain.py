@@ -1,4 +1,6 @@
-"""`mole-kernels explain`: what would compute a call on a GPU, and why the other ways would not. Needs no GPU."""
+"""`mole-kernels explain`: what would compute a call on a GPU, and why the other ways would not. Needs no
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,19 @@ MOST_EXPERTS = 64
 
 
 def question(
-    shape: str, ranks: str, gate: str, dtype: str, batch: int, per_sample: bool, backward: bool, training: bool, sets: int = 0
+    shape: str,
+    ranks: str,
+    gate: str,
+    dtype: str,
+    batch: int,
+    per_sample: bool,
+    backward: bool,
+    training: bool,
+    sets: int = 0,
 ) -> tuple[Problem, Use]:
-    """The Problem and Use that the options name; sets > 0: so many, named by an assignment. Raises MoleValueError."""
+    """The Problem and Use that the options name; sets > 0: so many, named by an assignment. Raises
+    MoleValueError.
+    """
     M, K, N = _numbers("--shape", shape, "M,K,N", 3)
     of_each = _numbers("--ranks", ranks, "the rank of each expert, as in 64,64")
     if len(of_each) > MOST_EXPERTS:
@@ -47,7 +59,11 @@ def question(
         raise MoleValueError("--gate", expected=f"{known_ones}, joined by '+'", got=repr(printable(gate, 60)))
     routed = [word for word in words if word == "softmax" or word.startswith("top-")]
     if len(routed) > 1 or (routed and {"local", "mole"} & set(words)):
-        raise MoleValueError("--gate", expected="one kind of token gate: local, mole, softmax or top-k", got=repr(printable(gate, 60)))
+        raise MoleValueError(
+            "--gate",
+            expected="one kind of token gate: local, mole, softmax or top-k",
+            got=repr(printable(gate, 60)),
+        )
     top_k = len(of_each) if routed == ["softmax"] else sum(largest)
     if sets < 0 or (sets and per_sample):
         raise MoleValueError("--sets", expected="a number of sets, and no --per-sample beside it", got=sets)
@@ -58,9 +74,21 @@ def question(
     if backward and training:
         raise MoleValueError("--training", "is about the forward", hint="leave it out with --backward")
     kinds = {kind for word in words for kind in GATES.get(word, GATES["softmax"])}
-    problem = Problem(batch, M // batch, K, N, of_each, sets or (batch if per_sample else 1), DTYPES[dtype], "cuda",
-                      token_gate="token" in kinds, sample_gate="sample" in kinds, given_gate="given" in kinds,
-                      top_k=top_k, assigned=sets > 0)  # fmt: skip
+    problem = Problem(
+        batch,
+        M // batch,
+        K,
+        N,
+        of_each,
+        sets or (batch if per_sample else 1),
+        DTYPES[dtype],
+        "cuda",
+        token_gate="token" in kinds,
+        sample_gate="sample" in kinds,
+        given_gate="given" in kinds,
+        top_k=top_k,
+        assigned=sets > 0,
+    )
     return problem, Use(backward, training, "by_token" in kinds, "by_token" in kinds, dtype == "tf32")
 
 
@@ -98,11 +126,16 @@ def show(problem: Problem, use: Use, gpu: str, file: Path | None, as_json: bool)
     if problem.top_k:
         gates = gates.replace("token", problem.token_kind)
     call = f"{size}, gates {gates}, {dtype}, {use.direction}"
-    rows: list[tuple[str, object]] = [("call", call), ("gpu", device.name + (f"  ({assumed})" if assumed else ""))]
+    rows: list[tuple[str, object]] = [
+        ("call", call),
+        ("gpu", device.name + (f"  ({assumed})" if assumed else "")),
+    ]
     rows += [("plain layer", f"{number(choice.plain)} µs"), ("taken", _taken(choice))]
     console.print(facts([*rows, ("by", _source(choice, path))]), "")
     columns = ("candidate", "launches", "predicted µs", "measured µs", "added %", "why not")
-    ordered = sorted(choice.considered, key=lambda c: (c.name != choice.name, not c.possible, _time(c, choice)))
+    ordered = sorted(
+        choice.considered, key=lambda c: (c.name != choice.name, not c.possible, _time(c, choice))
+    )
     console.print(table("Candidates", columns, (_line(c, choice) for c in ordered), numbers=columns[1:5]))
 
 
@@ -132,14 +165,23 @@ def _line(c: Candidate, choice: Choice) -> list[Text]:
     style = "bold green" if c.name == choice.name else "" if c.possible else "dim"
     percent = added(c, choice)
     predicted, measured = ("–" if time is None else f"{time:.1f}" for time in (c.predicted, c.measured))
-    cells = (c.name, str(c.launches), predicted, measured, "–" if percent is None else f"{percent:+.0f}", c.lost or "taken")
+    cells = (
+        c.name,
+        str(c.launches),
+        predicted,
+        measured,
+        "–" if percent is None else f"{percent:+.0f}",
+        c.lost or "taken",
+    )
     return [Text(cell, style=style) for cell in cells]
 
 
 def as_data(choice: Choice, problem: Problem, device: Device, use: Use) -> dict[str, Any]:
     asked = asdict(problem) | {"dtype": str(problem.dtype)[6:], "ranks": list(problem.ranks)}
     considered = [asdict(c) | {"added_percent": added(c, choice)} for c in choice.considered]
-    bucket = asdict(choice.bucket) | {"ranks": list(choice.bucket.ranks)} if choice.bucket is not None else None
+    bucket = (
+        asdict(choice.bucket) | {"ranks": list(choice.bucket.ranks)} if choice.bucket is not None else None
+    )
     return {
         "call": asked | asdict(use),
         "gpu": device.key,

@@ -24,9 +24,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def run(
-    config: Path, pipeline: str, folder: Path, settings: FusionSettings, to: Literal["diffusers", "kohya"], dtype: str | None, dense: bool,
-    layers: bool, dry: bool,
-) -> None:  # fmt: skip
+    config: Path,
+    pipeline: str,
+    folder: Path,
+    settings: FusionSettings,
+    to: Literal["diffusers", "kohya"],
+    dtype: str | None,
+    dense: bool,
+    layers: bool,
+    dry: bool,
+) -> None:
     """Read everything, say what will be done, do it, write the folder."""
     concepts = load_fusion_config(config)
     pipe = read_pipeline(pipeline, DTYPES[dtype] if dtype else None, command="fuse")
@@ -40,7 +47,10 @@ def run(
     save_fused(fused, folder, to)
     _tell(fused, layers)
     rank = max(layer.rank for layer in fused.layers)
-    done(str(folder), f"{len(concepts)} concepts, {len(fused.layers)} layers of rank up to {rank}, {seconds:.1f} s")
+    done(
+        str(folder),
+        f"{len(concepts)} concepts, {len(fused.layers)} layers of rank up to {rank}, {seconds:.1f} s",
+    )
     if dense:
         save_dense(pipe, fused, folder / PIPELINE)
         done(str(folder / PIPELINE), "the whole pipeline with the fused weights and the concepts' tokens")
@@ -61,14 +71,24 @@ def settings_of(
     if size is not None:
         parts = size.lower().split("x")
         if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-            raise MoleValueError("--size", expected="a side in pixels, or HEIGHTxWIDTH", got=f"'{printable(size, 40)}'")
+            raise MoleValueError(
+                "--size", expected="a side in pixels, or HEIGHTxWIDTH", got=f"'{printable(size, 40)}'"
+            )
         height, width = int(parts[0]), int(parts[-1])
     if memory is not None and not memory > 0:
         raise MoleValueError("--memory", expected="megabytes above 0", got=memory)
     budget = None if memory is None else int(memory * 1e6)
     more: dict[str, Any] = {"templates": tuple(templates)} if templates else {}
     return FusionSettings(
-        steps=steps, height=height, width=width, seed=seed, memory=budget, cutoff=cutoff, ridge=ridge, lbfgs=lbfgs, **more
+        steps=steps,
+        height=height,
+        width=width,
+        seed=seed,
+        memory=budget,
+        cutoff=cutoff,
+        ridge=ridge,
+        lbfgs=lbfgs,
+        **more,
     )
 
 
@@ -81,7 +101,9 @@ def _tell(fused: Fused, layers: bool) -> None:
         columns = (*columns, "LBFGS", "÷ its time")
     out().print(table("Σ_i ‖(α_i ΔW_i − ΔW) X_i‖²", columns, rows, columns[1:]))
     short = sum(one.directions < one.K for one in fused.layers)
-    out().print(f"{short} of {len(fused.layers)} layers have inputs in fewer directions than they have places; there the base stays.")
+    out().print(
+        f"{short} of {len(fused.layers)} layers have inputs in fewer directions than they have places; there the base stays."
+    )
     noted = [one for one in fused.layers if one.note]
     for one in noted[:5]:
         out().print(f"{printable(one.path)}: {one.note}", soft_wrap=True)
@@ -91,17 +113,33 @@ def _tell(fused: Fused, layers: bool) -> None:
 
 def _row(name: str, count: int, sums: Mapping[str, Any]) -> tuple[str, ...]:
     ratio = sums["fused"] / sums["by_weights"] if sums["by_weights"] else 0.0
-    made = (name, str(count), number(sums["base"]), number(sums["by_weights"]), number(sums["fused"]), number(ratio))
+    made = (
+        name,
+        str(count),
+        number(sums["base"]),
+        number(sums["by_weights"]),
+        number(sums["fused"]),
+        number(ratio),
+    )
     if sums.get("lbfgs") is None:
         return made
-    return (*made, number(sums["lbfgs"]), number(sums["seconds"] / sums["lbfgs_seconds"]) if sums["lbfgs_seconds"] else "–")
+    return (
+        *made,
+        number(sums["lbfgs"]),
+        number(sums["seconds"] / sums["lbfgs_seconds"]) if sums["lbfgs_seconds"] else "–",
+    )
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A live bar on a terminal, a line for each thing that is done elsewhere; on stderr."""
     console = Console(stderr=True, highlight=False, markup=False)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("fuse", total=None)
 

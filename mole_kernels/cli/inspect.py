@@ -23,7 +23,8 @@ from mole_kernels.io.convert import kind_of
 from mole_kernels.io.experts import expert_from_tensors, load_expert
 from mole_kernels.io.gates import GateFile, gates_from_tensors, load_gates
 
-# bytes: the factors of larger files are not read, so neither norms nor NaN are known of them; above any published LoRA
+# bytes: the factors of larger files are not read, so neither norms nor NaN are known of them; above any
+# published LoRA
 READ_WHOLE = 2**30
 _SMALL = 4096
 METADATA_SHOWN = 12
@@ -61,9 +62,15 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Expert], GateFile | None]:
     source = os.fsdecode(path)
     with SafetensorsFile(path) as file:
         entries, metadata = file.header.entries, file.header.metadata
-        big = {key for key, e in entries.items() if e.end - e.begin > _SMALL and (kind != "bank" or key.startswith(PREFIX))}
+        big = {
+            key
+            for key, e in entries.items()
+            if e.end - e.begin > _SMALL and (kind != "bank" or key.startswith(PREFIX))
+        }
         tensors = file.read([key for key in entries if key not in big])
-        tensors |= {key: torch.empty(entries[key].shape, dtype=entries[key].dtype, device="meta") for key in big}
+        tensors |= {
+            key: torch.empty(entries[key].shape, dtype=entries[key].dtype, device="meta") for key in big
+        }
         # the order of the header is the order of the layers
         tensors = {key: tensors[key] for key in entries}
     if kind == "bank":
@@ -72,11 +79,15 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Expert], GateFile | None]:
     return {name: expert_from_tensors(tensors, metadata, source)}, None
 
 
-def _summary(path: Path, kind: str, experts: dict[str, Expert], gates: GateFile | None) -> Iterable[tuple[str, object]]:
+def _summary(
+    path: Path, kind: str, experts: dict[str, Expert], gates: GateFile | None
+) -> Iterable[tuple[str, object]]:
     header = read_header(path)
     dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in header.entries.values()})
     size = sum(entry.end - entry.begin for entry in header.entries.values())
-    what = {"bank": "single file of mole_kernels", "gates": "gates of MoLE", "expert": "one expert (LoRA)"}[kind]
+    what = {"bank": "single file of mole_kernels", "gates": "gates of MoLE", "expert": "one expert (LoRA)"}[
+        kind
+    ]
     yield "file", path
     yield "is", what
     yield "holds", f"{len(header.entries):,} tensors, {size / 2**20:,.1f} MiB, {', '.join(dtypes)}"
@@ -86,24 +97,42 @@ def _summary(path: Path, kind: str, experts: dict[str, Expert], gates: GateFile 
         origins = ", ".join(dict.fromkeys(expert.dialect for expert in experts.values()))
         yield "dialect", f"native; experts from {origins}" if kind == "bank" else origins
     elif gates is not None:
-        yield "dialect", "native" if header.metadata.get("format") == "mole_kernels" else "official (JiePKU/MoLE)"
+        yield (
+            "dialect",
+            "native" if header.metadata.get("format") == "mole_kernels" else "official (JiePKU/MoLE)",
+        )
 
 
 def _tables(experts: dict[str, Expert], gates: GateFile | None, every: bool) -> Iterable[Group]:
     numbers = ("layers", "rank", "scale", "‖ΔW‖", "parameters")
     if experts:
         rows = [[name, *_totals(expert)] for name, expert in experts.items()]
-        yield table("Experts", ("expert", "layers", "in", "rank", "scale", "‖ΔW‖", "parameters"), rows, numbers)
+        yield table(
+            "Experts", ("expert", "layers", "in", "rank", "scale", "‖ΔW‖", "parameters"), rows, numbers
+        )
     for name, expert in experts.items():
         title = f"Layers of {name}" if len(experts) > 1 else "Layers"
-        rows = [[path, *_figures([layer])] for path, layer in expert.layers.items()] if every else _by_kind(expert)
-        columns = ("layer", "K → N", "rank", "scale", "‖ΔW‖") if every else ("layer", "layers", "K → N", "rank", "scale", "‖ΔW‖")
+        rows = (
+            [[path, *_figures([layer])] for path, layer in expert.layers.items()]
+            if every
+            else _by_kind(expert)
+        )
+        columns = (
+            ("layer", "K → N", "rank", "scale", "‖ΔW‖")
+            if every
+            else ("layer", "layers", "K → N", "rank", "scale", "‖ΔW‖")
+        )
         yield table(title, columns, rows, numbers)
     if gates is not None:
-        yield table("Gates", ("expert", "layers", "token gate", "sample gate", "l at x = 0", "G at h = 0"), _gate_rows(gates))
+        yield table(
+            "Gates",
+            ("expert", "layers", "token gate", "sample gate", "l at x = 0", "G at h = 0"),
+            _gate_rows(gates),
+        )
         if every:
             halves = [
-                (path, ", ".join(f"{name} {list(t.shape)}" for name, t in layer.present().items())) for path, layer in gates.layers.items()
+                (path, ", ".join(f"{name} {list(t.shape)}" for name, t in layer.present().items()))
+                for path, layer in gates.layers.items()
             ]
             yield table("Layers of the gates", ("layer", "tensors"), halves)
 
@@ -132,7 +161,9 @@ def _figures(layers: list[LowRank]) -> list[str]:
         _few(str(rank) for rank in sorted({layer.rank for layer in layers})),
         _few(number(scale) for scale in sorted({layer.scale for layer in layers})),
         # four digits are shown; float64 would take seconds at MoLE's ranks
-        "—" if any(layer.down.is_meta for layer in layers) else number(sum(layer.norm(torch.float32) ** 2 for layer in layers) ** 0.5),
+        "—"
+        if any(layer.down.is_meta for layer in layers)
+        else number(sum(layer.norm(torch.float32) ** 2 for layer in layers) ** 0.5),
     ]
 
 
@@ -148,12 +179,18 @@ def _gate_rows(gates: GateFile) -> list[list[object]]:
         opens = []
         for weight, bias in (("phi", "phi_bias"), ("head", "head_bias")):
             present = [
-                (getattr(layer, weight), getattr(layer, bias)) for layer in gates.layers.values() if getattr(layer, weight) is not None
+                (getattr(layer, weight), getattr(layer, bias))
+                for layer in gates.layers.values()
+                if getattr(layer, weight) is not None
             ]
             norm = sum(w[e].double().norm().item() ** 2 for w, _ in present) ** 0.5
-            row.append(f"{len(present):,}, ‖{'Φ' if weight == 'phi' else 'w'}‖ {number(norm)}" if present else "none")
+            row.append(
+                f"{len(present):,}, ‖{'Φ' if weight == 'phi' else 'w'}‖ {number(norm)}" if present else "none"
+            )
             open_ = torch.stack([b[e].double() for _, b in present]).sigmoid() if present else None
-            opens.append("—" if open_ is None else f"{open_.mean():.2f} ({open_.min():.2f} to {open_.max():.2f})")
+            opens.append(
+                "—" if open_ is None else f"{open_.mean():.2f} ({open_.min():.2f} to {open_.max():.2f})"
+            )
         rows.append([*row, *opens])
     return rows
 
@@ -172,9 +209,9 @@ def _metadata(console: Any, path: Path) -> None:
 def _match(console: Any, name: str, experts: dict[str, Expert], gates: GateFile | None) -> None:
     """Plan a patch of the model's skeleton, expert by expert, and say what meets what."""
     from mole_kernels.cli.models import skeleton
-    from mole_kernels.patching.names import Names
+    from mole_kernels.modules.names import Names
+    from mole_kernels.modules.scan import scan, sizes
     from mole_kernels.patching.plan import plan
-    from mole_kernels.patching.targets import scan, sizes
 
     model = skeleton(name)
     rows: list[list[object]] = []
@@ -195,7 +232,9 @@ def _match(console: Any, name: str, experts: dict[str, Expert], gates: GateFile 
         names = Names(found)
         paths = {path: names.find(path) for path in gates.layers}
         left["gates"] = [
-            p for p, at in paths.items() if at not in found.layers or not _gate_fits(gates.layers[p], *sizes(found.layers[at]))
+            p
+            for p, at in paths.items()
+            if at not in found.layers or not _gate_fits(gates.layers[p], *sizes(found.layers[at]))
         ]
         rows.append(["gates", *_score(len(paths), left["gates"])])
     console.print(table(f"In {name}", ("what", "layers", "matched"), rows))

@@ -1,4 +1,6 @@
-"""Times of the candidates of one call on the GPU of this machine: verified first, then interleaved replays of captured graphs."""
+"""Times of the candidates of one call on the GPU of this machine: verified first, then interleaved replays of
+captured graphs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from mole_kernels.errors import printable
 
 # calls in one graph, replays of each: interleaved, in alternating order
 CALLS, ROUNDS, WARM = 10, 9, 3
-# of the whole result against the stacked backend's: wrong code is off by far more, a 16-bit rounding by far less
+# of the whole result against the stacked backend's: wrong code is off by far more, a 16-bit rounding by far
+# less
 TOLERANCE = 0.05
 
 

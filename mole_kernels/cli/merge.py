@@ -19,9 +19,18 @@ from mole_kernels.io.merge import merge_files
 
 @contextmanager
 def layer_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """What hears of each layer done: a live bar with the time left on a terminal, a line every tenth of the way elsewhere; on stderr."""
+    """What hears of each layer done: a live bar with the time left on a terminal, a line every tenth of the
+    way elsewhere; on stderr.
+    """
     console = Console(stderr=True, highlight=False, markup=False)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
 
@@ -33,7 +42,9 @@ def layer_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         yield heard
 
 
-def run(files: list[Path], out: Path, mode: str, weights: str | None, dtype: torch.dtype | None, **arguments: Any) -> None:
+def run(
+    files: list[Path], out: Path, mode: str, weights: str | None, dtype: torch.dtype | None, **arguments: Any
+) -> None:
     """Merge, and say what was written."""
     given = None if weights is None else [_number(word) for word in weights.split(",")]
     with layer_bar(f"merge ({printable(mode, 20)})") as heard:
@@ -46,4 +57,6 @@ def _number(word: str) -> float:
     try:
         return float(word)
     except ValueError:
-        raise MoleValueError("--weights", expected="numbers joined by commas, as in 0.5,0.5", got=f"'{printable(word, 40)}'") from None
+        raise MoleValueError(
+            "--weights", expected="numbers joined by commas, as in 0.5,0.5", got=f"'{printable(word, 40)}'"
+        ) from None

@@ -16,16 +16,34 @@ from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, p
 from mole_kernels.files.text import read_json
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32, "projection_dim": 1280}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+}
+CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
 
-# component -> (package, class, configuration), as published with the models; what is left out is the class's default
+# component -> (package, class, configuration), as published with the models; what is left out is the class's
+# default
 KNOWN: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
     "sd15": {
         "unet": (
             "diffusers",
             "UNet2DConditionModel",
-            {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)},
+            {
+                "sample_size": 64,
+                "cross_attention_dim": 768,
+                "attention_head_dim": 8,
+                "block_out_channels": (320, 640, 1280, 1280),
+            },
         ),
         "text_encoder": ("transformers", "CLIPTextModel", CLIP_L),
     },
@@ -56,13 +74,16 @@ KNOWN: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
 def skeleton(name: str) -> Any:
     """A pipeline-like object whose `components` are modules on the meta device.
 
-    name  a known model (sd15, sdxl), or a folder in diffusers' layout: of a pipeline (model_index.json) or of one model (config.json)
+    name  a known model (sd15, sdxl), or a folder in diffusers' layout: of a pipeline (model_index.json) or of
+          one model (config.json)
     """
     if name in KNOWN:
         return SimpleNamespace(components={part: _build(*spec) for part, spec in KNOWN[name].items()})
     folder = Path(name)
     if not folder.is_dir():
-        raise MoleValueError("--model", expected=f"{', '.join(KNOWN)} or a folder in diffusers' layout", got=printable(name))
+        raise MoleValueError(
+            "--model", expected=f"{', '.join(KNOWN)} or a folder in diffusers' layout", got=printable(name)
+        )
     if (folder / "model_index.json").is_file():
         index = _json(folder / "model_index.json")
         parts = {
@@ -78,7 +99,11 @@ def skeleton(name: str) -> Any:
         made = _from_folder(folder, ["diffusers", config.get("_class_name")])
         if isinstance(made, nn.Module):
             return made
-    raise MoleFileError(printable(folder, 300), "holds no model that can be built", hint="a pipeline's folder holds model_index.json")
+    raise MoleFileError(
+        printable(folder, 300),
+        "holds no model that can be built",
+        hint="a pipeline's folder holds model_index.json",
+    )
 
 
 def _from_folder(folder: Path, spec: list[Any]) -> nn.Module | None:
@@ -104,7 +129,9 @@ def _import(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise MoleStateError("--model", f"needs {package} ({error})", hint='pip install "mole-kernels[diffusers]"') from error
+        raise MoleStateError(
+            "--model", f"needs {package} ({error})", hint='pip install "mole-kernels[diffusers]"'
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -17,12 +17,20 @@ from mole_kernels.files.writer import atomic_write
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.experts import load_expert
 from mole_kernels.io.gates import GateFile, load_gates
-from mole_kernels.looking.record import Recorder
-from mole_kernels.looking.report import make_report
 from mole_kernels.patching.apply import patch
+from mole_kernels.reports.record import Recorder
+from mole_kernels.reports.report import make_report
 
 
-def write(files: Sequence[Path], out: Path, pipeline: Path | None, gates: Path | None, prompt: str, steps: int, seed: int) -> None:
+def write(
+    files: Sequence[Path],
+    out: Path,
+    pipeline: Path | None,
+    gates: Path | None,
+    prompt: str,
+    steps: int,
+    seed: int,
+) -> None:
     """Read everything first, run the pipeline if there is one, then write the page whole."""
     bank, own = _read(files)
     chosen = load_gates(gates) if gates else own
@@ -49,19 +57,27 @@ def _read(files: Sequence[Path]) -> tuple[ExpertBank, GateFile | None]:
             pass
     names = [file.stem for file in files]
     if len(set(names)) != len(names):
-        raise MoleValueError("report", expected="files of different names, which name the experts", got=", ".join(names))
+        raise MoleValueError(
+            "report", expected="files of different names, which name the experts", got=", ".join(names)
+        )
     return ExpertBank({name: load_expert(file) for name, file in zip(names, files)}), None
 
 
-def _run(bank: ExpertBank, gates: GateFile | None, folder: str, prompt: str, steps: int, seed: int) -> tuple[Recorder, Tensor]:
+def _run(
+    bank: ExpertBank, gates: GateFile | None, folder: str, prompt: str, steps: int, seed: int
+) -> tuple[Recorder, Tensor]:
     pipe = read_pipeline(folder, command="report")
     with patch(pipe, bank, gates) as handle:
         seen = _Sized(handle)
         generator = torch.Generator().manual_seed(seed)
         images = pipe(
-            prompt, num_inference_steps=steps, generator=generator, output_type="pt", callback_on_step_end=seen.callback,
+            prompt,
+            num_inference_steps=steps,
+            generator=generator,
+            output_type="pt",
+            callback_on_step_end=seen.callback,
             callback_on_step_end_tensor_inputs=["latents"],
-        ).images  # fmt: skip
+        ).images
     assert seen.recorder is not None
     return seen.recorder, images[-1].float().cpu()
 

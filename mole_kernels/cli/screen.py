@@ -25,14 +25,21 @@ def complain(message: str) -> None:
 
 
 def remark(message: str) -> None:
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(Text(f"Warning: {message}", style="yellow"))
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
+        Text(f"Warning: {message}", style="yellow")
+    )
 
 
 def done(path: str, what: str) -> None:
-    out().print(Text.assemble(("wrote ", "green"), (printable(path, 300), "bold"), f"  {printable(what, 300)}"), soft_wrap=True)
+    out().print(
+        Text.assemble(("wrote ", "green"), (printable(path, 300), "bold"), f"  {printable(what, 300)}"),
+        soft_wrap=True,
+    )
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[str] = ()) -> Group:
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[str] = ()
+) -> Group:
     """A titled table of safe text; the columns named in `numbers` are set right."""
     made = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for column in columns:

@@ -38,8 +38,12 @@ def write(given: Given) -> None:
     """Stage 1."""
     asked, project = _plain(given), Project(given["work"])
     settings = PromptSettings(
-        count=asked["count"], more=asked["more"], limit=asked["limit"], seed=asked["seed"], attempts=asked["attempts"]
-    )  # fmt: skip
+        count=asked["count"],
+        more=asked["more"],
+        limit=asked["limit"],
+        seed=asked["seed"],
+        attempts=asked["attempts"],
+    )
     chosen = _skills(project, asked)
     writers = _writers(asked, chosen)
     for skill in chosen:
@@ -51,7 +55,10 @@ def write(given: Given) -> None:
 
             write_prompts(project, skill, writers[skill.name], settings, on_request=show)
         figures = project.noted("prompts", skill.name) or {}
-        done(str(project.prompts_file(skill.name)), ", ".join(f"{value} {key}" for key, value in figures.items()))
+        done(
+            str(project.prompts_file(skill.name)),
+            ", ".join(f"{value} {key}" for key, value in figures.items()),
+        )
 
 
 def paint(given: Given) -> None:
@@ -64,7 +71,10 @@ def paint(given: Given) -> None:
         with _counting(f"pictures of {name}", wanted[name]) as count:
             made = make_pictures(project, name, pipe, _settings(asked), on_picture=count)
         figures = project.noted("pictures", name) or {}
-        _say_done(project.pictures_folder(name), f"{figures.get('pictures', 0)} pictures, {made} made by this process now")
+        _say_done(
+            project.pictures_folder(name),
+            f"{figures.get('pictures', 0)} pictures, {made} made by this process now",
+        )
 
 
 def teach(given: Given) -> None:
@@ -73,7 +83,9 @@ def teach(given: Given) -> None:
     names = project.choose(asked["skill"] or ())
     training = _training(asked)
     # as mixed precision has it, since float32 factors beside a float16 model want autocast
-    wide = "bfloat16" if training.config.mixed_precision == "bf16" and torch.cuda.is_available() else "float32"
+    wide = (
+        "bfloat16" if training.config.mixed_precision == "bf16" and torch.cuda.is_available() else "float32"
+    )
     pipe = read_pipeline(asked["model"], asked["dtype"] or wide)
     training = replace(training, multiple=size_multiple(pipe))
     state = processes()
@@ -103,7 +115,10 @@ def paint_for(given: Given) -> None:
     asked = _plain(given)
     prompts = list(dict.fromkeys(tree.prompt for tree in load_questions(asked["questions"])))
     pipe = read_pipeline(asked["model"], asked["dtype"])
-    with patch(pipe, {"expert": asked["expert"]}) if asked["expert"] else nullcontext(), _counting("pictures", len(prompts)) as count:
+    with (
+        patch(pipe, {"expert": asked["expert"]}) if asked["expert"] else nullcontext(),
+        _counting("pictures", len(prompts)) as count,
+    ):
         draw(pipe, prompts, asked["folder"], _settings(asked), on_picture=count)
     _say_done(asked["folder"], f"{len(prompts)} pictures")
 
@@ -122,10 +137,21 @@ def judge(given: Given) -> None:
             on_picture=lambda have, _: line.update(have, samples=have),
         )
     figures = asdict(summary)
-    shown = {key: number(value) if isinstance(value, float) else value for key, value in figures.items() if key != "categories"}
+    shown = {
+        key: number(value) if isinstance(value, float) else value
+        for key, value in figures.items()
+        if key != "categories"
+    }
     out().print(facts(shown.items()))
     if summary.categories:
-        out().print(table("by category", ["category", "accuracy"], [(k, number(v)) for k, v in summary.categories.items()], ["accuracy"]))
+        out().print(
+            table(
+                "by category",
+                ["category", "accuracy"],
+                [(k, number(v)) for k, v in summary.categories.items()],
+                ["accuracy"],
+            )
+        )
     if asked["out"] is not None:
         _write_json(asked["out"], figures | {"by": answerer.name})
         done(str(asked["out"]), "the same as JSON")
@@ -137,7 +163,15 @@ def tell(work: Path) -> None:
     rows = []
     for name in project.choose():
         told = (project.noted(stage, name) for stage in STAGES)
-        rows.append([name, *("-" if figures is None else ", ".join(f"{v} {k}" for k, v in figures.items()) for figures in told)])
+        rows.append(
+            [
+                name,
+                *(
+                    "-" if figures is None else ", ".join(f"{v} {k}" for k, v in figures.items())
+                    for figures in told
+                ),
+            ]
+        )
     out().print(table(printable(work, 300), ["skill", *STAGES], rows))
     out().print(f"merged: {'yes' if project.merged_file.exists() else 'no'}")
 
@@ -147,10 +181,17 @@ def _skills(project: Project, asked: Given) -> list[Skill]:
     known = load_skills(asked["skills"]) if asked["skills"] else {**SKILLS, **project.skills()}
     names = asked["skill"] or list(known if asked["skills"] else project.skills())
     if not names:
-        raise MoleValueError("selma prompts: --skill", expected=f"at least one of {', '.join(known)}", got="none")
+        raise MoleValueError(
+            "selma prompts: --skill", expected=f"at least one of {', '.join(known)}", got="none"
+        )
     if unknown := [name for name in names if name not in known]:
         hint = "--skills FILE brings skills of one's own"
-        raise MoleValueError("selma prompts: --skill", expected=f"one of {', '.join(known)}", got=printable(unknown[0]), hint=hint)
+        raise MoleValueError(
+            "selma prompts: --skill",
+            expected=f"one of {', '.join(known)}",
+            got=printable(unknown[0]),
+            hint=hint,
+        )
     return [known[name] for name in names]
 
 
@@ -158,20 +199,36 @@ def _writers(asked: Given, skills: list[Skill]) -> dict[str, TextGenerator]:
     """Who writes the prompts of each skill."""
     if asked["file"] is not None:
         if asked["url"] or asked["model"]:
-            raise MoleValueError("selma prompts", "--file and --url or --model are given", expected="one of them")
+            raise MoleValueError(
+                "selma prompts", "--file and --url or --model are given", expected="one of them"
+            )
         path: Path = asked["file"]
         if not path.is_dir() and len(skills) > 1:
-            raise MoleValueError("selma prompts: --file", expected=f"a folder of SKILL.txt for {len(skills)} skills", got=printable(path))
-        return {s.name: FileText(path / f"{s.name}.txt" if path.is_dir() else path, batch=asked["more"]) for s in skills}
+            raise MoleValueError(
+                "selma prompts: --file",
+                expected=f"a folder of SKILL.txt for {len(skills)} skills",
+                got=printable(path),
+            )
+        return {
+            s.name: FileText(path / f"{s.name}.txt" if path.is_dir() else path, batch=asked["more"])
+            for s in skills
+        }
     if asked["model"] is None:
-        raise MoleValueError("selma prompts", expected="--model, --url with --model, or --file", got="none of them")
+        raise MoleValueError(
+            "selma prompts", expected="--model, --url with --model, or --file", got="none of them"
+        )
     writer: TextGenerator
     if asked["url"] is not None:
         from mole_kernels.methods.selma.endpoint import EndpointText
 
         writer = EndpointText(
-            asked["url"], asked["model"], key=asked["key"], kind=asked["kind"], temperature=asked["temperature"], timeout=asked["timeout"]
-        )  # fmt: skip
+            asked["url"],
+            asked["model"],
+            key=asked["key"],
+            kind=asked["kind"],
+            temperature=asked["temperature"],
+            timeout=asked["timeout"],
+        )
     else:
         writer = LocalText.load(asked["model"], temperature=asked["temperature"])
     return dict.fromkeys((skill.name for skill in skills), writer)
@@ -179,8 +236,17 @@ def _writers(asked: Given, skills: list[Skill]) -> dict[str, TextGenerator]:
 
 def _training(asked: Given) -> SkillTraining:
     preset = PRESETS[asked["preset"]]
-    config = {"steps": asked["steps"], "lr": asked["lr"], "accumulation": asked["accumulation"], "seed": asked["seed"]}
-    more = {"batch_size": asked["batch"], "flip": asked["flip"], "resolution": _resolution(asked["resolution"])}
+    config = {
+        "steps": asked["steps"],
+        "lr": asked["lr"],
+        "accumulation": asked["accumulation"],
+        "seed": asked["seed"],
+    }
+    more = {
+        "batch_size": asked["batch"],
+        "flip": asked["flip"],
+        "resolution": _resolution(asked["resolution"]),
+    }
     if asked["rank"] is not None:
         more |= {"rank": asked["rank"], "alpha": preset.alpha / preset.rank * asked["rank"]}
     made = replace(preset.config, **{key: value for key, value in config.items() if value is not None})
@@ -192,19 +258,28 @@ def _resolution(said: str | None) -> int | tuple[int, int] | None:
         return None
     sides = said.split("x")
     if not all(side.isdecimal() for side in sides) or len(sides) > 2:
-        raise MoleValueError("--resolution", expected="a side in pixels, or HEIGHTxWIDTH", got=printable(said))
+        raise MoleValueError(
+            "--resolution", expected="a side in pixels, or HEIGHTxWIDTH", got=printable(said)
+        )
     return int(said) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def _settings(asked: Given) -> PictureSettings:
-    named = {"num_inference_steps": "steps", "guidance_scale": "guidance", "height": "height", "width": "width"}
+    named = {
+        "num_inference_steps": "steps",
+        "guidance_scale": "guidance",
+        "height": "height",
+        "width": "width",
+    }
     options = {key: asked[ours] for key, ours in named.items() if asked[ours] is not None}
     return PictureSettings(seed=asked["seed"], batch=asked["batch"], options=options)
 
 
 def read_pipeline(name: str, dtype: str | None) -> Any:
     """The pipeline on this process's device."""
-    return pipelines.read_pipeline(name, getattr(torch, dtype) if dtype else None, processes().device, command="selma")
+    return pipelines.read_pipeline(
+        name, getattr(torch, dtype) if dtype else None, processes().device, command="selma"
+    )
 
 
 def _plain(given: Given) -> dict[str, Any]:

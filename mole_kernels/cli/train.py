@@ -1,4 +1,6 @@
-"""`mole-kernels train`: what can be trained, and its options. Torch is imported by the commands that need it."""
+"""`mole-kernels train`: what can be trained, and its options. Torch is imported by the commands that need
+it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import typer
 
 train = typer.Typer(help="Train experts and gates on a folder of captioned pictures.", no_args_is_help=True)
 mole = typer.Typer(
-    help="MoLE's three stages: the UNet (optional), one expert for each set of close-ups, then the gates alone.", no_args_is_help=True
+    help="MoLE's three stages: the UNet (optional), one expert for each set of close-ups, then the gates alone.",
+    no_args_is_help=True,
 )
 train.add_typer(mole, name="mole")
 
@@ -63,29 +66,69 @@ def _setting(help: str, **more):
 
 
 # typer reads these annotations when it runs, also on Python 3.10
-Model = Annotated[str, typer.Option(help="A pipeline's folder in diffusers' layout, or its name on the hub.", rich_help_panel=WHAT)]
-Out = Annotated[Path, typer.Option(help="What is written in the end; replaced only once it is whole.", rich_help_panel=WHAT)]
-Named = Annotated[Preset, typer.Option(help="sd15, sdxl: the paper's; small: one small GPU or a CPU.", rich_help_panel=WHAT)]
-Data = Annotated[Path, typer.Option(help="Pictures with captions: metadata.jsonl, or a .txt beside each.", rich_help_panel=DATA)]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A pipeline's folder in diffusers' layout, or its name on the hub.", rich_help_panel=WHAT
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Option(help="What is written in the end; replaced only once it is whole.", rich_help_panel=WHAT),
+]
+Named = Annotated[
+    Preset, typer.Option(help="sd15, sdxl: the paper's; small: one small GPU or a CPU.", rich_help_panel=WHAT)
+]
+Data = Annotated[
+    Path,
+    typer.Option(help="Pictures with captions: metadata.jsonl, or a .txt beside each.", rich_help_panel=DATA),
+]
 Resolution = Annotated[
     str | None,
-    typer.Option(help="Side in pixels, or HEIGHTxWIDTH; the preset's, where not given.", rich_help_panel=DATA, show_default=False),
+    typer.Option(
+        help="Side in pixels, or HEIGHTxWIDTH; the preset's, where not given.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
 ]
-Buckets = Annotated[bool, typer.Option("--buckets/--square", help="Many aspect ratios of one area, or all alike.", rich_help_panel=DATA)]
-Bad = Annotated[OnBad, typer.Option(help="Pictures that cannot be read or have no caption.", rich_help_panel=DATA)]
+Buckets = Annotated[
+    bool,
+    typer.Option(
+        "--buckets/--square", help="Many aspect ratios of one area, or all alike.", rich_help_panel=DATA
+    ),
+]
+Bad = Annotated[
+    OnBad, typer.Option(help="Pictures that cannot be read or have no caption.", rich_help_panel=DATA)
+]
 Multiple = Annotated[int, typer.Option(help="Sides are multiples of this.", rich_help_panel=DATA)]
 Column = Annotated[str, typer.Option(help="Of metadata.jsonl that holds the caption.", rich_help_panel=DATA)]
 Cache = Annotated[
     Path | None,
-    typer.Option(help="Of latents and text states.", rich_help_panel=DATA, show_default="cache, beside --out"),
+    typer.Option(
+        help="Of latents and text states.", rich_help_panel=DATA, show_default="cache, beside --out"
+    ),
 ]
-RunDir = Annotated[Path | None, typer.Option(help="Of checkpoints and logs.", rich_help_panel=RUN, show_default="OUT.run")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.", rich_help_panel=RUN)]
-Tracker = Annotated[list[str] | None, typer.Option(help="tensorboard, or another of accelerate's; may be repeated.", rich_help_panel=RUN)]
-Dry = Annotated[bool, typer.Option("--dry-run", help="Show settings, data and the cache's size; train nothing.", rich_help_panel=RUN)]
+RunDir = Annotated[
+    Path | None, typer.Option(help="Of checkpoints and logs.", rich_help_panel=RUN, show_default="OUT.run")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the newest checkpoint.", rich_help_panel=RUN)
+]
+Tracker = Annotated[
+    list[str] | None,
+    typer.Option(help="tensorboard, or another of accelerate's; may be repeated.", rich_help_panel=RUN),
+]
+Dry = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Show settings, data and the cache's size; train nothing.", rich_help_panel=RUN
+    ),
+]
 BaseDtype = Annotated[
     Dtype | None,
-    typer.Option(help="Of the frozen model.", rich_help_panel=RUN, show_default="float32 on a CPU, else as --precision"),
+    typer.Option(
+        help="Of the frozen model.", rich_help_panel=RUN, show_default="float32 on a CPU, else as --precision"
+    ),
 ]
 Steps = Annotated[Optional[int], _setting("Optimiser steps in all.")]  # noqa: UP045
 Rate = Annotated[Optional[float], _setting("Peak learning rate.")]  # noqa: UP045
@@ -106,13 +149,36 @@ Seed = Annotated[int, typer.Option(help="Of noise, order and fresh weights.", ri
 
 @mole.command()
 def unet(
-    model: Model, data: Data, out: Out, preset: Named = Preset.small, resolution: Resolution = None, buckets: Buckets = True,
-    on_bad: Bad = OnBad.refuse, multiple: Multiple = 64, column: Column = "text", cache: Cache = None, run_dir: RunDir = None,
-    resume: Resume = False, tracker: Tracker = None, dry_run: Dry = False, seed: Seed = 0, steps: Steps = None, lr: Rate = None,
-    batch_size: Batch = None, accumulation: Accumulation = None, optimiser: Optimiser = None, schedule: Schedule = None,
-    warmup: Warmup = None, weight_decay: Decay = None, snr_gamma: Snr = None, cond_dropout: Dropout = None, ema_decay: Ema = None,
-    precision: Mixed = None, gradient_checkpointing: Recompute = None, checkpoint_every: Every = None,
-) -> None:  # fmt: skip
+    model: Model,
+    data: Data,
+    out: Out,
+    preset: Named = Preset.small,
+    resolution: Resolution = None,
+    buckets: Buckets = True,
+    on_bad: Bad = OnBad.refuse,
+    multiple: Multiple = 64,
+    column: Column = "text",
+    cache: Cache = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    tracker: Tracker = None,
+    dry_run: Dry = False,
+    seed: Seed = 0,
+    steps: Steps = None,
+    lr: Rate = None,
+    batch_size: Batch = None,
+    accumulation: Accumulation = None,
+    optimiser: Optimiser = None,
+    schedule: Schedule = None,
+    warmup: Warmup = None,
+    weight_decay: Decay = None,
+    snr_gamma: Snr = None,
+    cond_dropout: Dropout = None,
+    ema_decay: Ema = None,
+    precision: Mixed = None,
+    gradient_checkpointing: Recompute = None,
+    checkpoint_every: Every = None,
+) -> None:
     """Stage 1 (optional): the whole UNet, trained further; writes the pipeline's folder."""
     given = locals()
     from mole_kernels.cli.train_mole import run_unet
@@ -122,19 +188,48 @@ def unet(
 
 @mole.command()
 def expert(
-    model: Model, data: Data, out: Out,
-    name: Annotated[str, typer.Option(help="The expert's; settings of a preset go by it, as in face and hand.", rich_help_panel=WHAT)],
+    model: Model,
+    data: Data,
+    out: Out,
+    name: Annotated[
+        str,
+        typer.Option(
+            help="The expert's; settings of a preset go by it, as in face and hand.", rich_help_panel=WHAT
+        ),
+    ],
     preset: Named = Preset.small,
     rank: Annotated[Optional[int], _setting("Of the expert.")] = None,  # noqa: UP045
     alpha: Annotated[Optional[float], _setting("Scale times rank.")] = None,  # noqa: UP045
-    to: Annotated[ExpertDialect, typer.Option(help="kohya: what the official MoLE code reads.", rich_help_panel=WHAT)] = ExpertDialect.diffusers,  # noqa: E501
-    dtype: BaseDtype = None, resolution: Resolution = None, buckets: Buckets = True, on_bad: Bad = OnBad.refuse, multiple: Multiple = 64,
-    column: Column = "text", cache: Cache = None, run_dir: RunDir = None, resume: Resume = False, tracker: Tracker = None,
-    dry_run: Dry = False, seed: Seed = 0, steps: Steps = None, lr: Rate = None, batch_size: Batch = None,
-    accumulation: Accumulation = None, optimiser: Optimiser = None, schedule: Schedule = None, warmup: Warmup = None,
-    weight_decay: Decay = None, snr_gamma: Snr = None, cond_dropout: Dropout = None, ema_decay: Ema = None, precision: Mixed = None,
-    gradient_checkpointing: Recompute = None, checkpoint_every: Every = None,
-) -> None:  # fmt: skip
+    to: Annotated[
+        ExpertDialect, typer.Option(help="kohya: what the official MoLE code reads.", rich_help_panel=WHAT)
+    ] = ExpertDialect.diffusers,
+    dtype: BaseDtype = None,
+    resolution: Resolution = None,
+    buckets: Buckets = True,
+    on_bad: Bad = OnBad.refuse,
+    multiple: Multiple = 64,
+    column: Column = "text",
+    cache: Cache = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    tracker: Tracker = None,
+    dry_run: Dry = False,
+    seed: Seed = 0,
+    steps: Steps = None,
+    lr: Rate = None,
+    batch_size: Batch = None,
+    accumulation: Accumulation = None,
+    optimiser: Optimiser = None,
+    schedule: Schedule = None,
+    warmup: Warmup = None,
+    weight_decay: Decay = None,
+    snr_gamma: Snr = None,
+    cond_dropout: Dropout = None,
+    ema_decay: Ema = None,
+    precision: Mixed = None,
+    gradient_checkpointing: Recompute = None,
+    checkpoint_every: Every = None,
+) -> None:
     """Stage 2: one expert on one set of pictures, everything else frozen; writes a LoRA file."""
     given = locals()
     from mole_kernels.cli.train_mole import run_expert
@@ -144,19 +239,54 @@ def expert(
 
 @mole.command()
 def gates(
-    model: Model, data: Data, out: Out,
-    expert: Annotated[list[str], typer.Option(help="NAME=FILE, repeated; their order is the order of the gates' rows.", rich_help_panel=WHAT)],  # noqa: E501
+    model: Model,
+    data: Data,
+    out: Out,
+    expert: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=FILE, repeated; their order is the order of the gates' rows.", rich_help_panel=WHAT
+        ),
+    ],
     preset: Named = Preset.small,
-    kind: Annotated[Kind, typer.Option(help="Token gates, sample gates, or both.", rich_help_panel=WHAT)] = Kind.both,
-    start: Annotated[Optional[Path], typer.Option(help="A gates file to begin from, instead of fresh gates.", rich_help_panel=WHAT)] = None,  # noqa: UP045
-    to: Annotated[GateDialect, typer.Option(help="official: MoLE's six tensors a layer, for face and hand.", rich_help_panel=WHAT)] = GateDialect.native,  # noqa: E501
-    dtype: BaseDtype = None, resolution: Resolution = None, buckets: Buckets = True, on_bad: Bad = OnBad.refuse, multiple: Multiple = 64,
-    column: Column = "text", cache: Cache = None, run_dir: RunDir = None, resume: Resume = False, tracker: Tracker = None,
-    dry_run: Dry = False, seed: Seed = 0, steps: Steps = None, lr: Rate = None, batch_size: Batch = None,
-    accumulation: Accumulation = None, optimiser: Optimiser = None, schedule: Schedule = None, warmup: Warmup = None,
-    weight_decay: Decay = None, snr_gamma: Snr = None, cond_dropout: Dropout = None, ema_decay: Ema = None, precision: Mixed = None,
-    gradient_checkpointing: Recompute = None, checkpoint_every: Every = None,
-) -> None:  # fmt: skip
+    kind: Annotated[
+        Kind, typer.Option(help="Token gates, sample gates, or both.", rich_help_panel=WHAT)
+    ] = Kind.both,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="A gates file to begin from, instead of fresh gates.", rich_help_panel=WHAT),
+    ] = None,
+    to: Annotated[
+        GateDialect,
+        typer.Option(help="official: MoLE's six tensors a layer, for face and hand.", rich_help_panel=WHAT),
+    ] = GateDialect.native,
+    dtype: BaseDtype = None,
+    resolution: Resolution = None,
+    buckets: Buckets = True,
+    on_bad: Bad = OnBad.refuse,
+    multiple: Multiple = 64,
+    column: Column = "text",
+    cache: Cache = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    tracker: Tracker = None,
+    dry_run: Dry = False,
+    seed: Seed = 0,
+    steps: Steps = None,
+    lr: Rate = None,
+    batch_size: Batch = None,
+    accumulation: Accumulation = None,
+    optimiser: Optimiser = None,
+    schedule: Schedule = None,
+    warmup: Warmup = None,
+    weight_decay: Decay = None,
+    snr_gamma: Snr = None,
+    cond_dropout: Dropout = None,
+    ema_decay: Ema = None,
+    precision: Mixed = None,
+    gradient_checkpointing: Recompute = None,
+    checkpoint_every: Every = None,
+) -> None:
     """Stage 3: gates alone, experts and model frozen bit for bit; writes a gates file."""
     given = locals()
     from mole_kernels.cli.train_mole import run_gates

@@ -1,4 +1,6 @@
-"""What `mole-kernels train mole` does: settings, data, model, training, file. Everything that can be wrong is looked at before training."""
+"""What `mole-kernels train mole` does: settings, data, model, training, file. Everything that can be wrong is
+looked at before training.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from mole_kernels.io.experts import load_expert
 from mole_kernels.io.gates import OFFICIAL_NAMES, load_gates
 from mole_kernels.io.save import save_expert
 from mole_kernels.methods.mole import PRESETS, train_expert, train_gates, train_unet
+from mole_kernels.modules.scan import mole_targets
 from mole_kernels.patching.apply import patch
-from mole_kernels.patching.targets import mole_targets
 from mole_kernels.training.cached import CacheSize, PictureBatches, cache_size, picture_batches
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.encode import Encoder
@@ -40,7 +42,11 @@ def run_unet(given: Given) -> None:
     """Stage 1."""
     asked, preset = _plain(given), PRESETS[given["preset"].value]
     if preset.unet is None:
-        raise MoleValueError("train mole unet: --preset", f"{given['preset'].value} has no stage 1", hint="--preset small or sd15")
+        raise MoleValueError(
+            "train mole unet: --preset",
+            f"{given['preset'].value} has no stage 1",
+            hint="--preset small or sd15",
+        )
     config, folder = settings(preset.unet, asked), _folder(asked, preset.resolution)
     _echo("stage 1: the UNet", asked, config, folder, {})
     pipe = _pipeline(asked["model"], torch.float32)
@@ -61,7 +67,13 @@ def run_expert(given: Given) -> None:
     # the preset's scale, unless told otherwise: alpha goes with the rank
     alpha = mine.alpha / preset.rank * rank if asked["alpha"] is None else asked["alpha"]
     config, folder = settings(mine.config, asked), _folder(asked, preset.resolution)
-    _echo(f"stage 2: expert {asked['name']}", asked, config, folder, {"rank, alpha": f"{rank}, {alpha:g} (scale {alpha / rank:g})"})
+    _echo(
+        f"stage 2: expert {asked['name']}",
+        asked,
+        config,
+        folder,
+        {"rank, alpha": f"{rank}, {alpha:g} (scale {alpha / rank:g})"},
+    )
     pipe = _pipeline(asked["model"], _dtype(asked, config))
     if asked["to"] == "kohya":
         _check_kohya([f"unet.{path}" for path in mole_targets(pipe.unet)])
@@ -73,7 +85,10 @@ def run_expert(given: Given) -> None:
     expert = train_expert(pipe, batches, **options, **_run(asked))
     if _main():
         save_expert(expert, asked["out"], asked["to"])
-        done(str(asked["out"]), f"expert {asked['name']}: {len(expert.layers)} layers, rank {rank}, late loss {expert.metadata['loss']}")
+        done(
+            str(asked["out"]),
+            f"expert {asked['name']}: {len(expert.layers)} layers, rank {rank}, late loss {expert.metadata['loss']}",
+        )
 
 
 def run_gates(given: Given) -> None:
@@ -83,14 +98,32 @@ def run_gates(given: Given) -> None:
     kind = {"both": "mole"}.get(asked["kind"], asked["kind"])
     if asked["to"] == "official" and (set(files) != set(OFFICIAL_NAMES) or kind != "mole"):
         expected = f"experts {' and '.join(OFFICIAL_NAMES)} with --kind both"
-        raise MoleValueError("train mole gates: --to official", expected=expected, got=f"{', '.join(files)} with --kind {asked['kind']}")
+        raise MoleValueError(
+            "train mole gates: --to official",
+            expected=expected,
+            got=f"{', '.join(files)} with --kind {asked['kind']}",
+        )
     config, folder = settings(preset.gates, asked), _folder(asked, preset.resolution)
     experts = {name: load_expert(path) for name, path in files.items()}
     start = None if asked["start"] is None else load_gates(asked["start"])
-    if asked["to"] == "official" and start is not None and any(len(layer.present()) != 4 for layer in start.layers.values()):
-        raise MoleValueError("train mole gates: --to official", expected="token and sample gates in --start", got="one kind of them")
+    if (
+        asked["to"] == "official"
+        and start is not None
+        and any(len(layer.present()) != 4 for layer in start.layers.values())
+    ):
+        raise MoleValueError(
+            "train mole gates: --to official",
+            expected="token and sample gates in --start",
+            got="one kind of them",
+        )
     named = ", ".join(f"{name} r{'/'.join(map(str, sorted(one.ranks())))}" for name, one in experts.items())
-    _echo("stage 3: gates", asked, config, folder, {"experts": named, "gates": asked["kind"] if start is None else asked["start"]})
+    _echo(
+        "stage 3: gates",
+        asked,
+        config,
+        folder,
+        {"experts": named, "gates": asked["kind"] if start is None else asked["start"]},
+    )
     pipe = _pipeline(asked["model"], _dtype(asked, config))
     batches = _batches(pipe, folder, asked, preset.batch_size)
     if batches is None:
@@ -137,7 +170,9 @@ def named_files(said: Sequence[str]) -> dict[str, Path]:
 
 
 def _plain(given: Given) -> dict[str, Any]:
-    """Options as plain values; the folder of --out is made, so that a run of days does not end before a closed door."""
+    """Options as plain values; the folder of --out is made, so that a run of days does not end before a
+    closed door.
+    """
     asked = {key: value.value if isinstance(value, Enum) else value for key, value in given.items()}
     target: Path = asked["out"]
     try:
@@ -155,17 +190,31 @@ def _folder(asked: Given, resolution: int) -> PictureFolder:
     said = str(asked["resolution"] or resolution)
     sides = said.split("x")
     if not all(side.isdecimal() for side in sides) or len(sides) > 2:
-        raise MoleValueError("--resolution", expected="a side in pixels, or HEIGHTxWIDTH", got=printable(said))
+        raise MoleValueError(
+            "--resolution", expected="a side in pixels, or HEIGHTxWIDTH", got=printable(said)
+        )
     size = int(said) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
-    options = {"buckets": asked["buckets"], "on_bad": asked["on_bad"], "multiple": asked["multiple"], "column": asked["column"]}
+    options = {
+        "buckets": asked["buckets"],
+        "on_bad": asked["on_bad"],
+        "multiple": asked["multiple"],
+        "column": asked["column"],
+    }
     return PictureFolder(asked["data"], size, **options)
 
 
-def _echo(title: str, asked: Given, config: TrainConfig, folder: PictureFolder, more: Mapping[str, object]) -> None:
+def _echo(
+    title: str, asked: Given, config: TrainConfig, folder: PictureFolder, more: Mapping[str, object]
+) -> None:
     if not _main():
         return
     sizes = ", ".join(f"{n} of {h}x{w}" for (h, w), n in folder.counts().items())
-    shown = {"preset": asked["preset"], **more, "pictures": f"{len(folder)}: {sizes}", "model": asked["model"]}
+    shown = {
+        "preset": asked["preset"],
+        **more,
+        "pictures": f"{len(folder)}: {sizes}",
+        "model": asked["model"],
+    }
     if folder.skipped:
         shown["left out"] = len(folder.skipped)
     shown |= {f.name: getattr(config, f.name) for f in fields(config)}
@@ -193,20 +242,33 @@ def _batches(pipe: Any, folder: PictureFolder, asked: Given, batch_size: int) ->
     def tell(size: CacheSize) -> None:
         _say(f"cache: {size.total:,} bytes in {asked['cache']}, of which {size.missing:,} are to be made")
 
-    batches = picture_batches(pipe, folder, asked["batch_size"] or batch_size, cache=asked["cache"], seed=asked["seed"], on_size=tell)
+    batches = picture_batches(
+        pipe,
+        folder,
+        asked["batch_size"] or batch_size,
+        cache=asked["cache"],
+        seed=asked["seed"],
+        on_size=tell,
+    )
     _say(f"{batches.per_epoch} batches an epoch")
     return batches
 
 
 def _denoiser_alone(pipe: Any) -> Any:
-    """A pipeline of nothing but the UNet and its scheduler: the VAE and the text encoders have done their work."""
+    """A pipeline of nothing but the UNet and its scheduler: the VAE and the text encoders have done their
+    work.
+    """
     return SimpleNamespace(unet=pipe.unet, scheduler=pipe.scheduler, components={"unet": pipe.unet})
 
 
 def _dtype(asked: Given, config: TrainConfig) -> torch.dtype:
     if asked["dtype"] is not None:
         return getattr(torch, asked["dtype"])
-    return _DTYPES.get(config.mixed_precision or "", torch.float32) if torch.cuda.is_available() else torch.float32
+    return (
+        _DTYPES.get(config.mixed_precision or "", torch.float32)
+        if torch.cuda.is_available()
+        else torch.float32
+    )
 
 
 def _run(asked: Given) -> dict[str, Any]:
@@ -217,7 +279,9 @@ def _check_kohya(paths: Sequence[str]) -> None:
     sdxl = looks_like_sdxl(paths)
     nameless = [path for path in paths if kohya_name(path, sdxl=sdxl) is None]
     if nameless:
-        raise MoleValueError("--to kohya", f"its names do not cover {printable(nameless[0])}", hint="--to diffusers")
+        raise MoleValueError(
+            "--to kohya", f"its names do not cover {printable(nameless[0])}", hint="--to diffusers"
+        )
 
 
 def _save_pipeline(pipe: Any, target: Path) -> None:
@@ -239,7 +303,9 @@ def _named(target: Path):
         yield
     except OSError as error:
         hint = "the last checkpoint holds the weights; --resume writes them again"
-        raise MoleFileError(printable(target, 300), f"could not be written ({error.strerror})", hint=hint) from error
+        raise MoleFileError(
+            printable(target, 300), f"could not be written ({error.strerror})", hint=hint
+        ) from error
 
 
 def _main() -> bool:

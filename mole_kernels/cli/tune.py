@@ -31,11 +31,19 @@ Measured = tuple[dict[str, float], dict[str, str]]
 def tune(gpu: str, quick: bool, out_file: Path | None) -> None:
     """Measure the suite and write the table. Raises MoleStateError where there is no such GPU here."""
     if not torch.cuda.is_available():
-        raise MoleStateError("tune", "torch sees no NVIDIA GPU on this machine, and a table is measured on the GPU it is for",
-                             hint="mole-kernels explain predicts without one")  # fmt: skip
+        raise MoleStateError(
+            "tune",
+            "torch sees no NVIDIA GPU on this machine, and a table is measured on the GPU it is for",
+            hint="mole-kernels explain predicts without one",
+        )
     device = present()
     if gpu != "auto" and known(gpu).key != device.key:
-        raise MoleStateError("tune", expected=f"a {known(gpu).name}", got=device.name, hint="a table is measured on the GPU it is for")
+        raise MoleStateError(
+            "tune",
+            expected=f"a {known(gpu).name}",
+            got=device.name,
+            hint="a table is measured on the GPU it is for",
+        )
     from mole_kernels.backends.triton import why_not_device, why_not_triton
     from mole_kernels.cli.measure import measure
 
@@ -64,13 +72,19 @@ def destination(device: Device, out_file: Path | None) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MoleFileError(printable(path, 300), f"its folder cannot be made ({error.strerror})", hint=ELSEWHERE) from error
+        raise MoleFileError(
+            printable(path, 300), f"its folder cannot be made ({error.strerror})", hint=ELSEWHERE
+        ) from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise MoleFileError(printable(path, 300), expected="a file in a folder that can be written to", hint=ELSEWHERE)
+        raise MoleFileError(
+            printable(path, 300), expected="a file in a folder that can be written to", hint=ELSEWHERE
+        )
     return path
 
 
-def collect(calls: list[Call], device: Device, measure: Callable[[Call, list[str]], Measured]) -> tuple[Table, list[str]]:
+def collect(
+    calls: list[Call], device: Device, measure: Callable[[Call, list[str]], Measured]
+) -> tuple[Table, list[str]]:
     """The table of `calls`, and a line for each candidate that failed; a failure costs its own time only."""
     rows: list[Row] = []
     failed: list[str] = []
@@ -78,17 +92,36 @@ def collect(calls: list[Call], device: Device, measure: Callable[[Call, list[str
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring", total=len(calls))
         for call in calls:
-            bar.update(task, description=f"{call.model} {call.problem.M}×{call.problem.K}×{call.problem.N} R={call.problem.R}")
+            bar.update(
+                task,
+                description=f"{call.model} {call.problem.M}×{call.problem.K}×{call.problem.N} R={call.problem.R}",
+            )
             names = [name for name in _candidates() if refusal(name, call.problem, call.use) is None]
             us, without = measure(call, names)
-            failed += [f"{call.problem}, {call.use.direction}: {name}: {why}" for name, why in without.items()]
+            failed += [
+                f"{call.problem}, {call.use.direction}: {name}: {why}" for name, why in without.items()
+            ]
             if {"plain", "stacked"} <= set(us):
                 asked = key_of(call.problem, call.use)
-                rows.append(Row(asked.M, asked.K, asked.N, asked.ranks, asked.sets, asked.dtype, asked.gate, asked.direction, us))
+                rows.append(
+                    Row(
+                        asked.M,
+                        asked.K,
+                        asked.N,
+                        asked.ranks,
+                        asked.sets,
+                        asked.dtype,
+                        asked.gate,
+                        asked.direction,
+                        us,
+                    )
+                )
             bar.advance(task)
     software = {name: _version(name) for name in ("torch", "triton")} | {"cuda": str(torch.version.cuda)}
     utc = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return Table(device.name, device.key, device.capability, device.processors, software, utc, tuple(rows)), failed
+    return Table(
+        device.name, device.key, device.capability, device.processors, software, utc, tuple(rows)
+    ), failed
 
 
 def _candidates() -> tuple[str, ...]:
@@ -104,7 +137,9 @@ def _version(name: str) -> str:
 
 
 def summary(calls: list[Call], made: Table, device: Device) -> None:
-    """How often each candidate was fastest, how often the model would have said so, and what its other choices would have cost."""
+    """How often each candidate was fastest, how often the model would have said so, and what its other
+    choices would have cost.
+    """
     found = regret(calls, made, device)
     rows = []
     for name in CANDIDATES + HOPPER:
@@ -118,7 +153,9 @@ def summary(calls: list[Call], made: Table, device: Device) -> None:
 
 
 def regret(calls: list[Call], made: Table, device: Device) -> list[tuple[str, str, float]]:
-    """(the model's choice, the fastest, time of the first over the second) for each measured call whose choice was measured."""
+    """(the model's choice, the fastest, time of the first over the second) for each measured call whose
+    choice was measured.
+    """
     found = []
     rows = {row: row for row in made.rows}
     for call in calls:

@@ -1,1 +1,3 @@
-"""The demo: handwritten digits play faces and hands, in a tiny Stable Diffusion pipeline that ships with the package."""
+"""The demo: handwritten digits play faces and hands, in a tiny Stable Diffusion pipeline that ships with the
+package.
+"""

@@ -15,7 +15,9 @@ EMPTY = 10
 
 
 class Reader(nn.Module):
-    """A small convolutional network over one slot: pixels [n,3,24,24] in -1..1 -> logits [n,11]; class 10 is a blank slot."""
+    """A small convolutional network over one slot: pixels [n,3,24,24] in -1..1 -> logits [n,11]; class 10 is
+    a blank slot.
+    """
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -32,7 +34,9 @@ class Reader(nn.Module):
             nn.GroupNorm(4, 2 * width),
             nn.SiLU(),
         )
-        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(2 * width * (SLOT // 4) ** 2, EMPTY + 1))
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Dropout(0.3), nn.Linear(2 * width * (SLOT // 4) ** 2, EMPTY + 1)
+        )
 
     def forward(self, slots: Tensor) -> Tensor:
         return self.head(self.body(slots))
@@ -62,8 +66,19 @@ def loss_on(reader: Reader, pixels: Tensor, labels: Tensor) -> Tensor:
 
 def accuracy(seen: Tensor, labels: Tensor) -> dict[str, float]:
     """Share of slots read as the caption says: over the digits, over each half, over blank slots."""
-    right, groups = seen == labels, {"digits": labels >= 0, "low": (labels >= 0) & (labels < 5), "high": labels >= 5, "blank": labels < 0}
-    return {name: float(right[mine].float().mean()) if mine.any() else float("nan") for name, mine in groups.items()}
+    right, groups = (
+        seen == labels,
+        {
+            "digits": labels >= 0,
+            "low": (labels >= 0) & (labels < 5),
+            "high": labels >= 5,
+            "blank": labels < 0,
+        },
+    )
+    return {
+        name: float(right[mine].float().mean()) if mine.any() else float("nan")
+        for name, mine in groups.items()
+    }
 
 
 def load_reader(assets: Path | str = ASSETS) -> Reader:

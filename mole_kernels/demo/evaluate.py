@@ -1,4 +1,5 @@
-"""What the demo measures: held-out loss by region, digits read out of generated pictures, and where the gates look.
+"""What the demo measures: held-out loss by region, digits read out of generated pictures, and where the gates
+look.
 
 Every variant of the model meets the same scenes, the same noise and the same timesteps.
 """
@@ -14,7 +15,7 @@ from torch import Generator, Tensor
 
 from mole_kernels.demo import classifier, data
 from mole_kernels.demo.model import FACTOR, LATENT_CHANNELS, Pipeline
-from mole_kernels.looking.record import kind_of
+from mole_kernels.reports.record import kind_of
 
 TIMES = (50, 150, 300, 500, 750)
 REGIONS = ("all", "low", "high", "background")
@@ -25,7 +26,8 @@ STEPS, GUIDANCE = 20, 4.0
 class HeldOut:
     """Scenes no training has seen, sharp, ready for the loss.
 
-    latents [B,4,6,18]; text [B,5,64]; noise [len(TIMES),B,4,6,18]; regions [B,4,6,18], weights 0..1 in the order of REGIONS;
+    latents [B,4,6,18]; text [B,5,64]; noise [len(TIMES),B,4,6,18]; regions [B,4,6,18], weights 0..1 in the
+    order of REGIONS;
     boxes [B,2,24,72], the cards of the low and of the high half.
     """
 
@@ -67,7 +69,9 @@ def make_held_out(pipe: Pipeline, n: int = 64, seed: int = 99) -> HeldOut:
 
 @torch.no_grad()
 def scene_losses(pipe: Pipeline, held: HeldOut) -> Tensor:
-    """Squared epsilon errors summed over each region, mean over channels and times: [B,4], columns as REGIONS."""
+    """Squared epsilon errors summed over each region, mean over channels and times: [B,4], columns as
+    REGIONS.
+    """
     total = torch.zeros(len(held.latents), len(REGIONS))
     for time, noise in zip(TIMES, held.noise, strict=True):
         t = torch.full((len(noise),), time)
@@ -84,10 +88,14 @@ def region_loss(losses: Tensor, held: HeldOut) -> dict[str, float]:
 
 @torch.no_grad()
 def generate(pipe: Pipeline, captions: Sequence[str], seed: int, steps: int = STEPS) -> Tensor:
-    """Pictures [B,3,24,72] in -1..1 by the pipeline itself (DDIM, classifier-free guidance); the noise depends on seed alone."""
+    """Pictures [B,3,24,72] in -1..1 by the pipeline itself (DDIM, classifier-free guidance); the noise
+    depends on seed alone.
+    """
     size = (data.HEIGHT // FACTOR, data.WIDTH // FACTOR)
     latents = torch.randn(len(captions), LATENT_CHANNELS, *size, generator=Generator().manual_seed(seed))
-    images = pipe(list(captions), num_inference_steps=steps, guidance_scale=GUIDANCE, latents=latents, output_type="pt").images
+    images = pipe(
+        list(captions), num_inference_steps=steps, guidance_scale=GUIDANCE, latents=latents, output_type="pt"
+    ).images
     return images.float() * 2 - 1
 
 
@@ -104,7 +112,9 @@ def grid_of(tokens: int) -> tuple[int, int] | None:
 
 
 def picture_maps(token_gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Token gates [B,T,E] by layer -> maps [B,E,h,w], for the layers whose tokens are places of the picture."""
+    """Token gates [B,T,E] by layer -> maps [B,E,h,w], for the layers whose tokens are places of the
+    picture.
+    """
     maps = {}
     for path, gate in token_gates.items():
         if (size := grid_of(gate.shape[1])) is not None:
@@ -131,7 +141,9 @@ def collect_maps(pipe: Pipeline, handle, held: HeldOut) -> list[dict[str, Tensor
 
 
 def auc(score: Tensor, positive: Tensor) -> float:
-    """P(score of a positive > score of a negative), ties half; nan without both kinds. score [n] float, positive [n] bool."""
+    """P(score of a positive > score of a negative), ties half; nan without both kinds. score [n] float,
+    positive [n] bool.
+    """
     values, place = score.double().unique(return_inverse=True)
     up = torch.bincount(place[positive], minlength=len(values)).double()
     down = torch.bincount(place[~positive], minlength=len(values)).double()
@@ -140,9 +152,11 @@ def auc(score: Tensor, positive: Tensor) -> float:
 
 
 def gate_auc(maps: Sequence[Mapping[str, Tensor]], boxes: Tensor) -> dict[str, dict[str, float]]:
-    """How well gates find their own cards, averaged over experts and times. A token belongs to a card that covers over half of it.
+    """How well gates find their own cards, averaged over experts and times. A token belongs to a card that
+    covers over half of it.
 
-    Rows: "mean of layers", "mean map" (the gates of all layers averaged into one map), and one per kind of layer; columns:
+    Rows: "mean of layers", "mean map" (the gates of all layers averaged into one map), and one per kind of
+    layer; columns:
     "own_vs_rest" and "own_vs_other" (among tokens on cards only). No layer is picked by its result.
     """
     rows: dict[str, list[tuple[float, float]]] = {}
@@ -158,7 +172,9 @@ def gate_auc(maps: Sequence[Mapping[str, Tensor]], boxes: Tensor) -> dict[str, d
 
 
 def _scores(maps: Tensor, boxes: Tensor) -> list[tuple[float, float]]:
-    """[(own cards vs the rest, own vs other cards)] for each expert of maps [B,2,h,w]; expert e owns half e."""
+    """[(own cards vs the rest, own vs other cards)] for each expert of maps [B,2,h,w]; expert e owns half
+    e.
+    """
     cover = F.adaptive_avg_pool2d(boxes, (maps.shape[2], maps.shape[3])) > 0.5
     on_cards = cover.any(1).flatten()
     out = []

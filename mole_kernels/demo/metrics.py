@@ -15,10 +15,12 @@ AUC = ("own_vs_rest", "own_vs_other")
 def combine(seeds: Sequence[Mapping], shown: str) -> dict:
     """The results of the seeds (as `seed.run_seed` returns them) in one table.
 
-    loss[variant][region]     mean, sd, seeds; but for the base also change_mean, change_sd in percent against the same seed's base
+    loss[variant][region]     mean, sd, seeds; but for the base also change_mean, change_sd in percent against
+                              the same seed's base
     reading[variant][column]  mean, sd, seeds: share of slots read as the caption says
     gates[variant][row][col]  mean, sd, seeds: AUC
-    paired_z[variant]         by seed, over scenes: (loss of variant - loss of `shown`) in standard errors; above 2 `shown` is better
+    paired_z[variant]         by seed, over scenes: (loss of variant - loss of `shown`) in standard errors;
+                              above 2 `shown` is better
     """
     loss = _loss([seed["loss"] for seed in seeds])
     _name_best_constant(loss)
@@ -27,7 +29,9 @@ def combine(seeds: Sequence[Mapping], shown: str) -> dict:
         "seeds": [seed["seed"] for seed in seeds],
         "loss": loss,
         "paired_z": _paired([seed["scene_loss"] for seed in seeds], shown),
-        "reading": {v: {c: spread([s["reading"][v][c] for s in seeds]) for c in READ} for v in seeds[0]["reading"]},
+        "reading": {
+            v: {c: spread([s["reading"][v][c] for s in seeds]) for c in READ} for v in seeds[0]["reading"]
+        },
         "gates": {
             v: {row: {c: spread([s["gates"][v][row][c] for s in seeds]) for c in AUC} for row in table}
             for v, table in seeds[0]["gates"].items()
@@ -39,7 +43,11 @@ def combine(seeds: Sequence[Mapping], shown: str) -> dict:
 
 def spread(values: Sequence[float]) -> dict:
     """mean and sample standard deviation (0 for one value), and the values."""
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0, "seeds": list(values)}
+    return {
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "seeds": list(values),
+    }
 
 
 def _loss(seeds: Sequence[Mapping]) -> dict:
@@ -50,7 +58,11 @@ def _loss(seeds: Sequence[Mapping]) -> dict:
             found = spread([s[variant][region] for s in seeds])
             change = spread([100 * (s[variant][region] / s["base"][region] - 1) for s in seeds])
             if variant != "base":
-                found |= {"change_mean": change["mean"], "change_sd": change["sd"], "change_seeds": change["seeds"]}
+                found |= {
+                    "change_mean": change["mean"],
+                    "change_sd": change["sd"],
+                    "change_seeds": change["seeds"],
+                }
             out[variant][region] = found
     return out
 

@@ -1,6 +1,8 @@
-"""A tiny StableDiffusionPipeline of real diffusers and transformers classes, and its weights in safetensors files.
+"""A tiny StableDiffusionPipeline of real diffusers and transformers classes, and its weights in safetensors
+files.
 
-Pictures are 24x72, latents 6x18 with 4 channels, captions five tokens long. The weights are kept in half precision and computed in
+Pictures are 24x72, latents 6x18 with 4 channels, captions five tokens long. The weights are kept in half
+precision and computed in
 single precision.
 """
 
@@ -33,7 +35,9 @@ PARTS = ("unet", "text_encoder", "vae")
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIPTokenizer that knows the digits' names and "blank", each one token, spelled together from its letters left to right."""
+    """A CLIPTokenizer that knows the digits' names and "blank", each one token, spelled together from its
+    letters left to right.
+    """
     from transformers import CLIPTokenizer
 
     vocab: dict[str, int] = {BOS: 0, EOS: 1}
@@ -75,7 +79,9 @@ def build_text_encoder() -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Two levels of 32 and 64 channels with cross-attention everywhere: seven transformers, 84 adaptable layers."""
+    """Two levels of 32 and 64 channels with cross-attention everywhere: seven transformers, 84 adaptable
+    layers.
+    """
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(

@@ -29,13 +29,17 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
         f"Gate maps: averaged over all layers into one map, AUC {own:.2f} for an expert's own cards against the rest; a single layer's "
         f"gate has {gates['mean of layers']['own_vs_rest']['mean']:.2f} on average. Localisation is claimed no further than that."
     )
-    lines.append("It says nothing about faces, hands, large models or GPUs: data, base and experts are toys that anyone can rerun.")
+    lines.append(
+        "It says nothing about faces, hands, large models or GPUs: data, base and experts are toys that anyone can rerun."
+    )
     return lines
 
 
 def _ablation(result: Mapping[str, Any]) -> list[str]:
     loss, z = result["loss"], result["paired_z"]
-    change = {name: loss[name]["all"]["change_mean"] for name in ("learned constant", "local", "global", "both")}
+    change = {
+        name: loss[name]["all"]["change_mean"] for name in ("learned constant", "local", "global", "both")
+    }
     gain = change["learned constant"] - change["both"]
     verdict = "is worth" if gain > 0 else "costs"
     best = min(change, key=lambda name: change[name])

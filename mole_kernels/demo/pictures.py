@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mole_kernels.looking.page import uri_of
+from mole_kernels.reports.page import uri_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +25,9 @@ def to_image(pixels: Tensor, zoom: int = ZOOM) -> Image:
     from PIL import Image
 
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(array).resize((array.shape[1] * zoom, array.shape[0] * zoom), Image.Resampling.NEAREST)
+    return Image.fromarray(array).resize(
+        (array.shape[1] * zoom, array.shape[0] * zoom), Image.Resampling.NEAREST
+    )
 
 
 def data_uri(image: Image) -> str:
@@ -34,14 +36,22 @@ def data_uri(image: Image) -> str:
 
 
 def overlay(pixels: Tensor, maps: Tensor, limits: Sequence[tuple[float, float]]) -> list[Tensor]:
-    """A picture [3,H,W] in -1..1 under each expert's gate map [E,h,w]: dark where the gate is at its low limit, coloured at its high."""
+    """A picture [3,H,W] in -1..1 under each expert's gate map [E,h,w]: dark where the gate is at its low
+    limit, coloured at its high.
+    """
     grey = ((pixels + 1) / 2).mean(0, keepdim=True).clamp(0, 1)
     out = []
     for e, (low, high) in enumerate(limits):
         heat = ((maps[e] - low) / max(high - low, 1e-6)).clamp(0, 1)
         heat = F.interpolate(heat[None, None], pixels.shape[1:], mode="bilinear", align_corners=False)[0]
         colour = HEAT[e][:, None, None] * heat + 0.08
-        out.append((0.35 * grey + 0.15 + 0.85 * heat * (0.35 + 0.65 * grey)) * colour / colour.amax().clamp_min(0.3) * 2 - 1)
+        out.append(
+            (0.35 * grey + 0.15 + 0.85 * heat * (0.35 + 0.65 * grey))
+            * colour
+            / colour.amax().clamp_min(0.3)
+            * 2
+            - 1
+        )
     return out
 
 
@@ -51,8 +61,11 @@ def map_limits(maps: Tensor) -> list[tuple[float, float]]:
     return [(float(row.min()), float(row.max())) for row in flat]
 
 
-def picture_grid(columns: Mapping[str, Tensor], captions: Sequence[str], readings: Mapping[str, Tensor], wanted: Tensor) -> Image:
-    """Rows of captions, columns of variants; under each picture what the reader sees, green where it is what the caption says.
+def picture_grid(
+    columns: Mapping[str, Tensor], captions: Sequence[str], readings: Mapping[str, Tensor], wanted: Tensor
+) -> Image:
+    """Rows of captions, columns of variants; under each picture what the reader sees, green where it is what
+    the caption says.
 
     columns, readings  variant -> pixels [B,3,H,W] and labels [B,3];  wanted  labels [B,3] of the captions
     """
@@ -69,9 +82,17 @@ def picture_grid(columns: Mapping[str, Tensor], captions: Sequence[str], reading
         for r in range(len(captions)):
             y = top + r * (height + foot + gap)
             sheet.paste(to_image(pixels[r]), (x, y))
-            for slot, (seen, said) in enumerate(zip(readings[name][r].tolist(), wanted[r].tolist(), strict=True)):
+            for slot, (seen, said) in enumerate(
+                zip(readings[name][r].tolist(), wanted[r].tolist(), strict=True)
+            ):
                 place = (x + (2 * slot + 1) * width / 6, y + height + 4)
-                draw.text(place, "-" if seen < 0 else str(seen), fill=GOOD if seen == said else BAD, font=small, anchor="ma")
+                draw.text(
+                    place,
+                    "-" if seen < 0 else str(seen),
+                    fill=GOOD if seen == said else BAD,
+                    font=small,
+                    anchor="ma",
+                )
     for r, caption in enumerate(captions):
         y = top + r * (height + foot + gap)
         for line, word in enumerate(caption.split()):
@@ -85,9 +106,14 @@ def map_sheet(pixels: Tensor, maps: Tensor, captions: Sequence[str], names: Sequ
 
     height, width = (size * ZOOM for size in pixels.shape[2:])
     left, top, gap = 170, 34, 14
-    sheet = Image.new("RGB", (left + (1 + len(names)) * (width + gap) + gap, top + len(captions) * (height + gap)), PALE)
+    sheet = Image.new(
+        "RGB", (left + (1 + len(names)) * (width + gap) + gap, top + len(captions) * (height + gap)), PALE
+    )
     draw, font, limits = ImageDraw.Draw(sheet), _font(17), map_limits(maps)
-    titles = ["picture", *(f"gate of {name} ({lo:.2f} to {hi:.2f})" for name, (lo, hi) in zip(names, limits, strict=True))]
+    titles = [
+        "picture",
+        *(f"gate of {name} ({lo:.2f} to {hi:.2f})" for name, (lo, hi) in zip(names, limits, strict=True)),
+    ]
     for c, title in enumerate(titles):
         draw.text((left + c * (width + gap), 8), title, fill=INK, font=font)
     for r, caption in enumerate(captions):

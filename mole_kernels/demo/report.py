@@ -1,11 +1,13 @@
-"""The demo's report: one HTML file with its pictures inside, made from metrics.json and nothing else measured again."""
+"""The demo's report: one HTML file with its pictures inside, made from metrics.json and nothing else measured
+again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from mole_kernels.demo.evaluate import REGIONS
-from mole_kernels.looking.page import bullets, facts, page, picture, section, table
+from mole_kernels.reports.page import bullets, facts, page, picture, section, table
 
 
 def make_report(metrics: Mapping, grid: str, maps: str) -> str:
@@ -54,7 +56,11 @@ def _facts(metrics: Mapping) -> str:
     mix = metrics["shown"]
     digits = [100 * reading[name]["digits"]["mean"] for name in ("base", mix)]
     # the control is trained in the demo itself, so a quick run has none
-    control = f" ({loss['learned constant']['all']['change_mean']:+.1f} % for learned constants)" if "learned constant" in loss else ""
+    control = (
+        f" ({loss['learned constant']['all']['change_mean']:+.1f} % for learned constants)"
+        if "learned constant" in loss
+        else ""
+    )
     eager = metrics["time"]["ratio"]["eager MoLE"]["median"]
     found = metrics["gates"][mix]["mean map"]["own_vs_rest"]["mean"]
     items = [
@@ -70,7 +76,10 @@ def _reading_table(metrics: Mapping) -> str:
     columns = ("digits", "low", "high", "blank")
     rows = []
     for name, found in metrics["reading"].items():
-        cells = [f"{100 * found[c]['mean']:.1f} <span class=soft>± {100 * found[c]['sd']:.1f}</span>" for c in columns]
+        cells = [
+            f"{100 * found[c]['mean']:.1f} <span class=soft>± {100 * found[c]['sd']:.1f}</span>"
+            for c in columns
+        ]
         rows.append((name, cells))
     return table(("variant", "all digits %", "0–4 %", "5–9 %", "blank slots %"), rows, metrics["shown"])
 
@@ -90,13 +99,19 @@ def _auc_table(metrics: Mapping) -> str:
     rows = []
     for variant, found_rows in metrics["gates"].items():
         for row, found in found_rows.items():
-            cells = [f"{found[c]['mean']:.3f} <span class=soft>± {found[c]['sd']:.3f}</span>" for c in ("own_vs_rest", "own_vs_other")]
+            cells = [
+                f"{found[c]['mean']:.3f} <span class=soft>± {found[c]['sd']:.3f}</span>"
+                for c in ("own_vs_rest", "own_vs_other")
+            ]
             rows.append((f"{variant}: {row}", cells))
     return table(("gates: averaged over", "own cards vs rest", "own vs other cards"), rows, "")
 
 
 def _time_table(time: Mapping) -> str:
-    rows = [(name, [f"{r['median']:.3f}", f"{r['p20']:.3f}", f"{r['p80']:.3f}"]) for name, r in time["ratio"].items()]
+    rows = [
+        (name, [f"{r['median']:.3f}", f"{r['p20']:.3f}", f"{r['p80']:.3f}"])
+        for name, r in time["ratio"].items()
+    ]
     return table(("model", "÷ base, median", "p20", "p80"), rows, "ours")
 
 

@@ -1,4 +1,6 @@
-"""The whole demo: trains experts and gates on the shipped base, measures every variant, and writes the report."""
+"""The whole demo: trains experts and gates on the shipped base, measures every variant, and writes the
+report.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,22 @@ from mole_kernels.demo.stages import Plan
 from mole_kernels.demo.timing import step_times
 from mole_kernels.errors import MoleValueError
 
-ORDER = ("base", "low expert", "high expert", "sum", *(f"constant {c}" for c in tasks.CONSTANTS), "best constant", *tasks.GATED.values())
-GRID = {"base": "base", "low expert": "+ expert 0-4", "high expert": "+ expert 5-9", "sum": "+ both, summed", "both": "mixture, gated"}
+ORDER = (
+    "base",
+    "low expert",
+    "high expert",
+    "sum",
+    *(f"constant {c}" for c in tasks.CONSTANTS),
+    "best constant",
+    *tasks.GATED.values(),
+)
+GRID = {
+    "base": "base",
+    "low expert": "+ expert 0-4",
+    "high expert": "+ expert 5-9",
+    "sum": "+ both, summed",
+    "both": "mixture, gated",
+}
 SHOWN = "both"
 MIXTURE = "mixture.safetensors"
 
@@ -41,9 +57,11 @@ def run_demo(
     assets: str | Path = ASSETS,
     **sizes: int,
 ) -> dict[str, Any]:
-    """Runs the demo and writes report.html, metrics.json, grid.png and gate_maps.png into `out`; returns what metrics.json holds.
+    """Runs the demo and writes report.html, metrics.json, grid.png and gate_maps.png into `out`; returns what
+    metrics.json holds.
 
-    quick    use the shipped experts and gates instead of training them; seeds then vary the noise of the pictures only
+    quick    use the shipped experts and gates instead of training them; seeds then vary the noise of the
+             pictures only
     seeds    how many, or which
     workers  processes, each with one thread; as many as there are processors when not given
     sizes    held_out, captions, steps: how much is measured (see `tasks.Job`)
@@ -59,15 +77,24 @@ def run_demo(
         say(f"[{time.time() - begun:4.0f} s] {text}")
 
     jobs = [tasks.Job(s, folder, plan, Path(assets), pictures=i == 0, **sizes) for i, s in enumerate(wanted)]
-    tell(f"{'shipped experts and gates' if quick else 'training experts and gates'}, seeds {', '.join(map(str, wanted))}")
+    tell(
+        f"{'shipped experts and gates' if quick else 'training experts and gates'}, seeds {', '.join(map(str, wanted))}"
+    )
     with _pool(workers) as pool:
         found = _quick(pool, jobs, tell) if quick else _full(pool, jobs, tell)
     tell("timing one denoising step")
     result = metrics.combine([{"seed": s, "constants": None, **found[s]} for s in wanted], SHOWN)
     result["loss"], result["reading"] = _ordered(result["loss"]), _ordered(result["reading"])
     result["time"] = _timing(jobs[0], quick)
-    result |= {"base": read_facts(assets), "quick": quick, "machine": _machine(), "training": [found[s].get("training") for s in wanted]}
-    result["settings"] = {name: getattr(jobs[0], name) for name in ("held_out", "captions", "steps")} | vars(plan)
+    result |= {
+        "base": read_facts(assets),
+        "quick": quick,
+        "machine": _machine(),
+        "training": [found[s].get("training") for s in wanted],
+    }
+    result["settings"] = {name: getattr(jobs[0], name) for name in ("held_out", "captions", "steps")} | vars(
+        plan
+    )
     result["notes"], result["settings_text"] = notes_of(result), settings_of(result)
     result["total_seconds"] = time.time() - begun
     _write(folder, result, found[wanted[0]], Path(assets))
@@ -88,7 +115,9 @@ def _start_worker() -> None:
 
 
 def quiet() -> None:
-    """No remarks of transformers about optional packages and of PEFT about a second adapter: both are as meant here."""
+    """No remarks of transformers about optional packages and of PEFT about a second adapter: both are as
+    meant here.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -133,7 +162,9 @@ def _quick(pool: ProcessPoolExecutor, jobs: Sequence[tasks.Job], tell: Say) -> d
 def _take(found: dict[int, dict[str, Any]], job: tasks.Job, name: str, future: Future, tell: Say) -> None:
     piece = future.result()
     tasks.merge(found[job.seed], piece)
-    trained = "".join(f", loss {first:.3f} → {last:.3f}" for first, last in piece.get("training", {}).values())
+    trained = "".join(
+        f", loss {first:.3f} → {last:.3f}" for first, last in piece.get("training", {}).values()
+    )
     tell(f"seed {job.seed}: {name}{trained}")
 
 
@@ -161,12 +192,16 @@ def _write(folder: Path, result: Mapping[str, Any], first: Mapping[str, Any], as
     reader = classifier.load_reader(assets)
     wanted = torch.tensor([data.labels_of(caption) for caption in captions])
     columns = {title: shown[name] for name, title in GRID.items()}
-    grid = pictures.picture_grid(columns, captions, {t: classifier.read(reader, p) for t, p in columns.items()}, wanted)
+    grid = pictures.picture_grid(
+        columns, captions, {t: classifier.read(reader, p) for t, p in columns.items()}, wanted
+    )
     maps = pictures.map_sheet(shown[SHOWN], first["maps"][SHOWN], captions, ("0-4", "5-9"))
     grid.save(folder / "grid.png")
     maps.save(folder / "gate_maps.png")
     (folder / "metrics.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
-    (folder / "report.html").write_text(report.make_report(result, pictures.data_uri(grid), pictures.data_uri(maps)), encoding="utf-8")
+    (folder / "report.html").write_text(
+        report.make_report(result, pictures.data_uri(grid), pictures.data_uri(maps)), encoding="utf-8"
+    )
 
 
 def _ordered(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,4 +209,8 @@ def _ordered(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    return {"processor": platform.processor() or platform.machine(), "processors": os.cpu_count(), "torch": torch.__version__}
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "processors": os.cpu_count(),
+        "torch": torch.__version__,
+    }

@@ -1,4 +1,6 @@
-"""The paper's stages 2 and 3 in miniature: each expert alone on close-ups of its half, then gates alone on scenes."""
+"""The paper's stages 2 and 3 in miniature: each expert alone on close-ups of its half, then gates alone on
+scenes.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class Plan:
     gate_lr: float = 3e-2
     # one number per layer and expert moves too slowly at the gates' rate
     constant_lr: float = 9e-2
-    # min-SNR weighting: without it the noisy steps, where a digit takes its shape, hardly count (77 % read instead of 85 %)
+    # min-SNR weighting: without it the noisy steps, where a digit takes its shape, hardly count (77 % read
+    # instead of 85 %)
     snr_gamma: float = 2.0
 
 
@@ -56,8 +59,12 @@ def train_expert(pipe: Pipeline, half: int, plan: Plan, seed: int) -> tuple[Expe
     return expert, losses
 
 
-def train_gates(pipe: Pipeline, handle: Handle, kind: str, scenes: data.Pictures, plan: Plan, seed: int) -> list[float]:
-    """Stage 3: the fresh gates of a patched pipeline on sharp scenes, base and experts frozen. Returns the losses."""
+def train_gates(
+    pipe: Pipeline, handle: Handle, kind: str, scenes: data.Pictures, plan: Plan, seed: int
+) -> list[float]:
+    """Stage 3: the fresh gates of a patched pipeline on sharp scenes, base and experts frozen. Returns the
+    losses.
+    """
     config = _config(plan, plan.gate_steps, plan.constant_lr if kind == "constant" else plan.gate_lr, seed)
     batches = batches_of(pipe, scenes, plan.gate_batch, seed)
     return mole.train_gates(handle, batches, config, null=encode_captions(pipe, [""]), progress=False).losses
@@ -65,7 +72,9 @@ def train_gates(pipe: Pipeline, handle: Handle, kind: str, scenes: data.Pictures
 
 def closeups_of(half: int, plan: Plan, seed: int) -> data.Pictures:
     """The close-ups of stage 2."""
-    return data.closeups(data.load_split("train"), plan.closeups, Generator().manual_seed(1000 * seed + half), half)
+    return data.closeups(
+        data.load_split("train"), plan.closeups, Generator().manual_seed(1000 * seed + half), half
+    )
 
 
 def sharp_scenes(plan: Plan, seed: int) -> data.Pictures:
@@ -81,7 +90,10 @@ def ends(losses: list[float]) -> list[float]:
 
 def batches_of(pipe: Pipeline, pictures: data.Pictures, batch: int, seed: int) -> TensorBatches:
     """The pictures' latents and text states, shuffled by seed."""
-    tensors = {"latents": encode_pictures(pipe, pictures.pixels), "encoder_hidden_states": encode_captions(pipe, pictures.captions)}
+    tensors = {
+        "latents": encode_pictures(pipe, pictures.pixels),
+        "encoder_hidden_states": encode_captions(pipe, pictures.captions),
+    }
     return TensorBatches(tensors, batch, seed=seed)
 
 

@@ -1,4 +1,6 @@
-"""The demo's work in pieces that run in processes of their own; each piece loads the base, does one thing and returns plain data."""
+"""The demo's work in pieces that run in processes of their own; each piece loads the base, does one thing and
+returns plain data.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,10 @@ def expert_task(job: Job, half: int) -> dict[str, Any]:
     pipe = load_pipeline(job.assets)
     expert, losses = stages.train_expert(pipe, half, job.plan, job.seed)
     save_expert(expert, expert_path(job, data.HALVES[half]))
-    return {"seconds": {f"expert {data.HALVES[half]}": time.time() - begun}, "training": {data.HALVES[half]: stages.ends(losses)}}
+    return {
+        "seconds": {f"expert {data.HALVES[half]}": time.time() - begun},
+        "training": {data.HALVES[half]: stages.ends(losses)},
+    }
 
 
 def base_task(job: Job) -> dict[str, Any]:
@@ -105,13 +110,18 @@ def gates_task(job: Job, kind: str) -> dict[str, Any]:
     begun, pipe = time.time(), load_pipeline(job.assets)
     torch.manual_seed(1000 * job.seed + 7)
     with patch(pipe, bank_of(job), gates=kind) as handle:
-        losses = stages.train_gates(pipe, handle, kind, stages.sharp_scenes(job.plan, job.seed), job.plan, job.seed)
+        losses = stages.train_gates(
+            pipe, handle, kind, stages.sharp_scenes(job.plan, job.seed), job.plan, job.seed
+        )
         if kind == "mole":
             handle.save(mixture_path(job))
         out = measure_gated(job, pipe, handle, GATED[kind])
         if kind == "constant":
             out["constants"] = _constants(handle)
-    return out | {"seconds": {GATED[kind]: time.time() - begun}, "training": {GATED[kind]: stages.ends(losses)}}
+    return out | {
+        "seconds": {GATED[kind]: time.time() - begun},
+        "training": {GATED[kind]: stages.ends(losses)},
+    }
 
 
 def shipped_task(job: Job, bank: ExpertBank, gates: GateFile) -> dict[str, Any]:
@@ -151,7 +161,10 @@ def _measure(job: Job, pipe: Pipeline, held: evaluate.HeldOut, variant: str) -> 
 def _losses(pipe: Pipeline, held: evaluate.HeldOut, variant: str) -> dict[str, Any]:
     losses = evaluate.scene_losses(pipe, held)
     per_scene = losses[:, 0] / held.regions[:, 0].sum((1, 2))
-    return {"loss": {variant: evaluate.region_loss(losses, held)}, "scene_loss": {variant: per_scene.tolist()}}
+    return {
+        "loss": {variant: evaluate.region_loss(losses, held)},
+        "scene_loss": {variant: per_scene.tolist()},
+    }
 
 
 @torch.no_grad()
@@ -167,7 +180,9 @@ def _maps_of(pipe: Pipeline, handle: Handle, pixels: Tensor) -> Tensor:
 
 def _constants(handle: Handle) -> dict[str, float]:
     """Mean of each expert's learned constants over the layers."""
-    given = [found.given.reshape(-1).float() for found in handle.gate_maps().values() if found.given is not None]
+    given = [
+        found.given.reshape(-1).float() for found in handle.gate_maps().values() if found.given is not None
+    ]
     return dict(zip(handle.names, torch.stack(given).mean(0).tolist(), strict=True))
 
 

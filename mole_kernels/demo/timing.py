@@ -1,4 +1,6 @@
-"""What one denoising step costs: the base UNet, PEFT, MoLE's own eager layer, and this package, in turn on the same inputs."""
+"""What one denoising step costs: the base UNet, PEFT, MoLE's own eager layer, and this package, in turn on
+the same inputs.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 
 class EagerMoLE(nn.Module):
-    """MoLE's layer expert by expert, as its paper's code computes it: y = base(x) + Σ_e o_e · l_e(x) · g_e, g_e from the pooled o_e."""
+    """MoLE's layer expert by expert, as its paper's code computes it: y = base(x) + Σ_e o_e · l_e(x) · g_e,
+    g_e from the pooled o_e.
+    """
 
     def __init__(self, base: nn.Module, factors: Mapping, gates) -> None:
         super().__init__()
@@ -31,7 +35,9 @@ class EagerMoLE(nn.Module):
         self.downs = nn.ParameterList([f.down.to(dtype) for f in factors.values()])
         self.ups = nn.ParameterList([f.up.to(dtype) for f in factors.values()])
         self.scales = [f.scale for f in factors.values()]
-        self.phi, self.phi_bias, self.head, self.head_bias = (t.to(dtype) for t in (gates.phi, gates.phi_bias, gates.head, gates.head_bias))
+        self.phi, self.phi_bias, self.head, self.head_bias = (
+            t.to(dtype) for t in (gates.phi, gates.phi_bias, gates.head, gates.head_bias)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
@@ -59,14 +65,21 @@ def eager_unet(unet: nn.Module, bank: ExpertBank, gates: GateFile) -> nn.Module:
 
 
 def peft_unet(unet: nn.Module, bank: ExpertBank) -> nn.Module:
-    """A copy of the UNet with the same experts as PEFT adapters, all active, without gates (PEFT has none)."""
+    """A copy of the UNet with the same experts as PEFT adapters, all active, without gates (PEFT has
+    none).
+    """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
     unet = copy.deepcopy(unet)
     for name, expert in bank.experts.items():
         rank = next(iter(expert.layers.values())).down.shape[0]
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[inside(path) for path in expert.layers], init_lora_weights=False)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=[inside(path) for path in expert.layers],
+            init_lora_weights=False,
+        )
         inject_adapter_in_model(config, unet, adapter_name=name)
     for path in bank.paths():
         layer = unet.get_submodule(inside(path))
@@ -93,15 +106,24 @@ def step_input(pictures: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def step_times(unet: nn.Module, bank: ExpertBank, gates: GateFile, pictures: int = 8, rounds: int = 40) -> dict:
+def step_times(
+    unet: nn.Module, bank: ExpertBank, gates: GateFile, pictures: int = 8, rounds: int = 40
+) -> dict:
     """Times of one UNet call, interleaved, as paired ratios to the base in the same round.
 
-    Returns {"pictures", "rounds", "base_ms", "ratio": {name: {"p20", "median", "p80"}}, "agree": greatest difference ours - eager}.
+    Returns {"pictures", "rounds", "base_ms", "ratio": {name: {"p20", "median", "p80"}}, "agree": greatest
+    difference ours - eager}.
     "base again" is the base measured twice: what the ratios are uncertain by. Leaves `unet` as it was.
     """
     ours = copy.deepcopy(unet)
     handle = patch(ours, bank, gates)
-    models = {"base": unet, "base again": unet, "peft": peft_unet(unet, bank), "eager MoLE": eager_unet(unet, bank, gates), "ours": ours}
+    models = {
+        "base": unet,
+        "base again": unet,
+        "peft": peft_unet(unet, bank),
+        "eager MoLE": eager_unet(unet, bank, gates),
+        "ours": ours,
+    }
     given = step_input(pictures)
     outputs = {name: model(*given).sample for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -116,9 +138,19 @@ def step_times(unet: nn.Module, bank: ExpertBank, gates: GateFile, pictures: int
             times[name].append(time.perf_counter() - begun)
     handle.remove()
     base = times["base"][3:]
-    ratio = {name: _spread([t / b for t, b in zip(found[3:], base, strict=True)]) for name, found in times.items() if name != "base"}
+    ratio = {
+        name: _spread([t / b for t, b in zip(found[3:], base, strict=True)])
+        for name, found in times.items()
+        if name != "base"
+    }
     agree = (outputs["ours"] - outputs["eager MoLE"]).abs().max().item()
-    return {"pictures": pictures, "rounds": rounds, "base_ms": 1000 * statistics.median(base), "ratio": ratio, "agree": agree}
+    return {
+        "pictures": pictures,
+        "rounds": rounds,
+        "base_ms": 1000 * statistics.median(base),
+        "ratio": ratio,
+        "agree": agree,
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""The choice: every candidate with its predicted or measured time, the fastest possible one, and why each other one lost. Pure."""
+"""The choice: every candidate with its predicted or measured time, the fastest possible one, and why each
+other one lost. Pure.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from mole_kernels.kernels import sm90
 from mole_kernels.kernels.triton.limits import LAUNCHES, impossible
 from mole_kernels.problem import Problem
 
-# in the order of preference where times are equal; stacked (plain torch) is always possible, so no choice is slower than it
+# in the order of preference where times are equal; stacked (plain torch) is always possible, so no choice is
+# slower than it
 CANDIDATES = ("persistent", "recompute", "two_pass", "merge", "added", "stacked", "dense")
 # the compiled Hopper kernels, beside those: only where the library was built with nvcc
 HOPPER = tuple(f"cuda_{way}" for way in sm90.WAYS)
@@ -76,15 +79,25 @@ def candidates_of(device: Device) -> tuple[str, ...]:
 
 
 def choose(
-    problem: Problem, device: Device, table: Table | None = None, use: Use = Use(), names: tuple[str, ...] = CANDIDATES,  # noqa: B008
-) -> Choice:  # fmt: skip
-    """The fastest possible of `names`: by the table's nearest row, else by the model. Never slower than stacked by the same source.
+    problem: Problem,
+    device: Device,
+    table: Table | None = None,
+    use: Use = Use(),  # noqa: B008
+    names: tuple[str, ...] = CANDIDATES,
+) -> Choice:
+    """The fastest possible of `names`: by the table's nearest row, else by the model. Never slower than
+    stacked by the same source.
 
-    A candidate that the row did not measure cannot win there: measured and predicted times are not compared with each other.
+    A candidate that the row did not measure cannot win there: measured and predicted times are not compared
+    with each other.
     """
     predicted = {name: _predict(name, problem, device, use) for name in (*names, "plain")}
     refused = {name: reason for name in names if (reason := refusal(name, problem, use)) is not None}
-    refused |= {name: "no tile of it fits" for name in names if name in HOPPER and name not in refused and predicted[name] == inf}
+    refused |= {
+        name: "no tile of it fits"
+        for name in names
+        if name in HOPPER and name not in refused and predicted[name] == inf
+    }
     row = table.nearest(problem, use) if table is not None else None
     times = predicted if row is None else row.us
     running = {name: times[name] for name in names if name not in refused and name in times}
@@ -99,9 +112,13 @@ def choose(
             lost = f"{_slower(running[name], running[best])}: {why}"
         measured = row.us.get(name) if row is not None else None
         finite = predicted[name] if predicted[name] < inf else None
-        made.append(Candidate(name, finite, measured, launches(name, problem, use), lost, name not in refused))
+        made.append(
+            Candidate(name, finite, measured, launches(name, problem, use), lost, name not in refused)
+        )
     measured = row.us[best] if row is not None else None
-    return Choice(best, "model" if row is None else "table", times["plain"], predicted[best], measured, tuple(made), row)
+    return Choice(
+        best, "model" if row is None else "table", times["plain"], predicted[best], measured, tuple(made), row
+    )
 
 
 def _predict(name: str, problem: Problem, device: Device, use: Use) -> float:
@@ -125,9 +142,15 @@ def refusal(name: str, problem: Problem, use: Use) -> str | None:
         return None
     mask = problem.given_gate and use.by_token
     return impossible(
-        name, problem.R, token=problem.token_gate, sample=problem.sample_gate, mask=mask, save=use.save, backward=use.backward,
+        name,
+        problem.R,
+        token=problem.token_gate,
+        sample=problem.sample_gate,
+        mask=mask,
+        save=use.save,
+        backward=use.backward,
         own=problem.S > 1 or problem.assigned,
-    )  # fmt: skip
+    )
 
 
 def launches(name: str, problem: Problem, use: Use) -> int:
@@ -157,7 +180,9 @@ def _why(name: str, problem: Problem, device: Device, use: Use, predicted: dict[
         base, library = cost.product(w, loop, w.K, w.N), cost.plain(w)
         if base - library > 0.5 * (predicted[name] - library):
             rows, columns = loop.tiles[0]
-            return f"our {rows}×{columns} tiles alone take {base:.1f} µs for the base, a library {library:.1f}"
+            return (
+                f"our {rows}×{columns} tiles alone take {base:.1f} µs for the base, a library {library:.1f}"
+            )
     if name == "recompute":
         return f"h is made again for every {loop.tiles[0][1]} columns of y"
     if name == "merge":
@@ -168,5 +193,7 @@ def _why(name: str, problem: Problem, device: Device, use: Use, predicted: dict[
         "persistent": "tiles of y wait for tiles of h in the first wave",
         "two_pass": "a second launch, and x is read again for h",
         "added": "three launches, y read and written once more",
-        "dense": "each ΔW is made, and x multiplied by it" if problem.E == 1 else f"each ΔW is made, and x multiplied by all {problem.E}",
+        "dense": "each ΔW is made, and x multiplied by it"
+        if problem.E == 1
+        else f"each ΔW is made, and x multiplied by all {problem.E}",
     }[name]

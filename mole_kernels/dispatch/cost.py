@@ -1,6 +1,8 @@
-"""Predicted time of each candidate, in microseconds inside a captured graph: waves of tiles, bytes, launches. Pure functions.
+"""Predicted time of each candidate, in microseconds inside a captured graph: waves of tiles, bytes, launches.
+Pure functions.
 
-A prediction, not a measurement: where a table of measurements covers a call, it is asked instead. The formulas and the reasons for
+A prediction, not a measurement: where a table of measurements covers a call, it is asked instead. The
+formulas and the reasons for
 the constants: docs/kernels/dispatch.md. Constants in microseconds unless they say otherwise.
 """
 
@@ -16,25 +18,38 @@ from mole_kernels.problem import Problem
 
 # a product's first loads and last stores, launch included: smallest cuBLAS products on Hopper take about this
 RAMP = 3.0
-# between two kernels of a captured graph; and where the second is already resident (programmatic dependent launch)
+# between two kernels of a captured graph; and where the second is already resident (programmatic dependent
+# launch)
 GAP, PDL_GAP = 1.0, 0.3
 # a kernel that hardly computes: its start and end, without the gap
 SHRINK, SMALL, ELEMENTWISE, SUMS = 2.2, 1.6, 2.5, 2.5
-# the last wait for a flag; an atomic that something waits for; a sample gate awaited in the first wave: estimates from the latency
+# the last wait for a flag; an atomic that something waits for; a sample gate awaited in the first wave:
+# estimates from the latency
 # of the second-level cache
 FLAG, ATOMIC, SAMPLE_WAIT = 0.8, 0.7, 1.0
 # adding the parts of a product whose K was split
 SPLIT = 1.2
-# of K, for which a tile computes nothing while one accumulator is gated and the next product's first loads arrive
+# of K, for which a tile computes nothing while one accumulator is gated and the next product's first loads
+# arrive
 REFILL = 64
 # accumulators of one tile in 32-bit registers: what a multiprocessor's 65,536 leave for them
 REGISTERS = 51_200
 
 
 def tile_rate(rows: int, columns: int) -> float:
-    """Part of the full rate that a tile of this size reaches (published products on an H100; assumed for other GPUs)."""
+    """Part of the full rate that a tile of this size reaches (published products on an H100; assumed for
+    other GPUs).
+    """
     area = rows * columns
-    steps = ((32768, 1.0), (24576, 0.97), (20480, 0.95), (16384, 0.9), (12288, 0.82), (10240, 0.78), (8192, 0.7))
+    steps = (
+        (32768, 1.0),
+        (24576, 0.97),
+        (20480, 0.95),
+        (16384, 0.9),
+        (12288, 0.82),
+        (10240, 0.78),
+        (8192, 0.7),
+    )
     return next((rate for least, rate in steps if area >= least), 0.5)
 
 
@@ -60,7 +75,11 @@ def product(w: Work, loop: Loop, K: int, N: int, extra: float = 0) -> float:
             if s > 1 and (tiles * s > 2 * w.processors or K / s < 256):
                 continue
             waves = ceil(tiles * s / w.processors)
-            time = RAMP + waves * w.us(rows * columns * (K / s + extra), tile_rate(rows, columns)) + (SPLIT if s > 1 else 0)
+            time = (
+                RAMP
+                + waves * w.us(rows * columns * (K / s + extra), tile_rate(rows, columns))
+                + (SPLIT if s > 1 else 0)
+            )
             best = min(best, time)
     return max(best, _floor(w, K, N))
 
@@ -88,7 +107,9 @@ def two_pass(w: Work, loop: Loop) -> float:
 
 
 def recompute(w: Work, loop: Loop) -> float:
-    """Every tile of y makes all of its rows' h: R more columns; infinite where no tile has the registers for them."""
+    """Every tile of y makes all of its rows' h: R more columns; infinite where no tile has the registers for
+    them.
+    """
     best, wide = inf, (next_power(w.R) if loop.ticket else w.R) + w.token
     for rows, columns in loop.tiles:
         if rows * (columns + wide) > REGISTERS:
@@ -104,7 +125,9 @@ def recompute(w: Work, loop: Loop) -> float:
 
 
 def persistent(w: Work, loop: Loop) -> float:
-    """Tiles of h first, tiles of y after, one launch; the ragged last wave takes what h cost where there is one."""
+    """Tiles of h first, tiles of y after, one launch; the ragged last wave takes what h cost where there is
+    one.
+    """
     best = inf
     width = min(loop.columns, next_power(w.R) if loop.ticket else max(16, w.R))
     for rows, columns in loop.tiles:
@@ -128,7 +151,9 @@ def persistent(w: Work, loop: Loop) -> float:
 
 def _expand(w: Work) -> float:
     """y += z·Bᵀ by itself: y read and written once more."""
-    return ELEMENTWISE + max(w.move(2 * w.M * w.N * w.size), w.us(w.M * w.N * max(32, w.R) / w.processors, 0.5))
+    return ELEMENTWISE + max(
+        w.move(2 * w.M * w.N * w.size), w.us(w.M * w.N * max(32, w.R) / w.processors, 0.5)
+    )
 
 
 def added(w: Work, loop: Loop) -> float:
@@ -139,18 +164,27 @@ def added(w: Work, loop: Loop) -> float:
 def merge(w: Work, loop: Loop) -> float:
     """W with the experts in it, for each sample where they differ, then a library's product."""
     move = w.move(w.N * w.K * w.size * (1 + w.many))
-    return plain(w) + (GAP if loop.ticket else _after(w)) + SHRINK + max(move, w.us(w.N * w.K * w.R * w.many / w.processors, 0.6))
+    return (
+        plain(w)
+        + (GAP if loop.ticket else _after(w))
+        + SHRINK
+        + max(move, w.us(w.N * w.K * w.R * w.many / w.processors, 0.6))
+    )
 
 
 def dense(w: Work, loop: Loop) -> float:
-    """Each ΔW made anew (and the token gate), then the base and E products more, each in an accumulator of its own, gated and added."""
+    """Each ΔW made anew (and the token gate), then the base and E products more, each in an accumulator of
+    its own, gated and added.
+    """
     made = max(w.move(w.N * w.K * w.size * w.E), w.us(w.N * w.K * w.R / w.processors, 0.6))
     logits = w.M * w.K * w.size / w.l2 if w.token else 0.0
     return SHRINK + made + logits + _after(w) + product(w, loop, w.K * (1 + w.E), w.N, extra=w.E * REFILL)
 
 
 def small_launches(problem: Problem, use: Use) -> int:
-    """Element-wise launches that the stacked backend makes beside its products (counted in backends/stacked.py)."""
+    """Element-wise launches that the stacked backend makes beside its products (counted in
+    backends/stacked.py).
+    """
     token, sample, given = problem.token_gate, problem.sample_gate, problem.given_gate
     if use.backward:
         return 11 + given + 7 * token + 11 * sample
@@ -168,10 +202,16 @@ def stacked(w: Work, small: int) -> float:
 
 
 def sums(w: Work) -> float:
-    """dA and dB (and the gates' sums): x and dY once more for 64 columns at a time, partial sums written and read."""
+    """dA and dB (and the gates' sums): x and dY once more for 64 columns at a time, partial sums written and
+    read.
+    """
     rate = 0.3 if w.R <= 32 else 0.45 if w.R <= 128 else 0.65
     read = ceil(w.R / 64) * w.M * (w.K + w.N) * w.size / w.l2
-    return SUMS + max(read, w.us(w.M * max(16, w.R) * (w.K + w.N) / w.processors, rate)) + 8 * w.R * (w.K + w.N) / w.l2
+    return (
+        SUMS
+        + max(read, w.us(w.M * max(16, w.R) * (w.K + w.N) / w.processors, rate))
+        + 8 * w.R * (w.K + w.N) / w.l2
+    )
 
 
 def stacked_sums(w: Work) -> float:
@@ -189,8 +229,16 @@ WAYS: dict[str, Callable[[Work, Loop], float]] = {
 }
 
 
-def predict(candidate: str, problem: Problem, device: Device, use: Use = Use(), loop: Loop | None = None) -> float:  # noqa: B008
-    """Microseconds of a candidate ("plain" is the layer without experts); `loop` overrides our kernels' own tiles."""
+def predict(
+    candidate: str,
+    problem: Problem,
+    device: Device,
+    use: Use = Use(),
+    loop: Loop | None = None,
+) -> float:
+    """Microseconds of a candidate ("plain" is the layer without experts); `loop` overrides our kernels' own
+    tiles.
+    """
     w = work(problem, device, use)
     if candidate == "plain":
         return plain(w)

@@ -16,9 +16,11 @@ class Device:
     """A GPU's rates; nominal, with the part of them that is reached.
 
     key, name   "h200", "NVIDIA H200"; the key names the table's file
-    bf16, tf32, fp32  dense TFLOP/s, accumulating in float32: tensor cores for 16 bits and tf32, CUDA cores for IEEE float32
+    bf16, tf32, fp32  dense TFLOP/s, accumulating in float32: tensor cores for 16 bits and tf32, CUDA cores
+                      for IEEE float32
     hbm, l2     TB/s of the memory and of the second-level cache; cache its size in MB
-    reach       part of the tensor rate that a library's large product reaches; hbm_reach the same of the memory's
+    reach       part of the tensor rate that a library's large product reaches; hbm_reach the same of the
+                memory's
     """
 
     key: str
@@ -46,9 +48,12 @@ class Device:
         return self if part == 1 else replace(self, processors=processors, **rates)
 
 
-# rates and sizes: NVIDIA's data sheets and architecture white papers (H100, A100, Ada, Blackwell), dense, boost clock.
-# reach 0.8: cuBLAS at 8192³ on an H100 SXM, 795 of 989 TFLOP/s (README of pranjalssh/fast.cu); assumed for the others.
-# l2: 5 TB/s for Hopper, which published microbenchmarks of an H100 come near; no vendor states it, so for the others it is
+# rates and sizes: NVIDIA's data sheets and architecture white papers (H100, A100, Ada, Blackwell), dense,
+# boost clock.
+# reach 0.8: cuBLAS at 8192³ on an H100 SXM, 795 of 989 TFLOP/s (README of pranjalssh/fast.cu); assumed for
+# the others.
+# l2: 5 TB/s for Hopper, which published microbenchmarks of an H100 come near; no vendor states it, so for the
+# others it is
 # scaled by multiprocessors and clock. Nothing here was measured by us.
 KNOWN: dict[str, Device] = {
     d.key: d
@@ -62,7 +67,16 @@ KNOWN: dict[str, Device] = {
     )
 }
 # the nearest relative of a GPU that is not known, by its generation
-_RELATIVE = {(8, 0): "a100", (8, 6): "rtx4090", (8, 7): "rtx4090", (8, 9): "rtx4090", 9: "h200", 10: "b200", 11: "b200", 12: "rtx5090"}
+_RELATIVE = {
+    (8, 0): "a100",
+    (8, 6): "rtx4090",
+    (8, 7): "rtx4090",
+    (8, 9): "rtx4090",
+    9: "h200",
+    10: "b200",
+    11: "b200",
+    12: "rtx5090",
+}
 
 
 def _plain(name: str) -> str:
@@ -73,7 +87,9 @@ def known(name: str) -> Device:
     """The known GPU of that name, in any spelling ("H200", "RTX 4090"). Raises MoleValueError."""
     found = KNOWN.get(_plain(name))
     if found is None:
-        raise MoleValueError("gpu", expected=f"one of {', '.join(KNOWN)}, or auto", got=repr(printable(name, 60)))
+        raise MoleValueError(
+            "gpu", expected=f"one of {', '.join(KNOWN)}, or auto", got=repr(printable(name, 60))
+        )
     return found
 
 
@@ -84,13 +100,20 @@ def described(name: str, capability: tuple[int, int], processors: int) -> Device
     if match is not None:
         return match.scaled(processors)
     relative = KNOWN[_RELATIVE.get(capability) or _RELATIVE.get(capability[0]) or "h200"]
-    return replace(relative.scaled(processors), key=plain.removeprefix("nvidia")[:40] or "unknown", name=name, capability=capability)
+    return replace(
+        relative.scaled(processors),
+        key=plain.removeprefix("nvidia")[:40] or "unknown",
+        name=name,
+        capability=capability,
+    )
 
 
 @lru_cache(maxsize=16)
 def present(index: int | None = None) -> Device:
     """The GPU of this machine. Raises MoleStateError where torch sees none."""
     if torch.version.cuda is None or not torch.cuda.is_available():
-        raise MoleStateError("gpu", "torch sees no NVIDIA GPU on this machine", hint=f"name one: {', '.join(KNOWN)}")
+        raise MoleStateError(
+            "gpu", "torch sees no NVIDIA GPU on this machine", hint=f"name one: {', '.join(KNOWN)}"
+        )
     found = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
     return described(found.name, (found.major, found.minor), found.multi_processor_count)

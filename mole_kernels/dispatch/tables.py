@@ -1,8 +1,10 @@
 """Measured times of one GPU: a JSON file, checked when read, and the row nearest to a call.
 
-{"format": "mole-kernels-dispatch-1", "gpu": name, "key": "h200", "capability": [9, 0], "multiprocessors": 132,
+{"format": "mole-kernels-dispatch-1", "gpu": name, "key": "h200", "capability": [9, 0], "multiprocessors":
+132,
  "software": {"torch": "…", "triton": "…"}, "utc": "…",
- "rows": [{"M": 2048, "K": 1280, "N": 1280, "ranks": [64, 64], "sets": 1, "dtype": "bfloat16", "gate": "token+sample",
+ "rows": [{"M": 2048, "K": 1280, "N": 1280, "ranks": [64, 64], "sets": 1, "dtype": "bfloat16", "gate":
+ "token+sample",
            "direction": "forward", "us": {"plain": 12.2, "stacked": 25.0, "persistent": 14.0}}]}
 """
 
@@ -25,8 +27,18 @@ from mole_kernels.settings import tables_folder
 
 FORMAT = "mole-kernels-dispatch-1"
 SHIPPED = Path(__file__).with_name("tables")
-CANDIDATES = ("persistent", "recompute", "two_pass", "merge", "added", "stacked", "dense",
-              "cuda_cluster", "cuda_persistent", "cuda_recompute")  # fmt: skip
+CANDIDATES = (
+    "persistent",
+    "recompute",
+    "two_pass",
+    "merge",
+    "added",
+    "stacked",
+    "dense",
+    "cuda_cluster",
+    "cuda_persistent",
+    "cuda_recompute",
+)
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 GATES = ("none", "fixed", "mask", "token", "sample")
 DIRECTIONS = ("forward", "training", "backward")
@@ -40,7 +52,8 @@ FARTHEST = 0.5
 class Row:
     """One measured call: microseconds of "plain", "stacked" and the other candidates that could run it.
 
-    gate       kinds joined by "+": none, fixed (given, one value per sample), mask (given, per token), token, sample
+    gate       kinds joined by "+": none, fixed (given, one value per sample), mask (given, per token), token,
+               sample
     direction  forward, training (h kept) or backward
     """
 
@@ -84,7 +97,17 @@ class Table:
 def key_of(problem: Problem, use: Use) -> Row:
     """The row that a measurement of this call would have, without its times."""
     dtype = "tf32" if use.tf32 and str(problem.dtype) == "torch.float32" else str(problem.dtype)[6:]
-    return Row(problem.M, problem.K, problem.N, problem.ranks, problem.S, dtype, gate_kind(problem, use), use.direction, {})
+    return Row(
+        problem.M,
+        problem.K,
+        problem.N,
+        problem.ranks,
+        problem.S,
+        dtype,
+        gate_kind(problem, use),
+        use.direction,
+        {},
+    )
 
 
 def gate_kind(problem: Problem, use: Use) -> str:
@@ -96,7 +119,9 @@ def gate_kind(problem: Problem, use: Use) -> str:
 def distance(a: Row, b: Row) -> float:
     """Largest |log2| of the ratios of M, K, N, R; a little more where the number of experts differs."""
     sizes = ((a.M, b.M), (a.K, b.K), (a.N, b.N), (sum(a.ranks), sum(b.ranks)))
-    return max(abs(math.log2(max(p, 1) / max(q, 1))) for p, q in sizes) + 0.01 * abs(len(a.ranks) - len(b.ranks))
+    return max(abs(math.log2(max(p, 1) / max(q, 1))) for p, q in sizes) + 0.01 * abs(
+        len(a.ranks) - len(b.ranks)
+    )
 
 
 def dumps(table: Table) -> str:
@@ -125,11 +150,16 @@ def parse(text: bytes | str, where: str) -> Table:
     except MoleFileError:
         raise
     except (ValueError, RecursionError) as error:
-        raise MoleFileError(where, f"is not JSON ({printable(error)})", hint="mole-kernels tune writes it anew") from None
+        raise MoleFileError(
+            where, f"is not JSON ({printable(error)})", hint="mole-kernels tune writes it anew"
+        ) from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         got = found.get("format") if isinstance(found, dict) else type(found).__name__
         raise MoleFileError(
-            where, expected=f'a table with format "{FORMAT}"', got=printable(repr(got)), hint="mole-kernels tune writes one"
+            where,
+            expected=f'a table with format "{FORMAT}"',
+            got=printable(repr(got)),
+            hint="mole-kernels tune writes one",
         )
     texts = [_text(found, name, where) for name in ("gpu", "key", "utc")]
     software = found.get("software")
@@ -142,8 +172,15 @@ def parse(text: bytes | str, where: str) -> Table:
     rows = found.get("rows")
     if not isinstance(rows, list):
         raise MoleFileError(where, "rows", expected="a list", got=type(rows).__name__)
-    table = Table(texts[0], texts[1], (capability[0], capability[1]), processors, software, texts[2],
-                  tuple(_row(row, f"{where}, row {i}") for i, row in enumerate(rows)))  # fmt: skip
+    table = Table(
+        texts[0],
+        texts[1],
+        (capability[0], capability[1]),
+        processors,
+        software,
+        texts[2],
+        tuple(_row(row, f"{where}, row {i}") for i, row in enumerate(rows)),
+    )
     seen: dict[Row, int] = {}
     for i, row in enumerate(table.rows):
         # times are no part of a row's identity
@@ -162,7 +199,9 @@ def _text(found: dict[str, Any], name: str, where: str) -> str:
 
 def _size(value: Any, name: str, where: str, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < MOST:
-        raise MoleFileError(where, name, expected=f"a whole number from {least} on", got=printable(repr(value)))
+        raise MoleFileError(
+            where, name, expected=f"a whole number from {least} on", got=printable(repr(value))
+        )
     return value
 
 
@@ -179,7 +218,11 @@ def _row(found: Any, where: str) -> Row:
     ranks = _sizes(found.get("ranks"), "ranks", where)
     dtype, gate, direction = (_text(found, name, where) for name in ("dtype", "gate", "direction"))
     kinds = gate.split("+")
-    good_gate = all(k in GATES for k in kinds) and len(set(kinds)) == len(kinds) and ("none" not in kinds or len(kinds) == 1)
+    good_gate = (
+        all(k in GATES for k in kinds)
+        and len(set(kinds)) == len(kinds)
+        and ("none" not in kinds or len(kinds) == 1)
+    )
     for name, value, right, expected in (
         ("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES)),
         ("gate", gate, good_gate, f"{', '.join(GATES)} joined by '+'"),
@@ -192,37 +235,58 @@ def _row(found: Any, where: str) -> Row:
 
 def _times(us: Any, where: str) -> dict[str, float]:
     if not isinstance(us, dict) or not {"plain", "stacked"} <= set(us):
-        raise MoleFileError(where, "us", expected='times, among them "plain" and "stacked"', got=printable(repr(us)))
+        raise MoleFileError(
+            where, "us", expected='times, among them "plain" and "stacked"', got=printable(repr(us))
+        )
     for name, value in us.items():
         if name not in (*CANDIDATES, "plain"):
-            raise MoleFileError(where, "us", expected=f"plain, {', '.join(CANDIDATES)}", got=printable(repr(name)))
+            raise MoleFileError(
+                where, "us", expected=f"plain, {', '.join(CANDIDATES)}", got=printable(repr(name))
+            )
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-            raise MoleFileError(where, f"us.{name}", expected="microseconds above 0", got=printable(repr(value)))
+            raise MoleFileError(
+                where, f"us.{name}", expected="microseconds above 0", got=printable(repr(value))
+            )
     return {name: float(value) for name, value in us.items()}
 
 
 def path_of(device: Device) -> Path | None:
-    """The table's file: in the folder the environment names, else beside this module; None where there is none."""
+    """The table's file: in the folder the environment names, else beside this module; None where there is
+    none.
+    """
     folders = [Path(folder) for folder in (tables_folder(),) if folder] + [SHIPPED]
     return next((p for folder in folders if (p := folder / f"{device.key}.json").exists()), None)
 
 
 def of_device(table: Table, device: Device) -> Table:
     """`table`, if it was measured on such a GPU. Raises MoleFileError."""
-    for what, mine, its in (("gpu", device.key, table.key), ("multiprocessors", device.processors, table.multiprocessors)):
+    for what, mine, its in (
+        ("gpu", device.key, table.key),
+        ("multiprocessors", device.processors, table.multiprocessors),
+    ):
         if mine != its:
-            raise MoleFileError(f"table of {printable(table.gpu)}", what, expected=mine, got=printable(its), hint="run mole-kernels tune")
+            raise MoleFileError(
+                f"table of {printable(table.gpu)}",
+                what,
+                expected=mine,
+                got=printable(its),
+                hint="run mole-kernels tune",
+            )
     return table
 
 
 @lru_cache(maxsize=16)
 def for_device(device: Device) -> Table | None:
-    """The device's table; None without one, and with a warning where it is broken: a call must not fail for that."""
+    """The device's table; None without one, and with a warning where it is broken: a call must not fail for
+    that.
+    """
     path = path_of(device)
     if path is None:
         return None
     try:
         return of_device(load(path), device)
     except MoleFileError as error:
-        warnings.warn(f"mole_kernels: the table of measurements is passed over: {error}", MoleWarning, stacklevel=2)
+        warnings.warn(
+            f"mole_kernels: the table of measurements is passed over: {error}", MoleWarning, stacklevel=2
+        )
         return None

@@ -1,4 +1,6 @@
-"""What a call asks of a GPU: its sizes as the kernels see them, and the loops (tile sizes) that could do it."""
+"""What a call asks of a GPU: its sizes as the kernels see them, and the loops (tile sizes) that could do
+it.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,28 @@ class Use:
 
 
 # the stretched tiles are what libraries have and powers of two do not
-LIBRARY_TILES = ((256, 128), (256, 160), (128, 256), (128, 192), (128, 160), (128, 128), (128, 96), (128, 64),
-                 (64, 256), (64, 192), (64, 160), (64, 128), (64, 64))  # fmt: skip
+LIBRARY_TILES = (
+    (256, 128),
+    (256, 160),
+    (128, 256),
+    (128, 192),
+    (128, 160),
+    (128, 128),
+    (128, 96),
+    (128, 64),
+    (64, 256),
+    (64, 192),
+    (64, 160),
+    (64, 128),
+    (64, 64),
+)
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The main loops a candidate may choose from: tiles of y, the widest tile of h and its rows (0: y's), the splits of K."""
+    """The main loops a candidate may choose from: tiles of y, the widest tile of h and its rows (0: y's), the
+    splits of K.
+    """
 
     tiles: tuple[tuple[int, int], ...] = LIBRARY_TILES
     columns: int = 256
@@ -57,7 +74,16 @@ def ours(problem: Problem, device: Device, use: Use, candidate: str = "persisten
     """The one tile that our kernel takes for this call (`kernels/triton/tiles.py`); K is never split."""
     K, N = (problem.N, problem.K) if use.backward else (problem.K, problem.N)
     gates = problem.token_gate + problem.sample_gate + problem.given_gate + use.backward
-    tile = choose(problem.M, K, N, problem.R, problem.dtype, device.capability, device.processors, candidate == "recompute")
+    tile = choose(
+        problem.M,
+        K,
+        N,
+        problem.R,
+        problem.dtype,
+        device.capability,
+        device.processors,
+        candidate == "recompute",
+    )
     tile = fitted(tile, device.capability, use.backward, gates)
     if candidate == "recompute":
         tile = for_recompute(tile, device.capability, problem.token_gate + problem.given_gate)
@@ -74,7 +100,8 @@ def ours(problem: Problem, device: Device, use: Use, candidate: str = "persisten
 class Work:
     """One fused product on one device; the backward's is the forward's with its roles swapped.
 
-    groups, span  tiles do not straddle groups of `span` rows (samples, where each has its own experts or sample gate)
+    groups, span  tiles do not straddle groups of `span` rows (samples, where each has its own experts or
+                  sample gate)
     many          sets of merged weights that merging would have to make
     token         columns that the token gate's logits add to every tile of h (0: no token gate)
     per_us        floating-point operations a microsecond of one multiprocessor; l2, hbm bytes a microsecond
@@ -112,9 +139,21 @@ def work(problem: Problem, device: Device, use: Use) -> Work:
     alone = problem.S > 1 or problem.assigned or problem.sample_gate
     many = problem.B if problem.S > 1 or problem.assigned or (problem.given_gate and use.by_sample) else 1
     return Work(
-        M=problem.M, K=K, N=N, R=problem.R, E=problem.E, groups=problem.B if alone else 1, span=problem.T if alone else problem.M,
-        many=many, token=next_power(problem.E) if problem.token_gate and not use.backward else 0, pooled=problem.sample_gate,
-        size=torch.empty((), dtype=problem.dtype).element_size(), per_us=device.rate(problem.dtype, use.tf32) / device.processors,
-        processors=device.processors, l2=device.l2 * 1e6, hbm=device.hbm * device.hbm_reach * 1e6, cache=device.cache * 1e6,
+        M=problem.M,
+        K=K,
+        N=N,
+        R=problem.R,
+        E=problem.E,
+        groups=problem.B if alone else 1,
+        span=problem.T if alone else problem.M,
+        many=many,
+        token=next_power(problem.E) if problem.token_gate and not use.backward else 0,
+        pooled=problem.sample_gate,
+        size=torch.empty((), dtype=problem.dtype).element_size(),
+        per_us=device.rate(problem.dtype, use.tf32) / device.processors,
+        processors=device.processors,
+        l2=device.l2 * 1e6,
+        hbm=device.hbm * device.hbm_reach * 1e6,
+        cache=device.cache * 1e6,
         pdl=device.capability[0] >= 9,
-    )  # fmt: skip
+    )

@@ -24,7 +24,8 @@ Init = Literal["kaiming", "gaussian"]
 class ExpertBank:
     """Experts by name; their order is the order of the gates' rows, so it is the order given, never a guess.
 
-    experts  name -> Expert. Names are shown, saved and used as module keys: not empty, printable, without dots.
+    experts  name -> Expert. Names are shown, saved and used as module keys: not empty, printable, without
+             dots.
     """
 
     def __init__(self, experts: Mapping[str, Expert]) -> None:
@@ -40,7 +41,8 @@ class ExpertBank:
                     hint="read a file with mole_kernels.io.load_expert",
                 )
         self.experts: dict[str, Expert] = dict(experts)
-        # flat name -> the spelling with the most dots among the experts: only that one can be walked in a model
+        # flat name -> the spelling with the most dots among the experts: only that one can be walked in a
+        # model
         self._spelling: dict[str, str] = {}
         self._by_flat: dict[str, dict[str, LowRank]] = {}
         for name, expert in self.experts.items():
@@ -66,21 +68,36 @@ class ExpertBank:
         return list(self._spelling.values())
 
     def layer(self, path: str) -> dict[str, LowRank]:
-        """The experts that touch this layer, by name in bank order; {} where none does. Either spelling of the path."""
+        """The experts that touch this layer, by name in bank order; {} where none does. Either spelling of
+        the path.
+        """
         return dict(self._by_flat.get(flatten(path), {}))
 
-    def pack(self, path: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LayerExperts:
+    def pack(
+        self, path: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> LayerExperts:
         """The packed module of one layer; an expert that lacks the layer has no rows in it."""
         from mole_kernels.experts.layer import LayerExperts
 
         layers = self.layer(path)
         if not layers:
-            raise MoleKeyError("ExpertBank.pack", f"no expert has the layer {printable(path)}", hint="ExpertBank.paths() lists the layers")
+            raise MoleKeyError(
+                "ExpertBank.pack",
+                f"no expert has the layer {printable(path)}",
+                hint="ExpertBank.paths() lists the layers",
+            )
         dims = {(layer.out_features, layer.in_features) for layer in layers.values()}
         if len(dims) > 1:
-            got = ", ".join(f"{name} {layer.out_features}x{layer.in_features}" for name, layer in layers.items())
-            raise MoleShapeError(f"ExpertBank.pack, layer {printable(path)}", expected="experts of one size [N,K]", got=got)
-        layers = {name: layer.to(dtype, device, where=f"expert {name!r}, {printable(path)}") for name, layer in layers.items()}
+            got = ", ".join(
+                f"{name} {layer.out_features}x{layer.in_features}" for name, layer in layers.items()
+            )
+            raise MoleShapeError(
+                f"ExpertBank.pack, layer {printable(path)}", expected="experts of one size [N,K]", got=got
+            )
+        layers = {
+            name: layer.to(dtype, device, where=f"expert {name!r}, {printable(path)}")
+            for name, layer in layers.items()
+        }
         return LayerExperts.from_factors(layers, dtype=dtype, device=device)
 
     @classmethod
@@ -96,13 +113,16 @@ class ExpertBank:
         generator: torch.Generator | None = None,
         init: Init = "kaiming",
     ) -> ExpertBank:
-        """Fresh experts, B = 0 so that ΔW = 0: A ~ kaiming_uniform(a=√5) (MoLE's code), or "gaussian" N(0, 1/R²) (PEFT's, SELMA's).
+        """Fresh experts, B = 0 so that ΔW = 0: A ~ kaiming_uniform(a=√5) (MoLE's code), or "gaussian" N(0,
+        1/R²) (PEFT's, SELMA's).
 
         shapes  path -> (N, K)
         rank    of all experts, or by name; alpha likewise, None means scale 1
         """
         if init not in get_args(Init):
-            raise MoleValueError("ExpertBank.new, init", expected=f"one of {', '.join(get_args(Init))}", got=repr(init))
+            raise MoleValueError(
+                "ExpertBank.new, init", expected=f"one of {', '.join(get_args(Init))}", got=repr(init)
+            )
         if len(set(names)) != len(names):
             raise MoleValueError("ExpertBank.new", expected="names that differ", got=list(names))
         experts = {}
@@ -137,11 +157,16 @@ def check_name(name: str) -> None:
         raise MoleTypeError("expert name", expected="a str", got=type(name).__name__)
     if not name or not name.isprintable() or "." in name or len(name) > 128:
         raise MoleValueError(
-            "expert name", expected="1 to 128 printable characters without a dot", got=repr(printable(name)), hint="for example face_v2"
+            "expert name",
+            expected="1 to 128 printable characters without a dot",
+            got=repr(printable(name)),
+            hint="for example face_v2",
         )
 
 
-def _fresh(n: int, k: int, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None, init: Init) -> LowRank:
+def _fresh(
+    n: int, k: int, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None, init: Init
+) -> LowRank:
     down = torch.empty(rank, k, dtype=torch.float32)
     if init == "gaussian":
         torch.nn.init.normal_(down, std=1 / rank, generator=generator)

@@ -12,7 +12,9 @@ from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.files.limits import DTYPE_NAMES, finite
 
 
-def checked_lowrank(where: str, down: Tensor, up: Tensor, scale: float = 1.0, conv: bool | tuple[int, int] = False) -> LowRank:
+def checked_lowrank(
+    where: str, down: Tensor, up: Tensor, scale: float = 1.0, conv: bool | tuple[int, int] = False
+) -> LowRank:
     """A LowRank of factors as a file holds them: [R,K] and [N,R], of a convolution [R,K,kh,kw] and [N,R,1,1].
 
     where  file and layer, for messages
@@ -20,14 +22,18 @@ def checked_lowrank(where: str, down: Tensor, up: Tensor, scale: float = 1.0, co
     """
     for half, name in ((down, "A (down)"), (up, "B (up)")):
         if half.dtype not in DTYPE_NAMES:
-            raise MoleTypeError(f"{where}, {name}", expected=f"dtype {', '.join(DTYPE_NAMES.values())}", got=half.dtype)
+            raise MoleTypeError(
+                f"{where}, {name}", expected=f"dtype {', '.join(DTYPE_NAMES.values())}", got=half.dtype
+            )
     if down.dim() == 4 and tuple(down.shape[2:]) != (1, 1):
         conv = (down.shape[2], down.shape[3])
         down = down.flatten(1)
     conv = conv or down.dim() == 4 or up.dim() == 4
     down, up = _matrix(f"{where}, A (down)", down), _matrix(f"{where}, B (up)", up)
     if min(down.shape[0], up.shape[1]) < 1:
-        raise MoleShapeError(where, expected="a rank of at least 1", got=f"A {list(down.shape)}, B {list(up.shape)}")
+        raise MoleShapeError(
+            where, expected="a rank of at least 1", got=f"A {list(down.shape)}, B {list(up.shape)}"
+        )
     if down.shape[0] != up.shape[1]:
         raise MoleShapeError(
             where,
@@ -36,7 +42,11 @@ def checked_lowrank(where: str, down: Tensor, up: Tensor, scale: float = 1.0, co
             hint="is one of them transposed?",
         )
     if down.shape[1] < 1 or up.shape[0] < 1:
-        raise MoleShapeError(where, expected="at least one input and one output", got=f"A {list(down.shape)}, B {list(up.shape)}")
+        raise MoleShapeError(
+            where,
+            expected="at least one input and one output",
+            got=f"A {list(down.shape)}, B {list(up.shape)}",
+        )
     check_finite(f"{where}, A (down)", down)
     check_finite(f"{where}, B (up)", up)
     return LowRank(down, up, scale, conv)
@@ -52,7 +62,9 @@ def check_finite(where: str, tensor: Tensor) -> None:
     if not (math.isfinite(low.item()) and math.isfinite(high.item())):
         nan, inf = int(wide.isnan().sum()), int(wide.isinf().sum())
         raise MoleValueError(
-            where, f"{nan} NaN and {inf} Inf among {tensor.numel():,} values", hint="the file was written by a run that diverged"
+            where,
+            f"{nan} NaN and {inf} Inf among {tensor.numel():,} values",
+            hint="the file was written by a run that diverged",
         )
 
 
@@ -62,7 +74,9 @@ def checked_alpha(where: str, alpha: Tensor | float) -> float:
         if alpha.numel() != 1:
             raise MoleShapeError(where, expected="a scalar alpha", got=f"shape {list(alpha.shape)}")
         if alpha.dtype not in DTYPE_NAMES:
-            raise MoleTypeError(where, expected=f"alpha of dtype {', '.join(DTYPE_NAMES.values())}", got=alpha.dtype)
+            raise MoleTypeError(
+                where, expected=f"alpha of dtype {', '.join(DTYPE_NAMES.values())}", got=alpha.dtype
+            )
         alpha = alpha.detach().float().item() if alpha.element_size() == 1 else alpha.item()
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise MoleTypeError(where, expected="a number as alpha", got=type(alpha).__name__)

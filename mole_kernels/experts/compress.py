@@ -1,9 +1,12 @@
-"""Experts of a smaller rank: truncated SVD of each layer from its factors, with the error bounded beforehand and measured after.
+"""Experts of a smaller rank: truncated SVD of each layer from its factors, with the error bounded beforehand
+and measured after.
 
     smaller, report = compress(expert, energy=0.99)
 
-For ΔW = s·B·A with singular values σ_1 ≥ σ_2 ≥ …, keeping r of them is the best that rank r can do (Eckart and Young):
-‖ΔW − ΔW'‖₂ = σ_{r+1} and ‖ΔW − ΔW'‖_F = (Σ_{i>r} σ_i²)^½. Storing the new factors in fewer bits adds rounding; the bound holds both.
+For ΔW = s·B·A with singular values σ_1 ≥ σ_2 ≥ …, keeping r of them is the best that rank r can do (Eckart
+and Young):
+‖ΔW − ΔW'‖₂ = σ_{r+1} and ‖ΔW − ΔW'‖_F = (Σ_{i>r} σ_i²)^½. Storing the new factors in fewer bits adds
+rounding; the bound holds both.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ class Target:
 
     rank       at most this
     energy     the smallest rank that keeps this part of Σσ², in (0, 1]
-    max_error  the smallest rank with ‖ΔW − ΔW'‖₂ ≤ max_error · ‖ΔW‖₂, as stored: no input's output moves by more than that
+    max_error  the smallest rank with ‖ΔW − ΔW'‖₂ ≤ max_error · ‖ΔW‖₂, as stored: no input's output moves by
+               more than that
     """
 
     rank: int | None = None
@@ -44,7 +48,11 @@ class Target:
     def __post_init__(self) -> None:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if len(given) != 1:
-            raise MoleValueError("compress", expected="exactly one of rank, energy and max_error", got=", ".join(given) or "none")
+            raise MoleValueError(
+                "compress",
+                expected="exactly one of rank, energy and max_error",
+                got=", ".join(given) or "none",
+            )
         name, value = given.popitem()
         if name == "rank" and (type(value) is not int or value < 1):
             raise MoleValueError("compress, rank", expected="a whole number >= 1", got=printable(value))
@@ -52,10 +60,16 @@ class Target:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             right = number and (0 < value <= 1 if name == "energy" else 0 <= value < 1)
             if not right:
-                raise MoleValueError(f"compress, {name}", expected="(0, 1]" if name == "energy" else "[0, 1)", got=printable(value))
+                raise MoleValueError(
+                    f"compress, {name}",
+                    expected="(0, 1]" if name == "energy" else "[0, 1)",
+                    got=printable(value),
+                )
 
     def ranks(self, values: Tensor, stored: float = 0.0) -> int:
-        """The rank for these singular values, 1 at least; `stored` is what rounding already takes of max_error."""
+        """The rank for these singular values, 1 at least; `stored` is what rounding already takes of
+        max_error.
+        """
         if self.rank is not None:
             return min(self.rank, len(values))
         values = values.double()
@@ -73,12 +87,15 @@ class Target:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer before and after. Norms and errors are of ΔW, scale included: Frobenius, and spectral (‖·‖₂, the worst case over inputs).
+    """One layer before and after. Norms and errors are of ΔW, scale included: Frobenius, and spectral (‖·‖₂,
+    the worst case over inputs).
 
-    bound_*   what the error cannot exceed: the singular values left out plus the rounding of the stored factors
+    bound_*   what the error cannot exceed: the singular values left out plus the rounding of the stored
+              factors
     error_*   measured in float64 on the factors as they are stored
     flops     of the expert for one token: 2·R·(K+N)
-    layer_us  predicted microseconds of the whole layer on `device` (base and expert), by the dispatcher's cost model; never measured
+    layer_us  predicted microseconds of the whole layer on `device` (base and expert), by the dispatcher's
+              cost model; never measured
     """
 
     path: str
@@ -108,9 +125,13 @@ class Predicted:
 
     def __post_init__(self) -> None:
         if self.device not in KNOWN:
-            raise MoleValueError("compress, device", expected=f"one of {', '.join(KNOWN)}", got=f"'{printable(self.device)}'")
+            raise MoleValueError(
+                "compress, device", expected=f"one of {', '.join(KNOWN)}", got=f"'{printable(self.device)}'"
+            )
         if type(self.tokens) is not int or self.tokens < 1:
-            raise MoleValueError("compress, tokens", expected="a whole number >= 1", got=printable(self.tokens))
+            raise MoleValueError(
+                "compress, tokens", expected="a whole number >= 1", got=printable(self.tokens)
+            )
 
 
 NOMINAL = Predicted()
@@ -124,11 +145,15 @@ class Report:
     predicted: Predicted = NOMINAL
 
     def total(self) -> dict[str, float]:
-        """The whole expert: its largest ranks, relative errors over all layers together, predicted speed-up of the layers in a row."""
+        """The whole expert: its largest ranks, relative errors over all layers together, predicted speed-up
+        of the layers in a row.
+        """
         norm = math.fsum(layer.frobenius**2 for layer in self.layers) ** 0.5 or 1.0
         error = math.fsum(layer.error_frobenius**2 for layer in self.layers) ** 0.5
         worst = max((layer.error_spectral / (layer.spectral or 1.0) for layer in self.layers), default=0.0)
-        before, after = (sum(getattr(layer, f"layer_us_{when}") for layer in self.layers) for when in ("before", "after"))
+        before, after = (
+            sum(getattr(layer, f"layer_us_{when}") for layer in self.layers) for when in ("before", "after")
+        )
         return {
             "layers": len(self.layers),
             "rank_before": max((layer.rank_before for layer in self.layers), default=0),
@@ -143,13 +168,23 @@ class Report:
         }
 
     def to_json(self) -> str:
-        predicted = {"device": self.predicted.device, "tokens": self.predicted.tokens, "dtype": str(self.predicted.dtype)[6:]}
-        found: dict[str, Any] = {"total": self.total(), "predicted_for": predicted, "layers": [asdict(layer) for layer in self.layers]}
+        predicted = {
+            "device": self.predicted.device,
+            "tokens": self.predicted.tokens,
+            "dtype": str(self.predicted.dtype)[6:],
+        }
+        found: dict[str, Any] = {
+            "total": self.total(),
+            "predicted_for": predicted,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
         return json.dumps(found, indent=1)
 
 
 class Compressed(NamedTuple):
-    """What `compress` returns: the same kind of thing smaller, and a report for each expert (by name for a bank)."""
+    """What `compress` returns: the same kind of thing smaller, and a report for each expert (by name for a
+    bank).
+    """
 
     result: Any
     report: Any
@@ -164,22 +199,32 @@ def compress(
     dtype: torch.dtype | None = None,
     predicted: Predicted = NOMINAL,
 ) -> Compressed:
-    """(result, report): the best experts of smaller rank, by exactly one of rank, energy and max_error (see `Target`).
+    """(result, report): the best experts of smaller rank, by exactly one of rank, energy and max_error (see
+    `Target`).
 
     experts  an Expert -> (Expert, Report); an ExpertBank -> (ExpertBank, {name: Report})
     dtype    of the result; None: the input's
-    A layer whose rank is already small enough keeps its factors bit for bit. Raises MoleValueError, MoleTypeError.
+    A layer whose rank is already small enough keeps its factors bit for bit. Raises MoleValueError,
+    MoleTypeError.
     """
     target = Target(rank, energy, max_error)
     if isinstance(experts, ExpertBank):
-        made = {name: _compress_expert(expert, target, dtype, predicted) for name, expert in experts.experts.items()}
-        return Compressed(ExpertBank({name: one for name, (one, _) in made.items()}), {name: said for name, (_, said) in made.items()})
+        made = {
+            name: _compress_expert(expert, target, dtype, predicted)
+            for name, expert in experts.experts.items()
+        }
+        return Compressed(
+            ExpertBank({name: one for name, (one, _) in made.items()}),
+            {name: said for name, (_, said) in made.items()},
+        )
     if not isinstance(experts, Expert):
         raise MoleTypeError("compress", expected="an Expert or an ExpertBank", got=type(experts).__name__)
     return Compressed(*_compress_expert(experts, target, dtype, predicted))
 
 
-def _compress_expert(expert: Expert, target: Target, dtype: torch.dtype | None, predicted: Predicted) -> tuple[Expert, Report]:
+def _compress_expert(
+    expert: Expert, target: Target, dtype: torch.dtype | None, predicted: Predicted
+) -> tuple[Expert, Report]:
     layers, reports = {}, []
     for path, layer, report in compress_layers(expert.layers, target, dtype, predicted):
         layers[path] = layer
@@ -213,16 +258,19 @@ def compress_layer(
     made = _stored(path, layer, parts, target.ranks(values), kept)
     errors = _errors(layer, made)
     if target.max_error is not None and errors[1] > target.max_error * values[0].item():
-        # what rounding adds must come out of the truncation's share; a little over, as the two add up otherwise at another rank
+        # what rounding adds must come out of the truncation's share; a little over, as the two add up
+        # otherwise at another rank
         left_out = _at(values, made.rank)
         rounding = 1.25 * (errors[1] - left_out) / values[0].item()
         made = _stored(path, layer, parts, target.ranks(values, stored=rounding), kept)
         errors = _errors(layer, made)
         if errors[1] > target.max_error * values[0].item():
             raise MoleValueError(
-                f"compress, layer {printable(path)}", expected=f"a relative spectral error of at most {target.max_error:g}",
-                got=f"{errors[1] / values[0].item():.3g} at rank {made.rank} stored in {str(kept)[6:]}", hint="give a wider dtype",
-            )  # fmt: skip
+                f"compress, layer {printable(path)}",
+                expected=f"a relative spectral error of at most {target.max_error:g}",
+                got=f"{errors[1] / values[0].item():.3g} at rank {made.rank} stored in {str(kept)[6:]}",
+                hint="give a wider dtype",
+            )
     return made, _report(path, layer, made, values, errors, predicted)
 
 
@@ -243,26 +291,49 @@ def _errors(layer: LowRank, made: LowRank) -> tuple[float, float]:
 def _rounding(layer: LowRank, made: LowRank, values: Tensor) -> float:
     """How far storing and the SVD's own arithmetic can move ΔW' (Frobenius).
 
-    Storing: ‖δB‖‖A'‖ + ‖B'‖‖δA‖ with |δ| ≤ u|·| + half the smallest subnormal. The arithmetic: a small multiple of its own u, of σ_1.
+    Storing: ‖δB‖‖A'‖ + ‖B'‖‖δA‖ with |δ| ≤ u|·| + half the smallest subnormal. The arithmetic: a small
+    multiple of its own u, of σ_1.
     """
     info = torch.finfo(made.up.dtype)
     half = info.eps / 2
     down, up = (t.detach().double().norm().item() for t in (made.down, made.up))
     tiny = info.smallest_normal * info.eps / 2
-    moved = sum((half * size + tiny * math.sqrt(t.numel())) * other for size, t, other in ((down, made.down, up), (up, made.up, down)))
+    moved = sum(
+        (half * size + tiny * math.sqrt(t.numel())) * other
+        for size, t, other in ((down, made.down, up), (up, made.up, down))
+    )
     work = torch.finfo(torch.float64 if layer.up.dtype == torch.float64 else torch.float32).eps
-    return abs(layer.scale) * moved * (1 + half) + 8 * work * math.sqrt(len(values)) * values[0].item() * math.sqrt(layer.rank)
+    return abs(layer.scale) * moved * (1 + half) + 8 * work * math.sqrt(len(values)) * values[
+        0
+    ].item() * math.sqrt(layer.rank)
 
 
-def _report(path: str, layer: LowRank, made: LowRank, values: Tensor, errors: tuple[float, float], predicted: Predicted) -> LayerReport:
+def _report(
+    path: str,
+    layer: LowRank,
+    made: LowRank,
+    values: Tensor,
+    errors: tuple[float, float],
+    predicted: Predicted,
+) -> LayerReport:
     N, K, same = layer.out_features, layer.in_features, errors == (0.0, 0.0)
     rounding = 0.0 if same else _rounding(layer, made, values)
     us = [predicted_us(N, K, one.rank, predicted) for one in (layer, made)]
     return LayerReport(
-        path, N, K, layer.rank, made.rank, values.norm().item(), values[0].item(),
-        0.0 if same else values[made.rank :].norm().item() + rounding, 0.0 if same else _at(values, made.rank) + rounding,
-        *errors, 2 * layer.rank * (K + N), 2 * made.rank * (K + N), *us,
-    )  # fmt: skip
+        path,
+        N,
+        K,
+        layer.rank,
+        made.rank,
+        values.norm().item(),
+        values[0].item(),
+        0.0 if same else values[made.rank :].norm().item() + rounding,
+        0.0 if same else _at(values, made.rank) + rounding,
+        *errors,
+        2 * layer.rank * (K + N),
+        2 * made.rank * (K + N),
+        *us,
+    )
 
 
 @lru_cache(maxsize=4096)

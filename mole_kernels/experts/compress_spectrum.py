@@ -19,7 +19,8 @@ ENERGIES = (0.9, 0.99, 0.999)
 class LayerSpectrum:
     """One layer: its singular values, falling, and the ranks that keep 90, 99 and 99.9 % of Σσ².
 
-    effective  exp(−Σ p ln p) with p = σ²/Σσ²: the rank that so even a spectrum would have (Roy and Vetterli, 2007)
+    effective  exp(−Σ p ln p) with p = σ²/Σσ²: the rank that so even a spectrum would have (Roy and Vetterli,
+               2007)
     """
 
     path: str
@@ -37,7 +38,9 @@ def spectrum(path: str, layer: LowRank, dtype: torch.dtype = torch.float64) -> L
     share = values.square() / values.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
     effective = torch.special.entr(share).sum().exp().item() if values[0] > 0 else 0.0
     ranks = tuple(Target(energy=energy).ranks(values) for energy in ENERGIES)
-    return LayerSpectrum(path, layer.out_features, layer.in_features, layer.rank, tuple(values.tolist()), ranks, effective)
+    return LayerSpectrum(
+        path, layer.out_features, layer.in_features, layer.rank, tuple(values.tolist()), ranks, effective
+    )
 
 
 def spectra(layers: Mapping[str, LowRank], dtype: torch.dtype = torch.float32) -> list[LayerSpectrum]:

@@ -1,4 +1,6 @@
-"""The singular values of B·A from the factors alone: QR of each, then the SVD of an R×R core. ΔW [N,K] is never formed."""
+"""The singular values of B·A from the factors alone: QR of each, then the SVD of an R×R core. ΔW [N,K] is
+never formed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from mole_kernels.experts.lowrank import LowRank
 
 
 class Svd(NamedTuple):
-    """up · down = left · diag(values) · rightᵀ, the layer's scale left out.  left [N,P]   values [P], falling   right [K,P]"""
+    """up · down = left · diag(values) · rightᵀ, the layer's scale left out.  left [N,P]   values [P], falling
+    right [K,P]
+    """
 
     left: Tensor
     values: Tensor
@@ -28,14 +32,18 @@ def svd(layer: LowRank) -> Svd:
 
 
 def singular_values(layer: LowRank, dtype: torch.dtype = torch.float64) -> Tensor:
-    """[P], falling: the singular values of ΔW, scale included. ‖ΔW‖₂ is the first, ‖ΔW‖_F the root of the sum of their squares."""
+    """[P], falling: the singular values of ΔW, scale included. ‖ΔW‖₂ is the first, ‖ΔW‖_F the root of the sum
+    of their squares.
+    """
     core_up = torch.linalg.qr(layer.up.detach().to(dtype), mode="r").R
     core_down = torch.linalg.qr(layer.down.detach().to(dtype).mT, mode="r").R
     return abs(layer.scale) * torch.linalg.svdvals(core_up @ core_down.mT)
 
 
 def truncate(layer: LowRank, rank: int, parts: Svd | None = None) -> LowRank:
-    """The best approximation of rank at most `rank` (Eckart and Young); √σ goes to both factors, the scale stays."""
+    """The best approximation of rank at most `rank` (Eckart and Young); √σ goes to both factors, the scale
+    stays.
+    """
     left, values, right = parts or svd(layer)
     rank = min(rank, len(values))
     root = values[:rank].sqrt()

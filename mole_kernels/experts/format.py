@@ -1,8 +1,10 @@
 """The experts' half of the single-file format: one safetensors file holds a whole bank, exactly.
 
     expert.<name>.<path>.down [R,K]   expert.<name>.<path>.up [N,R]
-    metadata: format "mole_kernels", format_version "1", and `experts`, a JSON list in bank order; for each expert its name, the dialect
-    it came from, its distinct ranks, its scale with the layers that differ, its convolutions (1x1 by path; of larger ones
+    metadata: format "mole_kernels", format_version "1", and `experts`, a JSON list in bank order; for each
+    expert its name, the dialect
+    it came from, its distinct ranks, its scale with the layers that differ, its convolutions (1x1 by path; of
+    larger ones
     [path, height, width]), and its own metadata.
 
 Gates (`io.gates`) may stand in the same file under `gate.`.
@@ -37,11 +39,16 @@ def stamp() -> dict[str, str]:
 def check_stamp(metadata: Mapping[str, str], source: str) -> None:
     """Refuse what is not ours, and what a later version wrote."""
     if metadata.get("format") != FORMAT:
-        raise MoleFileError(printable(source), "is not a mole_kernels file", hint="mole-kernels inspect says what it is")
+        raise MoleFileError(
+            printable(source), "is not a mole_kernels file", hint="mole-kernels inspect says what it is"
+        )
     version = metadata.get("format_version", "")
     if version != str(VERSION):
         raise MoleFileError(
-            printable(source), expected=f"format version {VERSION}", got=printable(version, 20), hint="a newer mole_kernels wrote this file"
+            printable(source),
+            expected=f"format version {VERSION}",
+            got=printable(version, 20),
+            hint="a newer mole_kernels wrote this file",
         )
 
 
@@ -61,16 +68,26 @@ def bank_tensors(bank: ExpertBank) -> tuple[dict[str, Tensor], dict[str, str]]:
                 "dialect": expert.dialect,
                 "ranks": sorted(expert.ranks()),
                 "scale": usual,
-                "scales": {path: layer.scale for path, layer in expert.layers.items() if layer.scale != usual},
-                "conv": [path if layer.conv is True else [path, *layer.kernel] for path, layer in expert.layers.items() if layer.conv],
+                "scales": {
+                    path: layer.scale for path, layer in expert.layers.items() if layer.scale != usual
+                },
+                "conv": [
+                    path if layer.conv is True else [path, *layer.kernel]
+                    for path, layer in expert.layers.items()
+                    if layer.conv
+                ],
                 "metadata": dict(expert.metadata),
             }
         )
     return tensors, stamp() | {"experts": json.dumps(records)}
 
 
-def bank_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> tuple[ExpertBank, dict[str, Tensor]]:
-    """(the bank, the tensors that belong to no expert) of a file of ours; every expert tensor must be used."""
+def bank_from_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str
+) -> tuple[ExpertBank, dict[str, Tensor]]:
+    """(the bank, the tensors that belong to no expert) of a file of ours; every expert tensor must be
+    used.
+    """
     from mole_kernels.experts.bank import ExpertBank
 
     check_stamp(metadata, source)
@@ -84,23 +101,34 @@ def bank_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         name, _, tail = key.removeprefix(PREFIX).partition(".")
         path, _, half = tail.rpartition(".")
         if name not in halves or half not in ("down", "up") or not path:
-            raise MoleKeyError(printable(source), f"'{printable(key)}' belongs to no expert that the metadata names")
+            raise MoleKeyError(
+                printable(source), f"'{printable(key)}' belongs to no expert that the metadata names"
+            )
         halves[name].setdefault(path, {})[half] = tensor
     experts = {record["name"]: _expert(record, halves[record["name"]], source) for record in records}
     return ExpertBank(experts), rest
 
 
 def _expert(record: dict[str, Any], layers: dict[str, dict[str, Tensor]], source: str) -> Expert:
-    single = [f"{path} ({'no up' if 'down' in half else 'no down'})" for path, half in layers.items() if len(half) != 2]
+    single = [
+        f"{path} ({'no up' if 'down' in half else 'no down'})"
+        for path, half in layers.items()
+        if len(half) != 2
+    ]
     if single:
-        raise MoleKeyError(printable(source), f"expert {record['name']!r} lacks half of {', '.join(map(printable, single[:5]))}")
+        raise MoleKeyError(
+            printable(source),
+            f"expert {record['name']!r} lacks half of {', '.join(map(printable, single[:5]))}",
+        )
     conv: dict[str, bool | tuple[int, int]] = {
-        one if isinstance(one, str) else one[0]: True if isinstance(one, str) else (one[1], one[2]) for one in record["conv"]
+        one if isinstance(one, str) else one[0]: True if isinstance(one, str) else (one[1], one[2])
+        for one in record["conv"]
     }
     unknown = (set(record["scales"]) | set(conv)) - set(layers)
     if unknown:
         raise MoleKeyError(
-            printable(source), f"the metadata of expert {record['name']!r} names {printable(sorted(unknown)[0])}, which has no tensors"
+            printable(source),
+            f"the metadata of expert {record['name']!r} names {printable(sorted(unknown)[0])}, which has no tensors",
         )
     found = {
         path: checked_lowrank(
@@ -115,7 +143,10 @@ def _expert(record: dict[str, Any], layers: dict[str, dict[str, Tensor]], source
     expert = Expert(found, dialect=record["dialect"], source=source, metadata=record["metadata"])
     if sorted(expert.ranks()) != record["ranks"]:
         raise MoleFileError(
-            printable(source), f"expert {record['name']!r}", expected=f"ranks {printable(record['ranks'])}", got=sorted(expert.ranks())
+            printable(source),
+            f"expert {record['name']!r}",
+            expected=f"ranks {printable(record['ranks'])}",
+            got=sorted(expert.ranks()),
         )
     return expert
 
@@ -124,7 +155,11 @@ def _records(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]]:
     """The metadata's list of experts, every field of the right type."""
     where = f"{printable(source)}, metadata of the experts"
     records = parse_json(metadata.get("experts", "[]"), where, "the text")
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records) or len(records) > 1000:
+    if (
+        not isinstance(records, list)
+        or not all(isinstance(record, dict) for record in records)
+        or len(records) > 1000
+    ):
         raise MoleFileError(where, expected="a list of experts", got="something else")
     for record in records:
         right = (
@@ -141,7 +176,9 @@ def _records(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]]:
         )
         if not right:
             raise MoleFileError(
-                where, expected="name, dialect, ranks, scale, scales, conv and metadata of each expert", got=printable(record, 200)
+                where,
+                expected="name, dialect, ranks, scale, scales, conv and metadata of each expert",
+                got=printable(record, 200),
             )
     if len({record["name"] for record in records}) != len(records):
         raise MoleFileError(where, "two experts have one name")
@@ -150,4 +187,9 @@ def _records(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]]:
 
 def _kernel(value: object) -> bool:
     """[path, height, width]"""
-    return isinstance(value, list) and len(value) == 3 and isinstance(value[0], str) and all(type(n) is int and n > 0 for n in value[1:])
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and isinstance(value[0], str)
+        and all(type(n) is int and n > 0 for n in value[1:])
+    )

@@ -1,14 +1,19 @@
-"""Gradient fusion in closed form: several experts into one that does to each expert's own inputs what that expert did alone.
+"""Gradient fusion in closed form: several experts into one that does to each expert's own inputs what that
+expert did alone.
 
 For one layer, experts ΔW_i = s_i B_i A_i with weights α_i and inputs X_i [K, rows]:
 
-    ΔW = argmin F,   F(ΔW) = Σ_i ‖(α_i ΔW_i − ΔW) X_i‖²,   ΔW = Σ_i α_i ΔW_i G_i G⁺,   G_i = X_i X_iᵀ,  G = Σ_i G_i
+    ΔW = argmin F,   F(ΔW) = Σ_i ‖(α_i ΔW_i − ΔW) X_i‖²,   ΔW = Σ_i α_i ΔW_i G_i G⁺,   G_i = X_i X_iᵀ,  G =
+    Σ_i G_i
 
-whose rank is at most Σ r_i: the old B_i, and A_i G_i G⁺ in the place of A_i. Only G [K,K] and A_i G_i [r_i,K] are summed up as the
-inputs stream by; no activation is kept. The pseudo-inverse leaves what no input touches at zero, which is where an optimiser that
+whose rank is at most Σ r_i: the old B_i, and A_i G_i G⁺ in the place of A_i. Only G [K,K] and A_i G_i [r_i,K]
+are summed up as the
+inputs stream by; no activation is kept. The pseudo-inverse leaves what no input touches at zero, which is
+where an optimiser that
 starts from the base weights leaves it.
 
-Source: Mix-of-Show (Gu et al., NeurIPS 2023), section on gradient fusion, which minimises F by LBFGS; the closed form is ours.
+Source: Mix-of-Show (Gu et al., NeurIPS 2023), section on gradient fusion, which minimises F by LBFGS; the
+closed form is ours.
 """
 
 from __future__ import annotations
@@ -25,10 +30,13 @@ from mole_kernels.experts.lowrank import LowRank
 
 @dataclass
 class Sums:
-    """What one layer's inputs come to: gram [K,K] float64 over all experts, cross {expert: A_i G_i [r_i,K] float64}, rows seen.
+    """What one layer's inputs come to: gram [K,K] float64 over all experts, cross {expert: A_i G_i [r_i,K]
+    float64}, rows seen.
 
-    few  the inputs themselves [n,K] while they are at most K/4, so a quarter of the Gram matrix: then G's directions are found from them,
-         at once and without squaring their spread, where the K x K eigenvalues would take a second; None once there were more
+    few  the inputs themselves [n,K] while they are at most K/4, so a quarter of the Gram matrix: then G's
+         directions are found from them,
+         at once and without squaring their spread, where the K x K eigenvalues would take a second; None once
+         there were more
     """
 
     gram: Tensor
@@ -38,11 +46,15 @@ class Sums:
 
     @classmethod
     def of(cls, K: int, device: torch.device | str = "cpu") -> Sums:
-        return cls(torch.zeros(K, K, dtype=torch.float64, device=device), few=torch.zeros(0, K, dtype=torch.float64, device=device))
+        return cls(
+            torch.zeros(K, K, dtype=torch.float64, device=device),
+            few=torch.zeros(0, K, dtype=torch.float64, device=device),
+        )
 
     @torch.no_grad()
     def add(self, name: str, factor: LowRank | None, x: Tensor) -> None:
-        """Add inputs x [...,K] of expert `name`. In float64, so that any split into calls gives the same to rounding.
+        """Add inputs x [...,K] of expert `name`. In float64, so that any split into calls gives the same to
+        rounding.
 
         factor  None for an expert that lacks the layer: there it wants ΔW = 0
 
@@ -52,7 +64,8 @@ class Sums:
         if x.shape[-1] != K:
             raise MoleShapeError(f"fuse, expert {name!r}", expected=f"inputs [...,{K}]", got=tuple(x.shape))
         rows = x.detach().reshape(-1, K).to(self.gram.device, torch.float64)
-        # a product per call is one pass; a sum of squares that is not finite says the same as looking at every element
+        # a product per call is one pass; a sum of squares that is not finite says the same as looking at
+        # every element
         square = rows.mT @ rows
         if not bool(square.diagonal().sum().isfinite()):
             raise MoleValueError(f"fuse, expert {name!r}", expected="finite inputs", got="NaN or Inf")
@@ -67,10 +80,12 @@ class Sums:
 
 @dataclass(frozen=True)
 class Solved:
-    """One layer fused: the expert, F before and after, how many directions of the inputs counted, and the spread of their sizes.
+    """One layer fused: the expert, F before and after, how many directions of the inputs counted, and the
+    spread of their sizes.
 
     base, by_weights, fused  F(0), F of weight fusion (Σ α_i/n ΔW_i), F of the result
-    directions  of K that the inputs reach beyond the cut-off; condition  largest ÷ smallest eigenvalue among them
+    directions  of K that the inputs reach beyond the cut-off; condition  largest ÷ smallest eigenvalue among
+                them
     """
 
     factor: LowRank
@@ -82,14 +97,21 @@ class Solved:
 
 
 def fuse_layer(
-    factors: Mapping[str, LowRank], sums: Sums, weights: Mapping[str, float] | None = None, *, cutoff: float = 1e-12, ridge: float = 0.0
+    factors: Mapping[str, LowRank],
+    sums: Sums,
+    weights: Mapping[str, float] | None = None,
+    *,
+    cutoff: float = 1e-12,
+    ridge: float = 0.0,
 ) -> Solved:
     """The closed form for one layer.
 
     factors  expert -> its factors here      weights  expert -> α_i, 1 where not given
-    cutoff   eigenvalues of G below cutoff · the largest count as zero; 1e-12 keeps float64's digits and drops its rounding
+    cutoff   eigenvalues of G below cutoff · the largest count as zero; 1e-12 keeps float64's digits and drops
+             its rounding
     ridge    instead of a sharp cut: (G + ridge · mean eigenvalue · I)⁻¹
-    An expert without inputs here adds nothing to F, so none of it remains. A layer without any inputs comes out as weight fusion.
+    An expert without inputs here adds nothing to F, so none of it remains. A layer without any inputs comes
+    out as weight fusion.
     """
     if not (0 <= cutoff < 1) or ridge < 0:
         raise MoleValueError("fuse", expected="0 <= cutoff < 1 and ridge >= 0", got=f"{cutoff} and {ridge}")
@@ -101,7 +123,9 @@ def fuse_layer(
     values, vectors = _directions(sums)
     kept = values > max(cutoff, torch.finfo(torch.float64).eps * K) * values[-1].clamp_min(0)
     inverse = (
-        1 / (values + ridge * sums.gram.diagonal().mean()) if ridge else torch.where(kept, 1 / values.where(kept, values.new_ones(())), 0)
+        1 / (values + ridge * sums.gram.diagonal().mean())
+        if ridge
+        else torch.where(kept, 1 / values.where(kept, values.new_ones(())), 0)
     )
     downs, ups = [], []
     for name, factor in factors.items():
@@ -113,14 +137,18 @@ def fuse_layer(
     dtype = next(iter(factors.values())).down.dtype
     down, up = torch.cat(downs), torch.cat(ups, 1)
     made = LowRank(down.to(dtype), up.to(dtype), 1.0, next(iter(factors.values())).conv)
-    base, by_weights, fused = (objective(factors, sums, alpha, delta) for delta in (None, averaged, LowRank(down, up)))
+    base, by_weights, fused = (
+        objective(factors, sums, alpha, delta) for delta in (None, averaged, LowRank(down, up))
+    )
     reached = values[kept]
     spread = (reached[-1] / reached[0]).item() if len(reached) else 1.0
     return Solved(made, base, by_weights, fused, int(kept.sum()), spread)
 
 
 def _directions(sums: Sums) -> tuple[Tensor, Tensor]:
-    """G's eigenvalues, rising, and eigenvectors [K,n]; without those that are zero where the inputs are few."""
+    """G's eigenvalues, rising, and eigenvectors [K,n]; without those that are zero where the inputs are
+    few.
+    """
     if sums.few is None:
         return torch.linalg.eigh(sums.gram)
     _, values, vectors = torch.linalg.svd(sums.few, full_matrices=False)
@@ -130,12 +158,16 @@ def _directions(sums: Sums) -> tuple[Tensor, Tensor]:
 def fused_by_weights(factors: Mapping[str, LowRank], weights: Mapping[str, float]) -> LowRank:
     """Weight fusion, Σ_i (α_i/n) ΔW_i, as one expert of rank Σ r_i."""
     n, first = len(factors), next(iter(factors.values()))
-    down = torch.cat([f.down.detach().double() * (weights[name] * f.scale / n) for name, f in factors.items()])
+    down = torch.cat(
+        [f.down.detach().double() * (weights[name] * f.scale / n) for name, f in factors.items()]
+    )
     up = torch.cat([f.up.detach() for f in factors.values()], 1)
     return LowRank(down.to(first.down.dtype), up, 1.0, first.conv)
 
 
-def objective(factors: Mapping[str, LowRank], sums: Sums, weights: Mapping[str, float], delta: LowRank | None) -> float:
+def objective(
+    factors: Mapping[str, LowRank], sums: Sums, weights: Mapping[str, float], delta: LowRank | None
+) -> float:
     """F(ΔW) from the sums alone, in float64; delta None is ΔW = 0."""
     like, total = sums.gram, 0.0
     wide = None if delta is None else (delta.up.detach().to(like), delta.down.detach().to(like) * delta.scale)
@@ -154,23 +186,37 @@ def objective(factors: Mapping[str, LowRank], sums: Sums, weights: Mapping[str, 
 
 
 def fuse_by_lbfgs(
-    factors: Mapping[str, LowRank], sums: Sums, weights: Mapping[str, float], steps: int = 500, dtype: torch.dtype = torch.float32
+    factors: Mapping[str, LowRank],
+    sums: Sums,
+    weights: Mapping[str, float],
+    steps: int = 500,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """ΔW [N,K] by LBFGS from 0 with the paper's settings (rate 1, history 25, strong Wolfe, tolerances 1e-16): the slow way, to compare.
+    """ΔW [N,K] by LBFGS from 0 with the paper's settings (rate 1, history 25, strong Wolfe, tolerances
+    1e-16): the slow way, to compare.
 
-    In float32 as the paper's code; its data are the sums here, which is the same objective at a fraction of its cost.
+    In float32 as the paper's code; its data are the sums here, which is the same objective at a fraction of
+    its cost.
     """
     like = sums.gram
     target = sum(
-        (weights[name] * f.scale) * (f.up.detach().to(like) @ sums.cross[name]) for name, f in factors.items() if name in sums.cross
+        (weights[name] * f.scale) * (f.up.detach().to(like) @ sums.cross[name])
+        for name, f in factors.items()
+        if name in sums.cross
     )
     assert isinstance(target, Tensor)
     gram, target = like.to(dtype), target.to(dtype)
     delta = torch.zeros_like(target, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [delta], lr=1, max_iter=steps, max_eval=10 * steps, tolerance_grad=1e-16, tolerance_change=1e-16, history_size=25,
+        [delta],
+        lr=1,
+        max_iter=steps,
+        max_eval=10 * steps,
+        tolerance_grad=1e-16,
+        tolerance_change=1e-16,
+        history_size=25,
         line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    )
 
     def closure() -> Tensor:
         optimiser.zero_grad()

@@ -28,7 +28,8 @@ class LayerExperts(nn.Module):
     up          [S,N,R]      Parameter
     base_scale  [E] float32  the convention's scale of each expert (alpha/r, …)
     scale       [E] float32  base_scale times the adapter weights: what the operator multiplies by
-    route       None, or what says which of the S sets each sample of the running forward takes (`serving.Route`)
+    route       None, or what says which of the S sets each sample of the running forward takes
+                (`serving.Route`)
     S = 1 for experts shared by the batch, the number of samples, or with a route any.
     The scales stay float32 whatever `.to(dtype)` does to the rest.
     """
@@ -36,11 +37,15 @@ class LayerExperts(nn.Module):
     base_scale: Tensor
     scale: Tensor
 
-    def __init__(self, down: Tensor, up: Tensor, base_scale: Tensor, names: tuple[str, ...], ranks: tuple[int, ...]) -> None:
+    def __init__(
+        self, down: Tensor, up: Tensor, base_scale: Tensor, names: tuple[str, ...], ranks: tuple[int, ...]
+    ) -> None:
         super().__init__()
         if len(names) != len(ranks) or len(set(names)) != len(names) or not names or min(ranks) < 1:
             raise MoleValueError(
-                "LayerExperts", expected="one name (all different) and one rank >= 1 for each expert", got=f"{names}, {ranks}"
+                "LayerExperts",
+                expected="one name (all different) and one rank >= 1 for each expert",
+                got=f"{names}, {ranks}",
             )
         S, R = down.shape[0], sum(ranks)
         if (
@@ -63,7 +68,10 @@ class LayerExperts(nn.Module):
 
     @classmethod
     def from_factors(
-        cls, factors: Mapping[str, LowRank], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        cls,
+        factors: Mapping[str, LowRank],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> LayerExperts:
         """Pack LowRank experts, in the mapping's order; they must agree in K and N."""
         layers = list(factors.values())
@@ -77,10 +85,14 @@ class LayerExperts(nn.Module):
             down[0, start : start + layer.rank].copy_(layer.down.detach())
             up[0, :, start : start + layer.rank].copy_(layer.up.detach())
             start += layer.rank
-        return cls(down, up, torch.tensor([layer.scale for layer in layers], device=device), tuple(factors), ranks)
+        return cls(
+            down, up, torch.tensor([layer.scale for layer in layers], device=device), tuple(factors), ranks
+        )
 
     def operands(self) -> Experts:
-        return Experts(self.down, self.up, self.scale, self.ranks, None if self.route is None else self.route.current)
+        return Experts(
+            self.down, self.up, self.scale, self.ranks, None if self.route is None else self.route.current
+        )
 
     def span(self, name: str) -> slice:
         """The rank columns of one expert."""
@@ -97,7 +109,9 @@ class LayerExperts(nn.Module):
         """One expert as it stands now (copies); its adapter weight is not part of it."""
         span = self.span(name)
         # sharded ones (FSDP) are gathered, for which every rank must call
-        down, up = (getattr(t, "full_tensor", lambda t=t: t)() for t in (self.down.detach(), self.up.detach()))
+        down, up = (
+            getattr(t, "full_tensor", lambda t=t: t)() for t in (self.down.detach(), self.up.detach())
+        )
         down, up = down[sample, span].clone(), up[sample, :, span].clone()
         return LowRank(down, up, self.base_scale[self.index(name)].item())
 

@@ -11,7 +11,9 @@ from mole_kernels.experts.lowrank import LowRank
 
 
 class Size(NamedTuple):
-    """Out, in, rank and dtype of one expert on one layer: what a file's header says before any of its data is read."""
+    """Out, in, rank and dtype of one expert on one layer: what a file's header says before any of its data is
+    read.
+    """
 
     N: int
     K: int
@@ -46,11 +48,15 @@ def size_of(layers: Mapping[str, LowRank], path: str) -> Size:
     if isinstance(layers, LazyLayers):
         return layers.sizes[path]
     layer = layers[path]
-    return Size(layer.out_features, layer.in_features, layer.rank, stored_dtype([layer.down.dtype, layer.up.dtype]))
+    return Size(
+        layer.out_features, layer.in_features, layer.rank, stored_dtype([layer.down.dtype, layer.up.dtype])
+    )
 
 
 def stored_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
-    """The narrowest dtype that holds all of these exactly; of 8 bits, float16, since results are no longer what was rounded to 8."""
+    """The narrowest dtype that holds all of these exactly; of 8 bits, float16, since results are no longer
+    what was rounded to 8.
+    """
     found = torch.float16 if dtypes[0].itemsize == 1 else dtypes[0]
     for dtype in dtypes[1:]:
         found = torch.promote_types(found, torch.float16 if dtype.itemsize == 1 else dtype)

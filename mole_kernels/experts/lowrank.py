@@ -10,7 +10,15 @@ from torch import Tensor
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleValueError, printable
 
-COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "prior",
+)
 
 
 def flatten(path: str) -> str:
@@ -24,10 +32,17 @@ def split_component(path: str) -> tuple[str | None, str]:
     return (head, rest) if dot and head in COMPONENTS else (None, path)
 
 
-def cast(where: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None = None) -> Tensor:
+def cast(
+    where: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None = None
+) -> Tensor:
     """`tensor.to(dtype)`, refused where a finite value would become Inf or NaN (float16 ends at 65,504)."""
     new = tensor.to(device=device, dtype=dtype)
-    if dtype is not None and tensor.numel() and not tensor.is_meta and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+    if (
+        dtype is not None
+        and tensor.numel()
+        and not tensor.is_meta
+        and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    ):
         low, high = torch.aminmax(tensor.detach())
         largest = max(-low.item(), high.item())
         if largest > torch.finfo(dtype).max:
@@ -46,7 +61,8 @@ class LowRank:
     down   [R,K]; of a k×k convolution [R, K·k·k], so that ΔW reshapes to its weight [N,K,k,k]
     up     [N,R]
     scale  the convention's scale (see `scales`), without any adapter weight
-    conv   False for a linear layer, True for a 1x1 convolution (files hold [R,K,1,1] and [N,R,1,1]), (height, width) of a larger kernel
+    conv   False for a linear layer, True for a 1x1 convolution (files hold [R,K,1,1] and [N,R,1,1]), (height,
+           width) of a larger kernel
     """
 
     down: Tensor
@@ -55,7 +71,12 @@ class LowRank:
     conv: bool | tuple[int, int] = False
 
     def __post_init__(self) -> None:
-        if self.down.dim() != 2 or self.up.dim() != 2 or self.down.shape[0] != self.up.shape[1] or self.down.shape[0] < 1:
+        if (
+            self.down.dim() != 2
+            or self.up.dim() != 2
+            or self.down.shape[0] != self.up.shape[1]
+            or self.down.shape[0] < 1
+        ):
             raise MoleShapeError(
                 "LowRank",
                 expected="down [R,K] and up [N,R] of one rank R >= 1",
@@ -93,10 +114,20 @@ class LowRank:
         squared = ((down @ down.T).double() * (up.T @ up).double()).sum().item()
         return abs(self.scale) * max(squared, 0.0) ** 0.5
 
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None, where: str = "LowRank.to") -> LowRank:
-        """A copy in another dtype or place; MoleValueError where a value would overflow (float16 ends at 65,504)."""
+    def to(
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        where: str = "LowRank.to",
+    ) -> LowRank:
+        """A copy in another dtype or place; MoleValueError where a value would overflow (float16 ends at
+        65,504).
+        """
         return LowRank(
-            cast(f"{where}, A (down)", self.down, dtype, device), cast(f"{where}, B (up)", self.up, dtype, device), self.scale, self.conv
+            cast(f"{where}, A (down)", self.down, dtype, device),
+            cast(f"{where}, B (up)", self.up, dtype, device),
+            self.scale,
+            self.conv,
         )
 
 
@@ -104,8 +135,10 @@ class LowRank:
 class Expert:
     """All layers of one expert, by dotted module path.
 
-    layers    path -> LowRank. A path begins with its component ("unet.", "text_encoder.", "transformer.") where the file says so.
-              Where a kohya name could not be cut back into dots, the flat name stays: match by `flatten(path)`.
+    layers    path -> LowRank. A path begins with its component ("unet.", "text_encoder.", "transformer.")
+              where the file says so.
+              Where a kohya name could not be cut back into dots, the flat name stays: match by
+              `flatten(path)`.
     dialect   how the file spelled it: "diffusers", "kohya", "mix_of_show", "native", "memory"
     source    the file, for messages
     metadata  the file's own metadata, text as it came: escape before printing

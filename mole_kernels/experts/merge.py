@@ -1,6 +1,7 @@
 """Several experts into one: ΔW = Σ_e w_e ΔW_e and its relatives, layer by layer.
 
-merge({"counting": a, "fairy": b})                          # w_e = 1/T exactly, exact sum of the deltas (SELMA)
+merge({"counting": a, "fairy": b})                          # w_e = 1/T exactly, exact sum of the deltas
+(SELMA)
 merge(bank, mode="ties", weights=[0.7, 0.7], density=0.5)   # PEFT's names and results
 """
 
@@ -17,7 +18,15 @@ from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, p
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lazy import Size, size_of, stored_dtype
 from mole_kernels.experts.lowrank import Expert, LowRank, flatten
-from mole_kernels.experts.merge_modes import DENSITY_MODES, FACTOR_MODES, RANK_MODES, Mode, Settings, SignMethod, merge_layer
+from mole_kernels.experts.merge_modes import (
+    DENSITY_MODES,
+    FACTOR_MODES,
+    RANK_MODES,
+    Mode,
+    Settings,
+    SignMethod,
+    merge_layer,
+)
 
 MODES: tuple[str, ...] = get_args(Mode)
 
@@ -88,20 +97,36 @@ def merge(
 ) -> Expert:
     """One expert of many.
 
-    weights  by name or in the experts' order, may be negative; None: exactly 1/T, T the number of experts, for every mode and layer
+    weights  by name or in the experts' order, may be negative; None: exactly 1/T, T the number of experts,
+             for every mode and layer
     mode     "delta_mean"  Σ w ΔW, exact; rank Σ R_e, never above the layer's own
              "cat"         the same with rank Σ R_e always (PEFT)
              "svd"         the best approximation of Σ w ΔW of rank `rank` (PEFT)
              "factor_mean" s (Σ w B)(Σ w A): another operator, with cross terms
-             "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune" on A and B, and their "_svd" forms on ΔW, as PEFT has them
+             "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune" on A and B, and their "_svd"
+             forms on ΔW, as PEFT has them
     density, majority_sign_method  as PEFT's; density in (0, 1]
     rank     for svd and the "_svd" modes; None: the largest rank among all experts, as PEFT has it
-    seed     of dare's random numbers: what `torch.manual_seed(seed)` gives PEFT; None draws from torch's own generator
+    seed     of dare's random numbers: what `torch.manual_seed(seed)` gives PEFT; None draws from torch's own
+             generator
     dtype    of the result; None: the narrowest that holds all inputs exactly
     A layer that an expert lacks counts as zero. Raises MoleValueError, MoleShapeError, MoleTypeError.
     """
-    made = plan_merge(experts, weights, mode, rank=rank, density=density, majority_sign_method=majority_sign_method, seed=seed, dtype=dtype)
-    return Expert(dict(made.layers()), dialect=common_dialect(made.experts), source=f"{mode} of {', '.join(made.experts)}")
+    made = plan_merge(
+        experts,
+        weights,
+        mode,
+        rank=rank,
+        density=density,
+        majority_sign_method=majority_sign_method,
+        seed=seed,
+        dtype=dtype,
+    )
+    return Expert(
+        dict(made.layers()),
+        dialect=common_dialect(made.experts),
+        source=f"{mode} of {', '.join(made.experts)}",
+    )
 
 
 def common_dialect(experts: Mapping[str, Expert]) -> str:
@@ -113,43 +138,69 @@ def _settings(mode: str, rank: int | None, density: float | None, signs: SignMet
     if mode not in MODES:
         raise MoleValueError("merge, mode", expected=f"one of {', '.join(MODES)}", got=f"'{printable(mode)}'")
     if mode in DENSITY_MODES and density is None:
-        raise MoleValueError(f"merge, {mode}", expected="a density in (0, 1]", got="none", hint="0.5 keeps half of the values")
+        raise MoleValueError(
+            f"merge, {mode}", expected="a density in (0, 1]", got="none", hint="0.5 keeps half of the values"
+        )
     if density is not None:
         if not isinstance(density, int | float) or isinstance(density, bool) or not 0 < density <= 1:
             raise MoleValueError("merge, density", expected="a number in (0, 1]", got=printable(density))
         if mode not in DENSITY_MODES:
-            raise MoleValueError("merge, density", f"{mode} does not prune", hint=f"density is for {', '.join(DENSITY_MODES)}")
+            raise MoleValueError(
+                "merge, density", f"{mode} does not prune", hint=f"density is for {', '.join(DENSITY_MODES)}"
+            )
     if signs not in get_args(SignMethod):
-        raise MoleValueError("merge, majority_sign_method", expected="'total' or 'frequency'", got=f"'{printable(signs)}'")
+        raise MoleValueError(
+            "merge, majority_sign_method", expected="'total' or 'frequency'", got=f"'{printable(signs)}'"
+        )
     if rank is not None and (type(rank) is not int or rank < 1):
         raise MoleValueError("merge, rank", expected="a whole number >= 1", got=printable(rank))
     if rank is not None and mode not in RANK_MODES:
-        raise MoleValueError("merge, rank", f"{mode} sets its rank itself", hint=f"rank is for {', '.join(RANK_MODES)}")
+        raise MoleValueError(
+            "merge, rank", f"{mode} sets its rank itself", hint=f"rank is for {', '.join(RANK_MODES)}"
+        )
     return Settings(mode, rank, None if density is None else float(density), signs)  # type: ignore[arg-type]
 
 
-def _weights(weights: Sequence[float] | Mapping[str, float] | None, names: tuple[str, ...]) -> dict[str, float]:
+def _weights(
+    weights: Sequence[float] | Mapping[str, float] | None, names: tuple[str, ...]
+) -> dict[str, float]:
     """One finite number for each expert; 1/T where none are given."""
     if weights is None:
         return dict.fromkeys(names, 1 / len(names))
     if isinstance(weights, Mapping):
         if set(weights) != set(names):
-            raise MoleValueError("merge, weights", expected=f"one for each of {', '.join(names)}", got=", ".join(map(str, weights)))
+            raise MoleValueError(
+                "merge, weights",
+                expected=f"one for each of {', '.join(names)}",
+                got=", ".join(map(str, weights)),
+            )
         given = [weights[name] for name in names]
     else:
         given = list(weights)
         if len(given) != len(names):
-            raise MoleValueError("merge, weights", expected=f"{len(names)} numbers, in the order {', '.join(names)}", got=len(given))
+            raise MoleValueError(
+                "merge, weights",
+                expected=f"{len(names)} numbers, in the order {', '.join(names)}",
+                got=len(given),
+            )
     for name, weight in zip(names, given):
         if not isinstance(weight, int | float) or isinstance(weight, bool):
-            raise MoleTypeError(f"merge, weight of {printable(name)}", expected="a number", got=type(weight).__name__)
+            raise MoleTypeError(
+                f"merge, weight of {printable(name)}", expected="a number", got=type(weight).__name__
+            )
         if not math.isfinite(weight):
-            raise MoleValueError(f"merge, weight of {printable(name)}", expected="a finite number", got=weight)
+            raise MoleValueError(
+                f"merge, weight of {printable(name)}", expected="a finite number", got=weight
+            )
     return {name: float(weight) for name, weight in zip(names, given)}
 
 
-def _align(experts: Mapping[str, Expert]) -> tuple[dict[str, tuple[tuple[str, str], ...]], dict[str, list[Size]]]:
-    """(members, sizes) of each layer under its most dotted spelling; layers of different sizes are refused, and named."""
+def _align(
+    experts: Mapping[str, Expert],
+) -> tuple[dict[str, tuple[tuple[str, str], ...]], dict[str, list[Size]]]:
+    """(members, sizes) of each layer under its most dotted spelling; layers of different sizes are refused,
+    and named.
+    """
     members: dict[str, list[tuple[str, str]]] = {}
     sizes: dict[str, list[Size]] = {}
     for name, expert in experts.items():
@@ -170,19 +221,29 @@ def _align(experts: Mapping[str, Expert]) -> tuple[dict[str, tuple[tuple[str, st
         ]
         more = f" and {len(apart) - 5} more" if len(apart) > 5 else ""
         raise MoleShapeError(
-            "merge", f"{len(apart)} of {len(members)} layers have different sizes [N,K]: {', '.join(lines)}{more}",
+            "merge",
+            f"{len(apart)} of {len(members)} layers have different sizes [N,K]: {', '.join(lines)}{more}",
             hint="are these experts of one base model?",
-        )  # fmt: skip
-    spelled = {flat: max((path for _, path in found), key=lambda path: path.count(".")) for flat, found in members.items()}
-    return {spelled[flat]: tuple(found) for flat, found in members.items()}, {spelled[flat]: found for flat, found in sizes.items()}
+        )
+    spelled = {
+        flat: max((path for _, path in found), key=lambda path: path.count("."))
+        for flat, found in members.items()
+    }
+    return {spelled[flat]: tuple(found) for flat, found in members.items()}, {
+        spelled[flat]: found for flat, found in sizes.items()
+    }
 
 
-def _check_ranks(mode: str, where: Mapping[str, tuple[tuple[str, str], ...]], sizes: Mapping[str, list[Size]]) -> None:
+def _check_ranks(
+    mode: str, where: Mapping[str, tuple[tuple[str, str], ...]], sizes: Mapping[str, list[Size]]
+) -> None:
     """Modes that add factor to factor need one rank on each layer."""
     for path, found in sizes.items():
         if len({size.R for size in found}) > 1:
             got = ", ".join(f"{name} {size.R}" for (name, _), size in zip(where[path], found))
             raise MoleShapeError(
-                f"merge, {mode}, layer {printable(path)}", expected="experts of one rank", got=got,
+                f"merge, {mode}, layer {printable(path)}",
+                expected="experts of one rank",
+                got=got,
                 hint="delta_mean, cat, svd and the _svd modes take unequal ranks",
-            )  # fmt: skip
+            )

@@ -1,4 +1,6 @@
-"""How a file's alpha becomes the scale s of ΔW = s · up · down; four conventions, never guessed in silence."""
+"""How a file's alpha becomes the scale s of ΔW = s · up · down; four conventions, never guessed in
+silence.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,16 @@ Convention = Literal["kohya", "peft", "mix_of_show", "rslora"]
 def scale_of(convention: Convention, alpha: float | None, rank: int) -> float:
     """kohya, peft: alpha/R · rslora: alpha/√R · mix_of_show: alpha itself.
 
-    A missing alpha means alpha = R for kohya and peft and alpha = √R for rslora, so scale 1; mix_of_show files never hold one: 1.
+    A missing alpha means alpha = R for kohya and peft and alpha = √R for rslora, so scale 1; mix_of_show
+    files never hold one: 1.
     """
     if convention not in get_args(Convention):
-        raise MoleValueError("scale_of", "unknown scale convention", expected=" | ".join(get_args(Convention)), got=repr(convention))
+        raise MoleValueError(
+            "scale_of",
+            "unknown scale convention",
+            expected=" | ".join(get_args(Convention)),
+            got=repr(convention),
+        )
     if rank < 1:
         raise MoleValueError("scale_of", expected="rank >= 1", got=rank)
     if alpha is None:

@@ -1,6 +1,8 @@
-"""Layers that read one input through one A: fused q, k, v files give all three the same down-projection, which need be applied only once.
+"""Layers that read one input through one A: fused q, k, v files give all three the same down-projection,
+which need be applied only once.
 
-kohya's, BFL's and other files hold one LoRA for a fused projection; cut back into to_q, to_k and to_v, each part keeps the whole A.
+kohya's, BFL's and other files hold one LoRA for a fused projection; cut back into to_q, to_k and to_v, each
+part keeps the whole A.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ T = TypeVar("T")
 
 
 def shared_down(source: Expert | ExpertBank) -> list[tuple[str, ...]]:
-    """[(….to_q, ….to_k, ….to_v), …]: layers of one parent whose A hold the same values, for every expert that has one of them.
+    """[(….to_q, ….to_k, ….to_v), …]: layers of one parent whose A hold the same values, for every expert that
+    has one of them.
 
     Only layers of one parent module are compared: others do not read the same input.
     """
@@ -29,7 +32,9 @@ def shared_down(source: Expert | ExpertBank) -> list[tuple[str, ...]]:
 
 
 def store_once(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """The same layers, in which equal A of one parent are one tensor: a third of the memory for fused q, k, v."""
+    """The same layers, in which equal A of one parent are one tensor: a third of the memory for fused q, k,
+    v.
+    """
     kept = dict(layers)
     for first, *others in _groups(kept, kept, _same_layer, _first_values):
         for path in others:
@@ -39,7 +44,9 @@ def store_once(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
 
 
 def same_content(a: Tensor, b: Tensor) -> bool:
-    """The same values: dtype, shape and every value; tensors without data are the same only where they are one object."""
+    """The same values: dtype, shape and every value; tensors without data are the same only where they are
+    one object.
+    """
     if a is b:
         return True
     if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device or a.is_meta:
@@ -59,7 +66,10 @@ def _same_experts(a: Mapping[str, LowRank], b: Mapping[str, LowRank]) -> bool:
 
 def _first_values(layer: LowRank) -> Hashable:
     """What tells nearly all different A apart without reading them whole."""
-    return (layer.down.shape, id(layer.down) if layer.down.is_meta else tuple(layer.down.detach().reshape(-1)[:4].tolist()))
+    return (
+        layer.down.shape,
+        id(layer.down) if layer.down.is_meta else tuple(layer.down.detach().reshape(-1)[:4].tolist()),
+    )
 
 
 def _signs(layers: Mapping[str, LowRank]) -> Hashable:
@@ -67,7 +77,10 @@ def _signs(layers: Mapping[str, LowRank]) -> Hashable:
 
 
 def _groups(
-    paths: Iterable[str], content: Mapping[str, T], same: Callable[[T, T], bool], sign: Callable[[T], Hashable]
+    paths: Iterable[str],
+    content: Mapping[str, T],
+    same: Callable[[T, T], bool],
+    sign: Callable[[T], Hashable],
 ) -> list[tuple[str, ...]]:
     alike: dict[Hashable, list[list[str]]] = {}
     for path in paths:

@@ -46,6 +46,15 @@ def read_index(index: PathLike, *, root: PathLike | None = None) -> dict[str, st
         raise MoleFileError(where, expected="an index with a weight_map", got="something else")
     for key, name in names.items():
         check_key(key, where)
-        if not isinstance(name, str) or not name.isprintable() or name in ("", ".", "..") or any(c in name for c in "/\\:"):
-            raise MoleFileError(where, f"'{printable(key)}' is said to lie in '{printable(name)}'", expected="a file beside the index")
+        if (
+            not isinstance(name, str)
+            or not name.isprintable()
+            or name in ("", ".", "..")
+            or any(c in name for c in "/\\:")
+        ):
+            raise MoleFileError(
+                where,
+                f"'{printable(key)}' is said to lie in '{printable(name)}'",
+                expected="a file beside the index",
+            )
     return names

@@ -1,4 +1,6 @@
-"""What a safetensors file may hold here; wider than any published LoRA, narrower than what takes a machine down."""
+"""What a safetensors file may hold here; wider than any published LoRA, narrower than what takes a machine
+down.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def check_key(key: str, where: str) -> None:
     """A tensor's key: 1 to 512 printable characters."""
     if not 1 <= len(key) <= MAX_KEY or not key.isprintable():
-        raise MoleFileError(where, f"bad tensor key '{printable(key)}'", expected=f"1 to {MAX_KEY} printable characters", got=len(key))
+        raise MoleFileError(
+            where,
+            f"bad tensor key '{printable(key)}'",
+            expected=f"1 to {MAX_KEY} printable characters",
+            got=len(key),
+        )
 
 
 def check_json_size(text: bytes, where: str) -> None:
@@ -39,13 +46,23 @@ def check_json_size(text: bytes, where: str) -> None:
     strings = 5 * MAX_TENSORS + 2 * MAX_METADATA
     if quotes <= 2 * strings:
         structure = b"".join(bare.split(b'"')[::2])
-        if structure.count(b"{") <= MAX_TENSORS + 2 and structure.count(b"[") <= 2 * MAX_TENSORS and structure.count(b",") <= 2 * strings:
+        if (
+            structure.count(b"{") <= MAX_TENSORS + 2
+            and structure.count(b"[") <= 2 * MAX_TENSORS
+            and structure.count(b",") <= 2 * strings
+        ):
             return
-    raise MoleFileError(where, expected=f"at most {MAX_TENSORS:,} tensors", got=f"a header of {len(text):,} bytes that names more")
+    raise MoleFileError(
+        where,
+        expected=f"at most {MAX_TENSORS:,} tensors",
+        got=f"a header of {len(text):,} bytes that names more",
+    )
 
 
 def finite(value: object, dtype: torch.dtype = torch.float64) -> bool:
-    """Whether this is a number (no bool) that `dtype` holds: no NaN, no Inf, no integer of four hundred digits."""
+    """Whether this is a number (no bool) that `dtype` holds: no NaN, no Inf, no integer of four hundred
+    digits.
+    """
     largest = torch.finfo(dtype).max
     return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
@@ -60,14 +77,22 @@ def parse_json(text: bytes | str, where: str, what: str = "the header") -> Any:
         if len(found) != len(items):
             seen: set[str] = set()
             twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise MoleFileError(where, f"the key '{printable(twice)}' is there twice", hint="one name may stand for one thing only")
+            raise MoleFileError(
+                where,
+                f"the key '{printable(twice)}' is there twice",
+                hint="one name may stand for one thing only",
+            )
         return found
 
     def constant(name: str) -> Any:
         raise MoleFileError(where, f"{name} is not JSON")
 
     try:
-        return json.loads(text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(
+            text if isinstance(text, str) else text.decode("utf-8"),
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+        )
     except UnicodeDecodeError as error:
         raise MoleFileError(where, f"{what} is not UTF-8 (byte {error.start})") from None
     except RecursionError:

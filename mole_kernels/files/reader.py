@@ -94,7 +94,9 @@ class SafetensorsFile:
     def __enter__(self) -> SafetensorsFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def _read_header(self, size: int) -> tuple[int, Header]:
@@ -102,7 +104,9 @@ class SafetensorsFile:
         _refuse_pickle(prefix, self.where)
         if len(prefix) < 8:
             raise MoleFileError(
-                self.where, expected="a safetensors file", got="an empty file" if not prefix else f"only {len(prefix)} bytes"
+                self.where,
+                expected="a safetensors file",
+                got="an empty file" if not prefix else f"only {len(prefix)} bytes",
             )
         length = int.from_bytes(prefix, "little")
         if length > size - 8:
@@ -112,7 +116,9 @@ class SafetensorsFile:
                 hint="truncated, or not safetensors",
             )
         if length > MAX_HEADER:
-            raise MoleFileError(self.where, expected=f"a header of at most {MAX_HEADER:,} bytes", got=f"{length:,}")
+            raise MoleFileError(
+                self.where, expected=f"a header of at most {MAX_HEADER:,} bytes", got=f"{length:,}"
+            )
         text = self._file.read(length)
         if len(text) != length:
             raise MoleFileError(self.where, "the file was cut while it was read")
@@ -124,17 +130,25 @@ class SafetensorsFile:
         wanted = list(self.header.entries if keys is None else keys)
         missing = [key for key in wanted if key not in self.header.entries]
         if missing:
-            raise MoleKeyError(self.where, f"has no tensor {', '.join(printable(key) for key in missing[:5])}")
+            raise MoleKeyError(
+                self.where, f"has no tensor {', '.join(printable(key) for key in missing[:5])}"
+            )
         tensors = {key: self._read(key, self.header.entries[key]) for key in wanted}
         if _identity(self._file) != self._stat:
-            raise MoleFileError(self.where, "the file changed while it was read", hint="write to a temporary file, then rename")
+            raise MoleFileError(
+                self.where,
+                "the file changed while it was read",
+                hint="write to a temporary file, then rename",
+            )
         return tensors
 
     def _read(self, key: str, entry: Entry) -> Tensor:
         try:
             buffer = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
         except RuntimeError as error:
-            raise MoleFileError(self.where, f"no memory for the {entry.end - entry.begin:,} bytes of '{printable(key)}'") from error
+            raise MoleFileError(
+                self.where, f"no memory for the {entry.end - entry.begin:,} bytes of '{printable(key)}'"
+            ) from error
         self._file.seek(self._data + entry.begin)
         target, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
         while done < len(target):
@@ -146,7 +160,9 @@ class SafetensorsFile:
 
 
 def open_regular(path: PathLike, *, root: PathLike | None = None, pickles: bool = False) -> FileIO:
-    """A handle on a regular, readable file; never blocks on a FIFO and never touches a device; pickle suffixes only where asked for."""
+    """A handle on a regular, readable file; never blocks on a FIFO and never touches a device; pickle
+    suffixes only where asked for.
+    """
     if not isinstance(path, str | os.PathLike):
         raise MoleTypeError("file", expected="a path", got=type(path).__name__)
     name = os.fsdecode(path)
@@ -170,7 +186,9 @@ def open_regular(path: PathLike, *, root: PathLike | None = None, pickles: bool 
         raise MoleFileError(where, "there is no such file") from None
     except (OSError, ValueError) as error:
         raise MoleFileError(where, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    raise MoleFileError(where, expected="a regular file", got="a folder" if stat.S_ISDIR(mode) else "a FIFO, socket or device")
+    raise MoleFileError(
+        where, expected="a regular file", got="a folder" if stat.S_ISDIR(mode) else "a FIFO, socket or device"
+    )
 
 
 def parse_header(found: Any, size: int, where: str) -> Header:
@@ -178,7 +196,11 @@ def parse_header(found: Any, size: int, where: str) -> Header:
     if not isinstance(found, dict):
         raise MoleFileError(where, expected="a JSON object as header", got=f"a {type(found).__name__}")
     metadata = found.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()) or len(metadata) > MAX_METADATA:
+    if (
+        not isinstance(metadata, dict)
+        or not all(isinstance(value, str) for value in metadata.values())
+        or len(metadata) > MAX_METADATA
+    ):
         raise MoleFileError(where, expected="__metadata__ as an object of strings", got="something else")
     if len(found) > MAX_TENSORS:
         raise MoleFileError(where, expected=f"at most {MAX_TENSORS:,} tensors", got=f"{len(found):,}")
@@ -187,10 +209,17 @@ def parse_header(found: Any, size: int, where: str) -> Header:
     for key, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.begin != position:
             kind = "overlaps" if entry.begin < position else "leaves a hole after"
-            raise MoleFileError(where, f"'{printable(key)}' at bytes {entry.begin}:{entry.end} {kind} {last}, which ends at {position}")
+            raise MoleFileError(
+                where,
+                f"'{printable(key)}' at bytes {entry.begin}:{entry.end} {kind} {last}, which ends at {position}",
+            )
         position, last = entry.end, f"'{printable(key)}'"
     if position != size:
-        raise MoleFileError(where, f"{size - position:,} bytes follow the last tensor", hint="something was appended to this file")
+        raise MoleFileError(
+            where,
+            f"{size - position:,} bytes follow the last tensor",
+            hint="something was appended to this file",
+        )
     return Header(entries, metadata)
 
 
@@ -199,7 +228,9 @@ def parse_entry(key: str, value: Any, size: int, where: str) -> Entry:
     check_key(key, where)
     at = f"{where}, '{printable(key)}'"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise MoleFileError(at, expected="an object with dtype, shape and data_offsets", got=printable(value, 80))
+        raise MoleFileError(
+            at, expected="an object with dtype, shape and data_offsets", got=printable(value, 80)
+        )
     name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(name, str) or name not in DTYPES:
         raise MoleTypeError(
@@ -212,21 +243,31 @@ def parse_entry(key: str, value: Any, size: int, where: str) -> Entry:
         raise MoleFileError(at, expected="a shape of whole numbers >= 0", got=printable(shape, 80))
     if len(shape) > MAX_DIMS:
         raise MoleFileError(at, expected=f"at most {MAX_DIMS} dimensions", got=len(shape))
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(n) is int and n >= 0 for n in offsets)
+    ):
         raise MoleFileError(at, expected="data_offsets of two whole numbers >= 0", got=printable(offsets, 80))
     begin, end = offsets
     if end < begin:
         raise MoleFileError(at, f"its data end at byte {end}, before they begin at {begin}")
     if end > size:
         raise MoleFileError(
-            at, f"its data end at byte {end:,}, the file holds {size:,}", hint="the file is truncated; copy or download it again"
+            at,
+            f"its data end at byte {end:,}, the file holds {size:,}",
+            hint="the file is truncated; copy or download it again",
         )
     # the product of the nonzero dimensions: a zero must not hide an overflow
     if math.prod(n for n in shape if n) * 8 >= 2**63:
         raise MoleFileError(at, f"the size of shape {printable(shape, 80)} overflows")
     dtype = DTYPES[name]
     if math.prod(shape) * dtype.itemsize != end - begin:
-        raise MoleFileError(at, expected=f"{math.prod(shape) * dtype.itemsize:,} bytes for {name} {shape}", got=f"{end - begin:,}")
+        raise MoleFileError(
+            at,
+            expected=f"{math.prod(shape) * dtype.itemsize:,} bytes for {name} {shape}",
+            got=f"{end - begin:,}",
+        )
     return Entry(dtype, tuple(shape), begin, end)
 
 
@@ -239,7 +280,11 @@ def _inside(name: str, root: PathLike, where: str) -> str:
     folder = os.path.realpath(root)
     real = os.path.realpath(os.path.join(folder, name))
     if os.path.commonpath([folder, real]) != folder:
-        raise MoleFileError(where, f"lies outside the folder {printable(folder, 300)}", hint="links and .. may not leave the folder")
+        raise MoleFileError(
+            where,
+            f"lies outside the folder {printable(folder, 300)}",
+            hint="links and .. may not leave the folder",
+        )
     return real
 
 
@@ -247,7 +292,9 @@ def _refuse_pickle(prefix: bytes, where: str) -> None:
     # a safetensors length below 16 MB has zeros in its last five bytes, a pickle does not
     pickle = len(prefix) > 1 and prefix[0] == 0x80 and prefix[1] <= 5 and prefix[3:] != bytes(5)
     if pickle or prefix.startswith(b"PK\x03\x04"):
-        raise MoleFileError(where, "is a pickle or a zip, whatever its name says; it is not read", hint=CONVERTER)
+        raise MoleFileError(
+            where, "is a pickle or a zip, whatever its name says; it is not read", hint=CONVERTER
+        )
 
 
 def _identity(file: FileIO) -> tuple[int, int, int, int]:

@@ -1,4 +1,6 @@
-"""Writes a safetensors file whose tensors come one after the other, sizes unknown beforehand, in the memory of one of them."""
+"""Writes a safetensors file whose tensors come one after the other, sizes unknown beforehand, in the memory
+of one of them.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,24 @@ from mole_kernels.files.writer import atomic_write, header_of
 CHUNK = 4 * 2**20
 
 
-def atomic_save_stream(parts: Iterable[tuple[str, Tensor]], path: PathLike, metadata: Callable[[], Mapping[str, str]] = dict) -> None:
-    """Write (key, tensor) pairs as they come, then the header that goes before them; `metadata` is asked after the last.
+def atomic_save_stream(
+    parts: Iterable[tuple[str, Tensor]], path: PathLike, metadata: Callable[[], Mapping[str, str]] = dict
+) -> None:
+    """Write (key, tensor) pairs as they come, then the header that goes before them; `metadata` is asked
+    after the last.
 
-    The data wait in a nameless file in the target's folder, so that folder must hold them twice for a moment. Otherwise as
-    `atomic_save`: a reader sees the old file or the new one, and nothing is left behind, not even by a kill before the last copy.
+    The data wait in a nameless file in the target's folder, so that folder must hold them twice for a moment.
+    Otherwise as
+    `atomic_save`: a reader sees the old file or the new one, and nothing is left behind, not even by a kill
+    before the last copy.
     """
     where, folder = printable(path, 300), os.path.dirname(os.path.realpath(path))
 
     def write(file: BinaryIO) -> None:
         with tempfile.TemporaryFile(dir=folder) as spool:
             begins: dict[str, int] = {}
-            # plain values, no tensors: a small tensor kept beside each large one would hold the freed memory around it
+            # plain values, no tensors: a small tensor kept beside each large one would hold the freed memory
+            # around it
             kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
             for key, tensor in parts:
                 if key in kinds:
@@ -38,7 +46,9 @@ def atomic_save_stream(parts: Iterable[tuple[str, Tensor]], path: PathLike, meta
                 spool.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
                 kinds[key] = (tensor.dtype, tuple(tensor.shape))
             # shape and dtype without the memory
-            blanks = {key: torch.empty((), dtype=dtype).expand(shape) for key, (dtype, shape) in kinds.items()}
+            blanks = {
+                key: torch.empty((), dtype=dtype).expand(shape) for key, (dtype, shape) in kinds.items()
+            }
             header, order = header_of(blanks, metadata(), where)
             file.write(header)
             for key in order:

@@ -14,7 +14,9 @@ MOST_BYTES = 2**30
 
 
 def read_text(path: PathLike, most: int = MOST_BYTES) -> str:
-    """The UTF-8 text of a regular file. Raises MoleFileError: missing, unreadable, a FIFO or device, larger than `most`, not UTF-8."""
+    """The UTF-8 text of a regular file. Raises MoleFileError: missing, unreadable, a FIFO or device, larger
+    than `most`, not UTF-8.
+    """
     where = printable(path, 300)
     with open_regular(path) as file:
         try:

@@ -16,10 +16,13 @@ from mole_kernels.files.limits import DTYPE_NAMES, MAX_DIMS, MAX_HEADER, MAX_TEN
 from mole_kernels.files.reader import PathLike
 
 
-def atomic_save(tensors: Mapping[str, Tensor], path: PathLike, metadata: Mapping[str, str] | None = None) -> None:
+def atomic_save(
+    tensors: Mapping[str, Tensor], path: PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors and metadata as one safetensors file: a temporary file beside it, fsync, rename.
 
-    Whatever happens before the rename (a full disk, Ctrl-C), the old file stays as it was and no temporary file is left.
+    Whatever happens before the rename (a full disk, Ctrl-C), the old file stays as it was and no temporary
+    file is left.
     What the reader would refuse is refused here, before anything is written.
     """
     where = printable(path, 300)
@@ -59,18 +62,24 @@ def atomic_write(path: PathLike, write: Callable[[BinaryIO], None]) -> None:
         raise MoleFileError(where, f"there is no folder {printable(folder, 300)}") from None
     except OSError as error:
         raise MoleFileError(
-            where, f"could not be written ({error.strerror})", hint="the file that was there before is untouched"
+            where,
+            f"could not be written ({error.strerror})",
+            hint="the file that was there before is untouched",
         ) from error
     try:
         _sync_folder(folder)
     except OSError as error:
         raise MoleFileError(
-            where, f"was written, but its folder could not be brought to the disk ({error.strerror})", hint="it may not outlast a power cut"
+            where,
+            f"was written, but its folder could not be brought to the disk ({error.strerror})",
+            hint="it may not outlast a power cut",
         ) from error
 
 
 def torch_save(value: object, file: BinaryIO) -> None:
-    """`torch.save`, with a full disk as the OSError it is: torch's writer ends by complaining of where it stands instead."""
+    """`torch.save`, with a full disk as the OSError it is: torch's writer ends by complaining of where it
+    stands instead.
+    """
     try:
         torch.save(value, file)
     except RuntimeError as error:
@@ -79,7 +88,9 @@ def torch_save(value: object, file: BinaryIO) -> None:
         raise
 
 
-def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> tuple[bytes, list[str]]:
+def header_of(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str
+) -> tuple[bytes, list[str]]:
     """The file's bytes up to the data, and the keys in the order of their data."""
     if len(tensors) > MAX_TENSORS:
         raise MoleFileError(where, expected=f"at most {MAX_TENSORS:,} tensors", got=f"{len(tensors):,}")
@@ -89,11 +100,15 @@ def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where:
         check_key(key, where)
         if key == "__metadata__" or tensor.dim() > MAX_DIMS:
             raise MoleFileError(
-                where, f"'{printable(key)}' cannot be written", expected=f"at most {MAX_DIMS} dimensions, not the key __metadata__"
+                where,
+                f"'{printable(key)}' cannot be written",
+                expected=f"at most {MAX_DIMS} dimensions, not the key __metadata__",
             )
         if tensor.dtype not in DTYPE_NAMES or tensor.is_meta or tensor.layout != torch.strided:
             raise MoleTypeError(
-                f"{where}, '{printable(key)}'", expected=f"a dense tensor of {', '.join(DTYPE_NAMES.values())}", got=tensor.dtype
+                f"{where}, '{printable(key)}'",
+                expected=f"a dense tensor of {', '.join(DTYPE_NAMES.values())}",
+                got=tensor.dtype,
             )
     # widest elements first: then every tensor begins at a multiple of its element size
     order = sorted(tensors, key=lambda key: -tensors[key].element_size())
@@ -102,7 +117,11 @@ def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where:
         spans[key] = [position, position := position + tensors[key].numel() * tensors[key].element_size()]
     fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     for key, tensor in tensors.items():
-        fields[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": spans[key]}
+        fields[key] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": spans[key],
+        }
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:

@@ -1,4 +1,6 @@
-"""One gate for a whole transformer block and sample (MoLE of ICLR 2024), with a balancing loss that has a gradient."""
+"""One gate for a whole transformer block and sample (MoLE of ICLR 2024), with a balancing loss that has a
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ from mole_kernels.operands import Gates
 
 
 class BlockRouter(nn.Module):
-    """g = softmax_e(W · normalise(mean_t h) / exp(log_temperature)) for each sample.  h [B,T,C] -> g [B,E] float32
+    """g = softmax_e(W · normalise(mean_t h) / exp(log_temperature)) for each sample.  h [B,T,C] -> g [B,E]
+    float32
 
-    The paper gates on a block's flattened, normalised features, which ties W to one picture size; the mean over tokens (ours) takes
+    The paper gates on a block's flattened, normalised features, which ties W to one picture size; the mean
+    over tokens (ours) takes
     any. The temperature is learnt, as in the paper.
     """
 
@@ -35,7 +39,9 @@ class BlockRouter(nn.Module):
 
 
 class BlockGate(Gate):
-    """gate = what the block's router said of the block's input, the same for every token and layer of the block."""
+    """gate = what the block's router said of the block's input, the same for every token and layer of the
+    block.
+    """
 
     def __init__(self, router: BlockRouter) -> None:
         super().__init__()
@@ -44,7 +50,11 @@ class BlockGate(Gate):
 
     def operands(self, experts: LayerExperts) -> Gates:
         if self.current is None:
-            raise MoleStateError("BlockGate", "its block has not run: the gate is made from the block's input", hint="run the whole model")
+            raise MoleStateError(
+                "BlockGate",
+                "its block has not run: the gate is made from the block's input",
+                hint="run the whole model",
+            )
         return Gates(gate=self.current[:, None])
 
     def __getstate__(self):
@@ -52,24 +62,35 @@ class BlockGate(Gate):
 
 
 class BlockRouting:
-    """Gates of MoLE (Wu et al., ICLR 2024, arXiv 2404.13628): one softmax over the experts for each transformer block and sample.
+    """Gates of MoLE (Wu et al., ICLR 2024, arXiv 2404.13628): one softmax over the experts for each
+    transformer block and sample.
 
         routing = BlockRouting(unet)
         handle = mk.patch(unet, experts, gates=routing)
         loss = denoising + 0.01 * routing.balance_loss()
 
-    model    whose blocks are routed: modules of class BasicTransformerBlock or similar, or those `is_block(path, module)` takes
-    A layer outside all blocks has no gate (every expert counts fully). `remove` takes the hooks off the blocks.
+    model    whose blocks are routed: modules of class BasicTransformerBlock or similar, or those
+             `is_block(path, module)` takes
+    A layer outside all blocks has no gate (every expert counts fully). `remove` takes the hooks off the
+    blocks.
     """
 
     def __init__(self, model: nn.Module, is_block: Callable[[str, nn.Module], bool] | None = None) -> None:
         if not isinstance(model, nn.Module):
-            raise MoleTypeError("BlockRouting", expected="an nn.Module (a pipeline's unet or transformer)", got=type(model).__name__)
+            raise MoleTypeError(
+                "BlockRouting",
+                expected="an nn.Module (a pipeline's unet or transformer)",
+                got=type(model).__name__,
+            )
         takes = is_block or (lambda path, module: type(module).__name__.endswith("TransformerBlock"))
-        self._blocks = {path: module for path, module in model.named_modules() if path and takes(path, module)}
+        self._blocks = {
+            path: module for path, module in model.named_modules() if path and takes(path, module)
+        }
         if not self._blocks:
             raise MoleKeyError(
-                "BlockRouting", f"no transformer block in this {type(model).__name__}", hint="is_block=lambda path, module: …"
+                "BlockRouting",
+                f"no transformer block in this {type(model).__name__}",
+                hint="is_block=lambda path, module: …",
             )
         self.routers: dict[str, BlockRouter] = {}
         self._gates: dict[str, list[BlockGate]] = {}
@@ -79,17 +100,25 @@ class BlockRouting:
 
     def __call__(self, path: str, module: nn.Module, experts: LayerExperts) -> Gate | None:
         """The gate of one layer, for `patch(gates=…)`."""
-        block = next((b for b in sorted(self._blocks, key=len, reverse=True) if f".{path}".find(f".{b}.") >= 0), None)
+        block = next(
+            (b for b in sorted(self._blocks, key=len, reverse=True) if f".{path}".find(f".{b}.") >= 0), None
+        )
         if block is None:
             return None
         E = len(experts.names)
         if self._experts not in (None, E):
-            raise MoleStateError("BlockRouting", expected=f"every layer to hold the same {self._experts} experts", got=f"{E} at {path}")
+            raise MoleStateError(
+                "BlockRouting",
+                expected=f"every layer to hold the same {self._experts} experts",
+                got=f"{E} at {path}",
+            )
         self._experts = E
         if block not in self.routers:
             self.routers[block] = BlockRouter(_width(self._blocks[block]), E, device=experts.scale.device)
             self._gates[block] = []
-            self._hooks.append(self._blocks[block].register_forward_pre_hook(self._hook(block), with_kwargs=True))
+            self._hooks.append(
+                self._blocks[block].register_forward_pre_hook(self._hook(block), with_kwargs=True)
+            )
         gate = BlockGate(self.routers[block])
         self._gates[block].append(gate)
         return gate
@@ -111,9 +140,11 @@ class BlockRouting:
         return dict(self._said)
 
     def balance_loss(self) -> Tensor:
-        """−Σ_e log q_e, q_e the mean of gate e over the blocks and samples of the last forward; least where all experts are used alike.
+        """−Σ_e log q_e, q_e the mean of gate e over the blocks and samples of the last forward; least where
+        all experts are used alike.
 
-        The paper's −log Π_e q_e. Its released code builds it from detached gates, which leaves no gradient; this one has one.
+        The paper's −log Π_e q_e. Its released code builds it from detached gates, which leaves no gradient;
+        this one has one.
         """
         every = torch.cat([said.to(next(iter(self._said.values())).device) for said in self.gates().values()])
         return -every.mean(0).log().sum()
@@ -140,5 +171,9 @@ def _width(block: nn.Module) -> int:
                 return int(shape.shape[-1])
     linear = next((m for m in block.modules() if isinstance(m, nn.Linear)), None)
     if linear is None:
-        raise MoleTypeError("BlockRouting", expected="a block with a norm or a linear layer, to know its width", got=type(block).__name__)
+        raise MoleTypeError(
+            "BlockRouting",
+            expected="a block with a norm or a linear layer, to know its width",
+            got=type(block).__name__,
+        )
     return linear.in_features

@@ -17,7 +17,8 @@ from mole_kernels.operands import Gates
 
 
 class Clock(nn.Module):
-    """Which denoising step it is, shared by all gates of a model; a tensor, so that nothing recompiles as it runs.
+    """Which denoising step it is, shared by all gates of a model; a tensor, so that nothing recompiles as it
+    runs.
 
     clock = Clock(30)
     handle = mk.patch(pipe, experts, gates=switch(clock, every=5))
@@ -39,8 +40,12 @@ class Clock(nn.Module):
             raise MoleValueError("Clock.set", expected="a step >= 0", got=step)
         self.step.fill_(min(step, self.steps - 1))
 
-    def callback(self, pipeline: object, step: int, timestep: object, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """For a pipeline's `callback_on_step_end`: on to the next step, and back to the first after the last."""
+    def callback(
+        self, pipeline: object, step: int, timestep: object, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """For a pipeline's `callback_on_step_end`: on to the next step, and back to the first after the
+        last.
+        """
         self.set((step + 1) % self.steps)
         return kwargs
 
@@ -53,7 +58,9 @@ class ScheduleGate(Gate):
     def __init__(self, table: Tensor, clock: Clock) -> None:
         super().__init__()
         if table.dim() != 2 or table.shape[0] != clock.steps:
-            raise MoleShapeError("ScheduleGate", expected=f"table [steps,E] with {clock.steps} steps", got=tuple(table.shape))
+            raise MoleShapeError(
+                "ScheduleGate", expected=f"table [steps,E] with {clock.steps} steps", got=tuple(table.shape)
+            )
         self.register_buffer("table", table.detach().to(torch.float32).clone())
         self.clock = clock
 
@@ -65,22 +72,29 @@ Maker = Callable[[str, nn.Module, LayerExperts], Gate]
 
 
 def scheduled(clock: Clock, table: Mapping[str, Any]) -> Maker:
-    """For `patch(gates=…)`: {expert name: its weight at each step}; an expert that the table leaves out raises MoleKeyError."""
+    """For `patch(gates=…)`: {expert name: its weight at each step}; an expert that the table leaves out
+    raises MoleKeyError.
+    """
     rows = {name: torch.as_tensor(values, dtype=torch.float32) for name, values in table.items()}
 
     def make(path: str, module: nn.Module, experts: LayerExperts) -> Gate:
         absent = [name for name in experts.names if name not in rows]
         if absent:
             raise MoleKeyError(
-                "scheduled", expected=f"weights over the steps for {', '.join(experts.names)}", got=f"none for {absent[0]!r}"
+                "scheduled",
+                expected=f"weights over the steps for {', '.join(experts.names)}",
+                got=f"none for {absent[0]!r}",
             )
-        return ScheduleGate(torch.stack([rows[name] for name in experts.names], -1).to(experts.scale.device), clock)
+        return ScheduleGate(
+            torch.stack([rows[name] for name in experts.names], -1).to(experts.scale.device), clock
+        )
 
     return make
 
 
 def switch(clock: Clock, *, every: int = 5, order: list[str] | None = None) -> Maker:
-    """LoRA Switch (Zhong et al., 2024): one expert at a time, the next one after every `every` steps, in `order` (the experts' own).
+    """LoRA Switch (Zhong et al., 2024): one expert at a time, the next one after every `every` steps, in
+    `order` (the experts' own).
 
     gate_e(i) = 1 where e = (i // every) mod E, else 0.
     """
@@ -90,7 +104,9 @@ def switch(clock: Clock, *, every: int = 5, order: list[str] | None = None) -> M
     def make(path: str, module: nn.Module, experts: LayerExperts) -> Gate:
         names = list(order or experts.names)
         if set(experts.names) - set(names):
-            raise MoleKeyError("switch", expected=f"an order of {', '.join(experts.names)}", got=", ".join(names))
+            raise MoleKeyError(
+                "switch", expected=f"an order of {', '.join(experts.names)}", got=", ".join(names)
+            )
         turn = torch.arange(clock.steps) // every % len(names)
         table = torch.stack([(turn == names.index(name)).float() for name in experts.names], -1)
         return ScheduleGate(table.to(experts.scale.device), clock)
@@ -104,19 +120,26 @@ def largest_sum(factors: LowRank, count: int) -> float:
     return delta.topk(min(count, delta.numel())).values.sum(dtype=torch.float64).item()
 
 
-def k_lora(clock: Clock, bank: ExpertBank, content: str, style: str, *, alpha: float = 1.5, beta: float = 0.5) -> Maker:
-    """K-LoRA (Ouyang et al., 2025): in each layer and step, the content expert or the style expert, whichever weighs more.
+def k_lora(
+    clock: Clock, bank: ExpertBank, content: str, style: str, *, alpha: float = 1.5, beta: float = 0.5
+) -> Maker:
+    """K-LoRA (Ouyang et al., 2025): in each layer and step, the content expert or the style expert, whichever
+    weighs more.
 
     S_e = sum of the r_c·r_s largest |ΔW_e| of the layer;  γ = Σ_layers Σ|ΔW_content| / Σ_layers Σ|ΔW_style|
-    style at step i of n where S_style · γ · (alpha·i/n + beta) > S_content, else content; so style comes late.
+    style at step i of n where S_style · γ · (alpha·i/n + beta) > S_content, else content; so style comes
+    late.
     The sums are made once, when the gates are. A layer that only one of them has takes that one always.
     Source: the paper's element selection and scaling factor with its α and β; its variant s* is not here.
     """
     for name in (content, style):
         if name not in bank.names:
-            raise MoleKeyError("k_lora", expected=f"one of the experts {', '.join(bank.names)}", got=repr(name))
+            raise MoleKeyError(
+                "k_lora", expected=f"one of the experts {', '.join(bank.names)}", got=repr(name)
+            )
     whole = {
-        name: sum(largest_sum(f, f.up.shape[0] * f.down.shape[1]) for f in bank.experts[name].layers.values()) for name in (content, style)
+        name: sum(largest_sum(f, f.up.shape[0] * f.down.shape[1]) for f in bank.experts[name].layers.values())
+        for name in (content, style)
     }
     if not whole[style]:
         raise MoleValueError("k_lora", f"the style expert {style!r} is zero everywhere")
@@ -124,7 +147,9 @@ def k_lora(clock: Clock, bank: ExpertBank, content: str, style: str, *, alpha: f
 
     def make(path: str, module: nn.Module, experts: LayerExperts) -> Gate:
         if set(experts.names) - {content, style}:
-            raise MoleKeyError("k_lora", expected=f"the experts {content} and {style}", got=", ".join(experts.names))
+            raise MoleKeyError(
+                "k_lora", expected=f"the experts {content} and {style}", got=", ".join(experts.names)
+            )
         if len(experts.names) == 1:
             return ScheduleGate(torch.ones(clock.steps, 1, device=experts.scale.device), clock)
         count = experts.ranks[0] * experts.ranks[1]

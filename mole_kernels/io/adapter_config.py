@@ -17,13 +17,16 @@ from mole_kernels.files.limits import parse_json
 
 KEY = "lora_adapter_metadata"
 FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
-# what a pattern may hold to be read as plain text; PEFT takes patterns as regular expressions, which we do not run for a stranger
+# what a pattern may hold to be read as plain text; PEFT takes patterns as regular expressions, which we do
+# not run for a stranger
 _PLAIN = re.compile(r"\^?[\w.\\-]+\$?\Z")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """component (None where the file names none) -> PEFT's fields; empty where the file has none of this metadata."""
+    """component (None where the file names none) -> PEFT's fields; empty where the file has none of this
+    metadata.
+    """
 
     parts: Mapping[str | None, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -32,7 +35,9 @@ class AdapterConfig:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], where: str) -> AdapterConfig:
-        """Read `lora_adapter_metadata`; DoRA and biases are refused here, since their tensors might be missing."""
+        """Read `lora_adapter_metadata`; DoRA and biases are refused here, since their tensors might be
+        missing.
+        """
         if KEY not in metadata:
             return cls()
         where = f"{where}, metadata '{KEY}'"
@@ -56,19 +61,27 @@ class AdapterConfig:
             return 1.0
         said = _pattern(part.get("rank_pattern", {}), rest, part.get("r"))
         if said is not None and said != rank:
-            raise MoleKeyError(where, f"the metadata say rank {printable(said, 20)}, the tensors have rank {rank}")
+            raise MoleKeyError(
+                where, f"the metadata say rank {printable(said, 20)}, the tensors have rank {rank}"
+            )
         alpha = _pattern(part.get("alpha_pattern", {}), rest, part.get("lora_alpha"))
         convention: Convention = "rslora" if part.get("use_rslora") else "peft"
         return scale_of(convention, None if alpha is None else checked_alpha(f"{where}, alpha", alpha), rank)
 
 
 def describe(expert: Expert) -> dict[str, str]:
-    """The metadata that makes diffusers and PEFT (and `AdapterConfig`) give each layer its scale; {} where every scale is 1."""
+    """The metadata that makes diffusers and PEFT (and `AdapterConfig`) give each layer its scale; {} where
+    every scale is 1.
+    """
     if all(layer.scale == 1.0 for layer in expert.layers.values()):
         return {}
     fields: dict[str, Any] = {}
     for component in sorted(expert.components(), key=str):
-        layers = {split_component(p)[1]: layer for p, layer in expert.layers.items() if split_component(p)[0] == component}
+        layers = {
+            split_component(p)[1]: layer
+            for p, layer in expert.layers.items()
+            if split_component(p)[0] == component
+        }
         ranks = {path: layer.rank for path, layer in layers.items()}
         alphas = {path: alpha_of("peft", layer.scale, layer.rank) for path, layer in layers.items()}
         r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -86,7 +99,8 @@ def describe(expert: Expert) -> dict[str, str]:
 def _check(part: Mapping[str, Any], where: str) -> None:
     if part.get("use_dora") or part.get("lora_bias"):
         raise MoleKeyError(
-            where, f"the adapter was trained with {'DoRA' if part.get('use_dora') else 'a LoRA bias'}, which is not supported"
+            where,
+            f"the adapter was trained with {'DoRA' if part.get('use_dora') else 'a LoRA bias'}, which is not supported",
         )
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = part.get(name) or {}
@@ -95,7 +109,9 @@ def _check(part: Mapping[str, Any], where: str) -> None:
         for key in pattern:
             if not _PLAIN.match(key):
                 raise MoleFileError(
-                    where, f"the {name} '{printable(key)}' is a regular expression", hint="only plain module names are read here"
+                    where,
+                    f"the {name} '{printable(key)}' is a regular expression",
+                    hint="only plain module names are read here",
                 )
     if part.get("r") is not None and type(part["r"]) is not int:
         raise MoleFileError(where, expected="r as a whole number", got=printable(part["r"], 40))

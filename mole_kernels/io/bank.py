@@ -17,7 +17,11 @@ def save_bank(bank: ExpertBank, path: PathLike, gates: GateFile | None = None) -
     tensors, metadata = bank_tensors(bank)
     if gates is not None:
         if set(gates.expert_names) != set(bank.names):
-            raise MoleKeyError("save_bank", expected=f"gates of the experts {', '.join(bank.names)}", got=", ".join(gates.expert_names))
+            raise MoleKeyError(
+                "save_bank",
+                expected=f"gates of the experts {', '.join(bank.names)}",
+                got=", ".join(gates.expert_names),
+            )
         more, said = gates_to_tensors(gates)
         tensors, metadata = tensors | more, metadata | said
     atomic_save(tensors, path, metadata)

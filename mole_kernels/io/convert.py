@@ -54,7 +54,8 @@ def convert(
 ) -> Converted:
     """Read `source`, whatever it is, and write it as `target`.
 
-    to      "diffusers", "kohya": one expert · "official": MoLE's gate file · "native": our single file (experts, gates, or both)
+    to      "diffusers", "kohya": one expert · "official": MoLE's gate file · "native": our single file
+            (experts, gates, or both)
     expert  which one of a single file; the name of the expert in a new single file
     alpha   a Mix-of-Show file's scale
     sdxl    LDM block names in kohya and official files; None decides by the layers
@@ -75,17 +76,38 @@ def convert(
             return _gates(gates, source, target, to, dtype, sdxl)
         if to == "native" and expert is None:
             save_bank(_cast(bank, dtype), target, gates)
-            return Converted({os.fsdecode(target): f"{len(bank)} experts" + (f", gates on {len(gates.layers)} layers" if gates else "")})
+            return Converted(
+                {
+                    os.fsdecode(target): f"{len(bank)} experts"
+                    + (f", gates on {len(gates.layers)} layers" if gates else "")
+                }
+            )
         return _expert(_pick(bank, expert, source), target, to, dtype, expert, sdxl)
     # kohya's and the model's own names need diffusers' converter only to become diffusers'
     foreign = to == "diffusers" and is_foreign(read_header(source).entries)
-    return _expert(load_expert(source, alpha=alpha, pipeline="auto" if foreign else None), target, to, dtype, expert, sdxl)
+    return _expert(
+        load_expert(source, alpha=alpha, pipeline="auto" if foreign else None),
+        target,
+        to,
+        dtype,
+        expert,
+        sdxl,
+    )
 
 
-def _expert(found: Expert, target: PathLike, to: Dialect, dtype: torch.dtype | None, name: str | None, sdxl: bool | None) -> Converted:
+def _expert(
+    found: Expert,
+    target: PathLike,
+    to: Dialect,
+    dtype: torch.dtype | None,
+    name: str | None,
+    sdxl: bool | None,
+) -> Converted:
     if to == "official":
         raise MoleKeyError(
-            printable(found.source, 300), "is an expert; the official dialect is for gates", hint="--to diffusers, kohya or native"
+            printable(found.source, 300),
+            "is an expert; the official dialect is for gates",
+            hint="--to diffusers, kohya or native",
         )
     if to == "native":
         save_bank(_cast(ExpertBank({name or name_of(found.source): found}), dtype), target)
@@ -94,15 +116,38 @@ def _expert(found: Expert, target: PathLike, to: Dialect, dtype: torch.dtype | N
     return Converted({os.fsdecode(target): f"{len(found.layers)} layers, {found.dialect} → {to}"})
 
 
-def _gates(gates: GateFile, source: PathLike, target: PathLike, to: Dialect, dtype: torch.dtype | None, sdxl: bool | None) -> Converted:
+def _gates(
+    gates: GateFile,
+    source: PathLike,
+    target: PathLike,
+    to: Dialect,
+    dtype: torch.dtype | None,
+    sdxl: bool | None,
+) -> Converted:
     if to not in ("native", "official"):
-        raise MoleKeyError(printable(source, 300), f"is a gate file; {to} is a dialect of experts", hint="--to official or native")
+        raise MoleKeyError(
+            printable(source, 300),
+            f"is a gate file; {to} is a dialect of experts",
+            hint="--to official or native",
+        )
     save_gates(gates, target, "official" if to == "official" else "native", dtype, sdxl=sdxl)
-    return Converted({os.fsdecode(target): f"gates of {', '.join(gates.expert_names)} on {len(gates.layers)} layers → {to}"})
+    return Converted(
+        {
+            os.fsdecode(
+                target
+            ): f"gates of {', '.join(gates.expert_names)} on {len(gates.layers)} layers → {to}"
+        }
+    )
 
 
 def _from_pth(
-    source: PathLike, target: PathLike, to: Dialect, dtype: torch.dtype | None, name: str | None, alpha: float | None, sdxl: bool | None
+    source: PathLike,
+    target: PathLike,
+    to: Dialect,
+    dtype: torch.dtype | None,
+    name: str | None,
+    alpha: float | None,
+    sdxl: bool | None,
 ) -> Converted:
     found, embeddings = load_mix_of_show(source, alpha=alpha)
     done = _expert(found, target, to, dtype, name, sdxl)
@@ -117,7 +162,11 @@ def _pick(bank: ExpertBank, name: str | None, source: PathLike) -> Expert:
     if name is None and len(bank) == 1:
         name = bank.names[0]
     if name not in bank.experts:
-        raise MoleKeyError(printable(source, 300), expected=f"--expert as one of {', '.join(bank.names)}", got=printable(name))
+        raise MoleKeyError(
+            printable(source, 300),
+            expected=f"--expert as one of {', '.join(bank.names)}",
+            got=printable(name),
+        )
     return bank.experts[name]
 
 

@@ -36,12 +36,18 @@ class LayerKeys:
     dialect: str = ""
 
 
-def load_expert(source: PathLike | Mapping[str, Tensor], *, pipeline: Any = None, alpha: float | None = None) -> Expert:
-    """An expert from a safetensors file or a mapping of tensors; the dialect is detected, nothing in the file is left out in silence.
+def load_expert(
+    source: PathLike | Mapping[str, Tensor], *, pipeline: Any = None, alpha: float | None = None
+) -> Expert:
+    """An expert from a safetensors file or a mapping of tensors; the dialect is detected, nothing in the file
+    is left out in silence.
 
-    source    diffusers or PEFT keys of any age, kohya (SD 1.x, 2.x, SDXL), Mix-of-Show, or a single file of ours with one expert
-    pipeline  a diffusers pipeline or its class: files of other models go through its public `lora_state_dict`; "auto" tells the class
-              from the keys where they need one. Without it, kohya's names of such models stay flat and BFL's stay BFL's
+    source    diffusers or PEFT keys of any age, kohya (SD 1.x, 2.x, SDXL), Mix-of-Show, or a single file of
+              ours with one expert
+    pipeline  a diffusers pipeline or its class: files of other models go through its public
+              `lora_state_dict`; "auto" tells the class
+              from the keys where they need one. Without it, kohya's names of such models stay flat and BFL's
+              stay BFL's
     alpha     the alpha of a Mix-of-Show file, which does not hold it: its scale is alpha itself (default 1)
     Scale: alpha/R (kohya, PEFT), alpha/√R where PEFT's metadata says rsLoRA, 1 where there is no alpha.
     Raises MoleFileError, MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError; warns of alpha 0.
@@ -52,12 +58,19 @@ def load_expert(source: PathLike | Mapping[str, Tensor], *, pipeline: Any = None
         tensors, metadata = read_tensors(source)
         name = os.fsdecode(source)
     else:
-        raise MoleTypeError("load_expert", expected="a path or a mapping of tensors", got=type(source).__name__)
+        raise MoleTypeError(
+            "load_expert", expected="a path or a mapping of tensors", got=type(source).__name__
+        )
     return expert_from_tensors(tensors, metadata, name, pipeline=pipeline, alpha=alpha)
 
 
 def expert_from_tensors(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str, *, pipeline: Any = None, alpha: float | None = None
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    source: str,
+    *,
+    pipeline: Any = None,
+    alpha: float | None = None,
 ) -> Expert:
     """`load_expert` on what was already read."""
     where = printable(source, 300)
@@ -70,7 +83,9 @@ def expert_from_tensors(
         if not isinstance(key, str) or not (
             isinstance(tensor, Tensor) or (str(key).endswith(".alpha") and isinstance(tensor, int | float))
         ):
-            raise MoleTypeError(f"{where}, '{printable(key)}'", expected="a tensor under a str", got=type(tensor).__name__)
+            raise MoleTypeError(
+                f"{where}, '{printable(key)}'", expected="a tensor under a str", got=type(tensor).__name__
+            )
     refuse_unsupported(tensors, where)
     if pipeline == "auto":
         pipeline = pipeline_of_file(tensors, where)
@@ -84,13 +99,23 @@ def expert_from_tensors(
         dialects.add(layer.dialect)
     zero = [path for path, layer in found.items() if layer.scale == 0]
     if zero:
-        warnings.warn(f"{where}: alpha is 0 on {len(zero)} layers, which do nothing: {some_keys(zero)}", MoleWarning, stacklevel=3)
-    return Expert(store_once(found), dialect="+".join(sorted(dialects)), source=source, metadata=dict(metadata))
+        warnings.warn(
+            f"{where}: alpha is 0 on {len(zero)} layers, which do nothing: {some_keys(zero)}",
+            MoleWarning,
+            stacklevel=3,
+        )
+    return Expert(
+        store_once(found), dialect="+".join(sorted(dialects)), source=source, metadata=dict(metadata)
+    )
 
 
 def _only(bank: ExpertBank, where: str) -> Expert:
     if len(bank) != 1:
-        raise MoleKeyError(where, f"holds {len(bank)} experts: {', '.join(bank.names)}", hint="read it with mole_kernels.ExpertBank.load")
+        raise MoleKeyError(
+            where,
+            f"holds {len(bank)} experts: {', '.join(bank.names)}",
+            hint="read it with mole_kernels.ExpertBank.load",
+        )
     return bank.experts[bank.names[0]]
 
 
@@ -99,7 +124,9 @@ def refuse_unsupported(tensors: Mapping[str, Any], where: str) -> None:
     if found:
         kinds = ", ".join(sorted(set(found.values())))
         raise MoleKeyError(
-            where, f"{len(found)} keys belong to {kinds}: {some_keys(found)}", hint="leaving them out would change the result"
+            where,
+            f"{len(found)} keys belong to {kinds}: {some_keys(found)}",
+            hint="leaving them out would change the result",
         )
 
 
@@ -127,19 +154,25 @@ def collect_layers(tensors: Mapping[str, Any], where: str) -> list[LayerKeys]:
             layer.dialect = dialect
     if strangers:
         raise MoleKeyError(
-            where, f"{len(strangers)} of {len(tensors)} keys are not LoRA keys: {some_keys(strangers)}", hint=_hint(strangers)
+            where,
+            f"{len(strangers)} of {len(tensors)} keys are not LoRA keys: {some_keys(strangers)}",
+            hint=_hint(strangers),
         )
     for half, name in HALVES.items():
         lacking = [layer for layer in layers.values() if half not in layer.keys]
         if lacking:
             present = [next(iter(layer.keys.values())) for layer in lacking]
             raise MoleKeyError(
-                where, f"{len(lacking)} layers have no {name}: {some_keys(present)} stands alone", hint="the file is incomplete"
+                where,
+                f"{len(lacking)} layers have no {name}: {some_keys(present)} stands alone",
+                hint="the file is incomplete",
             )
     return list(layers.values())
 
 
-def layer_of(layer: LayerKeys, tensors: Mapping[str, Any], config: AdapterConfig, where: str, alpha: float | None) -> LowRank:
+def layer_of(
+    layer: LayerKeys, tensors: Mapping[str, Any], config: AdapterConfig, where: str, alpha: float | None
+) -> LowRank:
     at = f"{where}, {printable(layer.path)}"
     down = tensors[layer.keys["down"]].detach()
     if "mid" in layer.keys:
@@ -147,8 +180,14 @@ def layer_of(layer: LayerKeys, tensors: Mapping[str, Any], config: AdapterConfig
     pair = checked_lowrank(at, down, tensors[layer.keys["up"]].detach())
     if "alpha" in layer.keys:
         if config:
-            raise MoleKeyError(where, "has both alpha keys and PEFT metadata", hint="one of them must give the scale")
-        scale = scale_of("kohya", checked_alpha(f"{where}, '{printable(layer.keys['alpha'])}'", tensors[layer.keys["alpha"]]), pair.rank)
+            raise MoleKeyError(
+                where, "has both alpha keys and PEFT metadata", hint="one of them must give the scale"
+            )
+        scale = scale_of(
+            "kohya",
+            checked_alpha(f"{where}, '{printable(layer.keys['alpha'])}'", tensors[layer.keys["alpha"]]),
+            pair.rank,
+        )
     elif layer.dialect == "mix_of_show":
         scale = scale_of("mix_of_show", alpha, pair.rank)
     else:
@@ -157,10 +196,21 @@ def layer_of(layer: LayerKeys, tensors: Mapping[str, Any], config: AdapterConfig
 
 
 def _with_core(where: str, mid: Tensor, down: Tensor) -> Tensor:
-    """A [R,K,kh,kw] of LoCon's three convolutions: 1×1 down [R,K,1,1], then a core mid [R,R,kh,kw]; the 1×1 up is B as ever."""
+    """A [R,K,kh,kw] of LoCon's three convolutions: 1×1 down [R,K,1,1], then a core mid [R,R,kh,kw]; the 1×1
+    up is B as ever.
+    """
     R = down.shape[0] if down.dim() else 0
-    if mid.dim() != 4 or tuple(mid.shape[:2]) != (R, R) or down.dim() not in (2, 4) or down.numel() != R * down.shape[1]:
-        raise MoleShapeError(where, expected="a core [R,R,kh,kw] behind A [R,K,1,1]", got=f"{list(mid.shape)} behind {list(down.shape)}")
+    if (
+        mid.dim() != 4
+        or tuple(mid.shape[:2]) != (R, R)
+        or down.dim() not in (2, 4)
+        or down.numel() != R * down.shape[1]
+    ):
+        raise MoleShapeError(
+            where,
+            expected="a core [R,R,kh,kw] behind A [R,K,1,1]",
+            got=f"{list(mid.shape)} behind {list(down.shape)}",
+        )
     if not mid.is_floating_point():
         raise MoleTypeError(where, expected="a core of floating dtype", got=mid.dtype)
     wide = torch.promote_types(mid.dtype, torch.float32)

@@ -1,7 +1,10 @@
-"""Files of models other than Stable Diffusion: diffusers knows their dialects, through each pipeline's public `lora_state_dict`.
+"""Files of models other than Stable Diffusion: diffusers knows their dialects, through each pipeline's public
+`lora_state_dict`.
 
-Its converters are asked the way that loses nothing: alphas are taken out of the file first and given back exactly, names that only one of
-its spellings covers are spelled so, text encoders go by our own tables, and what comes out must weigh as much as what went in.
+Its converters are asked the way that loses nothing: alphas are taken out of the file first and given back
+exactly, names that only one of
+its spellings covers are spelled so, text encoders go by our own tables, and what comes out must weigh as much
+as what went in.
 """
 
 from __future__ import annotations
@@ -49,29 +52,73 @@ TEXT_KEYS = re.compile(r"lora_te[123]?_")
 
 # parts of the names of FLUX's and Wan's own code that hold an underscore, or none
 BFL_PARTS = (
-    "double_blocks", "single_blocks", "img_attn", "txt_attn", "img_mlp", "txt_mlp", "img_mod", "txt_mod", "qkv", "proj", "lin", "linear",
-    "linear1", "linear2", "modulation", "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "in_layer", "out_layer", "final_layer",
-    "adaLN_modulation", "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation",
-)  # fmt: skip
+    "double_blocks",
+    "single_blocks",
+    "img_attn",
+    "txt_attn",
+    "img_mlp",
+    "txt_mlp",
+    "img_mod",
+    "txt_mod",
+    "qkv",
+    "proj",
+    "lin",
+    "linear",
+    "linear1",
+    "linear2",
+    "modulation",
+    "img_in",
+    "txt_in",
+    "time_in",
+    "vector_in",
+    "guidance_in",
+    "in_layer",
+    "out_layer",
+    "final_layer",
+    "adaLN_modulation",
+    "double_stream_modulation_img",
+    "double_stream_modulation_txt",
+    "single_stream_modulation",
+)
 WAN_PARTS = (
-    "blocks", "self_attn", "cross_attn", "q", "k", "v", "o", "k_img", "v_img", "ffn", "time_projection", "time_embedding",
-    "text_embedding", "head", "img_emb", "proj",
-)  # fmt: skip
+    "blocks",
+    "self_attn",
+    "cross_attn",
+    "q",
+    "k",
+    "v",
+    "o",
+    "k_img",
+    "v_img",
+    "ffn",
+    "time_projection",
+    "time_embedding",
+    "text_embedding",
+    "head",
+    "img_emb",
+    "proj",
+)
 BFL_ROOT = re.compile(
     r"(?:(?:double|single)_blocks|(?:double|single)_stream_modulation(?:_img|_txt)?|(?:img|txt|time|vector|guidance)_in|final_layer)\b"
 )
 
 
 def needs_pipeline(pipeline: Any) -> bool:
-    """Whether this pipeline's files are read by diffusers' converter; those of UNet pipelines are read by our own tables."""
+    """Whether this pipeline's files are read by diffusers' converter; those of UNet pipelines are read by our
+    own tables.
+    """
     cls = pipeline if isinstance(pipeline, type) else type(pipeline)
     if not hasattr(cls, "lora_state_dict"):
-        raise MoleTypeError("load_expert, pipeline", expected="a diffusers pipeline with lora_state_dict", got=cls.__name__)
+        raise MoleTypeError(
+            "load_expert, pipeline", expected="a diffusers pipeline with lora_state_dict", got=cls.__name__
+        )
     return "unet" not in getattr(cls, "_lora_loadable_modules", ())
 
 
 def pipeline_for(model: object) -> type | None:
-    """The pipeline class whose LoRA files fit this bare denoiser, or None for a module that diffusers does not know."""
+    """The pipeline class whose LoRA files fit this bare denoiser, or None for a module that diffusers does
+    not know.
+    """
     # inside torch.compile's wrapper
     model = getattr(model, "_orig_mod", model)
     for cls in type(model).__mro__:
@@ -81,38 +128,55 @@ def pipeline_for(model: object) -> type | None:
 
 
 def pipeline_of_file(tensors: Mapping[str, Any], where: str) -> type | None:
-    """The pipeline class that the keys tell, None where no converter is needed; where they do not tell, all candidates are named."""
+    """The pipeline class that the keys tell, None where no converter is needed; where they do not tell, all
+    candidates are named.
+    """
     if not any(FOREIGN.match(key) for key in tensors):
         return None
     layers = {}
     for key, tensor in tensors.items():
         part = parse_key(key)
-        if not TEXT_KEYS.match(key) and (key.endswith(".down.weight") if part is None else part.half == "down"):
+        if not TEXT_KEYS.match(key) and (
+            key.endswith(".down.weight") if part is None else part.half == "down"
+        ):
             layers[_bare(key if part is None else part.module)] = tensor.shape[1]
     found = families(layers)
     by_pipeline = {FAMILIES[name].pipeline: name for name in found}
     if len(by_pipeline) != 1:
         raise MoleKeyError(
-            where, f"its dialect cannot be told: these keys are those of a {titles(found)}" if found else "its dialect is not known",
+            where,
+            f"its dialect cannot be told: these keys are those of a {titles(found)}"
+            if found
+            else "its dialect is not known",
             hint="give the pipeline or its class: load_expert(path, pipeline=diffusers.FluxPipeline)",
-        )  # fmt: skip
+        )
     (name,) = by_pipeline
     if name is None:
         return None
     if importlib.util.find_spec("diffusers") is None:
-        raise MoleStateError(where, f"its names are those of a {titles(found)}, which diffusers converts", hint="pip install diffusers")
+        raise MoleStateError(
+            where,
+            f"its names are those of a {titles(found)}, which diffusers converts",
+            hint="pip install diffusers",
+        )
     return getattr(importlib.import_module("diffusers"), name)
 
 
 def is_foreign(keys: Iterable[str]) -> bool:
     """Whether these are the keys of a known model that only a converter brings into diffusers' names."""
-    modules = {_bare(key if (part := parse_key(key)) is None else part.module): None for key in keys if FOREIGN.match(key)}
+    modules = {
+        _bare(key if (part := parse_key(key)) is None else part.module): None
+        for key in keys
+        if FOREIGN.match(key)
+    }
     found = families(modules)
     return bool(found) and not set(found) & UNETS
 
 
 def convert_with_pipeline(tensors: Mapping[str, Any], pipeline: Any, where: str) -> dict[str, Any]:
-    """The tensors under diffusers' keys, alphas as `<path>.alpha`. Raises MoleKeyError where anything would be lost."""
+    """The tensors under diffusers' keys, alphas as `<path>.alpha`. Raises MoleKeyError where anything would
+    be lost.
+    """
     cls: Any = pipeline if isinstance(pipeline, type) else type(pipeline)
     mixins = {base.__name__ for base in cls.__mro__}
     text = {_text_key(key, mixins): value for key, value in tensors.items() if TEXT_KEYS.match(key)}
@@ -126,9 +190,10 @@ def convert_with_pipeline(tensors: Mapping[str, Any], pipeline: Any, where: str)
         # the converters raise whatever their asserts and look-ups raise
         except Exception as error:
             raise MoleKeyError(
-                where, f"{cls.__name__}.lora_state_dict cannot read it ({type(error).__name__}: {printable(error, 300)})",
+                where,
+                f"{cls.__name__}.lora_state_dict cannot read it ({type(error).__name__}: {printable(error, 300)})",
                 hint=_made_for(tensors, cls.__name__),
-            ) from error  # fmt: skip
+            ) from error
     state = dict(state[0] if isinstance(state, tuple) else state)
     _check_nothing_lost(given, state, said, cls.__name__, where)
     _swap_halves(state, given, mixins)
@@ -142,7 +207,8 @@ def convert_with_pipeline(tensors: Mapping[str, Any], pipeline: Any, where: str)
 
 
 def _without_alphas(tensors: Mapping[str, Any], where: str) -> tuple[dict[str, Any], float | None]:
-    """The tensors without alphas (or with each as its rank), and the one scale of all layers that they had; None where there is no alpha.
+    """The tensors without alphas (or with each as its rank), and the one scale of all layers that they had;
+    None where there is no alpha.
 
     Where scales differ, they go into B (one rounding in B's dtype) and the scale is 1.
     """
@@ -156,7 +222,11 @@ def _without_alphas(tensors: Mapping[str, Any], where: str) -> tuple[dict[str, A
         if "down" in keys and "up" in keys:
             alpha = tensors[keys["alpha"]] if "alpha" in keys else None
             rank = tensors[keys["down"]].shape[0]
-            scales[module] = None if alpha is None else checked_alpha(f"{where}, '{printable(keys['alpha'])}'", alpha) / max(rank, 1)
+            scales[module] = (
+                None
+                if alpha is None
+                else checked_alpha(f"{where}, '{printable(keys['alpha'])}'", alpha) / max(rank, 1)
+            )
     if all(scale is None for scale in scales.values()):
         return dict(tensors), None
     changed = dict(tensors)
@@ -175,8 +245,12 @@ def _without_alphas(tensors: Mapping[str, Any], where: str) -> tuple[dict[str, A
     return changed, next(iter(scales.values())) if alike else 1.0
 
 
-def _check_nothing_lost(given: Mapping[str, Any], state: Mapping[str, Any], said: list[str], name: str, where: str) -> None:
-    """Converters rename, split and permute B, none of which changes ‖B‖ over the file; a layer left out does."""
+def _check_nothing_lost(
+    given: Mapping[str, Any], state: Mapping[str, Any], said: list[str], name: str, where: str
+) -> None:
+    """Converters rename, split and permute B, none of which changes ‖B‖ over the file; a layer left out
+    does.
+    """
     before, after = _weight(given), _weight(state)
     if math.isfinite(before) and abs(before - after) > 1e-5 * before:
         why = f", saying: {printable(said[0], 300)}" if said else ""
@@ -197,7 +271,9 @@ def _weight(tensors: Mapping[str, Any]) -> float:
 
 
 def _swap_halves(state: dict[str, Any], given: Mapping[str, Any], mixins: set[str]) -> None:
-    """FLUX's code has (shift, scale) in its last norm, diffusers (scale, shift): of FLUX.2 files its converter (0.42) leaves it so."""
+    """FLUX's code has (shift, scale) in its last norm, diffusers (scale, shift): of FLUX.2 files its
+    converter (0.42) leaves it so.
+    """
     if "Flux2LoraLoaderMixin" in mixins and any("final_layer.adaLN_modulation" in key for key in given):
         key = "transformer.norm_out.linear.lora_B.weight"
         state[key] = torch.cat(state[key].chunk(2)[::-1])
@@ -215,15 +291,25 @@ def _text_key(key: str, mixins: set[str]) -> str:
 
 
 def _respelled(key: str, mixins: set[str]) -> str:
-    """The spelling of a key that the converter reads whole: kohya's for FLUX.1, dotted names for FLUX.2 and Wan."""
+    """The spelling of a key that the converter reads whole: kohya's for FLUX.1, dotted names for FLUX.2 and
+    Wan.
+    """
     part = parse_key(key)
     if part is None:
         return key
     bare = _bare(part.module)
     if "FluxLoraLoaderMixin" in mixins:
-        if BFL_ROOT.match(bare) and ".processor." not in part.module and not part.module.startswith("lora_unet_"):
+        if (
+            BFL_ROOT.match(bare)
+            and ".processor." not in part.module
+            and not part.module.startswith("lora_unet_")
+        ):
             return f"lora_unet_{flatten(bare)}{KOHYA[part.half]}"
-    elif "Flux2LoraLoaderMixin" in mixins or "WanLoraLoaderMixin" in mixins or "SkyReelsV2LoraLoaderMixin" in mixins:
+    elif (
+        "Flux2LoraLoaderMixin" in mixins
+        or "WanLoraLoaderMixin" in mixins
+        or "SkyReelsV2LoraLoaderMixin" in mixins
+    ):
         if part.module.startswith("lora_unet_"):
             return f"diffusion_model.{unflatten(bare, WAN_PARTS if 'Flux2LoraLoaderMixin' not in mixins else BFL_PARTS)}{DOTTED[part.half]}"
         if part.module == bare and BFL_ROOT.match(bare):
@@ -250,9 +336,13 @@ def _listening() -> Iterator[list[str]]:
         log.propagate = propagate
 
 
-def _made_for(tensors: Mapping[str, Any], name: str, otherwise: str = "is this file for another model?") -> str:
+def _made_for(
+    tensors: Mapping[str, Any], name: str, otherwise: str = "is this file for another model?"
+) -> str:
     """The hint of a file that a converter refuses: what its keys look like."""
-    layers: dict[str, int | None] = {_bare(part.module): None for key in tensors if (part := parse_key(key)) is not None}
+    layers: dict[str, int | None] = {
+        _bare(part.module): None for key in tensors if (part := parse_key(key)) is not None
+    }
     found = families(layers)
     if not found or name in {FAMILIES[one].pipeline for one in found}:
         return otherwise

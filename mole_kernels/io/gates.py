@@ -1,7 +1,9 @@
 """MoLE's gate files: the official names in both directions, and our own for any number of experts.
 
-Official: `moe_lora_unet_<path>.softmoe.{Phi_1,face_scale,hand_scale}.{weight,bias}`, six tensors a layer, experts (face, hand) in this
-order; `<path>` as in kohya's files, so with LDM's block names for SDXL (JiePKU/MoLE). Native: `gate.<path>.{phi,phi_bias,head,head_bias}`.
+Official: `moe_lora_unet_<path>.softmoe.{Phi_1,face_scale,hand_scale}.{weight,bias}`, six tensors a layer,
+experts (face, hand) in this
+order; `<path>` as in kohya's files, so with LDM's block names for SDXL (JiePKU/MoLE). Native:
+`gate.<path>.{phi,phi_bias,head,head_bias}`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ from mole_kernels.io.dialects.paths import kohya_name, looks_like_sdxl, module_p
 PREFIX = "gate."
 OFFICIAL_PREFIX, OFFICIAL_MIDDLE, OFFICIAL_NAMES = "moe_lora_unet_", ".softmoe.", ("face", "hand")
 # the official module holds one token gate of all experts and one pooled gate of each
-OFFICIAL_TENSORS = ("Phi_1.weight", "Phi_1.bias", *(f"{name}_scale.{part}" for name in OFFICIAL_NAMES for part in ("weight", "bias")))
+OFFICIAL_TENSORS = (
+    "Phi_1.weight",
+    "Phi_1.bias",
+    *(f"{name}_scale.{part}" for name in OFFICIAL_NAMES for part in ("weight", "bias")),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +56,9 @@ class GateTensors:
 
 @dataclass(frozen=True, eq=False)
 class GateFile:
-    """layers: dotted path -> GateTensors; expert_names: whose row is whose, in every layer; metadata: text as it came."""
+    """layers: dotted path -> GateTensors; expert_names: whose row is whose, in every layer; metadata: text as
+    it came.
+    """
 
     layers: Mapping[str, GateTensors]
     expert_names: tuple[str, ...]
@@ -64,19 +72,28 @@ class GateFile:
         flat: dict[str, str] = {}
         for path, layer in self.layers.items():
             if flat.setdefault(flatten(path), path) != path:
-                raise MoleKeyError("GateFile", f"one layer is named twice: {printable(path)} and {printable(flat[flatten(path)])}")
+                raise MoleKeyError(
+                    "GateFile",
+                    f"one layer is named twice: {printable(path)} and {printable(flat[flatten(path)])}",
+                )
             check_gates(f"gates of {printable(path)}", layer, len(self.expert_names))
 
 
 def load_gates(path: PathLike) -> GateFile:
-    """The gates of an official MoLE gate file, of a native one, or of a single file of ours; missing and extra keys are errors."""
+    """The gates of an official MoLE gate file, of a native one, or of a single file of ours; missing and
+    extra keys are errors.
+    """
     tensors, metadata = read_tensors(path)
     where = printable(path, 300)
     if metadata.get("format") == FORMAT:
         check_stamp(metadata, where)
-        gates = gates_from_tensors({k: t for k, t in tensors.items() if not k.startswith("expert.")}, metadata, where)
+        gates = gates_from_tensors(
+            {k: t for k, t in tensors.items() if not k.startswith("expert.")}, metadata, where
+        )
         if gates is None:
-            raise MoleKeyError(where, "holds no gates", hint="it is a bank of experts; mole_kernels.ExpertBank.load reads it")
+            raise MoleKeyError(
+                where, "holds no gates", hint="it is a bank of experts; mole_kernels.ExpertBank.load reads it"
+            )
         return gates
     return _from_official(tensors, metadata, where)
 
@@ -91,26 +108,38 @@ def save_gates(
 ) -> None:
     """Write a gate file, atomically.
 
-    dialect  "official": needs the experts face and hand (their rows are put in this order) and both halves · "native": any
+    dialect  "official": needs the experts face and hand (their rows are put in this order) and both halves ·
+             "native": any
     sdxl     official only: LDM block names; None decides by the layers
     """
     if dialect == "native":
         tensors, metadata = gates_to_tensors(gates)
         metadata = stamp() | metadata
     elif dialect == "official":
-        tensors, metadata = _to_official(gates, looks_like_sdxl(gates.layers) if sdxl is None else sdxl), dict(gates.metadata)
+        tensors, metadata = (
+            _to_official(gates, looks_like_sdxl(gates.layers) if sdxl is None else sdxl),
+            dict(gates.metadata),
+        )
     else:
         raise MoleValueError("save_gates", expected="dialect official or native", got=repr(dialect))
-    atomic_save({key: cast(printable(key), tensor.detach(), dtype) for key, tensor in tensors.items()}, path, metadata)
+    atomic_save(
+        {key: cast(printable(key), tensor.detach(), dtype) for key, tensor in tensors.items()}, path, metadata
+    )
 
 
 def gates_to_tensors(gates: GateFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of the native dialect, without the format's stamp."""
-    tensors = {f"{PREFIX}{path}.{name}": tensor for path, layer in gates.layers.items() for name, tensor in layer.present().items()}
+    tensors = {
+        f"{PREFIX}{path}.{name}": tensor
+        for path, layer in gates.layers.items()
+        for name, tensor in layer.present().items()
+    }
     return tensors, {"gates": json.dumps({"experts": gates.expert_names, "metadata": dict(gates.metadata)})}
 
 
-def gates_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> GateFile | None:
+def gates_from_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str
+) -> GateFile | None:
     """The native gates among `tensors`, all of which must be gates; None where there are none."""
     if "gates" not in metadata and not tensors:
         return None
@@ -124,14 +153,23 @@ def gates_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         and all(isinstance(value, str) for value in said["metadata"].values())
     )
     if not known:
-        raise MoleKeyError(where, "the metadata does not say whose gates these are", expected="experts and metadata", got=printable(said))
+        raise MoleKeyError(
+            where,
+            "the metadata does not say whose gates these are",
+            expected="experts and metadata",
+            got=printable(said),
+        )
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         path, _, name = key.removeprefix(PREFIX).rpartition(".")
         if not key.startswith(PREFIX) or not path or name not in {f.name for f in fields(GateTensors)}:
             raise MoleKeyError(where, f"'{printable(key)}' is neither an expert's nor a gate's")
         layers.setdefault(path, {})[name] = tensor
-    return GateFile({path: GateTensors(**found) for path, found in layers.items()}, tuple(said["experts"]), said["metadata"])
+    return GateFile(
+        {path: GateTensors(**found) for path, found in layers.items()},
+        tuple(said["experts"]),
+        said["metadata"],
+    )
 
 
 def check_gates(where: str, layer: GateTensors, E: int) -> None:
@@ -139,13 +177,21 @@ def check_gates(where: str, layer: GateTensors, E: int) -> None:
     shapes = {"phi": (E, "K"), "phi_bias": (E,), "head": (E, "N"), "head_bias": (E,)}
     found = layer.present()
     if not found or ("phi" in found) != ("phi_bias" in found) or ("head" in found) != ("head_bias" in found):
-        raise MoleKeyError(where, expected="phi and phi_bias, or head and head_bias, or all four", got=", ".join(found) or "nothing")
+        raise MoleKeyError(
+            where,
+            expected="phi and phi_bias, or head and head_bias, or all four",
+            got=", ".join(found) or "nothing",
+        )
     for name, tensor in found.items():
         if tensor.dtype not in DTYPE_NAMES:
-            raise MoleTypeError(f"{where}, {name}", expected=f"dtype {', '.join(DTYPE_NAMES.values())}", got=tensor.dtype)
+            raise MoleTypeError(
+                f"{where}, {name}", expected=f"dtype {', '.join(DTYPE_NAMES.values())}", got=tensor.dtype
+            )
         shape = shapes[name]
         if tensor.dim() != len(shape) or tensor.shape[0] != E or 0 in tensor.shape:
-            raise MoleShapeError(f"{where}, {name}", expected=f"[{', '.join(map(str, shape))}]", got=list(tensor.shape))
+            raise MoleShapeError(
+                f"{where}, {name}", expected=f"[{', '.join(map(str, shape))}]", got=list(tensor.shape)
+            )
         check_finite(f"{where}, {name}", tensor)
 
 
@@ -168,18 +214,35 @@ def _from_official(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], w
             else f"a gate is {OFFICIAL_PREFIX}<path>{OFFICIAL_MIDDLE}{OFFICIAL_TENSORS[0]}",
         )
     missing = [
-        f"{OFFICIAL_PREFIX}{flat}{OFFICIAL_MIDDLE}{name}" for flat, have in found.items() for name in OFFICIAL_TENSORS if name not in have
+        f"{OFFICIAL_PREFIX}{flat}{OFFICIAL_MIDDLE}{name}"
+        for flat, have in found.items()
+        for name in OFFICIAL_TENSORS
+        if name not in have
     ]
     if missing:
-        raise MoleKeyError(where, f"{len(missing)} keys are missing: {some_keys(missing)}", hint="the file is incomplete")
+        raise MoleKeyError(
+            where, f"{len(missing)} keys are missing: {some_keys(missing)}", hint="the file is incomplete"
+        )
     layers = {}
     for flat, have in found.items():
         for name in OFFICIAL_NAMES:
             weight, bias = have[f"{name}_scale.weight"], have[f"{name}_scale.bias"]
-            if weight.dim() != 2 or weight.shape[0] != 1 or tuple(bias.shape) != (1,) or weight.shape != have["face_scale.weight"].shape:
+            if (
+                weight.dim() != 2
+                or weight.shape[0] != 1
+                or tuple(bias.shape) != (1,)
+                or weight.shape != have["face_scale.weight"].shape
+            ):
                 at = f"{where}, '{printable(flat)}{OFFICIAL_MIDDLE}{name}_scale'"
-                raise MoleShapeError(at, expected="weight [1,N] and bias [1]", got=f"{list(weight.shape)} and {list(bias.shape)}")
-        head, head_bias = (torch.cat([have[f"{name}_scale.{part}"] for name in OFFICIAL_NAMES]) for part in ("weight", "bias"))
+                raise MoleShapeError(
+                    at,
+                    expected="weight [1,N] and bias [1]",
+                    got=f"{list(weight.shape)} and {list(bias.shape)}",
+                )
+        head, head_bias = (
+            torch.cat([have[f"{name}_scale.{part}"] for name in OFFICIAL_NAMES])
+            for part in ("weight", "bias")
+        )
         path, _ = module_path(f"lora_unet_{flat}", "kohya")
         if path in layers:
             raise MoleKeyError(where, f"'{printable(flat)}' and another key name the layer {printable(path)}")
@@ -200,11 +263,22 @@ def _to_official(gates: GateFile, sdxl: bool) -> dict[str, Tensor]:
     for path, layer in gates.layers.items():
         name = kohya_name(path, sdxl=sdxl, prefix="moe_lora_")
         if name is None or not name.startswith(OFFICIAL_PREFIX) or len(layer.present()) != 4:
-            what = "both gates of each layer" if name is not None and name.startswith(OFFICIAL_PREFIX) else "layers of the UNet"
-            raise MoleKeyError(
-                f"save_gates, {printable(path)}", f"the official dialect holds {what} only", hint='dialect="native" takes any'
+            what = (
+                "both gates of each layer"
+                if name is not None and name.startswith(OFFICIAL_PREFIX)
+                else "layers of the UNet"
             )
-        assert layer.phi is not None and layer.phi_bias is not None and layer.head is not None and layer.head_bias is not None
+            raise MoleKeyError(
+                f"save_gates, {printable(path)}",
+                f"the official dialect holds {what} only",
+                hint='dialect="native" takes any',
+            )
+        assert (
+            layer.phi is not None
+            and layer.phi_bias is not None
+            and layer.head is not None
+            and layer.head_bias is not None
+        )
         base = f"{name}{OFFICIAL_MIDDLE}"
         tensors[f"{base}Phi_1.weight"], tensors[f"{base}Phi_1.bias"] = layer.phi[rows], layer.phi_bias[rows]
         for e, expert in zip(rows, OFFICIAL_NAMES):

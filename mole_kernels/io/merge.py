@@ -34,12 +34,15 @@ def merge_files(
     progress: Progress | None = None,
     **arguments: Any,
 ) -> MergePlan:
-    """Merge expert files into one, in the memory of one layer; `arguments` are those of `experts.merge.merge`.
+    """Merge expert files into one, in the memory of one layer; `arguments` are those of
+    `experts.merge.merge`.
 
-    sources   LoRA files, and single files of ours (all their experts; these are read whole); names are the files' names
+    sources   LoRA files, and single files of ours (all their experts; these are read whole); names are the
+              files' names
     to        the result's dialect; None: kohya where all are kohya, else diffusers
     sdxl      kohya only: LDM block names; None decides by the layers
-    Everything but NaN is checked before the first layer is read; the target is written atomically and may not be a source.
+    Everything but NaN is checked before the first layer is read; the target is written atomically and may not
+    be a source.
     """
     _check_target(target, sources, to)
     with ExitStack() as stack:
@@ -68,7 +71,9 @@ def compress_file(
     sdxl: bool | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Write `source`, compressed, as `target`; with None only the report is made. `expert` names one of a single file's."""
+    """Write `source`, compressed, as `target`; with None only the report is made. `expert` names one of a
+    single file's.
+    """
     asked = Target(rank, energy, max_error)
     if target is not None:
         _check_target(target, [source], to)
@@ -88,11 +93,15 @@ def compress_file(
                 pass
         else:
             said = ", ".join(f"{name}={value:g}" for name, value in vars(asked).items() if value is not None)
-            _save(made, target, list(one.layers), to, one.dialect, f"{name_of(source)} compressed, {said}", sdxl)
+            _save(
+                made, target, list(one.layers), to, one.dialect, f"{name_of(source)} compressed, {said}", sdxl
+            )
     return Report(tuple(reports), predicted)
 
 
-def spectra_of_file(source: PathLike, *, expert: str | None = None, progress: Progress | None = None) -> list[LayerSpectrum]:
+def spectra_of_file(
+    source: PathLike, *, expert: str | None = None, progress: Progress | None = None
+) -> list[LayerSpectrum]:
     """The spectrum of every layer of a file, layer by layer."""
     with open_experts(source) as found:
         one = _pick(found, expert, source)
@@ -104,7 +113,9 @@ def spectra_of_file(source: PathLike, *, expert: str | None = None, progress: Pr
         return made
 
 
-def counted(layers: Iterator[tuple[str, LowRank]], total: int, progress: Progress | None) -> Iterator[tuple[str, LowRank]]:
+def counted(
+    layers: Iterator[tuple[str, LowRank]], total: int, progress: Progress | None
+) -> Iterator[tuple[str, LowRank]]:
     """The same layers; `progress` hears of each."""
     for i, (path, layer) in enumerate(layers, 1):
         yield path, layer
@@ -122,7 +133,9 @@ def _save(
     sdxl: bool | None,
 ) -> None:
     to = to or ("kohya" if read_as == "kohya" else "diffusers")
-    save_layers(layers, target, to, read_as=read_as, made=made, sdxl=looks_like_sdxl(paths) if sdxl is None else sdxl)
+    save_layers(
+        layers, target, to, read_as=read_as, made=made, sdxl=looks_like_sdxl(paths) if sdxl is None else sdxl
+    )
 
 
 def _check_target(target: PathLike, sources: Sequence[PathLike], to: str | None) -> None:
@@ -143,7 +156,9 @@ def _pick(found: Mapping[str, Expert], name: str | None, source: PathLike) -> Ex
     if name is None and len(found) == 1:
         return next(iter(found.values()))
     if name is None or name not in found:
-        raise MoleKeyError(printable(source, 300), expected=f"--expert as one of {', '.join(found)}", got=printable(name))
+        raise MoleKeyError(
+            printable(source, 300), expected=f"--expert as one of {', '.join(found)}", got=printable(name)
+        )
     return found[name]
 
 

@@ -1,8 +1,10 @@
-"""Mix-of-Show's published `.pth` files: the one place where a pickle is opened, with torch's loader that builds nothing but tensors.
+"""Mix-of-Show's published `.pth` files: the one place where a pickle is opened, with torch's loader that
+builds nothing but tensors.
 
 {"params": {"new_concept_embedding": {"<potter1>": [16,768], …}, "text_encoder": {…}, "unet": {…}}}
 
-The published files are of Stable Diffusion 1.5. For SDXL this package adds text_encoder_2 and new_concept_embedding_2.
+The published files are of Stable Diffusion 1.5. For SDXL this package adds text_encoder_2 and
+new_concept_embedding_2.
 """
 
 from __future__ import annotations
@@ -26,17 +28,28 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 EMBEDDINGS = "new_concept_embedding"
 # text encoder -> the key of its embeddings
 TABLES = {"text_encoder": EMBEDDINGS, "text_encoder_2": f"{EMBEDDINGS}_2"}
-HALVES = {"main": (".lora_down.weight", ".lora_up.weight"), "research": ("_lora.down.weight", "_lora.up.weight")}
+HALVES = {
+    "main": (".lora_down.weight", ".lora_up.weight"),
+    "research": ("_lora.down.weight", "_lora.up.weight"),
+}
 
 
 def load_mix_of_show(path: PathLike, *, alpha: float | None = None) -> tuple[Expert, dict[str, Tensor]]:
-    """(expert, concept embeddings by token) of a Mix-of-Show `.pth`; alpha is its scale itself, which the file does not hold."""
+    """(expert, concept embeddings by token) of a Mix-of-Show `.pth`; alpha is its scale itself, which the
+    file does not hold.
+    """
     expert, by_encoder = load_mix_of_show_parts(path, alpha=alpha)
     prefix = {"text_encoder": "", "text_encoder_2": "text_encoder_2."}
-    return expert, {prefix[encoder] + token: value for encoder, rows in by_encoder.items() for token, value in rows.items()}
+    return expert, {
+        prefix[encoder] + token: value
+        for encoder, rows in by_encoder.items()
+        for token, value in rows.items()
+    }
 
 
-def load_mix_of_show_parts(path: PathLike, *, alpha: float | None = None) -> tuple[Expert, dict[str, dict[str, Tensor]]]:
+def load_mix_of_show_parts(
+    path: PathLike, *, alpha: float | None = None
+) -> tuple[Expert, dict[str, dict[str, Tensor]]]:
     """`load_mix_of_show` with the embeddings as {text encoder: {token: [L,K]}}."""
     where = printable(path, 300)
     with open_regular(path, pickles=True) as file, warnings.catch_warnings():
@@ -56,34 +69,63 @@ def load_mix_of_show_parts(path: PathLike, *, alpha: float | None = None) -> tup
             OSError,
         ) as error:
             reason = printable(str(error).strip().split("\n")[0], 160)
-            raise MoleFileError(where, f"is no torch file of plain tensors ({type(error).__name__}: {reason})") from None
+            raise MoleFileError(
+                where, f"is no torch file of plain tensors ({type(error).__name__}: {reason})"
+            ) from None
     params = found.get("params", found) if isinstance(found, dict) else None
-    if not isinstance(params, dict) or not set(params) & set(PARTS) or set(params) - {*PARTS, *TABLES.values()}:
-        got = ", ".join(printable(key, 40) for key in list(params)[:5]) if isinstance(params, dict) else type(found).__name__
-        raise MoleFileError(where, expected=f"params of unet, text_encoder and {EMBEDDINGS}, as Mix-of-Show writes them", got=got)
+    if (
+        not isinstance(params, dict)
+        or not set(params) & set(PARTS)
+        or set(params) - {*PARTS, *TABLES.values()}
+    ):
+        got = (
+            ", ".join(printable(key, 40) for key in list(params)[:5])
+            if isinstance(params, dict)
+            else type(found).__name__
+        )
+        raise MoleFileError(
+            where,
+            expected=f"params of unet, text_encoder and {EMBEDDINGS}, as Mix-of-Show writes them",
+            got=got,
+        )
     for name, part in params.items():
-        if not isinstance(part, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in part.items()):
+        if not isinstance(part, dict) or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in part.items()
+        ):
             raise MoleFileError(where, expected=f"tensors by name in '{name}'", got="something else")
-    tensors: dict[str, Any] = {f"{part}.{key}": tensor for part in PARTS for key, tensor in params.get(part, {}).items()}
+    tensors: dict[str, Any] = {
+        f"{part}.{key}": tensor for part in PARTS for key, tensor in params.get(part, {}).items()
+    }
     return expert_from_tensors(tensors, {}, os.fsdecode(path), alpha=alpha), {
         encoder: params[key] for encoder, key in TABLES.items() if params.get(key)
     }
 
 
-def save_mix_of_show(expert: Expert, embeddings: Mapping[str, Mapping[str, Tensor]], path: PathLike, layout: str = "main") -> None:
-    """Write a `.pth` as Mix-of-Show's tools read it, atomically; scales go into B, since the file holds no alpha.
+def save_mix_of_show(
+    expert: Expert, embeddings: Mapping[str, Mapping[str, Tensor]], path: PathLike, layout: str = "main"
+) -> None:
+    """Write a `.pth` as Mix-of-Show's tools read it, atomically; scales go into B, since the file holds no
+    alpha.
 
-    embeddings  text encoder -> token -> [L,K]      layout  "main" or "research": the key dialect of either branch
+    embeddings  text encoder -> token -> [L,K]      layout  "main" or "research": the key dialect of either
+                branch
     """
     if layout not in HALVES:
         raise MoleValueError("save_mix_of_show: layout", expected=" or ".join(HALVES), got=repr(layout))
-    params: dict[str, dict[str, Tensor]] = {TABLES[encoder]: _plain(rows) for encoder, rows in embeddings.items() if rows}
+    params: dict[str, dict[str, Tensor]] = {
+        TABLES[encoder]: _plain(rows) for encoder, rows in embeddings.items() if rows
+    }
     for name, layer in expert.layers.items():
         component, rest = split_component(name)
         if (component or "unet") not in PARTS:
-            raise MoleKeyError(printable(path, 300), f"Mix-of-Show's files hold no {component}: {printable(name)}")
+            raise MoleKeyError(
+                printable(path, 300), f"Mix-of-Show's files hold no {component}: {printable(name)}"
+            )
         down, up = HALVES[layout]
-        factors = {rest + down: layer.down, rest + up: layer.up if layer.scale == 1 else layer.up * layer.scale}
+        factors = {
+            rest + down: layer.down,
+            rest + up: layer.up if layer.scale == 1 else layer.up * layer.scale,
+        }
         params.setdefault(component or "unet", {}).update(_plain(factors))
     atomic_write(path, lambda file: torch_save({"params": params}, file))
 

@@ -31,7 +31,9 @@ def save_expert(
     dtype    of the factors, None keeps theirs; a value that would overflow is refused
     sdxl     kohya only: LDM block names, as kohya's tools want for SDXL; None decides by the layers
     """
-    tensors, metadata = expert_tensors(expert, dialect, dtype, looks_like_sdxl(expert.layers) if sdxl is None else sdxl)
+    tensors, metadata = expert_tensors(
+        expert, dialect, dtype, looks_like_sdxl(expert.layers) if sdxl is None else sdxl
+    )
     atomic_save(tensors, path, metadata)
 
 
@@ -49,7 +51,9 @@ def expert_tensors(
     return tensors, kept | {"format": "pt"} | metadata
 
 
-def _diffusers(expert: Expert, dtype: torch.dtype | None, sdxl: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _diffusers(
+    expert: Expert, dtype: torch.dtype | None, sdxl: bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     flat = [path for path in expert.layers if "kohya" in expert.dialect and stayed_flat(path)]
     if flat:
         raise MoleKeyError(
@@ -70,11 +74,15 @@ def _kohya(expert: Expert, dtype: torch.dtype | None, sdxl: bool) -> tuple[dict[
         name = kohya_name(path, sdxl=sdxl)
         if name is None:
             raise MoleKeyError(
-                printable(expert.source), f"kohya's names do not cover {printable(path)}", hint='save it with dialect="diffusers"'
+                printable(expert.source),
+                f"kohya's names do not cover {printable(path)}",
+                hint='save it with dialect="diffusers"',
             )
         down, up = _as_stored(layer, dtype, path)
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
-        tensors[f"{name}.alpha"] = torch.tensor(alpha_of("kohya", layer.scale, layer.rank), dtype=torch.float32)
+        tensors[f"{name}.alpha"] = torch.tensor(
+            alpha_of("kohya", layer.scale, layer.rank), dtype=torch.float32
+        )
     return tensors, {}
 
 

@@ -1,4 +1,6 @@
-"""Experts of any size: a file's layers read one by one when asked for, and written one by one as they are made."""
+"""Experts of any size: a file's layers read one by one when asked for, and written one by one as they are
+made.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,10 @@ Dialect = Literal["diffusers", "kohya"]
 def open_experts(path: PathLike, *, alpha: float | None = None) -> Iterator[dict[str, Expert]]:
     """The experts of a safetensors file by name, open until the block ends.
 
-    A LoRA file holds one, named for the file; its layers are read when looked up, so only its header costs memory. Keys and shapes are
-    checked at once, values (NaN) when read. A single file of ours is read whole; its gates are left out, with a warning.
+    A LoRA file holds one, named for the file; its layers are read when looked up, so only its header costs
+    memory. Keys and shapes are
+    checked at once, values (NaN) when read. A single file of ours is read whole; its gates are left out, with
+    a warning.
     alpha  a Mix-of-Show file's scale, which it does not hold (default 1)
     """
     with SafetensorsFile(path) as file:
@@ -45,11 +49,18 @@ def open_experts(path: PathLike, *, alpha: float | None = None) -> Iterator[dict
 
 
 def save_layers(
-    layers: Iterable[tuple[str, LowRank]], path: PathLike, to: Dialect, *, read_as: str = "memory", made: str = "", sdxl: bool = False
+    layers: Iterable[tuple[str, LowRank]],
+    path: PathLike,
+    to: Dialect,
+    *,
+    read_as: str = "memory",
+    made: str = "",
+    sdxl: bool = False,
 ) -> None:
     """`save_expert` for layers that come one by one; only the one at hand is in memory. Atomic.
 
-    read_as  the dialect that the paths were read in: a kohya name that stayed flat cannot be written in diffusers' dialect
+    read_as  the dialect that the paths were read in: a kohya name that stayed flat cannot be written in
+             diffusers' dialect
     made     how this expert came about, for the file's metadata
     """
     seen: dict[str, tuple[int, int, int, float, bool | tuple[int, int]]] = {}
@@ -84,8 +95,12 @@ def _lazy(file: SafetensorsFile, source: str, alpha: float | None) -> Expert:
     found = {layer.path: layer for layer in collect_layers(entries, where)}
     config = AdapterConfig.from_metadata(metadata, where)
     sizes = {path: _size(layer, entries, where) for path, layer in found.items()}
-    layers = LazyLayers(sizes, lambda path: layer_of(found[path], file.read(found[path].keys.values()), config, where, alpha))
-    return Expert(layers, "+".join(sorted({layer.dialect for layer in found.values()})), source, dict(metadata))
+    layers = LazyLayers(
+        sizes, lambda path: layer_of(found[path], file.read(found[path].keys.values()), config, where, alpha)
+    )
+    return Expert(
+        layers, "+".join(sorted({layer.dialect for layer in found.values()})), source, dict(metadata)
+    )
 
 
 def _size(layer: LayerKeys, entries: Mapping[str, Entry], where: str) -> Size:
@@ -97,9 +112,14 @@ def _size(layer: LayerKeys, entries: Mapping[str, Entry], where: str) -> Size:
         shapes[0] = (*shapes[0], *mid[2:]) if len(mid) == 4 and mid[:2] == (shapes[0][0],) * 2 else mid
     if len(shapes[0]) == 4:
         shapes[0] = (shapes[0][0], math.prod(shapes[0][1:]))
-    if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1] or 0 in (*shapes[0], *shapes[1]):
+    if (
+        any(len(shape) != 2 for shape in shapes)
+        or shapes[0][0] != shapes[1][1]
+        or 0 in (*shapes[0], *shapes[1])
+    ):
         raise MoleShapeError(
-            f"{where}, {printable(layer.path)}", expected="A [R,K] and B [N,R] of one rank, of a linear layer or a convolution",
+            f"{where}, {printable(layer.path)}",
+            expected="A [R,K] and B [N,R] of one rank, of a linear layer or a convolution",
             got=f"A {list(down.shape)}, B {list(up.shape)}",
-        )  # fmt: skip
+        )
     return Size(shapes[1][0], shapes[0][1], shapes[0][0], stored_dtype([down.dtype, up.dtype]))

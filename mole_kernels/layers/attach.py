@@ -1,7 +1,9 @@
 """Turn a layer into its gated class in place, and back.
 
-The module object, its Parameters, hooks, buffers and every reference to it stay: only its class and three attributes change.
-Whoever holds the layer (a processor's list, an optimiser, an offload hook) keeps holding the right thing; `detach` has nothing to rebuild.
+The module object, its Parameters, hooks, buffers and every reference to it stay: only its class and three
+attributes change.
+Whoever holds the layer (a processor's list, an optimiser, an offload hook) keeps holding the right thing;
+`detach` has nothing to rebuild.
 """
 
 from __future__ import annotations
@@ -40,8 +42,11 @@ def reject(module: nn.Module) -> str | None:
     return f"it already has an attribute {taken[0]!r}" if taken else None
 
 
-def attach(module: nn.Module, experts: LayerExperts, gate: Gate | None = None, backend: str = "auto") -> Gated:
-    """Make `module` compute y = x Wᵀ + b + Σ_e s_e·g_e·(x A_eᵀ) B_eᵀ, in place. Raises and changes nothing where it cannot.
+def attach(
+    module: nn.Module, experts: LayerExperts, gate: Gate | None = None, backend: str = "auto"
+) -> Gated:
+    """Make `module` compute y = x Wᵀ + b + Σ_e s_e·g_e·(x A_eᵀ) B_eᵀ, in place. Raises and changes nothing
+    where it cannot.
 
     Freezing W and b is the caller's: the operator refuses a base that asks for a gradient.
     """
@@ -71,15 +76,21 @@ def detach(module: nn.Module) -> None:
 
 
 def follows_class(module: nn.Module) -> bool:
-    """Whatever stands for the module's forward on the instance calls its class's in the end, in a place that can be given another."""
+    """Whatever stands for the module's forward on the instance calls its class's in the end, in a place that
+    can be given another.
+    """
     return "_old_forward" in module.__dict__ or any(True for _ in _captured(module, type(module)))
 
 
 def _captured(module: nn.Module, cls: type) -> Iterator[tuple[Any, str]]:
-    """(object, attribute) of each place where a hook of accelerate or diffusers keeps the forward of `cls` that it found on the module."""
+    """(object, attribute) of each place where a hook of accelerate or diffusers keeps the forward of `cls`
+    that it found on the module.
+    """
     registry = module.__dict__.get("_diffusers_hook")
     places = [(module, "forward")]
-    places += [(ref, name) for ref in getattr(registry, "_fn_refs", ()) for name in ("forward", "original_forward")]
+    places += [
+        (ref, name) for ref in getattr(registry, "_fn_refs", ()) for name in ("forward", "original_forward")
+    ]
     for holder, name in places:
         found = vars(holder).get(name)
         if getattr(found, "__func__", None) is cls.forward and found.__self__ is module:  # type: ignore[attr-defined, union-attr]
@@ -87,7 +98,9 @@ def _captured(module: nn.Module, cls: type) -> Iterator[tuple[Any, str]]:
 
 
 def follow_class(module: nn.Module, before: type) -> None:
-    """Hooks call the forward that they found on the instance when they came, that of the class `before`: give them the new class's."""
+    """Hooks call the forward that they found on the instance when they came, that of the class `before`: give
+    them the new class's.
+    """
     forward = types.MethodType(type(module).forward, module)
     if "_old_forward" in module.__dict__:
         module.__dict__["_old_forward"] = forward

@@ -1,6 +1,8 @@
-"""A frozen convolution plus E gated low-rank experts: a linear layer over the patch of pixels that each output pixel sees.
+"""A frozen convolution plus E gated low-rank experts: a linear layer over the patch of pixels that each
+output pixel sees.
 
-An expert of a k×k convolution is A as a k×k convolution down to R channels and B as a 1×1 convolution up. So A is stored [R, K·k·k] like
+An expert of a k×k convolution is A as a k×k convolution down to R channels and B as a 1×1 convolution up. So
+A is stored [R, K·k·k] like
 any other, ΔW = s·B·A reshapes to the convolution's weight, and the gates see the patch.
 """
 
@@ -21,18 +23,29 @@ from mole_kernels.operands import Experts, Gates
 
 
 class GatedLoRAConv2d(Gated, nn.Conv2d):
-    """The gated layer for a convolution: x [B,K,H,W] -> [B,N,H',W'], every output pixel a token, any H and W."""
+    """The gated layer for a convolution: x [B,K,H,W] -> [B,N,H',W'], every output pixel a token, any H and
+    W.
+    """
 
     @classmethod
-    def from_conv(cls, base: nn.Conv2d, experts: LayerExperts, gate: Gate | None = None, *, backend: str = "auto") -> GatedLoRAConv2d:
+    def from_conv(
+        cls, base: nn.Conv2d, experts: LayerExperts, gate: Gate | None = None, *, backend: str = "auto"
+    ) -> GatedLoRAConv2d:
         """A new layer that shares base's weight and bias (which it freezes)."""
         if reason := reject_conv(base):
             raise MoleStateError("GatedLoRAConv2d", reason)
         check_fit("GatedLoRAConv2d", *conv_sizes(base), experts)
         layer = cls(
-            base.in_channels, base.out_channels, base.kernel_size, base.stride, base.padding, base.dilation,  # type: ignore[arg-type]
-            bias=base.bias is not None, padding_mode=base.padding_mode, device="meta",
-        )  # fmt: skip
+            base.in_channels,
+            base.out_channels,
+            base.kernel_size,
+            base.stride,
+            base.padding,
+            base.dilation,  # type: ignore[arg-type]
+            bias=base.bias is not None,
+            padding_mode=base.padding_mode,
+            device="meta",
+        )
         base.requires_grad_(False)
         layer.weight, layer.bias = base.weight, base.bias
         layer.attach_experts(experts, gate, backend)
@@ -56,7 +69,9 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
         return y
 
     def _wide(self, images: Tensor) -> Tensor:
-        """The convolution itself, and beside it the operator on z = [A x, Φ x]: what is left of it once A and Φ are convolutions."""
+        """The convolution itself, and beside it the operator on z = [A x, Φ x]: what is left of it once A and
+        Φ are convolutions.
+        """
         base = nn.Conv2d.forward(self, images)
         if spread.offloaded(self.experts):
             with spread.loaded(self.experts, self.gate):
@@ -72,7 +87,9 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
         return base + y.mT.unflatten(2, base.shape[2:]).to(base.dtype)
 
     def _shrunk(self, images: Tensor, experts: Experts, gates: Gates) -> tuple[Tensor, Experts, Gates]:
-        """z [B, R (+E), H', W'], and the experts and gates that are left: down and phi pick their channels out of z."""
+        """z [B, R (+E), H', W'], and the experts and gates that are left: down and phi pick their channels
+        out of z.
+        """
         S, R, _ = experts.down.shape
         z = self._filtered(images, experts.down.to(images.dtype), experts.assignment)
         if gates.phi is not None:
@@ -85,11 +102,16 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
         return z, experts._replace(down=pick[:R].expand(S, -1, -1)), gates
 
     def _filtered(self, images: Tensor, filters: Tensor, assignment: Tensor | None) -> Tensor:
-        """images [B,K,H,W] through filters [S,R,K·k·k] as a convolution like this one; with S > 1 every sample through its own set."""
+        """images [B,K,H,W] through filters [S,R,K·k·k] as a convolution like this one; with S > 1 every
+        sample through its own set.
+        """
         B, S, R = images.shape[0], filters.shape[0], filters.shape[1]
         padding: str | Sequence[int] = self.padding  # type: ignore[assignment]
         if self.padding_mode != "zeros":
-            images, padding = F.pad(images, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+            images, padding = (
+                F.pad(images, self._reversed_padding_repeated_twice, mode=self.padding_mode),
+                (0, 0),
+            )
         shape = (self.in_channels, *self.kernel_size)
         if S == 1:
             return F.conv2d(images, filters.reshape(R, *shape), None, self.stride, padding, self.dilation)  # type: ignore[arg-type]
@@ -102,7 +124,12 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
 
 def is_pointwise(conv: nn.Conv2d) -> bool:
     """A convolution that is a linear layer at every pixel: 1x1, stride 1, no padding, one group."""
-    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding in ((0, 0), "valid") and conv.groups == 1
+    return (
+        conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "valid")
+        and conv.groups == 1
+    )
 
 
 def reject_conv(conv: nn.Conv2d) -> str | None:
@@ -114,12 +141,16 @@ def reject_conv(conv: nn.Conv2d) -> str | None:
 
 
 def conv_sizes(conv: nn.Conv2d) -> tuple[int, int]:
-    """(K, N) of a convolution as a linear layer over patches: K counts every weight that one output pixel sums over."""
+    """(K, N) of a convolution as a linear layer over patches: K counts every weight that one output pixel
+    sums over.
+    """
     return conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1], conv.out_channels
 
 
 def conv_of(module: nn.Module) -> bool | tuple[int, int]:
-    """What `LowRank.conv` says of factors for this layer: False for a linear one, True for a 1x1 convolution, else the kernel."""
+    """What `LowRank.conv` says of factors for this layer: False for a linear one, True for a 1x1 convolution,
+    else the kernel.
+    """
     if not isinstance(module, nn.Conv2d):
         return False
     height, width = module.kernel_size

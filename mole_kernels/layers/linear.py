@@ -1,4 +1,6 @@
-"""A frozen linear layer plus E gated low-rank experts, and what it shares with the convolution; they hold tensors and do no arithmetic."""
+"""A frozen linear layer plus E gated low-rank experts, and what it shares with the convolution; they hold
+tensors and do no arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class LastGates(NamedTuple):
-    """What the gates of the last eager forward said: token [B,T,E], sample [B,E], given (broadcastable to [B,T,E]); None where absent."""
+    """What the gates of the last eager forward said: token [B,T,E], sample [B,E], given (broadcastable to
+    [B,T,E]); None where absent.
+    """
 
     token: Tensor | None
     sample: Tensor | None
@@ -29,7 +33,9 @@ class LastGates(NamedTuple):
 
 
 class Gated(nn.Module):
-    """What the linear layer and its convolutional twin share: experts, a gate, a backend, and whether they are on."""
+    """What the linear layer and its convolutional twin share: experts, a gate, a backend, and whether they
+    are on.
+    """
 
     experts: LayerExperts
     gate: Gate | None
@@ -52,17 +58,25 @@ class Gated(nn.Module):
     def operands_of_gate(self) -> Gates:
         return NO_GATES if self.gate is None else self.gate.operands(self.experts)
 
-    def mixture_of(self, x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates) -> Tensor:
+    def mixture_of(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates
+    ) -> Tensor:
         """`mixture` of operands given; what the gates said is kept."""
         if gates.pool is not None and self.tokens_group is not None:
             gates = spread.pool_over(self.tokens_group, x, experts, gates)
         if type(weight) not in PLAIN and spread.is_sharded(weight):
             y, token, sample = spread.sharded_linear(x, weight, bias, experts, gates)
         else:
-            y, token, sample = gated_lora_linear_with_gates(x, weight, bias, experts, gates, backend=self.backend)
+            y, token, sample = gated_lora_linear_with_gates(
+                x, weight, bias, experts, gates, backend=self.backend
+            )
         if not torch.compiler.is_compiling():
             # past nn.Module's search for parameters and modules, which costs more than the tuple
-            object.__setattr__(self, "last_gates", LastGates(token, sample, None if gates.gate is None else gates.gate.detach()))
+            object.__setattr__(
+                self,
+                "last_gates",
+                LastGates(token, sample, None if gates.gate is None else gates.gate.detach()),
+            )
         return y
 
     def attach_experts(self, experts: LayerExperts, gate: Gate | None, backend: str) -> None:
@@ -71,10 +85,14 @@ class Gated(nn.Module):
 
     def __getstate__(self):
         # the last call's activations are no part of the layer, and a process group belongs to its process
-        return {name: value for name, value in self.__dict__.items() if name != "tokens_group"} | {"last_gates": None}
+        return {name: value for name, value in self.__dict__.items() if name != "tokens_group"} | {
+            "last_gates": None
+        }
 
     def _apply(self, fn, recurse: bool = True):
-        """Storage in 8 bits (diffusers' layerwise casting) is for the base: experts and gates keep the dtype they have."""
+        """Storage in 8 bits (diffusers' layerwise casting) is for the base: experts and gates keep the dtype
+        they have.
+        """
         super()._apply(fn, recurse=False)
         if recurse:
             for child in self.children():
@@ -84,9 +102,10 @@ class Gated(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if "." in name:
             raise MoleStateError(
-                f"parallelize_module of a {type(self).__name__}", f"torch would shard its experts ({name}) as if they were the weight",
+                f"parallelize_module of a {type(self).__name__}",
+                f"torch would shard its experts ({name}) as if they were the weight",
                 hint="parallelize_module first, then patch",
-            )  # fmt: skip
+            )
         super().register_parameter(name, param)
 
 
@@ -97,8 +116,12 @@ class GatedLoRALinear(Gated, nn.Linear):
     """
 
     @classmethod
-    def from_linear(cls, base: nn.Linear, experts: LayerExperts, gate: Gate | None = None, *, backend: str = "auto") -> GatedLoRALinear:
-        """A new layer that shares base's weight and bias (which it freezes); base itself is left alone otherwise."""
+    def from_linear(
+        cls, base: nn.Linear, experts: LayerExperts, gate: Gate | None = None, *, backend: str = "auto"
+    ) -> GatedLoRALinear:
+        """A new layer that shares base's weight and bias (which it freezes); base itself is left alone
+        otherwise.
+        """
         check_fit("GatedLoRALinear", base.in_features, base.out_features, experts)
         layer = cls(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         base.requires_grad_(False)
@@ -109,7 +132,11 @@ class GatedLoRALinear(Gated, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.group is not None and (y := self.group.take(self, x)) is not None:
             return y
-        return self.mixture(x, self.weight, self.bias) if self.experts_on else F.linear(x, self.weight, self.bias)
+        return (
+            self.mixture(x, self.weight, self.bias)
+            if self.experts_on
+            else F.linear(x, self.weight, self.bias)
+        )
 
 
 def _not_in_8_bits(old: Tensor, new: Tensor) -> Tensor:

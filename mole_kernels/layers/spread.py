@@ -1,4 +1,6 @@
-"""Layers whose tensors are not simply here: fetched by offload hooks, sharded over ranks, or a batch whose tokens are split."""
+"""Layers whose tensors are not simply here: fetched by offload hooks, sharded over ranks, or a batch whose
+tokens are split.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from mole_kernels.reference import sets_of, token_gate_ref
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# -- offloaded -------------------------------------------------------------------------------------------------------------------------
+# -- offloaded
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def offloaded(module: nn.Module) -> bool:
@@ -31,8 +34,10 @@ def offloaded(module: nn.Module) -> bool:
 def loaded(*roots: nn.Module | None, write: bool = False) -> Iterator[None]:
     """Inside the block the tensors below `roots` are where accelerate's hooks bring them for a forward.
 
-    Experts and gates are read by their layer and not called, so that the hooks on them do not run by themselves.
-    write  what the block wrote into the tensors is carried to where the hooks keep them; refused for tensors kept on the disk
+    Experts and gates are read by their layer and not called, so that the hooks on them do not run by
+    themselves.
+    write  what the block wrote into the tensors is carried to where the hooks keep them; refused for tensors
+           kept on the disk
     """
     modules = {id(m): m for root in roots if root is not None for m in root.modules()}.values()
     hooked: list[tuple[nn.Module, Any]] = [(m, m._hf_hook) for m in modules if offloaded(m)]
@@ -58,7 +63,9 @@ def _kept(module: nn.Module, hook: Any) -> Iterator[tuple[Any, str, Tensor]]:
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "offload", False) and one.weights_map is not None:
             tables = (module._parameters, module._buffers) if one.offload_buffers else (module._parameters,)
-            yield from ((one.weights_map, name, t) for table in tables for name, t in table.items() if t is not None)
+            yield from (
+                (one.weights_map, name, t) for table in tables for name, t in table.items() if t is not None
+            )
 
 
 def _check_writable(module: nn.Module, hook: Any) -> None:
@@ -66,9 +73,10 @@ def _check_writable(module: nn.Module, hook: Any) -> None:
         # a map that reads its file makes a new tensor at each look
         if table[name] is not table[name]:
             raise MoleStateError(
-                "write to offloaded experts", f"{name} of a {type(module).__name__} is kept on the disk",
+                "write to offloaded experts",
+                f"{name} of a {type(module).__name__} is kept on the disk",
                 hint="take the offload hooks off, change, and put them on again",
-            )  # fmt: skip
+            )
 
 
 @torch.no_grad()
@@ -96,7 +104,9 @@ def offload_like(new: nn.Module, old: nn.Module) -> None:
     hook: Any = old._hf_hook
     for one in getattr(hook, "hooks", (hook,)):
         if isinstance(one, AlignDevicesHook) and one.offload:
-            add_hook_to_module(new, AlignDevicesHook(one.execution_device, offload=True, offload_buffers=one.offload_buffers))
+            add_hook_to_module(
+                new, AlignDevicesHook(one.execution_device, offload=True, offload_buffers=one.offload_buffers)
+            )
 
 
 def stay(module: nn.Module) -> None:
@@ -110,12 +120,15 @@ def stay(module: nn.Module) -> None:
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:
-    """What the layer computes in: its weight's dtype, or what diffusers' layerwise casting makes of it for each forward."""
+    """What the layer computes in: its weight's dtype, or what diffusers' layerwise casting makes of it for
+    each forward.
+    """
     hook = getattr(layer.__dict__.get("_diffusers_hook"), "hooks", {}).get("layerwise_casting")
     return layer.weight.dtype if hook is None else hook.compute_dtype  # type: ignore[union-attr, return-value]
 
 
-# -- sharded ---------------------------------------------------------------------------------------------------------------------------
+# -- sharded
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 class Mixed(NamedTuple):
@@ -135,7 +148,11 @@ def low_rank(x: Tensor, experts: Experts, gates: Gates) -> Mixed:
     h = x @ down.to(x.dtype).mT
     gamma = scale.to(dtype)[None, None]
     token = token_gate_ref(x.to(dtype), gates)
-    sample = None if gates.pool is None else sample_gate(h.sum(1, dtype=dtype), h.new_tensor(h.shape[1], dtype=dtype), gates, ranks)
+    sample = (
+        None
+        if gates.pool is None
+        else sample_gate(h.sum(1, dtype=dtype), h.new_tensor(h.shape[1], dtype=dtype), gates, ranks)
+    )
     for factor in (gates.gate, token, None if sample is None else sample[:, None]):
         gamma = gamma if factor is None else gamma * factor.to(dtype)
     return Mixed((h * widen(gamma, ranks)).to(x.dtype) @ up.to(x.dtype).mT, token, sample)
@@ -149,18 +166,23 @@ def sample_gate(total: Tensor, count: Tensor, gates: Gates, ranks: tuple[int, ..
 
 
 def sharded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates) -> Mixed:
-    """The mixture where the base weight is a DTensor (tensor parallel, in columns or rows); x and y are DTensors.
+    """The mixture where the base weight is a DTensor (tensor parallel, in columns or rows); x and y are
+    DTensors.
 
-    Every rank computes the low-rank part whole, from the whole x: gates see every feature, and the gradients of experts and gates
-    come out whole and equal on every rank. That costs an all-gather of x where x is split by features, and no division of R·(K+N).
+    Every rank computes the low-rank part whole, from the whole x: gates see every feature, and the gradients
+    of experts and gates
+    come out whole and equal on every rank. That costs an all-gather of x where x is split by features, and no
+    division of R·(K+N).
     """
     from torch.distributed.tensor import DTensor, Replicate
 
     if not isinstance(x, DTensor):
         raise MoleTypeError(
-            "GatedLoRALinear", expected="x as a DTensor, as its weight is one", got=type(x).__name__,
+            "GatedLoRALinear",
+            expected="x as a DTensor, as its weight is one",
+            got=type(x).__name__,
             hint="parallelize_module with ColwiseParallel or RowwiseParallel makes x one",
-        )  # fmt: skip
+        )
     base = F.linear(x, weight, bias)
     everywhere = [Replicate()] * x.device_mesh.ndim
     local = x.redistribute(placements=everywhere).to_local()
@@ -178,7 +200,8 @@ def reject_sharded(layer: nn.Module) -> str | None:
     """Why a layer whose weight is a DTensor takes no experts, or None."""
     if not isinstance(layer, nn.Linear):
         return "its weight is a DTensor, which only linear layers may have"
-    # parallelize_module's mark; gathered for the forward (FSDP), later parameters would get no gradient of the other ranks
+    # parallelize_module's mark; gathered for the forward (FSDP), later parameters would get no gradient of
+    # the other ranks
     if not getattr(layer, "_distribute_module_applied", False):
         return "its weight is sharded, and not by parallelize_module; patch first, then fully_shard"
     return None
@@ -193,11 +216,13 @@ def _as_samples(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1]) if x.dim() < 3 else x.flatten(1, -2)
 
 
-# -- tokens split ----------------------------------------------------------------------------------------------------------------------
+# -- tokens split
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def pool_over(group: ProcessGroup, x: Tensor, experts: Experts, gates: Gates) -> Gates:
-    """The same gates with G made from the tokens of all ranks of `group`: one all-reduce of [B,R] and a count, with its gradient.
+    """The same gates with G made from the tokens of all ranks of `group`: one all-reduce of [B,R] and a
+    count, with its gradient.
 
     x [B,T,K]: this rank's tokens, any number of them
     """
@@ -206,7 +231,9 @@ def pool_over(group: ProcessGroup, x: Tensor, experts: Experts, gates: Gates) ->
     x = _as_samples(x)
     dtype = gate_dtype(x.dtype)
     down, _, _, ranks, _ = sets_of(experts)
-    total = torch.einsum("bk,srk->br" if down.shape[0] == 1 else "bk,brk->br", x.sum(1, dtype=dtype), down.to(dtype))
+    total = torch.einsum(
+        "bk,srk->br" if down.shape[0] == 1 else "bk,brk->br", x.sum(1, dtype=dtype), down.to(dtype)
+    )
     count = total.new_full((x.shape[0], 1), x.shape[1])
     total, count = all_reduce(torch.cat([total, count], 1), group=group).split([total.shape[1], 1], 1)
     if experts.assignment is not None:

@@ -1,7 +1,10 @@
-"""From the door to a backend without torch's dispatcher, where nobody but autograd would look at the call on its way.
+"""From the door to a backend without torch's dispatcher, where nobody but autograd would look at the call on
+its way.
 
-A call of `torch.ops.mole` costs 15 µs in Python, 25 with a gradient; a UNet has 722 adapted layers. Compilers, tracers, modes,
-subclasses, function transforms and profilers still see the operator by its name: for them the call takes the dispatcher.
+A call of `torch.ops.mole` costs 15 µs in Python, 25 with a gradient; a UNet has 722 adapted layers.
+Compilers, tracers, modes,
+subclasses, function transforms and profilers still see the operator by its name: for them the call takes the
+dispatcher.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
 def unobserved(tensors: Sequence[Tensor | None]) -> bool:
-    """Nothing but plain tensors, and no compiler, tracer, mode, function transform, dual number or profiler at work."""
+    """Nothing but plain tensors, and no compiler, tracer, mode, function transform, dual number or profiler
+    at work.
+    """
     return (
         # first, for a compiler must not look at the rest
         not torch.compiler.is_compiling()
@@ -38,7 +43,9 @@ def unobserved(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def forward(problem: Problem, args: tuple[Any, ...], save: bool, backend: str) -> tuple[Tensor, ...]:
-    """What `torch.ops.mole.gated_lora_fwd(*args, backend)` gives; args are the backend contract's (docs/design.md section 3)."""
+    """What `torch.ops.mole.gated_lora_fwd(*args, backend)` gives; args are the backend contract's
+    (docs/design.md section 3).
+    """
     chosen = backends.select(problem, backend)
     if save:
         return Direct.apply(*args, chosen.name)  # type: ignore[no-untyped-call]
@@ -63,7 +70,8 @@ class Direct(torch.autograd.Function):
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    # what is left out is ranks, need, top_k and the name; a gradient of the gradient is the operator's matter: it has none, and says so
+    # what is left out is ranks, need, top_k and the name; a gradient of the gradient is the operator's
+    # matter: it has none, and says so
     if torch.is_grad_enabled() or not unobserved(args[:6] + args[7:13] + args[14:15]):
         return schema.backward_op(*args)
     with no_autocast(args[1].device.type):

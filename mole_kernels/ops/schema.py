@@ -1,6 +1,7 @@
 """The operator as `torch.ops.mole.*`: schemas, backends behind them, fakes for compilers, and the gradient.
 
-`define` + `impl` in Python costs ~2 µs a call, ~5 µs with autograd (measured with an empty op); `custom_op` costs ~11.
+`define` + `impl` in Python costs ~2 µs a call, ~5 µs with autograd (measured with an empty op); `custom_op`
+costs ~11.
 What an eager call does instead is in `direct.py`.
 """
 
@@ -28,33 +29,136 @@ library.define(
 
 
 def problem_of(
-    x: Tensor, weight: Tensor, down: Tensor, ranks: tuple[int, ...], gate: Tensor | None, phi: Tensor | None, pool: Tensor | None,
-    assignment: Tensor | None, top_k: int,
-) -> Problem:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    ranks: tuple[int, ...],
+    gate: Tensor | None,
+    phi: Tensor | None,
+    pool: Tensor | None,
+    assignment: Tensor | None,
+    top_k: int,
+) -> Problem:
     """The Problem that these tensors pose.  x [B,T,K], weight [N,K], down [S,R,K]"""
     B, T, K = x.shape
     return Problem(
-        B, T, K, weight.shape[0], ranks, down.shape[0], x.dtype, x.device.type, phi is not None, pool is not None, gate is not None,
-        top_k if phi is not None else 0, assignment is not None,
-    )  # fmt: skip
+        B,
+        T,
+        K,
+        weight.shape[0],
+        ranks,
+        down.shape[0],
+        x.dtype,
+        x.device.type,
+        phi is not None,
+        pool is not None,
+        gate is not None,
+        top_k if phi is not None else 0,
+        assignment is not None,
+    )
 
 
-def _forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k, backend):
+def _forward(
+    x,
+    weight,
+    bias,
+    down,
+    up,
+    scale,
+    ranks,
+    gate,
+    phi,
+    phi_bias,
+    pool,
+    pool_bias,
+    save,
+    assignment,
+    top_k,
+    backend,
+):
     ranks = tuple(ranks)
     chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool, assignment, top_k), backend)
     # operands are already in the compute dtype, and the gates' float32 must stay float32
     with no_autocast(x.device.type):
-        return chosen.forward(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k)
+        return chosen.forward(
+            x,
+            weight,
+            bias,
+            down,
+            up,
+            scale,
+            ranks,
+            gate,
+            phi,
+            phi_bias,
+            pool,
+            pool_bias,
+            save,
+            assignment,
+            top_k,
+        )
 
 
-def _backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k, backend):
+def _backward(
+    dy,
+    x,
+    weight,
+    down,
+    up,
+    scale,
+    ranks,
+    gate,
+    phi,
+    pool,
+    h,
+    token_gate,
+    sample_gate,
+    need,
+    assignment,
+    top_k,
+    backend,
+):
     ranks = tuple(ranks)
     chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool, assignment, top_k), backend)
     with no_autocast(x.device.type):
-        return chosen.backward(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k)
+        return chosen.backward(
+            dy,
+            x,
+            weight,
+            down,
+            up,
+            scale,
+            ranks,
+            gate,
+            phi,
+            pool,
+            h,
+            token_gate,
+            sample_gate,
+            need,
+            assignment,
+            top_k,
+        )
 
 
-def _forward_fake(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k, backend):
+def _forward_fake(
+    x,
+    weight,
+    bias,
+    down,
+    up,
+    scale,
+    ranks,
+    gate,
+    phi,
+    phi_bias,
+    pool,
+    pool_bias,
+    save,
+    assignment,
+    top_k,
+    backend,
+):
     B, T, _ = x.shape
     E, wide = len(ranks), gate_dtype(x.dtype)
     return (
@@ -65,16 +169,54 @@ def _forward_fake(x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, 
     )
 
 
-def _backward_fake(dy, x, weight, down, up, scale, ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, top_k, backend):
+def _backward_fake(
+    dy,
+    x,
+    weight,
+    down,
+    up,
+    scale,
+    ranks,
+    gate,
+    phi,
+    pool,
+    h,
+    token_gate,
+    sample_gate,
+    need,
+    assignment,
+    top_k,
+    backend,
+):
     wide, E = gate_dtype(x.dtype), len(ranks)
     bias_like = x.new_empty(E, dtype=wide)
     like = (x, down, up, scale, gate, phi, bias_like, pool, bias_like)
-    return tuple(x.new_empty(t.shape, dtype=t.dtype) if wanted and t is not None else x.new_empty(0) for t, wanted in zip(like, need))
+    return tuple(
+        x.new_empty(t.shape, dtype=t.dtype) if wanted and t is not None else x.new_empty(0)
+        for t, wanted in zip(like, need)
+    )
 
 
 def setup(ctx, inputs, output) -> None:
     """What the gradient needs of a forward's sixteen inputs and four outputs."""
-    x, weight, _, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, _, assignment, top_k, backend = inputs
+    (
+        x,
+        weight,
+        _,
+        down,
+        up,
+        scale,
+        ranks,
+        gate,
+        phi,
+        phi_bias,
+        pool,
+        pool_bias,
+        _,
+        assignment,
+        top_k,
+        backend,
+    ) = inputs
     _, h, token_gate, sample_gate = output
     ctx.mark_non_differentiable(h, token_gate, sample_gate)
     ctx.set_materialize_grads(False)
@@ -94,7 +236,23 @@ def grad(ctx, dy, *_unused, run=None):
     x, weight, down, up, scale, gate, phi, pool, h, token_gate, sample_gate, assignment = ctx.saved_tensors
     need = [bool(ctx.needs_input_grad[i]) for i in _DIFFERENTIABLE]
     grads = (run or backward_op)(
-        dy, x, weight, down, up, scale, ctx.ranks, gate, phi, pool, h, token_gate, sample_gate, need, assignment, ctx.top_k, ctx.backend
+        dy,
+        x,
+        weight,
+        down,
+        up,
+        scale,
+        ctx.ranks,
+        gate,
+        phi,
+        pool,
+        h,
+        token_gate,
+        sample_gate,
+        need,
+        assignment,
+        ctx.top_k,
+        ctx.backend,
     )
     out: list[Tensor | None] = [None] * 16
     for i, wanted, g in zip(_DIFFERENTIABLE, need, grads):

@@ -14,16 +14,16 @@ from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.block import BlockGate
 from mole_kernels.gates.gate import Gate
 from mole_kernels.layers.attach import attach, reject
-from mole_kernels.patching import guards
-from mole_kernels.patching.gating import make_gate
+from mole_kernels.modules.forward_lock import Turns
+from mole_kernels.modules.group_offload import in_groups, regroup
+from mole_kernels.modules.scan import roots
+from mole_kernels.modules.snapshot import Before
+from mole_kernels.patching import fuse_guard
+from mole_kernels.patching.gates import make_gate
 from mole_kernels.patching.handle import Handle, Scale, check_weights
-from mole_kernels.patching.offload import in_groups, regroup
 from mole_kernels.patching.pack import pack
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, PlannedLayer, Targets, plan
-from mole_kernels.patching.targets import roots
-from mole_kernels.patching.turns import Turns
-from mole_kernels.patching.undo import Before
 
 
 def patch(
@@ -39,19 +39,25 @@ def patch(
     cache_text: bool = False,
     group: bool = False,
 ) -> Handle:
-    """Put experts and gates onto the layers they name, all or nothing; `Handle.remove` takes them off bit for bit.
+    """Put experts and gates onto the layers they name, all or nothing; `Handle.remove` takes them off bit for
+    bit.
 
     scales   expert name -> adapter weight to start with (1 where not given), see `Handle.set_scales`
     backend  "auto", or the backend that every patched layer shall use
     cache_text  whether keys and values of cross-attention are made once per text (`Handle.cache_text`)
-    group    whether projections of one tensor (q, k, v) are one product where that is exact and faster (`Handle.group`)
-    The other arguments and the errors are those of `plan`. The base weights of patched layers are frozen until `remove`.
-    Experts and a file's gates come frozen, in the layer's dtype and on its device; fresh gates are trainable, in float32.
+    group    whether projections of one tensor (q, k, v) are one product where that is exact and faster
+             (`Handle.group`)
+    The other arguments and the errors are those of `plan`. The base weights of patched layers are frozen
+    until `remove`.
+    Experts and a file's gates come frozen, in the layer's dtype and on its device; fresh gates are trainable,
+    in float32.
     """
     handle = None
     try:
         handle = apply(
-            plan(model, experts, gates, strict=strict, targets=targets, allow_large_rank=allow_large_rank), scales=scales, backend=backend
+            plan(model, experts, gates, strict=strict, targets=targets, allow_large_rank=allow_large_rank),
+            scales=scales,
+            backend=backend,
         )
         if group:
             handle.group()
@@ -66,7 +72,9 @@ def patch(
 
 
 def apply(made: Plan, *, scales: Mapping[str, Scale] | None = None, backend: str = "auto") -> Handle:
-    """Carry out a plan. Whatever is raised on the way, Ctrl-C and a full memory included, the model is as it was."""
+    """Carry out a plan. Whatever is raised on the way, Ctrl-C and a full memory included, the model is as it
+    was.
+    """
     if backend != "auto" and backend not in BACKENDS:
         raise MoleValueError("backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend))
     check_weights(scales or {}, made.names)
@@ -76,9 +84,15 @@ def apply(made: Plan, *, scales: Mapping[str, Scale] | None = None, backend: str
     # a model patched under inference_mode must still be trainable afterwards
     with torch.inference_mode(False), torch.no_grad():
         packed = {path: pack(path, layer.factors, layer.module) for path, layer in made.layers.items()}
-        made_gates = {path: make_gate(made.gates, layer, layer.gates, packed[path]) for path, layer in made.layers.items()}
+        made_gates = {
+            path: make_gate(made.gates, layer, layer.gates, packed[path])
+            for path, layer in made.layers.items()
+        }
     patched = [_record(layer, packed[path], made_gates[path]) for path, layer in made.layers.items()]
-    places = guards.guarded(roots(made.model), {path: layer.parent for path, layer in made.layers.items() if layer.parent is not None})
+    places = fuse_guard.guarded(
+        roots(made.model),
+        {path: layer.parent for path, layer in made.layers.items() if layer.parent is not None},
+    )
     parts = _used_roots(made)
     regrouped = in_groups(parts)
     # a block's router keeps what it said of the batch for the layers of the block
@@ -89,7 +103,7 @@ def apply(made: Plan, *, scales: Mapping[str, Scale] | None = None, backend: str
             for name in one.flags:
                 one.module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
             attach(one.module, one.experts, one.gate, backend)
-        guards.install(places)
+        fuse_guard.install(places)
         turns.watch(parts)
         handle = Handle(patched, made, places, parts, turns)
         handle.set_scales(scales or {})
@@ -104,7 +118,11 @@ def apply(made: Plan, *, scales: Mapping[str, Scale] | None = None, backend: str
 def _used_roots(made: Plan) -> list[nn.Module]:
     """The module, or those components of the pipeline that hold a planned layer."""
     parts = roots(made.model)
-    return [root for name, root in parts.items() if not name or any(f"{path}.".startswith(f"{name}.") for path in made.layers)]
+    return [
+        root
+        for name, root in parts.items()
+        if not name or any(f"{path}.".startswith(f"{name}.") for path in made.layers)
+    ]
 
 
 def _record(layer: PlannedLayer, experts: LayerExperts, gate: Gate | None) -> Patched:

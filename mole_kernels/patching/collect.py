@@ -30,26 +30,40 @@ def collect_bank(patched: Iterable[Patched], made: Plan) -> ExpertBank:
             if rank:
                 whole = one.experts.factor(name)
                 layers[name][one.path] = LowRank(
-                    whole.down[:rank].clone(), whole.up[:, :rank].clone(), whole.scale, conv=conv_of(one.module)
-                )  # fmt: skip
+                    whole.down[:rank].clone(),
+                    whole.up[:, :rank].clone(),
+                    whole.scale,
+                    conv=conv_of(one.module),
+                )
     experts = {
-        name: Expert(layers[name], dialect="memory", source=made.experts[name].source, metadata=made.experts[name].metadata)
+        name: Expert(
+            layers[name],
+            dialect="memory",
+            source=made.experts[name].source,
+            metadata=made.experts[name].metadata,
+        )
         for name in made.names
     }
     return ExpertBank(experts)
 
 
 def collect_gates(patched: Iterable[Patched], names: Sequence[str]) -> GateFile | None:
-    """Copies of every layer's MoLE gate, one row for each of `names`; rows of experts that a layer lacks are zero and never read."""
+    """Copies of every layer's MoLE gate, one row for each of `names`; rows of experts that a layer lacks are
+    zero and never read.
+    """
     layers: dict[str, GateTensors] = {}
     for one in patched:
         if one.gate is None:
             continue
         if not isinstance(one.gate, MoLEGate):
-            raise MoleStateError("gates", f"{one.path} has a {type(one.gate).__name__}; only MoLE gates are kept in files")
+            raise MoleStateError(
+                "gates", f"{one.path} has a {type(one.gate).__name__}; only MoLE gates are kept in files"
+            )
         rows = [list(names).index(name) for name in one.experts.names]
         gate = one.gate
-        layers[one.path] = GateTensors(*(_spread(t, rows, len(names)) for t in (gate.phi, gate.phi_bias, gate.head, gate.head_bias)))
+        layers[one.path] = GateTensors(
+            *(_spread(t, rows, len(names)) for t in (gate.phi, gate.phi_bias, gate.head, gate.head_bias))
+        )
     return GateFile(layers, tuple(names), {}) if layers else None
 
 

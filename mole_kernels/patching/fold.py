@@ -1,8 +1,11 @@
 """A static mixture inside the base weights: W' = W + Σ_e s_e g_e B_e A_e, and back out again.
 
-Folded, a layer runs at the plain layer's speed; it can no longer tell one token or sample from another, so only constant gates fold.
-Back out: from a kept copy, bit for bit; or by recomputing the same sum and taking it off, within u(|W'| + |W''|) of every element for the
-W'' that comes out, u half the distance from 1 to the next number of the weight's dtype (two roundings, one each way).
+Folded, a layer runs at the plain layer's speed; it can no longer tell one token or sample from another, so
+only constant gates fold.
+Back out: from a kept copy, bit for bit; or by recomputing the same sum and taking it off, within u(|W'| +
+|W''|) of every element for the
+W'' that comes out, u half the distance from 1 to the next number of the weight's dtype (two roundings, one
+each way).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.gate import ConstantGate
 from mole_kernels.layers.linear import Gated
 from mole_kernels.layers.spread import is_sharded
-from mole_kernels.patching.targets import roots
+from mole_kernels.modules.scan import roots
 
 if TYPE_CHECKING:
     from mole_kernels.patching.patched import Patched
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Layer:
-    """One folded layer: what it was made of, the versions of those tensors, and the copy of its weight (None: recompute)."""
+    """One folded layer: what it was made of, the versions of those tensors, and the copy of its weight (None:
+    recompute).
+    """
 
     path: str
     module: Gated
@@ -46,11 +51,17 @@ class Folded:
 
     @torch.no_grad()
     def unfold(self) -> None:
-        """W as it was (see the module's text), experts on again; all or nothing. Refused where somebody wrote to what this depends on."""
+        """W as it was (see the module's text), experts on again; all or nothing. Refused where somebody wrote
+        to what this depends on.
+        """
         for one in self._layers:
             if _versions(one.module, one.kept is None) != one.versions:
                 what = "its weight was" if one.kept is not None else "its weight or its experts were"
-                raise MoleStateError("unfold", f"{one.path}: {what} written to while folded", hint="what is in the weight now is unknown")
+                raise MoleStateError(
+                    "unfold",
+                    f"{one.path}: {what} written to while folded",
+                    hint="what is in the weight now is unknown",
+                )
         try:
             for one in self._layers:
                 weight = _weight(one.module)
@@ -74,9 +85,11 @@ class Folded:
 def fold(model: object, patched: Iterable[Patched], *, keep: bool = True) -> Folded:
     """Put every layer's experts into its weight and switch them off; all or nothing.
 
-    keep  copies of the weights are kept, and unfolding is exact; without them it is within the stated tolerance, and so is the way
+    keep  copies of the weights are kept, and unfolding is exact; without them it is within the stated
+          tolerance, and so is the way
           back from a failure half-way
-    A layer whose experts are switched off is left alone. Raises MoleStateError where a gate varies by token, sample or step, where every
+    A layer whose experts are switched off is left alone. Raises MoleStateError where a gate varies by token,
+    sample or step, where every
     sample has experts of its own, and where a weight is shared, not in memory or made under inference_mode.
     """
     chosen = [one for one in patched if cast(Gated, one.module).experts_on]
@@ -97,7 +110,11 @@ def fold(model: object, patched: Iterable[Patched], *, keep: bool = True) -> Fol
                         "the folded weight would hold NaN",
                         hint="an expert, a scale or a product of theirs is NaN",
                     )
-                raise MoleValueError(f"fold, layer {one.path}", f"the folded weight overflows in {weight.dtype}", hint="fold in bfloat16")
+                raise MoleValueError(
+                    f"fold, layer {one.path}",
+                    f"the folded weight overflows in {weight.dtype}",
+                    hint="fold in bfloat16",
+                )
             layer = _Layer(one.path, module, weight.detach().clone(), ())
             done.append(layer)
             weight.copy_(new)
@@ -163,7 +180,9 @@ def _versions(module: nn.Module, recompute: bool) -> tuple[int, ...]:
     if recompute:
         experts = cast(LayerExperts, module.experts)
         tensors += [experts.up, experts.down, experts.scale]
-        tensors += module.gate.state_dict(keep_vars=True).values() if isinstance(module.gate, ConstantGate) else []
+        tensors += (
+            module.gate.state_dict(keep_vars=True).values() if isinstance(module.gate, ConstantGate) else []
+        )
     return tuple(t._version for t in tensors)
 
 

@@ -1,4 +1,6 @@
-"""The patched model in the caller's hand: change scales and experts, read the gates, switch off, take off, save."""
+"""The patched model in the caller's hand: change scales and experts, read the gates, switch off, take off,
+save.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +13,24 @@ from torch import Tensor, nn
 
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
+from mole_kernels.grouping.groups import Groups
 from mole_kernels.io.bank import save_bank
 from mole_kernels.io.gates import GateFile, save_gates
 from mole_kernels.layers import spread
 from mole_kernels.layers.attach import PLAIN_CLASS, detach, follows_class
 from mole_kernels.layers.linear import Gated
-from mole_kernels.patching import guards
-from mole_kernels.patching.blocks import Weight, by_layer, check_weight
-from mole_kernels.patching.cache import Check, Forward, TextCache, cache_text
+from mole_kernels.modules.forward_lock import Switch, Turns
+from mole_kernels.modules.group_offload import in_groups, regroup
+from mole_kernels.modules.snapshot import all_or_nothing
+from mole_kernels.patching import fuse_guard
+from mole_kernels.patching.block_scales import Weight, by_layer, check_weight
 from mole_kernels.patching.collect import collect_bank, collect_gates
 from mole_kernels.patching.fold import Folded, fold
-from mole_kernels.patching.grouped import Groups
-from mole_kernels.patching.offload import in_groups, regroup
 from mole_kernels.patching.patched import Patched
+from mole_kernels.patching.scale_writer import ScaleWriter
 from mole_kernels.patching.sources import read_expert
 from mole_kernels.patching.swap import swap_expert
-from mole_kernels.patching.turns import Switch, Turns
-from mole_kernels.patching.undo import all_or_nothing
-from mole_kernels.patching.weights import ScaleWriter
+from mole_kernels.text_cache.cache import Check, Forward, TextCache, cache_text
 
 # a number, or block weights as diffusers' set_adapters takes them
 Scale: TypeAlias = float | Mapping[str, Any]
@@ -45,7 +47,8 @@ if TYPE_CHECKING:
 class GateMap(NamedTuple):
     """What the gates of one layer said in its last forward; None where the layer has no such gate.
 
-    token [B,T,E] float32   sample [B,E] float32   given: broadcastable to [B,T,E] (constants, masks)   names: the experts, in E's order
+    token [B,T,E] float32   sample [B,E] float32   given: broadcastable to [B,T,E] (constants, masks)   names:
+                            the experts, in E's order
     """
 
     token: Tensor | None
@@ -58,9 +61,13 @@ class Handle:
     """What `patch` returns. Also a context manager that removes the patch at its end."""
 
     def __init__(
-        self, patched: Sequence[Patched], made: Plan, places: list[tuple[nn.Module, str, list[str]]], roots: Sequence[nn.Module],
+        self,
+        patched: Sequence[Patched],
+        made: Plan,
+        places: list[tuple[nn.Module, str, list[str]]],
+        roots: Sequence[nn.Module],
         turns: Turns,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._patched = {one.path: one for one in patched}
         self._plan = made
         self._places = places
@@ -87,7 +94,8 @@ class Handle:
         if self._active:
             self.remove()
 
-    # -- what is there --------------------------------------------------------------------------------------------------------------
+    # -- what is there
+    # --------------------------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,7 +123,9 @@ class Handle:
         return self._active
 
     def gate_maps(self) -> dict[str, GateMap]:
-        """path -> what the layer's gates said in its last eager forward; layers that have not run since the patch are left out."""
+        """path -> what the layer's gates said in its last eager forward; layers that have not run since the
+        patch are left out.
+        """
         self._check_active("gate_maps")
         maps = {}
         for path, one in self._patched.items():
@@ -124,12 +134,16 @@ class Handle:
                 maps[path] = GateMap(last.token, last.sample, one.experts.names, last.given)
         if not maps:
             raise MoleStateError(
-                "gate_maps", "no patched layer has run yet", hint="run the model first, eagerly: a compiled forward keeps no gate maps"
-            )  # fmt: skip
+                "gate_maps",
+                "no patched layer has run yet",
+                hint="run the model first, eagerly: a compiled forward keeps no gate maps",
+            )
         return maps
 
     def expert_parameters(self, name: str | None = None) -> list[nn.Parameter]:
-        """down and up of every layer; with a name, of the layers of that expert, which must hold it alone (they are packed)."""
+        """down and up of every layer; with a name, of the layers of that expert, which must hold it alone
+        (they are packed).
+        """
         self._check_active("expert_parameters")
         self._check_here("expert_parameters")
         ones = list(self._patched.values())
@@ -138,8 +152,10 @@ class Handle:
             ones = [one for one in ones if name in one.experts.names]
             if any(len(one.experts.names) > 1 for one in ones):
                 raise MoleStateError(
-                    "expert_parameters", f"{name} shares its packed parameters with other experts", hint="train it in a patch of its own"
-                )  # fmt: skip
+                    "expert_parameters",
+                    f"{name} shares its packed parameters with other experts",
+                    hint="train it in a patch of its own",
+                )
         return [p for one in ones for p in (one.experts.down, one.experts.up)]
 
     def gate_parameters(self) -> list[nn.Parameter]:
@@ -147,7 +163,11 @@ class Handle:
         self._check_active("gate_parameters")
         self._check_here("gate_parameters")
         # gates of one block may share their router
-        return list(dict.fromkeys(p for one in self._patched.values() if one.gate is not None for p in one.gate.parameters()))
+        return list(
+            dict.fromkeys(
+                p for one in self._patched.values() if one.gate is not None for p in one.gate.parameters()
+            )
+        )
 
     def train_experts(self, on: bool = True) -> list[nn.Parameter]:
         """Switch gradients of the experts on or off; returns their parameters, for an optimiser."""
@@ -157,20 +177,28 @@ class Handle:
         """Switch gradients of the gates on or off; returns their parameters."""
         return _require_grad(self.gate_parameters(), on)
 
-    # -- change ---------------------------------------------------------------------------------------------------------------------
+    # -- change
+    # ---------------------------------------------------------------------------------------------------------------------
 
     def set_scales(self, scales: Mapping[str, Scale]) -> None:
         """Set adapter weights by name; the others keep theirs. A tensor write: nothing recompiles.
 
         A weight is a number, or a number for each block of a UNet as diffusers' `set_adapters` takes them:
-        {"down": 0.5, "mid": 1.0, "up": {"block_0": 0.2, "block_1": [0.4, 0.8, 1.0]}}, blocks left out count 1.
+        {"down": 0.5, "mid": 1.0, "up": {"block_0": 0.2, "block_1": [0.4, 0.8, 1.0]}}, blocks left out count
+        1.
         """
         self._check_active("set_scales")
         checked = check_weights(scales, self._names)
         weights = dict(self._weights)
-        weights |= {n: by_layer(n, s, self.model, self._patched) if isinstance(s, Mapping) else s for n, s in checked.items()}
+        weights |= {
+            n: by_layer(n, s, self.model, self._patched) if isinstance(s, Mapping) else s
+            for n, s in checked.items()
+        }
         layers = {path: one.experts for path, one in self._patched.items()}
-        with self._turns.change(), self._fetched(write=True, always=any(one.scale.is_meta for one in layers.values())):
+        with (
+            self._turns.change(),
+            self._fetched(write=True, always=any(one.scale.is_meta for one in layers.values())),
+        ):
             try:
                 self._writer.write(layers, weights)
                 self._scales, self._weights = self._scales | checked, weights
@@ -182,14 +210,18 @@ class Handle:
     def swap(self, name: str, source: Source, *, strict: bool = True) -> None:
         """Replace one expert by another, all or nothing; its adapter weight and gate rows stay.
 
-        A rank up to the packed one is written in place, padded with zeros (no shape changes, nothing recompiles). A larger rank packs
+        A rank up to the packed one is written in place, padded with zeros (no shape changes, nothing
+        recompiles). A larger rank packs
         those layers anew: their parameters are new objects, which an optimiser or a CUDA graph does not know.
-        A layer that the new expert lacks gets none of it. A key that meets no layer of the old expert is an error (strict) or a warning.
+        A layer that the new expert lacks gets none of it. A key that meets no layer of the old expert is an
+        error (strict) or a warning.
         """
         self._check_active("swap")
         self._check_names("swap", [name])
         if any(spread.is_sharded(one.experts.down) for one in self._patched.values()):
-            raise MoleStateError("Handle.swap", "the experts are sharded over ranks", hint="swap first, then fully_shard")
+            raise MoleStateError(
+                "Handle.swap", "the experts are sharded over ranks", hint="swap first, then fully_shard"
+            )
         # no forward waits for a file
         expert = read_expert(name, source, self.model)
         with self._turns.change():
@@ -198,7 +230,11 @@ class Handle:
                 # the old one has staged the old base scales
                 self._writer = ScaleWriter(self._names)
                 swap_expert(self._patched, self._plan, name, expert, strict, self._weights)
-            anew = [(one.experts, old) for one, old in zip(self._patched.values(), before) if one.experts is not old]
+            anew = [
+                (one.experts, old)
+                for one, old in zip(self._patched.values(), before)
+                if one.experts is not old
+            ]
             for new, old in anew:
                 if spread.offloaded(old):
                     spread.offload_like(new, old)
@@ -210,19 +246,25 @@ class Handle:
         return self._switch(True)
 
     def disable(self) -> Switch:
-        """Turn the experts off: the base model's output bit for bit. `with handle.disable():` turns them on at its end."""
+        """Turn the experts off: the base model's output bit for bit. `with handle.disable():` turns them on
+        at its end.
+        """
         return self._switch(False)
 
     def cache_text(self, *, check: Check = "sample", texts: int = 4) -> TextCache:
-        """Make the keys and values of cross-attention once per text, not once per step: see `cache_text`. `remove` closes it."""
+        """Make the keys and values of cross-attention once per text, not once per step: see `cache_text`.
+        `remove` closes it.
+        """
         self._check_active("cache_text")
         self._cache = cache_text(self._plan.model, check=check, texts=texts)
         return self._cache
 
     def group(self) -> Groups:
-        """Layers that read one tensor (q, k, v of an attention) become one product where that is exact and faster; the rest stay.
+        """Layers that read one tensor (q, k, v of an attention) become one product where that is exact and
+        faster; the rest stay.
 
-        Their weights are moved to lie side by side, none twice. `Groups.report()` says what was grouped and why the others were not;
+        Their weights are moved to lie side by side, none twice. `Groups.report()` says what was grouped and
+        why the others were not;
         `Groups.remove()`, and `remove`, take the groups apart again, bit for bit.
         """
         self._check_active("group")
@@ -232,9 +274,11 @@ class Handle:
         return self.groups
 
     def fold(self, *, keep: bool = True) -> None:
-        """Put the mixture into the weights (W' = W + Σ s g B A): the plain layer's speed, for gates that are constant. All or nothing.
+        """Put the mixture into the weights (W' = W + Σ s g B A): the plain layer's speed, for gates that are
+        constant. All or nothing.
 
-        keep  copies of the weights are kept, so that `unfold` is exact; without them it is within two roundings (`patching.fold`)
+        keep  copies of the weights are kept, so that `unfold` is exact; without them it is within two
+              roundings (`patching.fold`)
         Until `unfold`, only what reads the handle is allowed.
         """
         self._check_active("fold")
@@ -255,22 +299,30 @@ class Handle:
                 raise
 
     def hold(self) -> AbstractContextManager[None]:
-        """`with handle.hold(): pipe(…)`: no other thread's change comes in between, so that all steps of a picture see one model.
+        """`with handle.hold(): pipe(…)`: no other thread's change comes in between, so that all steps of a
+        picture see one model.
 
-        Without it every forward of the model (of each patched component) is wholly before or wholly after a change through this handle;
-        changes wait for the forwards that run. Not so inside torch.compile of the whole model and for layers called on their own.
+        Without it every forward of the model (of each patched component) is wholly before or wholly after a
+        change through this handle;
+        changes wait for the forwards that run. Not so inside torch.compile of the whole model and for layers
+        called on their own.
         """
         return self._turns.hold()
 
     def change(self) -> AbstractContextManager[None]:
-        """`with handle.change(): handle.swap(…); handle.set_scales(…)`: other threads' forwards see all of it or none."""
+        """`with handle.change(): handle.swap(…); handle.set_scales(…)`: other threads' forwards see all of it
+        or none.
+        """
         return self._turns.change()
 
     def split_tokens(self, group: ProcessGroup | None) -> None:
-        """The batch's tokens are spread over the ranks of `group` (context parallel): gates per sample look at all of them.
+        """The batch's tokens are spread over the ranks of `group` (context parallel): gates per sample look
+        at all of them.
 
-        One all-reduce of [B,R] for each layer with such a gate, with its gradient. Token gates need nothing; masks and given gates are
-        this rank's part. None: each rank's tokens are a batch of their own again. Copies and saved models forget the group.
+        One all-reduce of [B,R] for each layer with such a gate, with its gradient. Token gates need nothing;
+        masks and given gates are
+        this rank's part. None: each rank's tokens are a batch of their own again. Copies and saved models
+        forget the group.
         """
         self._check_active("split_tokens")
         with self._turns.change():
@@ -278,7 +330,8 @@ class Handle:
                 one.module.tokens_group = group  # type: ignore[assignment]
 
     def remove(self) -> None:
-        """Take everything off, all or nothing: modules, flags and outputs are bit for bit as they were before the patch.
+        """Take everything off, all or nothing: modules, flags and outputs are bit for bit as they were before
+        the patch.
 
         Raises MoleStateError the second time, and where a layer meanwhile belongs to another patch.
         """
@@ -287,21 +340,24 @@ class Handle:
             self._check_ours(path, one)
         with self._turns.change():
             self.groups.remove()
-            with all_or_nothing([*self.layers.values(), *(module for module, _, _ in self._places), *self._roots]):
+            with all_or_nothing(
+                [*self.layers.values(), *(module for module, _, _ in self._places), *self._roots]
+            ):
                 for one in self._patched.values():
                     detach(one.module)
                     for name, flag in one.flags.items():
                         parameter = one.module._parameters.get(name)
                         if parameter is not None and parameter.requires_grad != flag:
                             parameter.requires_grad_(flag)
-                guards.uninstall(self._places)
+                fuse_guard.uninstall(self._places)
                 self._turns.unwatch(self._roots)
                 self._active = False
             if self._cache is not None:
                 self._cache.close()
             regroup(in_groups(self._roots))
 
-    # -- keep -----------------------------------------------------------------------------------------------------------------------
+    # -- keep
+    # -----------------------------------------------------------------------------------------------------------------------
 
     def bank(self) -> ExpertBank:
         """The experts as they stand (copies), adapter weights not included."""
@@ -310,7 +366,9 @@ class Handle:
             return collect_bank(self._patched.values(), self._plan)
 
     def gates(self) -> GateFile | None:
-        """The MoLE gates as they stand (copies); None where no layer has any. Other kinds of gates raise MoleStateError."""
+        """The MoLE gates as they stand (copies); None where no layer has any. Other kinds of gates raise
+        MoleStateError.
+        """
         self._check_active("gates")
         with self._fetched():
             return collect_gates(self._patched.values(), self._names)
@@ -320,51 +378,68 @@ class Handle:
         save_bank(self.bank(), path, gates=self.gates())
 
     def save_gates(
-        self, path: str | os.PathLike[str], dialect: Literal["official", "native"] = "native", dtype: torch.dtype | None = None
+        self,
+        path: str | os.PathLike[str],
+        dialect: Literal["official", "native"] = "native",
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """The gates alone; "official" is the dialect of MoLE's own files, for a UNet with the experts face and hand."""
+        """The gates alone; "official" is the dialect of MoLE's own files, for a UNet with the experts face
+        and hand.
+        """
         file = self.gates()
         if file is None:
             raise MoleStateError("save_gates", "the patched layers have no gates")
         save_gates(file, path, dialect=dialect, dtype=dtype)
 
-    # -- checks ---------------------------------------------------------------------------------------------------------------------
+    # -- checks
+    # ---------------------------------------------------------------------------------------------------------------------
 
     def _check_active(self, what: str) -> None:
         if not self._active:
-            raise MoleStateError(f"Handle.{what}", "this patch was removed already", hint="mole_kernels.patch makes a new one")
+            raise MoleStateError(
+                f"Handle.{what}", "this patch was removed already", hint="mole_kernels.patch makes a new one"
+            )
         if self._folded is not None and what not in ("with", "bank", "gates"):
-            raise MoleStateError(f"Handle.{what}", "the experts are folded into the weights", hint="handle.unfold() first")
+            raise MoleStateError(
+                f"Handle.{what}", "the experts are folded into the weights", hint="handle.unfold() first"
+            )
 
     def _check_here(self, what: str) -> None:
         if any(spread.offloaded(one.experts) for one in self._patched.values()):
             raise MoleStateError(
-                f"Handle.{what}", "offload hooks hold the experts between calls, and would drop their gradients",
+                f"Handle.{what}",
+                "offload hooks hold the experts between calls, and would drop their gradients",
                 hint="accelerate.hooks.remove_hook_from_submodules(model) first",
-            )  # fmt: skip
+            )
 
     def _check_names(self, what: str, names: Sequence[str]) -> None:
         for name in names:
             if name not in self._names:
-                raise MoleValueError(f"Handle.{what}", expected=f"one of the experts {', '.join(self._names)}", got=repr(name))
+                raise MoleValueError(
+                    f"Handle.{what}", expected=f"one of the experts {', '.join(self._names)}", got=repr(name)
+                )
 
     def _check_ours(self, path: str, one: Patched) -> None:
         if not isinstance(one.module, Gated) or one.module.experts is not one.experts:
             raise MoleStateError(
-                "Handle.remove", f"{path} no longer holds the experts of this patch", hint="remove the other patch of this layer first"
-            )  # fmt: skip
+                "Handle.remove",
+                f"{path} no longer holds the experts of this patch",
+                hint="remove the other patch of this layer first",
+            )
         if type(one.module) not in PLAIN_CLASS:
             raise MoleStateError(
-                "Handle.remove", f"{path} has become a {type(one.module).__name__}, which cannot be undone",
+                "Handle.remove",
+                f"{path} has become a {type(one.module).__name__}, which cannot be undone",
                 hint="fully_shard the blocks that hold the layers, not the layers themselves",
-            )  # fmt: skip
+            )
         found = one.module.__dict__.get("forward")
         # a text cache follows the class
         if found is not None and not isinstance(found, Forward) and not follows_class(one.module):
             raise MoleStateError(
-                "Handle.remove", f"a hook replaced the forward of {path} after it was patched, and would go on calling the patched one",
+                "Handle.remove",
+                f"a hook replaced the forward of {path} after it was patched, and would go on calling the patched one",
                 hint="take that hook (diffusers' offload or layerwise casting) off first",
-            )  # fmt: skip
+            )
 
     def _switch(self, on: bool) -> Switch:
         self._check_active("enable" if on else "disable")
@@ -382,7 +457,9 @@ class Handle:
 
     @contextmanager
     def _fetched(self, *, write: bool = False, always: bool = True) -> Iterator[None]:
-        """Inside the block the tensors are here that accelerate's hooks keep elsewhere; with `write` what was written is kept."""
+        """Inside the block the tensors are here that accelerate's hooks keep elsewhere; with `write` what was
+        written is kept.
+        """
         ones = self._patched.values()
         if always and any(spread.offloaded(one.experts) for one in ones):
             with spread.loaded(*(module for one in ones for module in (one.experts, one.gate)), write=write):
@@ -403,8 +480,15 @@ def check_weights(scales: Mapping[str, Scale], names: Sequence[str]) -> dict[str
         raise MoleTypeError("scales", expected="{expert name: weight}", got=type(scales).__name__)
     for name, weight in scales.items():
         if name not in names:
-            raise MoleValueError("scales", expected=f"weights for the experts {', '.join(names)}", got=f"one for {name!r}")
+            raise MoleValueError(
+                "scales", expected=f"weights for the experts {', '.join(names)}", got=f"one for {name!r}"
+            )
         if isinstance(weight, list | tuple):
-            raise MoleTypeError(f"scale of expert {name!r}", expected="a number, or block weights", got=type(weight).__name__)
+            raise MoleTypeError(
+                f"scale of expert {name!r}", expected="a number, or block weights", got=type(weight).__name__
+            )
         check_weight(name, weight)
-    return {name: dict(weight) if isinstance(weight, Mapping) else float(weight) for name, weight in scales.items()}
+    return {
+        name: dict(weight) if isinstance(weight, Mapping) else float(weight)
+        for name, weight in scales.items()
+    }

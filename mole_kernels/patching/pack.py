@@ -15,10 +15,16 @@ from mole_kernels.layers.spread import compute_dtype, execution_device
 
 
 def pack(path: str, factors: Mapping[str, LowRank], module: nn.Module) -> LayerExperts:
-    """The experts of one layer, in its dtype and on its device; while it is on meta on that of its offload hook, or on their own."""
+    """The experts of one layer, in its dtype and on its device; while it is on meta on that of its offload
+    hook, or on their own.
+    """
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    device = weight.device if not weight.is_meta else execution_device(module) or next(iter(factors.values())).down.device
+    device = (
+        weight.device
+        if not weight.is_meta
+        else execution_device(module) or next(iter(factors.values())).down.device
+    )
     experts = LayerExperts.from_factors(factors, dtype=compute_dtype(module), device=device)
     for name, factor in factors.items():
         span = experts.span(name)
@@ -27,21 +33,26 @@ def pack(path: str, factors: Mapping[str, LowRank], module: nn.Module) -> LayerE
 
 
 def check_narrowing(name: str, path: str, factor: LowRank, down: Tensor, up: Tensor) -> None:
-    """Values that a smaller dtype (float16, above all) cannot hold are an error, not an infinity in every picture.
+    """Values that a smaller dtype (float16, above all) cannot hold are an error, not an infinity in every
+    picture.
 
     down, up  the factors after the cast
     """
     if not finite(factor.scale, torch.float32):
         raise MoleValueError(
-            f"expert {name!r}, layer {path}", expected="a finite scale that float32 holds", got=factor.scale,
+            f"expert {name!r}, layer {path}",
+            expected="a finite scale that float32 holds",
+            got=factor.scale,
             hint="scales are kept in float32 whatever the layer's dtype",
-        )  # fmt: skip
-    # twice: float32 and bfloat16 end at nearly the same number, and a pass over every bfloat16 expert would be for nothing
+        )
+    # twice: float32 and bfloat16 end at nearly the same number, and a pass over every bfloat16 expert would
+    # be for nothing
     limit = 2 * torch.finfo(down.dtype).max
     if max(torch.finfo(factor.down.dtype).max, torch.finfo(factor.up.dtype).max) <= limit:
         return
     if not (bool(down.isfinite().all()) and bool(up.isfinite().all())):
         raise MoleValueError(
-            f"expert {name!r}, layer {path}", f"its values do not fit the layer's {str(down.dtype)[6:]}",
+            f"expert {name!r}, layer {path}",
+            f"its values do not fit the layer's {str(down.dtype)[6:]}",
             hint="run the model in bfloat16 or float32",
-        )  # fmt: skip
+        )

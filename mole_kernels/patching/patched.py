@@ -12,9 +12,11 @@ from mole_kernels.gates.gate import Gate
 
 @dataclass
 class Patched:
-    """One patched layer: its module, what was put on it, its own parameters' requires_grad before, and each expert's rank.
+    """One patched layer: its module, what was put on it, its own parameters' requires_grad before, and each
+    expert's rank.
 
-    A rank is smaller than the packed one after a swap to a smaller expert; 0 where the new expert lacks the layer.
+    A rank is smaller than the packed one after a swap to a smaller expert; 0 where the new expert lacks the
+    layer.
     """
 
     path: str

@@ -9,15 +9,22 @@ from functools import partial
 
 from torch import nn
 
-from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, MoleTypeError, MoleWarning, printable
+from mole_kernels.errors import (
+    MoleKeyError,
+    MoleShapeError,
+    MoleStateError,
+    MoleTypeError,
+    MoleWarning,
+    printable,
+)
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.io.gates import GateFile, GateTensors
 from mole_kernels.layers.attach import reject
-from mole_kernels.patching.gating import match_gates
-from mole_kernels.patching.names import Names, few, hint_for, other_family
+from mole_kernels.modules.names import Names, few, hint_for, other_family
+from mole_kernels.modules.scan import Scan, scan, sizes
+from mole_kernels.patching.gates import match_gates
+from mole_kernels.patching.plan_table import plan_table
 from mole_kernels.patching.sources import GateMaker, Source, read_experts, read_gates
-from mole_kernels.patching.table import plan_table
-from mole_kernels.patching.targets import Scan, scan, sizes
 
 Targets = Iterable[str] | Mapping[str, nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -77,14 +84,19 @@ def plan(
 
     model    an nn.Module or a diffusers pipeline
     experts  {name: path | tensors | Expert}, an ExpertBank, or the path of a file that `Handle.save` wrote
-    gates    None: no gate (or the single file's own) · a path or GateFile · "mole", "local", "global": fresh MoLE gates, trainable ·
-             "constant": one learned constant for each expert · "softmax", "top-1", "top-2": a softmax over the experts per token ·
+    gates    None: no gate (or the single file's own) · a path or GateFile · "mole", "local", "global": fresh
+             MoLE gates, trainable ·
+             "constant": one learned constant for each expert · "softmax", "top-1", "top-2": a softmax over
+             the experts per token ·
              a callable (path, module, layer_experts) -> Gate
-    strict   a key that meets no layer is an error; with False a MoleWarning, and it is listed. No key at all is always an error
-    targets  only these layers: paths or their endings ("attn2.to_k"), a dict such as `mole_targets` gives, or (path, module) -> bool
+    strict   a key that meets no layer is an error; with False a MoleWarning, and it is listed. No key at all
+             is always an error
+    targets  only these layers: paths or their endings ("attn2.to_k"), a dict such as `mole_targets` gives, or
+             (path, module) -> bool
     allow_large_rank  take ranks above min(K, N) too
 
-    Raises MoleKeyError, MoleShapeError, MoleValueError, MoleTypeError, MoleStateError (layers already patched), MoleFileError.
+    Raises MoleKeyError, MoleShapeError, MoleValueError, MoleTypeError, MoleStateError (layers already
+    patched), MoleFileError.
     """
     by_name, own_gates = read_experts(experts, model)
     spec = read_gates(gates)
@@ -103,39 +115,59 @@ def plan(
         for name, expert in by_name.items():
             if path in matched[name]:
                 key, layer.factors[name] = matched[name][path]
-                check_factor(partial(where_in, name, expert, key), layer, layer.factors[name], allow_large_rank)
+                check_factor(
+                    partial(where_in, name, expert, key), layer, layer.factors[name], allow_large_rank
+                )
         if layer.factors:
             made.layers[path] = layer
     for name in by_name:
         if not matched[name]:
-            raise MoleKeyError("targets", f"none of the layers asked for is in {source_of(name, by_name[name])}")
+            raise MoleKeyError(
+                "targets", f"none of the layers asked for is in {source_of(name, by_name[name])}"
+            )
     _add_gates(made, names, gates, strict)
     return made
 
 
-def check_factor(where: Callable[[], str], layer: PlannedLayer, factor: LowRank, allow_large_rank: bool) -> None:
-    """One expert's factors fit one layer. `where` makes the start of a message, and only for one: this runs thousands of times."""
+def check_factor(
+    where: Callable[[], str], layer: PlannedLayer, factor: LowRank, allow_large_rank: bool
+) -> None:
+    """One expert's factors fit one layer. `where` makes the start of a message, and only for one: this runs
+    thousands of times.
+    """
     N, K = sizes(layer.module)
     if factor.conv and isinstance(layer.module, nn.Linear):
-        raise MoleShapeError(where(), expected=f"factors of a linear layer, {layer.path} is one", got="factors of a convolution")
+        raise MoleShapeError(
+            where(),
+            expected=f"factors of a linear layer, {layer.path} is one",
+            got="factors of a convolution",
+        )
     if factor.conv and isinstance(layer.module, nn.Conv2d) and factor.kernel != layer.module.kernel_size:
         here, there = ("x".join(map(str, kernel)) for kernel in (layer.module.kernel_size, factor.kernel))
         raise MoleShapeError(
-            where(), expected=f"factors of a {here} convolution, {layer.path} is one", got=f"factors of a {there} convolution"
+            where(),
+            expected=f"factors of a {here} convolution, {layer.path} is one",
+            got=f"factors of a {there} convolution",
         )
     if (factor.in_features, factor.out_features) != (K, N):
         raise MoleShapeError(
-            where(), expected=f"down [R,{K}] and up [{N},R] for layer {layer.path}",
-            got=f"down {list(factor.down.shape)} and up {list(factor.up.shape)}", hint="the expert was trained on a model of other widths",
-        )  # fmt: skip
+            where(),
+            expected=f"down [R,{K}] and up [{N},R] for layer {layer.path}",
+            got=f"down {list(factor.down.shape)} and up {list(factor.up.shape)}",
+            hint="the expert was trained on a model of other widths",
+        )
     if factor.rank > min(N, K) and not allow_large_rank:
         raise MoleShapeError(
-            where(), expected=f"a rank of at most min(K, N) = {min(N, K)} for layer {layer.path}", got=factor.rank,
+            where(),
+            expected=f"a rank of at most min(K, N) = {min(N, K)} for layer {layer.path}",
+            got=factor.rank,
             hint="such an expert costs more than the layer itself; allow_large_rank=True takes it anyway",
-        )  # fmt: skip
+        )
 
 
-def _match(name: str, expert: Expert, names: Names, found: Scan, wanted: set[str] | None, made: Plan) -> dict[str, tuple[str, LowRank]]:
+def _match(
+    name: str, expert: Expert, names: Names, found: Scan, wanted: set[str] | None, made: Plan
+) -> dict[str, tuple[str, LowRank]]:
     """path -> (key, factors); what meets no layer goes to made.unmatched and made.skipped."""
     where = source_of(name, expert)
     matched: dict[str, tuple[str, LowRank]] = {}
@@ -143,15 +175,21 @@ def _match(name: str, expert: Expert, names: Names, found: Scan, wanted: set[str
         path = names.find(key)
         if path is not None and path in found.patched:
             raise MoleStateError(
-                where, f"{path} already holds the experts {', '.join(found.patched[path].experts.names)}",
+                where,
+                f"{path} already holds the experts {', '.join(found.patched[path].experts.names)}",
                 hint="handle.remove() the earlier patch first, or give all experts to one patch; handle.swap() exchanges one",
-            )  # fmt: skip
+            )
         if path is None or path not in found.layers:
             made.unmatched[name].append(key)
             if path is not None:
-                made.skipped[path] = found.skipped.get(path) or reject(found.others[path]) or "takes no experts"
+                made.skipped[path] = (
+                    found.skipped.get(path) or reject(found.others[path]) or "takes no experts"
+                )
         elif path in matched:
-            raise MoleKeyError(where, f"one layer is named twice: {printable(matched[path][0])} and {printable(key)} are both {path}")
+            raise MoleKeyError(
+                where,
+                f"one layer is named twice: {printable(matched[path][0])} and {printable(key)} are both {path}",
+            )
         elif wanted is not None and path not in wanted:
             made.skipped[path] = "not among the targets asked for"
         else:
@@ -159,17 +197,24 @@ def _match(name: str, expert: Expert, names: Names, found: Scan, wanted: set[str
     return matched
 
 
-def _check_some_match(name: str, expert: Expert, matched: Mapping[str, object], found: Scan, names: Names, model: object) -> None:
+def _check_some_match(
+    name: str, expert: Expert, matched: Mapping[str, object], found: Scan, names: Names, model: object
+) -> None:
     keys = list(expert.layers)
     if not keys:
         raise MoleKeyError(source_of(name, expert), expected="factors of at least one layer", got="none")
     if not matched and not any(names.find(key) in found.layers for key in keys):
-        if reasons := [f"{key}: {found.skipped[path]}" for key in keys if (path := names.find(key)) in found.skipped]:
-            raise MoleKeyError(source_of(name, expert), f"none of its {len(keys)} layers takes experts here: {few(reasons)}")
+        if reasons := [
+            f"{key}: {found.skipped[path]}" for key in keys if (path := names.find(key)) in found.skipped
+        ]:
+            raise MoleKeyError(
+                source_of(name, expert), f"none of its {len(keys)} layers takes experts here: {few(reasons)}"
+            )
         raise MoleKeyError(
-            source_of(name, expert), f"none of its {len(keys)} layers is in this {type(model).__name__}: {few(keys)}",
+            source_of(name, expert),
+            f"none of its {len(keys)} layers is in this {type(model).__name__}: {few(keys)}",
             hint=hint_for(expert, found, model),
-        )  # fmt: skip
+        )
 
 
 def _report(made: Plan, names: Names, found: Scan, strict: bool) -> None:
@@ -180,13 +225,29 @@ def _report(made: Plan, names: Names, found: Scan, strict: bool) -> None:
             continue
         expert = made.experts[name]
         text = f"{len(keys)} of the {len(expert.layers)} layers of {source_of(name, expert)} meet no layer: {few(keys)}"
-        reasons = [f"{printable(key)}: {made.skipped[path]}" for key in keys if (path := names.find(key)) in made.skipped]
+        reasons = [
+            f"{printable(key)}: {made.skipped[path]}"
+            for key in keys
+            if (path := names.find(key)) in made.skipped
+        ]
         nearest = names.nearest(keys[0])
         other = other_family(expert, found, made.model)
-        text += f" ({reasons[0]})" if reasons else f" ({other})" if other else f" (nearest: {few(nearest)})" if nearest else ""
+        text += (
+            f" ({reasons[0]})"
+            if reasons
+            else f" ({other})"
+            if other
+            else f" (nearest: {few(nearest)})"
+            if nearest
+            else ""
+        )
         problems.append(text)
     if problems and strict:
-        raise MoleKeyError("experts", "; ".join(problems), hint="strict=False goes on without them and lists them in plan.unmatched")
+        raise MoleKeyError(
+            "experts",
+            "; ".join(problems),
+            hint="strict=False goes on without them and lists them in plan.unmatched",
+        )
     for text in problems:
         warnings.warn(f"mole_kernels: {text}", MoleWarning, stacklevel=4)
 
@@ -197,10 +258,16 @@ def _add_gates(made: Plan, names: Names, given: object, strict: bool) -> None:
     where = f"gates {printable(given)}" if isinstance(given, str) else "gates"
     match = match_gates(made.gates, names, made.layers, made.names, where)
     if not match.layers:
-        raise MoleKeyError(where, f"none of its {len(made.gates.layers)} layers is patched: {few(list(made.gates.layers))}")
+        raise MoleKeyError(
+            where, f"none of its {len(made.gates.layers)} layers is patched: {few(list(made.gates.layers))}"
+        )
     if complaint := match.complaint():
         if strict:
-            raise MoleKeyError(where, complaint, hint="strict=False goes on; layers without gates then count every expert fully")
+            raise MoleKeyError(
+                where,
+                complaint,
+                hint="strict=False goes on; layers without gates then count every expert fully",
+            )
         warnings.warn(f"mole_kernels: {where}: {complaint}", MoleWarning, stacklevel=4)
     made.gates_unmatched, made.gates_missing = match.unmatched, match.missing
     for path, tensors in match.layers.items():
@@ -213,7 +280,12 @@ def _wanted(targets: Targets | None, found: Scan, names: Names) -> set[str] | No
     if callable(targets):
         return {path for path, module in found.layers.items() if targets(path, module)}
     if isinstance(targets, str) or not isinstance(targets, Iterable):
-        raise MoleTypeError("targets", expected="paths, a dict of layers or a callable", got=repr(targets), hint='targets=["attn2.to_k"]')
+        raise MoleTypeError(
+            "targets",
+            expected="paths, a dict of layers or a callable",
+            got=repr(targets),
+            hint='targets=["attn2.to_k"]',
+        )
     wanted: set[str] = set()
     for target in targets:
         path = names.find(target)

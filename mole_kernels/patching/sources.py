@@ -27,7 +27,8 @@ FRESH_GATES = ("mole", "local", "global", "constant", "softmax", "top-1", "top-2
 def read_experts(experts: object, model: object) -> tuple[dict[str, Expert], GateFile | None]:
     """Experts by name, and the gates of our own single file if that is what was given.
 
-    experts  {name: path | tensors | Expert}, pairs of the same, an ExpertBank, or the path of a file that `Handle.save` wrote
+    experts  {name: path | tensors | Expert}, pairs of the same, an ExpertBank, or the path of a file that
+             `Handle.save` wrote
     """
     if isinstance(experts, ExpertBank):
         return dict(experts.experts), None
@@ -36,13 +37,18 @@ def read_experts(experts: object, model: object) -> tuple[dict[str, Expert], Gat
         return dict(bank.experts), gates
     pairs = _pairs(experts)
     if not pairs:
-        raise MoleValueError("experts", expected="at least one expert", got="none", hint='experts={"face": "face.safetensors"}')
+        raise MoleValueError(
+            "experts", expected="at least one expert", got="none", hint='experts={"face": "face.safetensors"}'
+        )
     names: set[str] = set()
     for name, source in pairs:
         if isinstance(source, Tensor):
             raise MoleTypeError(
-                "experts", expected="{name: source}", got="the tensors of one file", hint='give it a name: {"face": tensors}'
-            )  # fmt: skip
+                "experts",
+                expected="{name: source}",
+                got="the tensors of one file",
+                hint='give it a name: {"face": tensors}',
+            )
         check_name(name)
         if name in names:
             raise MoleValueError("experts", expected="names that differ", got=f"{printable(name)} twice")
@@ -55,8 +61,16 @@ def read_expert(name: str, source: Source, model: object) -> Expert:
     if isinstance(source, Expert):
         return source
     if not isinstance(source, str | os.PathLike | Mapping):
-        raise MoleTypeError(f"expert {name!r}", expected="a path, a mapping of tensors or an Expert", got=type(source).__name__)
-    pipeline = model if hasattr(model, "lora_state_dict") and not isinstance(model, nn.Module) else pipeline_for(model)
+        raise MoleTypeError(
+            f"expert {name!r}",
+            expected="a path, a mapping of tensors or an Expert",
+            got=type(source).__name__,
+        )
+    pipeline = (
+        model
+        if hasattr(model, "lora_state_dict") and not isinstance(model, nn.Module)
+        else pipeline_for(model)
+    )
     return load_expert(source, pipeline=pipeline)
 
 
@@ -69,8 +83,10 @@ def read_gates(gates: object) -> GateFile | GateMaker | str | None:
     if callable(gates):
         return gates
     raise MoleTypeError(
-        "gates", expected=f"None, a path, a GateFile, {', '.join(map(repr, FRESH_GATES))} or a callable", got=type(gates).__name__
-    )  # fmt: skip
+        "gates",
+        expected=f"None, a path, a GateFile, {', '.join(map(repr, FRESH_GATES))} or a callable",
+        got=type(gates).__name__,
+    )
 
 
 def _pairs(experts: Any) -> list[tuple[Any, Any]]:
@@ -78,4 +94,8 @@ def _pairs(experts: Any) -> list[tuple[Any, Any]]:
         return list(experts.items())
     if isinstance(experts, Sequence) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in experts):
         return list(experts)
-    raise MoleTypeError("experts", expected="{name: path | tensors | Expert}, an ExpertBank or a path", got=type(experts).__name__)
+    raise MoleTypeError(
+        "experts",
+        expected="{name: path | tensors | Expert}, an ExpertBank or a path",
+        got=type(experts).__name__,
+    )

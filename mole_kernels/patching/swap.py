@@ -12,20 +12,26 @@ from torch import Tensor
 from mole_kernels.errors import MoleKeyError, MoleWarning, printable
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import Expert, LowRank
-from mole_kernels.patching.blocks import Weight, weight_at
-from mole_kernels.patching.names import Names, few
+from mole_kernels.modules.names import Names, few
+from mole_kernels.modules.scan import scan
+from mole_kernels.modules.snapshot import all_or_nothing
+from mole_kernels.patching.block_scales import Weight, weight_at
 from mole_kernels.patching.pack import check_narrowing
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, PlannedLayer, check_factor, source_of, where_in
 from mole_kernels.patching.sources import Source, read_expert
-from mole_kernels.patching.targets import scan
-from mole_kernels.patching.undo import all_or_nothing
 
 
 def swap_expert(
-    patched: Mapping[str, Patched], made: Plan, name: str, source: Source, strict: bool, weights: Mapping[str, Weight]
+    patched: Mapping[str, Patched],
+    made: Plan,
+    name: str,
+    source: Source,
+    strict: bool,
+    weights: Mapping[str, Weight],
 ) -> Expert:
-    """Write the expert read from `source` into the place of `name`, and into the plan; returns it. Whatever it raises, nothing has changed.
+    """Write the expert read from `source` into the place of `name`, and into the plan; returns it. Whatever
+    it raises, nothing has changed.
 
     weights  the adapter weights, which stay
     """
@@ -40,7 +46,10 @@ def swap_expert(
         writes = [
             (target, value, target.clone())
             for one in in_place
-            for target, value in zip(_places(one, name), _stage(one, name, factors.get(one.path), weight_at(weights[name], one.path)))
+            for target, value in zip(
+                _places(one, name),
+                _stage(one, name, factors.get(one.path), weight_at(weights[name], one.path)),
+            )
         ]
         known, books = made.experts, [(one, one.experts, one.ranks) for one in held]
         with all_or_nothing([one.module for one in held]):
@@ -63,7 +72,9 @@ def swap_expert(
     return expert
 
 
-def match_held(held: list[Patched], made: Plan, name: str, expert: Expert, strict: bool) -> dict[str, LowRank]:
+def match_held(
+    held: list[Patched], made: Plan, name: str, expert: Expert, strict: bool
+) -> dict[str, LowRank]:
     """path -> the new expert's factors on the layers that held the old one."""
     where = source_of(name, expert)
     names, layers = Names(scan(made.model)), {one.path: one for one in held}
@@ -80,11 +91,18 @@ def match_held(held: list[Patched], made: Plan, name: str, expert: Expert, stric
         check_factor(partial(where_in, name, expert, key), layer, factor, made.allow_large_rank)
         factors[path] = factor
     if not factors:
-        raise MoleKeyError(where, f"none of its {len(expert.layers)} layers holds the expert it is to replace: {few(list(expert.layers))}")
+        raise MoleKeyError(
+            where,
+            f"none of its {len(expert.layers)} layers holds the expert it is to replace: {few(list(expert.layers))}",
+        )
     if unmatched:
         text = f"{len(unmatched)} of its {len(expert.layers)} layers do not hold the expert it is to replace: {few(unmatched)}"
         if strict:
-            raise MoleKeyError(where, text, hint="remove() and patch anew to adapt other layers, or strict=False to go on without these")
+            raise MoleKeyError(
+                where,
+                text,
+                hint="remove() and patch anew to adapt other layers, or strict=False to go on without these",
+            )
         warnings.warn(f"mole_kernels: {where}: {text}", MoleWarning, stacklevel=4)
     return factors
 
@@ -96,10 +114,17 @@ def _room(one: Patched, name: str) -> int:
 def _places(one: Patched, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The places of one expert in a packed layer: rows of down, columns of up, its base scale, its scale."""
     experts, e, span = one.experts, one.experts.index(name), one.experts.span(name)
-    return experts.down[:, span], experts.up[:, :, span], experts.base_scale[e : e + 1], experts.scale[e : e + 1]
+    return (
+        experts.down[:, span],
+        experts.up[:, :, span],
+        experts.base_scale[e : e + 1],
+        experts.scale[e : e + 1],
+    )
 
 
-def _stage(one: Patched, name: str, factor: LowRank | None, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _stage(
+    one: Patched, name: str, factor: LowRank | None, weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What goes into those places: the factors padded with zeros to the room there is, or zeros alone."""
     down, up, base, scale = (torch.zeros_like(place) for place in _places(one, name))
     if factor is not None:
@@ -112,7 +137,9 @@ def _stage(one: Patched, name: str, factor: LowRank | None, weight: float) -> tu
 
 
 def _repack(one: Patched, name: str, factor: LowRank, weights: Mapping[str, Weight]) -> LayerExperts:
-    """The layer's experts packed anew, with a larger rank for one of them; device, dtype, flags and weights as before."""
+    """The layer's experts packed anew, with a larger rank for one of them; device, dtype, flags and weights
+    as before.
+    """
     old = one.experts
     factors = {other: factor if other == name else old.factor(other) for other in old.names}
     new = LayerExperts.from_factors(factors, dtype=old.down.dtype, device=old.down.device)

@@ -1,4 +1,6 @@
-"""One identity as one flat vector: the factors of all layers, one after the other, each padded to the pool's rank."""
+"""One identity as one flat vector: the factors of all layers, one after the other, each padded to the pool's
+rank.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from mole_kernels.errors import MoleShapeError
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.patching.pack import check_narrowing
 
-# elements; in 16 bits 128 bytes, which is what the widest loads and tensor descriptors ask of a factor's first element
+# elements; in 16 bits 128 bytes, which is what the widest loads and tensor descriptors ask of a factor's
+# first element
 ALIGN = 64
 
 
@@ -51,22 +54,28 @@ class Layout:
         return down, pool.as_strided((S, p.N, R), (self.size, R, 1), pool.storage_offset() + p.up)
 
     def flatten(self, name: str, factors: Mapping[str, LowRank], out: Tensor) -> None:
-        """Write an identity's factors into out [size]: the scale goes into B, layers it lacks and the ranks it lacks are zero.
+        """Write an identity's factors into out [size]: the scale goes into B, layers it lacks and the ranks
+        it lacks are zero.
 
-        Raises MoleShapeError where its rank is above the pool's, MoleValueError where a value does not fit out's dtype.
+        Raises MoleShapeError where its rank is above the pool's, MoleValueError where a value does not fit
+        out's dtype.
         """
         for path, factor in factors.items():
             if factor.rank > self.rank:
                 raise MoleShapeError(
-                    f"identity {name!r}, layer {path}", expected=f"a rank of at most the pool's {self.rank}", got=factor.rank,
+                    f"identity {name!r}, layer {path}",
+                    expected=f"a rank of at most the pool's {self.rank}",
+                    got=factor.rank,
                     hint="serve(…, rank=…) makes a pool of a larger rank",
-                )  # fmt: skip
+                )
         out.zero_()
         for path, factor in factors.items():
             down, up = (view[0] for view in self.views(out[None], path))
             down[: factor.rank] = factor.down.detach()
             # in float32, so that the scale costs B no second rounding
-            up[:, : factor.rank] = factor.up.detach().to(torch.promote_types(torch.float32, factor.up.dtype)) * factor.scale
+            up[:, : factor.rank] = (
+                factor.up.detach().to(torch.promote_types(torch.float32, factor.up.dtype)) * factor.scale
+            )
             check_narrowing(name, path, factor, down, up)
 
 

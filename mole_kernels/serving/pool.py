@@ -24,13 +24,16 @@ class Stats:
 
 
 class Pool:
-    """capacity sets [capacity,size] on a device, and every identity's vector [size] on the host (pinned where there is a GPU).
+    """capacity sets [capacity,size] on a device, and every identity's vector [size] on the host (pinned where
+    there is a GPU).
 
     evict  True: an identity that no sample of the batch needs makes room; False: a full pool refuses
     Not for two threads at once: `Served` sees to that.
     """
 
-    def __init__(self, capacity: int, size: int, dtype: torch.dtype, device: torch.device, *, evict: bool = True) -> None:
+    def __init__(
+        self, capacity: int, size: int, dtype: torch.dtype, device: torch.device, *, evict: bool = True
+    ) -> None:
         if capacity < 1:
             raise MoleValueError("serve", expected="capacity >= 1 identity on the device", got=capacity)
         self.capacity, self.size, self.dtype, self.evict = capacity, size, dtype, evict
@@ -49,7 +52,8 @@ class Pool:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._arrived: dict[int, torch.cuda.Event] = {}
 
-    # -- identities -----------------------------------------------------------------------------------------------------------------
+    # -- identities
+    # -----------------------------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,7 +72,9 @@ class Pool:
         """Take or replace an identity; a set that held the old one is free again."""
         if vector.shape != (self.size,) or vector.dtype != self.dtype:
             raise MoleValueError(
-                f"identity {name!r}", expected=f"a vector [{self.size}] of {self.dtype}", got=f"{tuple(vector.shape)} of {vector.dtype}"
+                f"identity {name!r}",
+                expected=f"a vector [{self.size}] of {self.dtype}",
+                got=f"{tuple(vector.shape)} of {vector.dtype}",
             )
         self._release(name)
         self._host[name] = vector
@@ -78,12 +84,14 @@ class Pool:
         self._release(name)
         del self._host[name]
 
-    # -- by need --------------------------------------------------------------------------------------------------------------------
+    # -- by need
+    # --------------------------------------------------------------------------------------------------------------------
 
     def take(self, names: Sequence[str | None]) -> list[int]:
         """The set of each sample's identity, −1 for None; those that are not on the device are copied there.
 
-        Raises before anything is copied: MoleKeyError for an unknown identity (the sample named), MoleStateError where they do not fit.
+        Raises before anything is copied: MoleKeyError for an unknown identity (the sample named),
+        MoleStateError where they do not fit.
         """
         sets = self._fetch(names)
         self._held = {name for name in names if name is not None}
@@ -95,7 +103,8 @@ class Pool:
         return sets
 
     def prefetch(self, names: Sequence[str | None]) -> None:
-        """Start copying identities that the next batch will need; on a GPU beside whatever runs, from pinned memory.
+        """Start copying identities that the next batch will need; on a GPU beside whatever runs, from pinned
+        memory.
 
         The last batch's stay; what finds no room beside them is left for `take`.
         """
@@ -114,13 +123,16 @@ class Pool:
         missing = [name for name in wanted if name not in self._sets]
         if len(wanted) > self.capacity:
             raise MoleStateError(
-                "serve", f"the batch has {len(wanted)} identities and the pool room for {self.capacity}", hint="capacity=…"
+                "serve",
+                f"the batch has {len(wanted)} identities and the pool room for {self.capacity}",
+                hint="capacity=…",
             )
         if len(missing) > len(self._free) and not self.evict:
             raise MoleStateError(
-                "serve", f"the pool is full ({len(self._sets)} of {self.capacity} sets), {missing[0]!r} does not fit",
+                "serve",
+                f"the pool is full ({len(self._sets)} of {self.capacity} sets), {missing[0]!r} does not fit",
                 hint="evict=True, a larger capacity, or drop() one",
-            )  # fmt: skip
+            )
         for name in wanted:
             if name in self._sets:
                 self.stats.hits += 1
@@ -158,5 +170,7 @@ class Pool:
             if name is not None and name not in self._host:
                 known = ", ".join(list(self._host)[:5]) + (" …" if len(self._host) > 5 else "")
                 raise MoleKeyError(
-                    "serve", expected=f"an identity of the pool ({known or 'it is empty'})", got=f"{name!r} for sample {sample}"
+                    "serve",
+                    expected=f"an identity of the pool ({known or 'it is empty'})",
+                    got=f"{name!r} for sample {sample}",
                 )

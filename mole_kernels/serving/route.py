@@ -1,4 +1,6 @@
-"""From a batch of prompts to the samples a model really sees: guidance doubles them, pictures per prompt repeat them."""
+"""From a batch of prompts to the samples a model really sees: guidance doubles them, pictures per prompt
+repeat them.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ from mole_kernels.errors import MoleShapeError
 
 
 class Route:
-    """The assignment of one component: what its layers read, made anew when the batch changes, written in place when the assignment does.
+    """The assignment of one component: what its layers read, made anew when the batch changes, written in
+    place when the assignment does.
 
     current  [B] int64, the set of each sample of the forward that is running; None before the first one
 
-    A compiled model sees only the number of prompts, never which sets they take: that is in tensors, so it is compiled once.
+    A compiled model sees only the number of prompts, never which sets they take: that is in tensors, so it is
+    compiled once.
     """
 
     def __init__(self, component: str, module: nn.Module, pipeline: object | None) -> None:
@@ -29,7 +33,9 @@ class Route:
         self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def assign(self, sets: list[int], parts: int | None) -> None:
-        """The set of each prompt; parts: how often the pipeline lays the whole batch behind itself (2 under classifier-free guidance)."""
+        """The set of each prompt; parts: how often the pipeline lays the whole batch behind itself (2 under
+        classifier-free guidance).
+        """
         new = torch.tensor(sets, dtype=torch.int64)
         self.parts = parts
         if new.shape != self.sets.shape:
@@ -45,7 +51,11 @@ class Route:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 0), None)
         if first is None:
-            raise MoleShapeError(f"serve, {self.component}", expected="a tensor among the inputs, to know the batch", got="none")
+            raise MoleShapeError(
+                f"serve, {self.component}",
+                expected="a tensor among the inputs, to know the batch",
+                got="none",
+            )
         self.set_batch(first.shape[0], first.device)
 
     def set_batch(self, B: int, device: torch.device) -> None:
@@ -63,21 +73,31 @@ class Route:
         self._made = made
 
     def _rows(self, B: int, parts: int) -> Tensor:
-        """Pipelines repeat each prompt for its pictures, then lay the conditional batch behind the unconditional one: [B] int64."""
+        """Pipelines repeat each prompt for its pictures, then lay the conditional batch behind the
+        unconditional one: [B] int64.
+        """
         P = self.sets.shape[0]
-        return self.sets.repeat_interleave(B // (P * parts)).repeat(parts) if P else torch.full((B,), -1, dtype=torch.int64)
+        return (
+            self.sets.repeat_interleave(B // (P * parts)).repeat(parts)
+            if P
+            else torch.full((B,), -1, dtype=torch.int64)
+        )
 
     def _parts(self, B: int) -> int:
         P, parts = self.sets.shape[0], self.parts
         if not P:
             return 1
         if parts is None:
-            guided = not self.component.startswith("text_encoder") and getattr(self.pipeline, "do_classifier_free_guidance", False)
+            guided = not self.component.startswith("text_encoder") and getattr(
+                self.pipeline, "do_classifier_free_guidance", False
+            )
             # some pipelines guide by two calls instead of one of twice the size
             parts = 2 if guided and B % (2 * P) == 0 else 1
         if B % (P * parts):
             raise MoleShapeError(
-                f"serve, {self.component}", expected=f"a batch that is a multiple of the {P} prompts assigned (times {parts})", got=B,
+                f"serve, {self.component}",
+                expected=f"a batch that is a multiple of the {P} prompts assigned (times {parts})",
+                got=B,
                 hint="assign one identity, or None, to every prompt of the call",
-            )  # fmt: skip
+            )
         return parts

@@ -12,9 +12,11 @@ Size = tuple[int, int]
 
 
 def make_buckets(resolution: int, multiple: int = 64, most_ratio: float = 2.0) -> tuple[Size, ...]:
-    """Every (h, w) of multiples of `multiple` with h·w ≤ resolution², h as large as it can be for each w, and ratio ≤ most_ratio.
+    """Every (h, w) of multiples of `multiple` with h·w ≤ resolution², h as large as it can be for each w, and
+    ratio ≤ most_ratio.
 
-    The square is always among them. As in Novel AI's aspect-ratio bucketing (2022), with the area bound to the resolution.
+    The square is always among them. As in Novel AI's aspect-ratio bucketing (2022), with the area bound to
+    the resolution.
     """
     if resolution < multiple or resolution % multiple:
         raise MoleValueError("buckets: resolution", expected=f"a multiple of {multiple}", got=resolution)
@@ -27,7 +29,9 @@ def make_buckets(resolution: int, multiple: int = 64, most_ratio: float = 2.0) -
 
 
 def nearest(size: Size, buckets: Sequence[Size]) -> Size:
-    """The bucket whose aspect ratio is nearest to that of `size` in the logarithm; of equals the larger, then the first."""
+    """The bucket whose aspect ratio is nearest to that of `size` in the logarithm; of equals the larger, then
+    the first.
+    """
     wanted = math.log(size[0] / size[1])
     return min(buckets, key=lambda b: (abs(math.log(b[0] / b[1]) - wanted), -b[0] * b[1]))
 

@@ -21,13 +21,16 @@ from mole_kernels.training.store import Store, check_room, size_of
 
 # a shard's header says about this much of each tensor
 HEADER_BYTES = 160
-# a checkpoint names this many pictures one by one, so that a resume with other data can say which; more only as one checksum
+# a checkpoint names this many pictures one by one, so that a resume with other data can say which; more only
+# as one checksum
 NAMED = 4096
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Bytes that a cache takes on the disk: tensors of all pictures, of all captions, their headers; missing: those still to be made."""
+    """Bytes that a cache takes on the disk: tensors of all pictures, of all captions, their headers; missing:
+    those still to be made.
+    """
 
     latents: int
     texts: int
@@ -43,20 +46,36 @@ class PictureBatches:
     """Endless batches of one bucket each: which pictures batch n holds depends on (pictures, seed, n) alone.
 
     Each epoch has every picture once, in its own order; the last batch of a bucket may be smaller.
-    A batch: latents [B,C,h,w], encoder_hidden_states [B,T,K], and for SDXL text_embeds [B,P] and time_ids [B,6].
+    A batch: latents [B,C,h,w], encoder_hidden_states [B,T,K], and for SDXL text_embeds [B,P] and time_ids
+    [B,6].
     null: what a dropped condition becomes, for `DenoisingLoss`. size: see `CacheSize`.
     Made by `picture_batches`.
     """
 
     def __init__(
-        self, folder: PictureFolder, stores: tuple[Store, Store], null: Mapping[str, Tensor], keys: Mapping[str, str],
-        batch_size: int, seed: int, size: CacheSize,
-    ) -> None:  # fmt: skip
+        self,
+        folder: PictureFolder,
+        stores: tuple[Store, Store],
+        null: Mapping[str, Tensor],
+        keys: Mapping[str, str],
+        batch_size: int,
+        seed: int,
+        size: CacheSize,
+    ) -> None:
         if batch_size < 1:
             raise MoleValueError("PictureBatches: batch_size", expected="at least 1", got=batch_size)
-        self.folder, self.null, self.keys, self.batch_size, self.seed, self.size = folder, null, keys, batch_size, seed, size
+        self.folder, self.null, self.keys, self.batch_size, self.seed, self.size = (
+            folder,
+            null,
+            keys,
+            batch_size,
+            seed,
+            size,
+        )
         self._latents, self._texts = stores
-        self._groups = [[i for i, p in enumerate(folder.pictures) if p.bucket == bucket] for bucket in folder.counts()]
+        self._groups = [
+            [i for i, p in enumerate(folder.pictures) if p.bucket == bucket] for bucket in folder.counts()
+        ]
         self.per_epoch = sum(-(-len(group) // batch_size) for group in self._groups)
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
@@ -82,7 +101,9 @@ class PictureBatches:
         return ", ".join(printable(self.folder[i].name) for i in self._pick(number))
 
     def signature(self) -> dict[str, list[Any]]:
-        """What `BatchStream` compares on resume, beside `state_dict`: sizes differ by bucket, so only the text's are said."""
+        """What `BatchStream` compares on resume, beside `state_dict`: sizes differ by bucket, so only the
+        text's are said.
+        """
         text = self._texts.get(text_id(self.folder[0].caption))
         return {key: [str(value.dtype), list(value.shape)] for key, value in sorted(text.items())}
 
@@ -93,33 +114,54 @@ class PictureBatches:
     @cached_property
     def _about(self) -> dict[str, Any]:
         marks = {p.name: _mark(p) for p in self.folder.pictures}
-        whole = hashlib.blake2b("\n".join(f"{name} {mark}" for name, mark in marks.items()).encode(), digest_size=12).hexdigest()
+        whole = hashlib.blake2b(
+            "\n".join(f"{name} {mark}" for name, mark in marks.items()).encode(), digest_size=12
+        ).hexdigest()
         about = {"samples": len(marks), "batch_size": self.batch_size, "seed": self.seed, **self.keys}
         return {"about": about, "pictures": marks if len(marks) <= NAMED else {}, "whole": whole}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """MoleStateError unless the data are those that the run began with; names the first picture that differs."""
+        """MoleStateError unless the data are those that the run began with; names the first picture that
+        differs.
+        """
         here = self.state_dict()
         for name in [*state.get("pictures", {}), *(here["pictures"] if state.get("pictures") else ())]:
             before, now = state["pictures"].get(name), here["pictures"].get(name)
             if before != now:
-                what = "is new" if before is None else "is gone" if now is None else "has another content, caption or size"
+                what = (
+                    "is new"
+                    if before is None
+                    else "is gone"
+                    if now is None
+                    else "has another content, caption or size"
+                )
                 hint = "resume with the data the run began with, or begin another run_dir"
-                raise MoleStateError(f"resume: batches, {printable(name)}", f"{what} since the run began", hint=hint)
+                raise MoleStateError(
+                    f"resume: batches, {printable(name)}", f"{what} since the run began", hint=hint
+                )
         for key in {**state.get("about", {}), **here["about"]}:
             before, now = state.get("about", {}).get(key), here["about"].get(key)
             if before != now:
-                raise MoleStateError(f"resume: batches, {key}", expected=f"{before!r} as when the run began", got=repr(now))
+                raise MoleStateError(
+                    f"resume: batches, {key}", expected=f"{before!r} as when the run began", got=repr(now)
+                )
         if state.get("whole") != here["whole"]:
-            raise MoleStateError("resume: batches", "the pictures or captions are not those that the run began with")
+            raise MoleStateError(
+                "resume: batches", "the pictures or captions are not those that the run began with"
+            )
 
     def _pick(self, number: int) -> list[int]:
         epoch, place = divmod(number, self.per_epoch)
         if self._epoch[0] != epoch:
             cut: list[list[int]] = []
             for g, group in enumerate(self._groups):
-                order = torch.randperm(len(group), generator=counted_generator(self.seed, "epoch", epoch, "bucket", g)).tolist()
-                cut += [[group[i] for i in order[at : at + self.batch_size]] for at in range(0, len(group), self.batch_size)]
+                order = torch.randperm(
+                    len(group), generator=counted_generator(self.seed, "epoch", epoch, "bucket", g)
+                ).tolist()
+                cut += [
+                    [group[i] for i in order[at : at + self.batch_size]]
+                    for at in range(0, len(group), self.batch_size)
+                ]
             turn = torch.randperm(len(cut), generator=counted_generator(self.seed, "epoch", epoch)).tolist()
             self._epoch = (epoch, [cut[i] for i in turn])
         return self._epoch[1][place]
@@ -138,36 +180,51 @@ def picture_batches(
     progress: bool = True,
     on_size: Callable[[CacheSize], None] | None = None,
 ) -> PictureBatches:
-    """Encodes every picture and caption once and returns their batches; the pipeline is not needed afterwards.
+    """Encodes every picture and caption once and returns their batches; the pipeline is not needed
+    afterwards.
 
-    cache         folder of the cache, None for one in memory. Entries are found again by the bytes of the picture, its bucket, the words of
-                  the caption, and the weights and settings of what encoded them: nothing else makes them stale, a kill loses one shard
+    cache         folder of the cache, None for one in memory. Entries are found again by the bytes of the
+                  picture, its bucket, the words of
+                  the caption, and the weights and settings of what encoded them: nothing else makes them
+                  stale, a kill loses one shard
     dtype         of the kept tensors, None for the pipeline's own
     posterior     "mean", or one "sample" for each picture, drawn by (seed, picture)
     encode_batch  pictures encoded at once
     on_size       called with the cache's size before anything is encoded
-    Under `accelerate launch` every process encodes its share. Raises MoleFileError where the disk has no room, before anything is written.
+    Under `accelerate launch` every process encodes its share. Raises MoleFileError where the disk has no
+    room, before anything is written.
     """
     from mole_kernels.training.processes import processes
 
     encoder, state = Encoder(pipe, posterior), processes()
     wrong = [side for bucket in folder.counts() for side in bucket if side % encoder.factor]
     if wrong:
-        raise MoleValueError("picture_batches: bucket sizes", expected=f"multiples of the VAE's {encoder.factor}", got=wrong[0])
+        raise MoleValueError(
+            "picture_batches: bucket sizes", expected=f"multiples of the VAE's {encoder.factor}", got=wrong[0]
+        )
     dtype = dtype or encoder.dtype
     null = {key: value.to(dtype) for key, value in encoder.null().items()}
-    keys = {"vae": encoder.latent_key() + (f"-{seed}" if posterior == "sample" else ""), "text": encoder.text_key(), "dtype": str(dtype)}
+    keys = {
+        "vae": encoder.latent_key() + (f"-{seed}" if posterior == "sample" else ""),
+        "text": encoder.text_key(),
+        "dtype": str(dtype),
+    }
     where = None if cache is None else Path(cache)
     share = (0, 1) if where is None else (state.process_index, state.num_processes)
     names = {"latents": keys["vae"], "texts": keys["text"]}
-    latents, texts = (Store(None if where is None else where / f"{what}-{key}-{str(dtype)[6:]}", share[0]) for what, key in names.items())
+    latents, texts = (
+        Store(None if where is None else where / f"{what}-{key}-{str(dtype)[6:]}", share[0])
+        for what, key in names.items()
+    )
     size = cache_size(folder, encoder, null, dtype, latents, texts)
     if on_size is not None:
         on_size(size)
     if where is not None:
         check_room(where, size.missing)
     _fill_texts(encoder, folder, texts, dtype, share, encode_batch)
-    _fill_latents(encoder, folder, latents, dtype, share, encode_batch, seed, progress and state.is_main_process)
+    _fill_latents(
+        encoder, folder, latents, dtype, share, encode_batch, seed, progress and state.is_main_process
+    )
     if where is not None:
         state.wait_for_everyone()
         for store in (latents, texts):
@@ -176,11 +233,21 @@ def picture_batches(
 
 
 def cache_size(
-    folder: PictureFolder, encoder: Encoder, null: Mapping[str, Tensor], dtype: torch.dtype, latents: Store | None, texts: Store | None
+    folder: PictureFolder,
+    encoder: Encoder,
+    null: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    latents: Store | None,
+    texts: Store | None,
 ) -> CacheSize:
-    """The bytes that the cache of a folder takes, known before a picture is encoded; with the stores, how many of them are missing."""
+    """The bytes that the cache of a folder takes, known before a picture is encoded; with the stores, how
+    many of them are missing.
+    """
     channels, f = int(encoder.vae.config.latent_channels), encoder.factor
-    pictures = {latent_id(p): channels * (p.bucket[0] // f) * (p.bucket[1] // f) * dtype.itemsize for p in folder.pictures}
+    pictures = {
+        latent_id(p): channels * (p.bucket[0] // f) * (p.bucket[1] // f) * dtype.itemsize
+        for p in folder.pictures
+    }
     captions = {text_id(p.caption) for p in folder.pictures}
     each = size_of(null, dtype)
     tensors = len(pictures) + len(captions) * len(null)
@@ -203,7 +270,14 @@ def _mark(picture: Picture) -> str:
     return hashlib.blake2b(said.encode(), digest_size=6).hexdigest()
 
 
-def _fill_texts(encoder: Encoder, folder: PictureFolder, store: Store, dtype: torch.dtype, share: tuple[int, int], at_once: int) -> None:
+def _fill_texts(
+    encoder: Encoder,
+    folder: PictureFolder,
+    store: Store,
+    dtype: torch.dtype,
+    share: tuple[int, int],
+    at_once: int,
+) -> None:
     # shared out before it is looked what is there, which for another process may be more already
     mine = sorted({p.caption for p in folder.pictures})[share[0] :: share[1]]
     captions = [caption for caption in mine if text_id(caption) not in store]
@@ -216,7 +290,14 @@ def _fill_texts(encoder: Encoder, folder: PictureFolder, store: Store, dtype: to
 
 
 def _fill_latents(
-    encoder: Encoder, folder: PictureFolder, store: Store, dtype: torch.dtype, share: tuple[int, int], at_once: int, seed: int, show: bool
+    encoder: Encoder,
+    folder: PictureFolder,
+    store: Store,
+    dtype: torch.dtype,
+    share: tuple[int, int],
+    at_once: int,
+    seed: int,
+    show: bool,
 ) -> None:
     first = {latent_id(p): i for i, p in reversed(list(enumerate(folder.pictures)))}
     mine = sorted(first.values())[share[0] :: share[1]]
@@ -229,7 +310,11 @@ def _fill_latents(
             made = encoder.latents(pixels, generators).to(dtype)
             for i, one in zip(part, made):
                 if not torch.isfinite(one).all():
-                    raise MoleFileError(printable(folder[i].name), "its latent is not finite", hint="does the VAE overflow in this dtype?")
+                    raise MoleFileError(
+                        printable(folder[i].name),
+                        "its latent is not finite",
+                        hint="does the VAE overflow in this dtype?",
+                    )
                 store.add(latent_id(folder[i]), {"latents": one})
             done += len(part)
             line.update(done, samples=done)

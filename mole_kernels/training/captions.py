@@ -1,4 +1,6 @@
-"""Captions of a folder of pictures: `metadata.jsonl` as Hugging Face's imagefolder has it, or a `.txt` beside each picture."""
+"""Captions of a folder of pictures: `metadata.jsonl` as Hugging Face's imagefolder has it, or a `.txt` beside
+each picture.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ METADATA = "metadata.jsonl"
 
 
 def read_captions(root: Path, column: str = "text") -> tuple[dict[str, str], dict[str, str]]:
-    """({picture: caption}, {line: what is wrong with it}) of every metadata.jsonl below root; names relative to root, in posix form.
+    """({picture: caption}, {line: what is wrong with it}) of every metadata.jsonl below root; names relative
+    to root, in posix form.
 
-    A line is {"file_name": …, column: …}; file_name is relative to the folder that its metadata.jsonl lies in.
+    A line is {"file_name": …, column: …}; file_name is relative to the folder that its metadata.jsonl lies
+    in.
     """
     captions: dict[str, str] = {}
     bad: dict[str, str] = {}
@@ -53,8 +57,11 @@ def _parse(line: str, column: str, root: Path, folder: Path) -> tuple[str, str] 
         return 'has no "file_name"'
     if not isinstance(said.get(column), str):
         return f'has no "{column}" for {printable(said["file_name"])}'
-    # by its letters: a link to elsewhere is the owner's affair (Hugging Face's cache is made of them), a name that climbs out is not
-    name = os.path.normpath(os.path.join(folder.relative_to(root).as_posix(), said["file_name"])).replace(os.sep, "/")
+    # by its letters: a link to elsewhere is the owner's affair (Hugging Face's cache is made of them), a name
+    # that climbs out is not
+    name = os.path.normpath(os.path.join(folder.relative_to(root).as_posix(), said["file_name"])).replace(
+        os.sep, "/"
+    )
     if name.startswith(("../", "/")) or "\0" in name:
         return f"names a file outside the folder: {printable(said['file_name'])}"
     # os.path, which takes a name that no file can have for one that is not there

@@ -2,7 +2,8 @@
 
 run_dir/step-00000100/   weights.safetensors   the trained tensors
                          ema.safetensors       their running mean, if kept
-                         optimiser.pt          its state, losses, random state of each process (tensors and plain values)
+                         optimiser.pt          its state, losses, random state of each process (tensors and
+                                               plain values)
                          run.json              step, config, identity of what is trained
 """
 
@@ -28,7 +29,16 @@ from mole_kernels.files.writer import torch_save
 
 FORMAT = "mole-kernels-run-1"
 _PREFIX, _UNFINISHED = "step-", ".unfinished-"
-_BROKEN = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+_BROKEN = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass
@@ -36,8 +46,10 @@ class Checkpoint:
     """All of a run between two steps.
 
     weights, ema  {name: tensor} of what trains   optimiser  its state_dict   losses  of all steps so far
-    rng           one dict of random states per process   data  `BatchStream.state()`   scaler  that of fp16, else {}
-    config        `TrainConfig.to_dict()`   identity  what the caller says is being trained, e.g. experts and ranks
+    rng           one dict of random states per process   data  `BatchStream.state()`   scaler  that of fp16,
+                  else {}
+    config        `TrainConfig.to_dict()`   identity  what the caller says is being trained, e.g. experts and
+                  ranks
     """
 
     step: int
@@ -57,18 +69,27 @@ class Checkpoint:
             saved, here = (_describe(tensors.get(name)) for tensors in (self.weights, parameters))
             if saved != here:
                 hint = "resume with the experts, ranks, gates and model the run began with, or begin another run_dir"
-                raise MoleStateError(f"resume: {name}", expected=f"{saved} as in the checkpoint", got=here, hint=hint)
+                raise MoleStateError(
+                    f"resume: {name}", expected=f"{saved} as in the checkpoint", got=here, hint=hint
+                )
 
     def check_identity(self, identity: Mapping[str, str]) -> None:
         """MoleStateError naming the first thing said of the run that differs."""
         for key in sorted({*self.identity, *identity}):
             if self.identity.get(key) != identity.get(key):
                 hint = "resume with what the run began with, or begin another run_dir"
-                raise MoleStateError(f"resume: {key}", expected=repr(self.identity.get(key)), got=repr(identity.get(key)), hint=hint)
+                raise MoleStateError(
+                    f"resume: {key}",
+                    expected=repr(self.identity.get(key)),
+                    got=repr(identity.get(key)),
+                    hint=hint,
+                )
 
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
-    """Writes the checkpoint's folder beside the others, renames it when it is on the disk, then drops the oldest."""
+    """Writes the checkpoint's folder beside the others, renames it when it is on the disk, then drops the
+    oldest.
+    """
     final = run_dir / f"{_PREFIX}{checkpoint.step:08d}"
     draft = run_dir / f"{_UNFINISHED}{final.name}-{os.getpid()}"
     try:
@@ -84,7 +105,9 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep_last: int) -> Pa
         # safetensors has a name of its own for a full disk
         if isinstance(error, OSError | SafetensorError):
             hint = "earlier checkpoints are untouched"
-            raise MoleFileError(str(final), f"the checkpoint could not be written ({error})", hint=hint) from error
+            raise MoleFileError(
+                str(final), f"the checkpoint could not be written ({error})", hint=hint
+            ) from error
         raise
     for _, old in list_checkpoints(run_dir)[:-keep_last]:
         shutil.rmtree(old, ignore_errors=True)
@@ -98,7 +121,9 @@ def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def load_latest(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read, with a warning for each one passed over; None where there is none yet."""
+    """The newest checkpoint that can be read, with a warning for each one passed over; None where there is
+    none yet.
+    """
     found = list_checkpoints(run_dir)
     for _, folder in reversed(found):
         try:
@@ -131,7 +156,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             scaler=state["scaler"],
         )
     except _BROKEN as error:
-        raise MoleFileError(str(folder), f"this checkpoint cannot be read ({type(error).__name__}: {error})") from error
+        raise MoleFileError(
+            str(folder), f"this checkpoint cannot be read ({type(error).__name__}: {error})"
+        ) from error
 
 
 def clear_unfinished(run_dir: Path) -> None:
@@ -141,14 +168,22 @@ def clear_unfinished(run_dir: Path) -> None:
 
 
 def _write(folder: Path, c: Checkpoint) -> None:
-    save_file({k: v.detach().cpu().contiguous() for k, v in c.weights.items()}, folder / "weights.safetensors")
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in c.weights.items()}, folder / "weights.safetensors"
+    )
     if c.ema is not None:
         save_file({k: v.detach().cpu().contiguous() for k, v in c.ema.items()}, folder / "ema.safetensors")
     losses = torch.tensor(c.losses, dtype=torch.float64)
     state = {"optimiser": c.optimiser, "losses": losses, "rng": c.rng, "data": c.data, "scaler": c.scaler}
     with (folder / "optimiser.pt").open("wb") as file:
         torch_save(state, file)
-    about = {"format": FORMAT, "step": c.step, "ema": c.ema is not None, "config": c.config, "identity": c.identity}
+    about = {
+        "format": FORMAT,
+        "step": c.step,
+        "ema": c.ema is not None,
+        "config": c.config,
+        "identity": c.identity,
+    }
     (folder / "run.json").write_text(json.dumps(about, indent=1))
     for path in (*folder.iterdir(), folder):
         _sync(path)

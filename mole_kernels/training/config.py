@@ -36,7 +36,8 @@ class TrainConfig:
     cond_dropout      probability with which a sample's condition is replaced by the null one
     snr_gamma         min-SNR weighting of the loss, None for none
     ema_decay         decay of a running mean of the trained tensors, which then is the result; None for none
-    gradient_checkpointing  keep only each block's input and compute the block again in the backward: less memory, the same gradients
+    gradient_checkpointing  keep only each block's input and compute the block again in the backward: less
+                            memory, the same gradients
     checkpoint_every  steps between checkpoints, None for one at the end only
     keep_last         how many checkpoints stay
     log_every         steps between progress lines where there is no terminal
@@ -64,37 +65,79 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # json gives lists back, and a resumed config has to compare equal
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name, least in (("steps", 0), ("warmup", 0), ("accumulation", 1), ("keep_last", 1), ("log_every", 1)):
+        for name, least in (
+            ("steps", 0),
+            ("warmup", 0),
+            ("accumulation", 1),
+            ("keep_last", 1),
+            ("log_every", 1),
+        ):
             value = getattr(self, name)
             _check(_integer(value) and value >= least, name, f"an integer of at least {least}", value)
         _check(_integer(self.seed), "seed", "an integer", self.seed)
         _check(_number(self.lr) and self.lr > 0, "lr", "a finite number above 0", self.lr)
-        _check(_number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", "a finite number of at least 0", self.weight_decay)
+        _check(
+            _number(self.weight_decay) and self.weight_decay >= 0,
+            "weight_decay",
+            "a finite number of at least 0",
+            self.weight_decay,
+        )
         betas_fit = len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas)
         _check(betas_fit, "betas", "two numbers in [0, 1)", self.betas)
-        _check(_number(self.cond_dropout) and 0 <= self.cond_dropout <= 1, "cond_dropout", "a probability", self.cond_dropout)
+        _check(
+            _number(self.cond_dropout) and 0 <= self.cond_dropout <= 1,
+            "cond_dropout",
+            "a probability",
+            self.cond_dropout,
+        )
         for name in ("grad_clip", "snr_gamma"):
             value = getattr(self, name)
-            _check(value is None or (_number(value) and value > 0), name, "None or a finite number above 0", value)
+            _check(
+                value is None or (_number(value) and value > 0),
+                name,
+                "None or a finite number above 0",
+                value,
+            )
         decay, every = self.ema_decay, self.checkpoint_every
-        _check(decay is None or (_number(decay) and 0 <= decay < 1), "ema_decay", "None or a number in [0, 1)", decay)
-        _check(every is None or (_integer(every) and every >= 1), "checkpoint_every", "None or an integer of at least 1", every)
+        _check(
+            decay is None or (_number(decay) and 0 <= decay < 1),
+            "ema_decay",
+            "None or a number in [0, 1)",
+            decay,
+        )
+        _check(
+            every is None or (_integer(every) and every >= 1),
+            "checkpoint_every",
+            "None or an integer of at least 1",
+            every,
+        )
         _check(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
         _check(self.optimiser in OPTIMISERS, "optimiser", f"one of {', '.join(OPTIMISERS)}", self.optimiser)
         kept = self.gradient_checkpointing
         _check(isinstance(kept, bool), "gradient_checkpointing", "True or False", kept)
         precision = self.mixed_precision
-        _check(precision is None or precision in PRECISIONS, "mixed_precision", f"None or one of {', '.join(PRECISIONS)}", precision)
+        _check(
+            precision is None or precision in PRECISIONS,
+            "mixed_precision",
+            f"None or one of {', '.join(PRECISIONS)}",
+            precision,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
         return asdict(self) | {"betas": list(self.betas)}
 
     def differences(self, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-        """[(field, saved value, value here)] for fields that would change the steps of a run begun with `saved`."""
+        """[(field, saved value, value here)] for fields that would change the steps of a run begun with
+        `saved`.
+        """
         free = _FREE_ON_RESUME if self.schedule == "constant" else _FREE_ON_RESUME - {"steps"}
         here = self.to_dict()
-        return [(f.name, saved.get(f.name), here[f.name]) for f in fields(self) if f.name not in free and saved.get(f.name) != here[f.name]]
+        return [
+            (f.name, saved.get(f.name), here[f.name])
+            for f in fields(self)
+            if f.name not in free and saved.get(f.name) != here[f.name]
+        ]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -115,7 +158,10 @@ def _lion(parameters: Iterable[Any], config: TrainConfig) -> torch.optim.Optimiz
     return Lion(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
-OPTIMISERS: dict[str, Callable[[Iterable[Any], TrainConfig], torch.optim.Optimizer]] = {"adamw": _adamw, "lion": _lion}
+OPTIMISERS: dict[str, Callable[[Iterable[Any], TrainConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "lion": _lion,
+}
 
 
 def _integer(value: object) -> bool:

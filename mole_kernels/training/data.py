@@ -15,19 +15,26 @@ Signature = dict[str, list[Any]]
 
 
 class TensorBatches:
-    """Endless shuffled batches of tensors [D,…] kept in memory: which samples batch n holds depends on (seed, n) alone.
+    """Endless shuffled batches of tensors [D,…] kept in memory: which samples batch n holds depends on (seed,
+    n) alone.
 
     Each epoch goes through all D samples in its own order, but for the last D mod batch_size of that order.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], batch_size: int, *, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], batch_size: int, *, seed: int = 0, shuffle: bool = True
+    ) -> None:
         lengths = {key: len(value) for key, value in tensors.items()}
         if not lengths or len(set(lengths.values())) != 1:
             raise MoleShapeError("TensorBatches", expected="tensors with one first dimension", got=lengths)
         self.tensors, self.batch_size, self.seed, self.shuffle = dict(tensors), batch_size, seed, shuffle
         self.samples = next(iter(lengths.values()))
         if not 1 <= batch_size <= self.samples:
-            raise MoleValueError("TensorBatches: batch_size", expected=f"1 to {self.samples}, the number of samples", got=batch_size)
+            raise MoleValueError(
+                "TensorBatches: batch_size",
+                expected=f"1 to {self.samples}, the number of samples",
+                got=batch_size,
+            )
         self.drawn = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -43,7 +50,12 @@ class TensorBatches:
             yield {key: value[pick] for key, value in self.tensors.items()}
 
     def _settings(self) -> dict[str, Any]:
-        return {"samples": self.samples, "batch_size": self.batch_size, "seed": self.seed, "shuffle": self.shuffle}
+        return {
+            "samples": self.samples,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on with the very next batch."""
@@ -53,23 +65,34 @@ class TensorBatches:
         """Goes on after the batch at which `state` was taken; other data is a MoleStateError."""
         for key, here in self._settings().items():
             if state.get(key) != here:
-                raise MoleStateError(f"resume: batches, {key}", expected=f"{state.get(key)!r} as when the run began", got=repr(here))
+                raise MoleStateError(
+                    f"resume: batches, {key}",
+                    expected=f"{state.get(key)!r} as when the run began",
+                    got=repr(here),
+                )
         self.drawn = int(state["drawn"])
 
 
 class BatchStream:
-    """The batches of one process out of P: numbers p, p+P, p+2P, … of what `batches` yields, over again when it ends.
+    """The batches of one process out of P: numbers p, p+P, p+2P, … of what `batches` yields, over again when
+    it ends.
 
-    A source with `batch(number)` is asked for this process's batches alone; any other is iterated, and the others' are dropped.
-    A source with `state_dict` and `load_state_dict` is put back by its own state when a run resumes; any other is
-    counted, and as many batches are drawn and dropped, so it must yield the same ones in the same order each time.
-    The source may describe its batches by a method `signature()`; else the first batch's keys, dtypes and shapes
+    A source with `batch(number)` is asked for this process's batches alone; any other is iterated, and the
+    others' are dropped.
+    A source with `state_dict` and `load_state_dict` is put back by its own state when a run resumes; any
+    other is
+    counted, and as many batches are drawn and dropped, so it must yield the same ones in the same order each
+    time.
+    The source may describe its batches by a method `signature()`; else the first batch's keys, dtypes and
+    shapes
     (without the batch dimension) must be the same when a run resumes.
     """
 
     def __init__(self, batches: Iterable[Mapping[str, Tensor]], process: int = 0, processes: int = 1) -> None:
         if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
-            raise MoleTypeError("batches", expected="an iterable of dicts of tensors", got=type(batches).__name__)
+            raise MoleTypeError(
+                "batches", expected="an iterable of dicts of tensors", got=type(batches).__name__
+            )
         self.source, self.process, self.processes = batches, process, processes
         self.position = 0
         self.signature: Signature | None = None
@@ -97,15 +120,24 @@ class BatchStream:
 
     def state(self) -> dict[str, Any]:
         own = self.source.state_dict() if self.stateful else None  # type: ignore[attr-defined]
-        return {"position": self.position, "processes": self.processes, "signature": self.signature, "source": own}
+        return {
+            "position": self.position,
+            "processes": self.processes,
+            "signature": self.signature,
+            "source": own,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state()` was taken; a source that is another one is a MoleStateError."""
         if self.stateful != (state["source"] is not None):
             kinds = ("one that is counted", "one with its own state")
-            raise MoleStateError("resume: batches", expected=kinds[state["source"] is not None], got=kinds[self.stateful])
+            raise MoleStateError(
+                "resume: batches", expected=kinds[state["source"] is not None], got=kinds[self.stateful]
+            )
         if state["processes"] != self.processes:
-            raise MoleStateError("resume", expected=f"{state['processes']} processes as before", got=self.processes)
+            raise MoleStateError(
+                "resume", expected=f"{state['processes']} processes as before", got=self.processes
+            )
         self._expected = state["signature"]
         if self.stateful:
             self.source.load_state_dict(state["source"])  # type: ignore[attr-defined]
@@ -127,8 +159,12 @@ class BatchStream:
         self._iterator = iter(self.source)
         batch = next(self._iterator, None)
         if batch is None:
-            hint = "give a source that can be iterated again (a list, a DataLoader), or one with enough batches"
-            raise MoleStateError("batches", f"ended after {self.position} batches and cannot start over", hint=hint)
+            hint = (
+                "give a source that can be iterated again (a list, a DataLoader), or one with enough batches"
+            )
+            raise MoleStateError(
+                "batches", f"ended after {self.position} batches and cannot start over", hint=hint
+            )
         return batch
 
     def _checked(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -138,7 +174,9 @@ class BatchStream:
         own = getattr(self.source, "signature", None)
         self.signature = own() if callable(own) else signature(batch)
         if self._expected is not None and self.signature != self._expected:
-            raise MoleStateError("resume: batches", expected=f"{self._expected} as when the run began", got=self.signature)
+            raise MoleStateError(
+                "resume: batches", expected=f"{self._expected} as when the run began", got=self.signature
+            )
         self._expected = None
         return batch
 
@@ -147,11 +185,15 @@ def signature(batch: Mapping[str, Tensor]) -> Signature:
     """{key: [dtype, sizes without the first]} of a batch's tensors."""
     if not isinstance(batch, Mapping):
         raise MoleTypeError("batches", expected="dicts of tensors", got=type(batch).__name__)
-    return {key: [str(v.dtype), list(v.shape[1:])] for key, v in sorted(batch.items()) if isinstance(v, Tensor)}
+    return {
+        key: [str(v.dtype), list(v.shape[1:])] for key, v in sorted(batch.items()) if isinstance(v, Tensor)
+    }
 
 
 def counted_generator(seed: int, *path: int | str) -> torch.Generator:
-    """A CPU generator whose draws depend on (seed, path) alone, so that no generator state need be kept to resume."""
+    """A CPU generator whose draws depend on (seed, path) alone, so that no generator state need be kept to
+    resume.
+    """
     text = "/".join(str(part) for part in (seed, *path))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -17,9 +17,11 @@ Posterior = Literal["mean", "sample"]
 
 
 class Encoder:
-    """The VAE and the text encoders of a pipeline, as functions, each with a key that changes with its weights and settings.
+    """The VAE and the text encoders of a pipeline, as functions, each with a key that changes with its
+    weights and settings.
 
-    pipe       any diffusers pipeline with a `vae` and `encode_prompt`: Stable Diffusion 1, 2, XL and their like
+    pipe       any diffusers pipeline with a `vae` and `encode_prompt`: Stable Diffusion 1, 2, XL and their
+               like
     posterior  "mean" of the VAE's posterior, or a "sample" drawn by a generator that the caller gives
     """
 
@@ -27,8 +29,15 @@ class Encoder:
         if posterior not in ("mean", "sample"):
             raise MoleValueError("Encoder: posterior", expected="'mean' or 'sample'", got=repr(posterior))
         vae = getattr(pipe, "vae", None)
-        if not isinstance(vae, nn.Module) or not hasattr(vae, "encode") or not callable(getattr(pipe, "encode_prompt", None)):
-            expected, hint = "a diffusers pipeline with a vae and encode_prompt", "else make the latents and text states yourself"
+        if (
+            not isinstance(vae, nn.Module)
+            or not hasattr(vae, "encode")
+            or not callable(getattr(pipe, "encode_prompt", None))
+        ):
+            expected, hint = (
+                "a diffusers pipeline with a vae and encode_prompt",
+                "else make the latents and text states yourself",
+            )
             raise MoleTypeError("Encoder", expected=expected, got=type(pipe).__name__, hint=hint)
         # its configuration is nothing that a type checker knows
         self.vae: Any = pipe.vae
@@ -43,7 +52,9 @@ class Encoder:
 
     @torch.no_grad()
     def latents(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
-        """Pixels [B,3,H,W] in -1..1 -> (z − shift)·scaling [B,C,H/f,W/f] float32; generators: one a picture, where it samples."""
+        """Pixels [B,3,H,W] in -1..1 -> (z − shift)·scaling [B,C,H/f,W/f] float32; generators: one a picture,
+        where it samples.
+        """
         device = next(self.vae.parameters()).device
         with _wide_enough(self.vae):
             posterior = self.vae.encode(pixels.to(device, self.dtype)).latent_dist
@@ -51,17 +62,23 @@ class Encoder:
         if self.posterior == "sample":
             if generators is None or len(generators) != len(pixels):
                 raise MoleValueError(
-                    "Encoder.latents", expected=f"{len(pixels)} generators to sample with", got=generators and len(generators)
+                    "Encoder.latents",
+                    expected=f"{len(pixels)} generators to sample with",
+                    got=generators and len(generators),
                 )
             noise = torch.stack([torch.randn(one.shape, generator=g) for one, g in zip(z, generators)])
             z = z + posterior.std.float().cpu() * noise
-        return (z - float(getattr(self.vae.config, "shift_factor", None) or 0.0)) * float(self.vae.config.scaling_factor)
+        return (z - float(getattr(self.vae.config, "shift_factor", None) or 0.0)) * float(
+            self.vae.config.scaling_factor
+        )
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Captions -> {"encoder_hidden_states" [B,T,K], and for SDXL "text_embeds" [B,P]} on the CPU."""
         device = next(self.vae.parameters()).device
-        made = self.pipe.encode_prompt(prompt=list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        made = self.pipe.encode_prompt(
+            prompt=list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         found = {"encoder_hidden_states": made[0].cpu()}
         # (states, negative, pooled, negative pooled) where the UNet also takes a pooled one
         if len(made) >= 3 and isinstance(made[2], Tensor):
@@ -69,7 +86,9 @@ class Encoder:
         return found
 
     def null(self) -> dict[str, Tensor]:
-        """What takes a dropped caption's place: the empty caption's states [T,K] (and [P]), or zeros where the pipeline wants them."""
+        """What takes a dropped caption's place: the empty caption's states [T,K] (and [P]), or zeros where
+        the pipeline wants them.
+        """
         states = {key: value[0] for key, value in self.text([""]).items()}
         return {key: torch.zeros_like(value) for key, value in states.items()} if self.zero_null else states
 
@@ -82,10 +101,20 @@ class Encoder:
     def text_key(self) -> str:
         """Of every text encoder's weights and configuration, and of the tokenizers' words."""
         parts = getattr(self.pipe, "components", {})
-        encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder") and isinstance(part, nn.Module)}
-        words = {name: _vocabulary(part) for name, part in parts.items() if name.startswith("tokenizer") and part is not None}
+        encoders = {
+            name: part
+            for name, part in parts.items()
+            if name.startswith("text_encoder") and isinstance(part, nn.Module)
+        }
+        words = {
+            name: _vocabulary(part)
+            for name, part in parts.items()
+            if name.startswith("tokenizer") and part is not None
+        }
         about = {name: part.config.to_dict() for name, part in encoders.items()}  # type: ignore[union-attr, operator]
-        return _digest(encoders.values(), {"config": about, "words": words, "pipeline": type(self.pipe).__name__})
+        return _digest(
+            encoders.values(), {"config": about, "words": words, "pipeline": type(self.pipe).__name__}
+        )
 
 
 def _digest(modules: Any, about: Mapping[str, Any]) -> str:
@@ -101,7 +130,11 @@ def _digest(modules: Any, about: Mapping[str, Any]) -> str:
 
 def _vocabulary(tokenizer: Any) -> list[Any]:
     words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    return [type(tokenizer).__name__, tokenizer.model_max_length, hashlib.blake2b(words, digest_size=12).hexdigest()]
+    return [
+        type(tokenizer).__name__,
+        tokenizer.model_max_length,
+        hashlib.blake2b(words, digest_size=12).hexdigest(),
+    ]
 
 
 @contextmanager

@@ -12,11 +12,18 @@ from torch import Tensor
 class Lion(torch.optim.Optimizer):
     """p ← p − lr·(sign(β₁ m + (1−β₁) g) + λ p), then m ← β₂ m + (1−β₂) g.
 
-    Source: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, algorithm 2. Every weight moves by lr,
+    Source: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, algorithm 2.
+    Every weight moves by lr,
     so lr wants to be three to ten times smaller than AdamW's, and the weight decay λ as many times larger.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -36,7 +43,9 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
-def _step(p: Tensor, grad: Tensor, momentum: Tensor, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+def _step(
+    p: Tensor, grad: Tensor, momentum: Tensor, lr: float, betas: tuple[float, float], weight_decay: float
+) -> None:
     update = torch.lerp(grad, momentum, betas[0]).sign_()
     p.mul_(1.0 - lr * weight_decay).add_(update, alpha=-lr)
     momentum.lerp_(grad, 1.0 - betas[1])

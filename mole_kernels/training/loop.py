@@ -16,11 +16,25 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
-from mole_kernels.training.checkpoint import Checkpoint, clear_unfinished, list_checkpoints, load_latest, save_checkpoint
+from mole_kernels.training.checkpoint import (
+    Checkpoint,
+    clear_unfinished,
+    list_checkpoints,
+    load_latest,
+    save_checkpoint,
+)
 from mole_kernels.training.config import OPTIMISERS, TrainConfig, learning_rate
 from mole_kernels.training.data import BatchStream, counted_generator
 from mole_kernels.training.progress import ProgressLine
-from mole_kernels.training.session import CtrlC, Parameters, accelerated, get_rng, in_training, named_parameters, set_rng
+from mole_kernels.training.session import (
+    CtrlC,
+    Parameters,
+    accelerated,
+    get_rng,
+    in_training,
+    named_parameters,
+    set_rng,
+)
 
 LossFunction = Callable[[nn.Module, Mapping[str, Tensor], torch.Generator], Tensor]
 
@@ -37,7 +51,9 @@ class RunOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """losses: of every step, those before a resume included; steps taken in all; seconds and samples/s of this call."""
+    """losses: of every step, those before a resume included; steps taken in all; seconds and samples/s of
+    this call.
+    """
 
     losses: list[float]
     steps: int
@@ -60,30 +76,40 @@ def fit(
     identity: Mapping[str, str] | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> TrainResult:
-    """Trains `parameters` of `model` in place for `config.steps` steps; everything else in the model stays bit for bit.
+    """Trains `parameters` of `model` in place for `config.steps` steps; everything else in the model stays
+    bit for bit.
 
     parameters  tensors of the model that train: a dict by name, (name, tensor) pairs, or tensors alone
     batches     an iterable of dicts of tensors, see `BatchStream`; batch n is drawn by process n mod P
-    loss_fn     (model, batch, generator) -> scalar; whatever it draws from `generator` depends on (seed, n) alone
-    run_dir     where checkpoints go; with `resume` the run goes on from the newest, or begins if there is none.
+    loss_fn     (model, batch, generator) -> scalar; whatever it draws from `generator` depends on (seed, n)
+                alone
+    run_dir     where checkpoints go; with `resume` the run goes on from the newest, or begins if there is
+                none.
                 A resumed run equals one that was never interrupted, bit for bit on a CPU
     progress    a bar on a terminal, else a line every `config.log_every` steps, on stderr
     on_step     called as (steps done, loss) after each step
-    trackers    accelerate's, such as ("tensorboard",): loss, learning rate and samples/s of each step, below run_dir
+    trackers    accelerate's, such as ("tensorboard",): loss, learning rate and samples/s of each step, below
+                run_dir
     identity    what else must be the same on resume, by name
     rates       parameter name -> its learning rate as a multiple of the config's; 1 where not given
 
     Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second one stops at once.
-    Raises MoleStateError for a loss that is not finite (the newest checkpoint stays good) and for a resume that does not fit.
+    Raises MoleStateError for a loss that is not finite (the newest checkpoint stays good) and for a resume
+    that does not fit.
     The model is left on accelerate's device; `requires_grad` and train/eval modes are put back.
     """
     named = named_parameters(model, parameters)
     folder = None if run_dir is None else Path(run_dir)
     if resume and folder is None:
         raise MoleValueError("fit: resume", expected="a run_dir to resume from", got="none")
-    with accelerated(config, trackers, folder) as accelerator, in_training(model, named, config.gradient_checkpointing):
+    with (
+        accelerated(config, trackers, folder) as accelerator,
+        in_training(model, named, config.gradient_checkpointing),
+    ):
         stream = BatchStream(batches, accelerator.process_index, accelerator.num_processes)
-        run = _Run(accelerator, model, named, stream, config, loss_fn, folder, dict(identity or {}), rates or {})
+        run = _Run(
+            accelerator, model, named, stream, config, loss_fn, folder, dict(identity or {}), rates or {}
+        )
         if folder is not None:
             run.open(folder, resume)
         began, first = time.perf_counter(), run.step
@@ -95,12 +121,20 @@ def fit(
                 line.update(run.step, loss, run.samples)
                 if trackers:
                     rate = run.samples / (time.perf_counter() - began)
-                    figures = {"loss": loss, "learning_rate": learning_rate(config, run.step - 1), "samples_per_second": rate}
+                    figures = {
+                        "loss": loss,
+                        "learning_rate": learning_rate(config, run.step - 1),
+                        "samples_per_second": rate,
+                    }
                     accelerator.log(figures, step=run.step)
                 if on_step is not None:
                     on_step(run.step, loss)
                 stopped = run.anywhere(ctrl_c.pressed)
-                if stopped or run.step == config.steps or run.step % (config.checkpoint_every or math.inf) == 0:
+                if (
+                    stopped
+                    or run.step == config.steps
+                    or run.step % (config.checkpoint_every or math.inf) == 0
+                ):
                     run.save()
                 if stopped:
                     line.say(f"stopped after step {run.step}; resume=True (--resume) goes on from {folder}")
@@ -130,8 +164,12 @@ class _Run:
         self.config = replace(config, mixed_precision=accelerator.mixed_precision)
         self.loss_fn, self.folder, self.identity = loss_fn, folder, identity
         self.model = accelerator.prepare_model(model)
-        self.optimiser = accelerator.prepare_optimizer(OPTIMISERS[config.optimiser](_groups(named, rates), config))
-        self.ema = None if config.ema_decay is None else {name: p.detach().clone() for name, p in named.items()}
+        self.optimiser = accelerator.prepare_optimizer(
+            OPTIMISERS[config.optimiser](_groups(named, rates), config)
+        )
+        self.ema = (
+            None if config.ema_decay is None else {name: p.detach().clone() for name, p in named.items()}
+        )
         self.step, self.samples, self.losses = 0, 0, []  # type: tuple[int, int, list[float]]
         self._saved = -1
         torch.manual_seed(config.seed + accelerator.process_index)
@@ -146,7 +184,9 @@ class _Run:
             batch = send_to_device(batch, self.accelerator.device)
             with self.accelerator.accumulate(self.model):
                 with self.accelerator.autocast():
-                    loss = self.loss_fn(self.model, batch, counted_generator(self.config.seed, "batch", number))
+                    loss = self.loss_fn(
+                        self.model, batch, counted_generator(self.config.seed, "batch", number)
+                    )
                 total += self._checked(loss, number) / self.config.accumulation
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
@@ -182,13 +222,19 @@ class _Run:
     def _stop(self, what: str) -> None:
         kept = list_checkpoints(self.folder)[-1:] if self.folder is not None else []
         where = f"the last good checkpoint is {kept[0][1]}" if kept else "there is no checkpoint"
-        raise MoleStateError(f"fit: step {self.step + 1}", what, hint=f"{where}; try a lower lr, more warmup, or look at that batch")
+        raise MoleStateError(
+            f"fit: step {self.step + 1}",
+            what,
+            hint=f"{where}; try a lower lr, more warmup, or look at that batch",
+        )
 
     def anywhere(self, flag: bool) -> bool:
         """Whether `flag` is set on any process."""
         if self.accelerator.num_processes == 1:
             return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
+        return bool(
+            self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0
+        )
 
     def open(self, folder: Path, resume: bool) -> None:
         """Begins in an empty `folder`, or goes on from its newest checkpoint."""
@@ -205,7 +251,9 @@ class _Run:
     def restore(self, c: Checkpoint) -> None:
         """Takes over a checkpoint, after all of it has been found to fit."""
         for name, before, here in self.config.differences(c.config):
-            raise MoleStateError(f"resume: config.{name}", expected=f"{before!r} as when the run began", got=repr(here))
+            raise MoleStateError(
+                f"resume: config.{name}", expected=f"{before!r} as when the run began", got=repr(here)
+            )
         c.check_identity(self.identity)
         c.check_weights(self.named)
         self.stream.restore(c.data)
@@ -253,7 +301,9 @@ class _Run:
 
 
 def _groups(named: Mapping[str, Parameter], rates: Mapping[str, float]) -> Iterable[Any]:
-    """The optimiser's groups: the parameters as they are where all have one rate, else one group for each rate."""
+    """The optimiser's groups: the parameters as they are where all have one rate, else one group for each
+    rate.
+    """
     if unknown := sorted(set(rates) - set(named)):
         raise MoleValueError("fit: rates", expected="names of what trains", got=", ".join(unknown[:3]))
     by_rate: dict[float, list[Parameter]] = {}

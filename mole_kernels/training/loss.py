@@ -27,16 +27,24 @@ def denoising_error(
     """(unet(√ᾱ_t x + √(1−ᾱ_t) ε, t, c) − target)², float32 [B,C,h,w];  target ε, or v = √ᾱ_t ε − √(1−ᾱ_t) x.
 
     latents, noise [B,C,h,w]   timesteps [B] int64   encoder_hidden_states [B,T,K]
-    ᾱ is `scheduler.alphas_cumprod`, the target is named by `scheduler.config.prediction_type`; no other part of the
-    scheduler is used, so any variance-preserving one of diffusers will do. v: Salimans and Ho 2022, arXiv 2202.00512.
+    ᾱ is `scheduler.alphas_cumprod`, the target is named by `scheduler.config.prediction_type`; no other part
+    of the
+    scheduler is used, so any variance-preserving one of diffusers will do. v: Salimans and Ho 2022, arXiv
+    2202.00512.
     """
     kind, signal, spread = _coefficients(scheduler, timesteps, latents)
     if noise.shape != latents.shape:
-        raise MoleShapeError("denoising_loss: noise", expected=f"the latents' shape {tuple(latents.shape)}", got=tuple(noise.shape))
+        raise MoleShapeError(
+            "denoising_loss: noise",
+            expected=f"the latents' shape {tuple(latents.shape)}",
+            got=tuple(noise.shape),
+        )
     noisy = signal * latents.float() + spread * noise.float()
     dtype = _dtype(unet, latents.dtype)
     extra = {} if added_cond_kwargs is None else {"added_cond_kwargs": dict(added_cond_kwargs)}
-    predicted = unet(noisy.to(dtype), timesteps, encoder_hidden_states.to(dtype), return_dict=False, **extra)[0]
+    predicted = unet(noisy.to(dtype), timesteps, encoder_hidden_states.to(dtype), return_dict=False, **extra)[
+        0
+    ]
     target = noise.float() if kind == "epsilon" else signal * noise.float() - spread * latents.float()
     return (predicted.float() - target).square()
 
@@ -52,19 +60,32 @@ def denoising_loss(
     snr_gamma: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """mean of w_t · `denoising_error`, a float32 scalar;  w_t = min(SNR_t, γ)/SNR_t for ε, /(SNR_t + 1) for v, 1 without γ.
+    """mean of w_t · `denoising_error`, a float32 scalar;  w_t = min(SNR_t, γ)/SNR_t for ε, /(SNR_t + 1) for
+    v, 1 without γ.
 
-    SNR_t = ᾱ_t/(1−ᾱ_t). Weights: Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy",
+    SNR_t = ᾱ_t/(1−ᾱ_t). Weights: Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting
+    Strategy",
     arXiv 2303.09556 (the weights for ε and v follow from that for x).
     mask [B,1|C,h,w], optional: the mean becomes Σ mask·w·error / Σ mask over the whole batch.
     """
-    error = denoising_error(unet, scheduler, latents, timesteps, noise, encoder_hidden_states, added_cond_kwargs)
+    error = denoising_error(
+        unet, scheduler, latents, timesteps, noise, encoder_hidden_states, added_cond_kwargs
+    )
     if snr_gamma is not None:
         error = error * min_snr_weight(scheduler, timesteps, snr_gamma).to(error.device)[:, None, None, None]
     if mask is None:
         return error.mean()
-    if mask.dim() != 4 or mask.shape[0] != error.shape[0] or mask.shape[1] not in (1, error.shape[1]) or mask.shape[2:] != error.shape[2:]:
-        raise MoleShapeError("denoising_loss: mask", expected=f"[B,1 or C,h,w] for latents {tuple(error.shape)}", got=tuple(mask.shape))
+    if (
+        mask.dim() != 4
+        or mask.shape[0] != error.shape[0]
+        or mask.shape[1] not in (1, error.shape[1])
+        or mask.shape[2:] != error.shape[2:]
+    ):
+        raise MoleShapeError(
+            "denoising_loss: mask",
+            expected=f"[B,1 or C,h,w] for latents {tuple(error.shape)}",
+            got=tuple(mask.shape),
+        )
     weight = mask.float().expand_as(error)
     # an all-zero mask asks for nothing: loss 0, not 0/0
     return (error * weight).sum() / weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
@@ -82,9 +103,11 @@ def min_snr_weight(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
 
 @dataclass
 class DenoisingLoss:
-    """loss(unet, batch, generator): draws ε, t and dropped conditions for `denoising_loss`, always in this order.
+    """loss(unet, batch, generator): draws ε, t and dropped conditions for `denoising_loss`, always in this
+    order.
 
-    batch: latents [B,C,h,w], encoder_hidden_states [B,T,K]; optional mask [B,1|C,h,w]; for SDXL text_embeds [B,P] and
+    batch: latents [B,C,h,w], encoder_hidden_states [B,T,K]; optional mask [B,1|C,h,w]; for SDXL text_embeds
+    [B,P] and
     time_ids [B,6]. All draws are made on the CPU, so a run is the same on any device.
 
     null          {condition: one sample's null value [T,K] or [1,T,K]}, or just that of encoder_hidden_states
@@ -100,9 +123,13 @@ class DenoisingLoss:
     def __post_init__(self) -> None:
         _scheduler_parts(self.scheduler)
         if self.null is not None:
-            self._null = {"encoder_hidden_states": self.null} if isinstance(self.null, Tensor) else dict(self.null)
+            self._null = (
+                {"encoder_hidden_states": self.null} if isinstance(self.null, Tensor) else dict(self.null)
+            )
         if unknown := sorted(set(self._null) - set(CONDITIONS)):
-            raise MoleValueError("DenoisingLoss: null", expected=f"keys among {', '.join(CONDITIONS)}", got=", ".join(unknown))
+            raise MoleValueError(
+                "DenoisingLoss: null", expected=f"keys among {', '.join(CONDITIONS)}", got=", ".join(unknown)
+            )
         if self.cond_dropout > 0 and not self._null:
             raise MoleValueError(
                 "DenoisingLoss: cond_dropout",
@@ -114,17 +141,35 @@ class DenoisingLoss:
         latents = self._latents(batch)
         n = latents.shape[0]
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = torch.randint(0, len(self.scheduler.alphas_cumprod), (n,), generator=generator).to(latents.device)
+        timesteps = torch.randint(0, len(self.scheduler.alphas_cumprod), (n,), generator=generator).to(
+            latents.device
+        )
         dropped = (torch.rand(n, generator=generator) < self.cond_dropout).to(latents.device)
         conditions = {key: self._drop(key, batch[key], dropped) for key in CONDITIONS if key in batch}
         text = conditions.pop("encoder_hidden_states")
-        return denoising_loss(model, self.scheduler, latents, timesteps, noise, text, conditions or None, self.snr_gamma, batch.get("mask"))
+        return denoising_loss(
+            model,
+            self.scheduler,
+            latents,
+            timesteps,
+            noise,
+            text,
+            conditions or None,
+            self.snr_gamma,
+            batch.get("mask"),
+        )
 
     def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
         if not isinstance(batch, Mapping):
-            raise MoleTypeError("batch", expected="a dict with latents and encoder_hidden_states", got=type(batch).__name__)
+            raise MoleTypeError(
+                "batch", expected="a dict with latents and encoder_hidden_states", got=type(batch).__name__
+            )
         if missing := [key for key in ("latents", "encoder_hidden_states") if key not in batch]:
-            raise MoleKeyError("batch", expected=f"keys latents and encoder_hidden_states, without {', '.join(missing)}", got=sorted(batch))
+            raise MoleKeyError(
+                "batch",
+                expected=f"keys latents and encoder_hidden_states, without {', '.join(missing)}",
+                got=sorted(batch),
+            )
         return batch["latents"]
 
     def _drop(self, key: str, value: Tensor, dropped: Tensor) -> Tensor:
@@ -133,7 +178,9 @@ class DenoisingLoss:
         null = self._null[key].to(value)
         wanted = tuple(value.shape[1:])
         if tuple(null.shape) not in (wanted, (1, *wanted)):
-            raise MoleShapeError(f"DenoisingLoss: null {key}", expected=f"one sample's shape {wanted}", got=tuple(null.shape))
+            raise MoleShapeError(
+                f"DenoisingLoss: null {key}", expected=f"one sample's shape {wanted}", got=tuple(null.shape)
+            )
         return torch.where(dropped.view(-1, *(1,) * (value.dim() - 1)), null, value)
 
 
@@ -148,7 +195,11 @@ def _scheduler_parts(scheduler: Any) -> tuple[str, Tensor]:
         )
     kind = getattr(scheduler.config, "prediction_type", "epsilon")
     if kind not in TARGETS:
-        raise MoleValueError("denoising_loss: scheduler.config.prediction_type", expected=f"one of {', '.join(TARGETS)}", got=repr(kind))
+        raise MoleValueError(
+            "denoising_loss: scheduler.config.prediction_type",
+            expected=f"one of {', '.join(TARGETS)}",
+            got=repr(kind),
+        )
     return kind, alphas
 
 
@@ -157,7 +208,9 @@ def _coefficients(scheduler: Any, timesteps: Tensor, latents: Tensor) -> tuple[s
     kind, alphas = _scheduler_parts(scheduler)
     if latents.dim() != 4 or timesteps.shape != latents.shape[:1]:
         raise MoleShapeError(
-            "denoising_loss: latents, timesteps", expected="[B,C,h,w] and [B]", got=f"{tuple(latents.shape)} and {tuple(timesteps.shape)}"
+            "denoising_loss: latents, timesteps",
+            expected="[B,C,h,w] and [B]",
+            got=f"{tuple(latents.shape)} and {tuple(timesteps.shape)}",
         )
     if timesteps.is_floating_point():
         raise MoleTypeError("denoising_loss: timesteps", expected="integers", got=timesteps.dtype)
@@ -166,5 +219,7 @@ def _coefficients(scheduler: Any, timesteps: Tensor, latents: Tensor) -> tuple[s
 
 
 def _dtype(unet: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The UNet's own dtype: its first parameter's, since experts and gates beside it may be kept in float32."""
+    """The UNet's own dtype: its first parameter's, since experts and gates beside it may be kept in
+    float32.
+    """
     return next((p.dtype for p in unet.parameters() if p.is_floating_point()), default)

@@ -28,7 +28,9 @@ OnBad = Literal["refuse", "skip"]
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: name relative to the folder, caption, size as stored, the bucket it is trained at, and a hash of the file's bytes."""
+    """One picture: name relative to the folder, caption, size as stored, the bucket it is trained at, and a
+    hash of the file's bytes.
+    """
 
     name: str
     caption: str
@@ -38,13 +40,17 @@ class Picture:
 
 
 class PictureFolder:
-    """The pictures below `root` that have captions, in the order of their names, whatever the file system's order is.
+    """The pictures below `root` that have captions, in the order of their names, whatever the file system's
+    order is.
 
     root        a caption is the line of a metadata.jsonl (file_name, text), else the .txt beside the picture
     resolution  side of the pictures in pixels, or (height, width)
-    buckets     True: the aspect ratios of `make_buckets(resolution)`; False: all at `resolution`; or the (h, w) themselves.
-                True means False where resolution is a pair. A picture is scaled until it covers its bucket, then cut at the centre
-    on_bad      what happens with pictures that cannot be read or have no caption: "refuse" raises MoleFileError that names them,
+    buckets     True: the aspect ratios of `make_buckets(resolution)`; False: all at `resolution`; or the (h,
+                w) themselves.
+                True means False where resolution is a pair. A picture is scaled until it covers its bucket,
+                then cut at the centre
+    on_bad      what happens with pictures that cannot be read or have no caption: "refuse" raises
+                MoleFileError that names them,
                 "skip" leaves them out with one MoleWarning; `skipped` says which and why
     multiple    sizes are multiples of this
     column      of metadata.jsonl that holds the caption
@@ -82,14 +88,20 @@ class PictureFolder:
         picture = self.pictures[i]
         image = decode(self.root / picture.name)
         (h, w), (top, left) = cover(picture.size, picture.bucket)
-        image = image.resize((w, h), Resampling.LANCZOS).crop((left, top, left + picture.bucket[1], top + picture.bucket[0]))
+        image = image.resize((w, h), Resampling.LANCZOS).crop(
+            (left, top, left + picture.bucket[1], top + picture.bucket[0])
+        )
         flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return flat.view(*picture.bucket, 3).permute(2, 0, 1).float() / 127.5 - 1.0
 
     def time_ids(self, i: int) -> Tensor:
-        """SDXL's size conditions [6]: stored height and width, top and left of the cut, height and width of the bucket."""
+        """SDXL's size conditions [6]: stored height and width, top and left of the cut, height and width of
+        the bucket.
+        """
         picture = self.pictures[i]
-        return torch.tensor([*picture.size, *cover(picture.size, picture.bucket)[1], *picture.bucket], dtype=torch.float32)
+        return torch.tensor(
+            [*picture.size, *cover(picture.size, picture.bucket)[1], *picture.bucket], dtype=torch.float32
+        )
 
     def counts(self) -> dict[Size, int]:
         """bucket -> number of its pictures."""
@@ -99,7 +111,11 @@ class PictureFolder:
         if not self.root.is_dir():
             raise MoleFileError(printable(self.root, 300), expected="a folder of pictures", got="no folder")
         captions, bad = read_captions(self.root, column)
-        names = sorted(p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        names = sorted(
+            p.relative_to(self.root).as_posix()
+            for p in self.root.rglob("*")
+            if p.suffix.lower() in SUFFIXES and p.is_file()
+        )
         with ThreadPoolExecutor(max(1, workers)) as pool:
             looked = list(pool.map(lambda name: self._look(name, captions.get(name)), names))
         good = []
@@ -135,7 +151,9 @@ class PictureFolder:
             text = "; ".join(named[:8]) + (f"; and {len(named) - 8} more" if len(named) > 8 else "")
             if on_bad == "refuse":
                 hint = "mend or remove them, or leave them out with on_bad='skip'"
-                raise MoleFileError(where, f"{len(named)} of its entries cannot be trained on: {text}", hint=hint)
+                raise MoleFileError(
+                    where, f"{len(named)} of its entries cannot be trained on: {text}", hint=hint
+                )
             warnings.warn(f"{where}: {len(named)} entries left out: {text}", MoleWarning, stacklevel=3)
         if not self.pictures:
             hint = f"pictures end in {', '.join(SUFFIXES)}; captions stand in metadata.jsonl or in a .txt beside each"
@@ -149,13 +167,17 @@ def _sizes(resolution: int | Size, buckets: bool | Sequence[Size], multiple: int
     if isinstance(buckets, bool):
         if buckets and isinstance(resolution, int):
             return make_buckets(resolution, multiple)
-        sizes: tuple[Size, ...] = ((resolution, resolution) if isinstance(resolution, int) else (resolution[0], resolution[1]),)
+        sizes: tuple[Size, ...] = (
+            (resolution, resolution) if isinstance(resolution, int) else (resolution[0], resolution[1]),
+        )
     else:
         sizes = tuple(sorted({(h, w) for h, w in buckets}))
     wrong = [size for size in sizes if min(size) < 1 or any(side % multiple for side in size)]
     if wrong or not sizes:
         hint = "multiple= is the VAE's factor times what the UNet halves by"
-        raise MoleValueError("PictureFolder: sizes", expected=f"multiples of {multiple}", got=wrong or "none", hint=hint)
+        raise MoleValueError(
+            "PictureFolder: sizes", expected=f"multiples of {multiple}", got=wrong or "none", hint=hint
+        )
     return sizes
 
 
@@ -163,7 +185,14 @@ def decode(path: Path) -> Image:
     """The picture upright in RGB; what is transparent becomes white."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    broken = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, UnidentifiedImageError)
+    broken = (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        Image.DecompressionBombError,
+        UnidentifiedImageError,
+    )
     try:
         with Image.open(path) as opened:
             # PIL itself refuses at twice this size only
@@ -176,6 +205,8 @@ def decode(path: Path) -> Image:
                 image = Image.alpha_composite(ground, image)
             return image.convert("RGB")
     except broken as error:
-        raise MoleFileError(printable(path, 300), f"is no picture that can be read ({type(error).__name__})") from error
+        raise MoleFileError(
+            printable(path, 300), f"is no picture that can be read ({type(error).__name__})"
+        ) from error
     except MemoryError as error:
         raise MoleStateError(printable(path, 300), "no memory to decode it") from error

@@ -5,14 +5,29 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class ProgressLine:
-    """Steps, mean loss of late steps, steps and samples per second, time left; writes to stderr, nothing when `enabled` is false."""
+    """Steps, mean loss of late steps, steps and samples per second, time left; writes to stderr, nothing when
+    `enabled` is false.
+    """
 
     def __init__(self, title: str, total: int, start: int, log_every: int, enabled: bool) -> None:
-        self.title, self.total, self.start, self.log_every, self.enabled = title, total, start, log_every, enabled
+        self.title, self.total, self.start, self.log_every, self.enabled = (
+            title,
+            total,
+            start,
+            log_every,
+            enabled,
+        )
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._mean: float | None = None
@@ -21,8 +36,19 @@ class ProgressLine:
 
     def __enter__(self) -> ProgressLine:
         if self.enabled and self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
-            self._bar = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console)
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+            )
+            self._bar = Progress(
+                *columns,
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, figures="")
             self._bar.start()
         return self
@@ -47,7 +73,9 @@ class ProgressLine:
         elif step // self.log_every > self._logged // self.log_every or step == self.total:
             self._logged = step
             left = (self.total - step) / max(rate, 1e-9)
-            self.say(f"{self.title} {step}/{self.total}  {figures}  left {int(left // 60)}:{int(left % 60):02d}")
+            self.say(
+                f"{self.title} {step}/{self.total}  {figures}  left {int(left // 60)}:{int(left % 60):02d}"
+            )
 
     def say(self, text: str) -> None:
         """One line of its own, above the bar."""

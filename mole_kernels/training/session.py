@@ -1,4 +1,6 @@
-"""What surrounds a run and is put back after it: accelerate's process state, the model's modes and flags, the keyboard."""
+"""What surrounds a run and is put back after it: accelerate's process state, the model's modes and flags, the
+keyboard.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Parameters = Mapping[str, Parameter] | Iterable[Parameter | tuple[str, Parameter
 
 
 @contextmanager
-def accelerated(config: TrainConfig, trackers: Sequence[str] = (), folder: Path | None = None) -> Iterator[Accelerator]:
+def accelerated(
+    config: TrainConfig, trackers: Sequence[str] = (), folder: Path | None = None
+) -> Iterator[Accelerator]:
     """An Accelerator for one run. Its process-wide state goes with it, if it was not there before.
 
     trackers  accelerate's names, such as "tensorboard", which writes below `folder`
@@ -36,10 +40,14 @@ def accelerated(config: TrainConfig, trackers: Sequence[str] = (), folder: Path 
         raise MoleValueError("fit: trackers", expected=f"among {', '.join(known)}", got=", ".join(unknown))
     owned = not is_initialized()
     # the plugin and not the number, which an environment variable of the launcher would override
-    plugin = GradientAccumulationPlugin(num_steps=config.accumulation, adjust_scheduler=False, sync_with_dataloader=False)
+    plugin = GradientAccumulationPlugin(
+        num_steps=config.accumulation, adjust_scheduler=False, sync_with_dataloader=False
+    )
     more: dict[str, Any] = {"log_with": list(trackers), "project_dir": str(folder)} if trackers else {}
     try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_plugin=plugin, **more)
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, gradient_accumulation_plugin=plugin, **more
+        )
     except ValueError as error:
         hint = "mixed_precision=None takes what this process already uses"
         problem = f"{config.mixed_precision!r} was refused by accelerate ({error})"
@@ -65,17 +73,24 @@ def _begin_tracking(accelerator: Accelerator, config: TrainConfig, trackers: Seq
         # accelerate leaves out what is not installed without a word
         hint = 'pip install "mole-kernels[train]" brings tensorboard; the others have packages of their own'
         raise MoleStateError("fit: trackers", f"{', '.join(lacking)} cannot be used here", hint=hint)
-    plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.to_dict().items()}
+    plain = {
+        key: value if isinstance(value, int | float | str) else str(value)
+        for key, value in config.to_dict().items()
+    }
     accelerator.init_trackers("log", config=plain)
 
 
 @contextmanager
 def in_training(model: nn.Module, named: Mapping[str, Parameter], checkpointing: bool) -> Iterator[None]:
-    """Only `named` asks for gradients, the model is in training mode; these, `forward` and torch's random state are put back."""
+    """Only `named` asks for gradients, the model is in training mode; these, `forward` and torch's random
+    state are put back.
+    """
     rng = get_rng()
     asked = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    own: dict[str, Any] = {key: model.__dict__[key] for key in ("forward", "_original_forward") if key in model.__dict__}
+    own: dict[str, Any] = {
+        key: model.__dict__[key] for key in ("forward", "_original_forward") if key in model.__dict__
+    }
     wanted = {id(p) for p in named.values()}
     already = bool(getattr(model, "is_gradient_checkpointing", False))
     if checkpointing and not callable(getattr(model, "enable_gradient_checkpointing", None)):
@@ -112,10 +127,14 @@ def named_parameters(model: nn.Module, parameters: Parameters) -> dict[str, Para
     for item in items:
         given, p = item if isinstance(item, tuple) else (None, item)
         if not isinstance(p, Parameter) or id(p) not in names:
-            raise MoleTypeError("fit: parameters", expected="parameters of the model", got=given or type(p).__name__)
+            raise MoleTypeError(
+                "fit: parameters", expected="parameters of the model", got=given or type(p).__name__
+            )
         if p.dtype not in (torch.float32, torch.float64):
             hint = "steps of a usual size vanish in 16 bits: train float32 tensors, with mixed_precision for speed"
-            raise MoleTypeError(f"fit: {given or names[id(p)]}", expected="float32 or float64", got=p.dtype, hint=hint)
+            raise MoleTypeError(
+                f"fit: {given or names[id(p)]}", expected="float32 or float64", got=p.dtype, hint=hint
+            )
         named[given or names[id(p)]] = p
     if not named:
         raise MoleValueError("fit: parameters", expected="at least one tensor to train", got="none")

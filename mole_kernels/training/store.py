@@ -1,4 +1,6 @@
-"""Named tensors under keys, in safetensors shards of one folder: entries are added, never changed, and survive a kill."""
+"""Named tensors under keys, in safetensors shards of one folder: entries are added, never changed, and
+survive a kill.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,18 @@ from mole_kernels.files.writer import atomic_save
 SHARD_BYTES = 64 * 2**20
 # the reader takes 20,000 tensors in a file
 SHARD_TENSORS = 4096
-# files held open at once: a million pictures have thousands of shards, a process may open about a thousand files
+# files held open at once: a million pictures have thousands of shards, a process may open about a thousand
+# files
 MOST_OPEN = 64
 
 
 class Store:
     """{key: {name: tensor}}; in memory without a folder, else in shards of it.
 
-    folder   made when the first entry is written; a shard that cannot be read is left out with a warning, and its entries are made anew
-    process  names this process's shards, so that several may write at once; others' entries are seen after `reopen`
+    folder   made when the first entry is written; a shard that cannot be read is left out with a warning, and
+             its entries are made anew
+    process  names this process's shards, so that several may write at once; others' entries are seen after
+             `reopen`
     """
 
     def __init__(self, folder: Path | None, process: int = 0) -> None:
@@ -53,7 +58,9 @@ class Store:
         return {name: found[f"{key}.{name}"] for name in names}
 
     def add(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Remembers an entry; with a folder it is on the disk after the next `flush`, which comes by itself when enough have gathered."""
+        """Remembers an entry; with a folder it is on the disk after the next `flush`, which comes by itself
+        when enough have gathered.
+        """
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self._memory[key] = kept
         if self.folder is None:
@@ -64,7 +71,9 @@ class Store:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what has gathered as one more shard. Raises MoleFileError, for example for a full disk; earlier shards stay."""
+        """Writes what has gathered as one more shard. Raises MoleFileError, for example for a full disk;
+        earlier shards stay.
+        """
         if self.folder is None or not self._draft:
             return
         try:
@@ -114,7 +123,9 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         hint = "another cache folder, or a cache in float16 or bfloat16"
-        raise MoleFileError(printable(folder, 300), expected=f"room for {needed:,} bytes", got=f"{free:,} free", hint=hint)
+        raise MoleFileError(
+            printable(folder, 300), expected=f"room for {needed:,} bytes", got=f"{free:,} free", hint=hint
+        )
 
 
 def size_of(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> int:

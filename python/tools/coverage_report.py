@@ -52,9 +52,15 @@ def measure(jobs: int) -> None:
 def figures() -> dict[str, Any]:
     """coverage.py's own report: file -> statements run and missed."""
     if list(FOLDER.glob("data.*")):
-        subprocess.run([sys.executable, "-m", "coverage", "combine", "--append", "--quiet"], cwd=ROOT, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "coverage", "combine", "--append", "--quiet"], cwd=ROOT, check=True
+        )
     out = FOLDER / "report.json"
-    subprocess.run([sys.executable, "-m", "coverage", "json", "--quiet", "--ignore-errors", "-o", str(out)], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "coverage", "json", "--quiet", "--ignore-errors", "-o", str(out)],
+        cwd=ROOT,
+        check=True,
+    )
     return json.loads(out.read_text())
 
 
@@ -88,12 +94,20 @@ def written(report: dict[str, Any]) -> str:
         if missing:
             rows.append(f"| `{file.removeprefix('mole_kernels/')}` | {ranges(missing)} | {reason(file)} |")
     whole = report["totals"]
-    text = HEAD + f"**{whole['percent_covered']:.1f} %** of {whole['num_statements']} statements; {whole['missing_lines']} are not run.\n\n"
+    text = (
+        HEAD
+        + f"**{whole['percent_covered']:.1f} %** of {whole['num_statements']} statements; {whole['missing_lines']} are not run.\n\n"
+    )
     text += "| room | statements | not run | run |\n|---|---|---|---|\n"
     for room, (total, missed) in sorted(rooms.items()):
         if total:
             text += f"| `{room}` | {total} | {missed} | {100 * (1 - missed / total):.1f} % |\n"
-    return text + "\n## The lines\n\n| file | lines | why, where it is one reason |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    return (
+        text
+        + "\n## The lines\n\n| file | lines | why, where it is one reason |\n|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
+    )
 
 
 def main() -> int:
@@ -106,7 +120,9 @@ def main() -> int:
     report = figures()
     PAGE.write_text(written(report))
     percent = report["totals"]["percent_covered"]
-    print(f"{percent:.1f} % of the lines, {'at least' if percent >= WANTED else 'BELOW'} {WANTED:.0f} %: {PAGE.relative_to(ROOT)}")
+    print(
+        f"{percent:.1f} % of the lines, {'at least' if percent >= WANTED else 'BELOW'} {WANTED:.0f} %: {PAGE.relative_to(ROOT)}"
+    )
     return 0 if percent >= WANTED else 1
 
 

@@ -1,10 +1,14 @@
 """Run other packages' own LoRA tests with every PEFT layer computing through our operator.
 
-    python python/tools/diffusers_suite.py --source DIR          diffusers' model-level LoRA tests (DIR: a checkout, bare ones too)
-    python python/tools/diffusers_suite.py --suite peft          PEFT's LoRA tests, from its source distribution on PyPI
+    python python/tools/diffusers_suite.py --source DIR          diffusers' model-level LoRA tests (DIR: a
+    checkout, bare ones too)
+    python python/tools/diffusers_suite.py --suite peft          PEFT's LoRA tests, from its source
+    distribution on PyPI
 
-Each suite runs twice, as it is and accelerated. Exit 0: nothing fails that passes without us, and calls went through us. 1: otherwise.
-2: the tests are not to be had (diffusers' source distribution does not contain them; without --source they are cloned).
+Each suite runs twice, as it is and accelerated. Exit 0: nothing fails that passes without us, and calls went
+through us. 1: otherwise.
+2: the tests are not to be had (diffusers' source distribution does not contain them; without --source they
+are cloned).
 """
 
 from __future__ import annotations
@@ -30,7 +34,15 @@ HELPERS = {"parameterized": "parameterized", "requests_mock": "requests-mock", "
 # the LoRA tests that need no model hub; the others wait for it a minute each
 PEFT_FILES = "custom_models mixed loraplus lorafa bdlora".split()
 # of test_custom_models only the LoRA configurations, and not what never runs a forward
-OTHER_CONFIGS = ("AdaLoraConfig", "RandLoraConfig", "VBLoRAConfig", "UniLoraConfig", "DeloraConfig", "Fsdp", "test_adapter_dtype_autocast")
+OTHER_CONFIGS = (
+    "AdaLoraConfig",
+    "RandLoraConfig",
+    "VBLoRAConfig",
+    "UniLoraConfig",
+    "DeloraConfig",
+    "Fsdp",
+    "test_adapter_dtype_autocast",
+)
 PEFT_CHOICE = f"not test_custom_models or (LoraConfig and not {' and not '.join(OTHER_CONFIGS)})"
 
 
@@ -48,7 +60,9 @@ class Unavailable(Exception):
 
 
 def diffusers_suite(cache: Path, source: Path | None) -> Suite:
-    """Its tests/ folder alone: beside its src/, the tests would import that instead of the installed diffusers."""
+    """Its tests/ folder alone: beside its src/, the tests would import that instead of the installed
+    diffusers.
+    """
     folder = cache / "diffusers"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -58,11 +72,17 @@ def diffusers_suite(cache: Path, source: Path | None) -> Suite:
     else:
         archive = subprocess.run(["git", "-C", str(source), "archive", "HEAD", "tests"], capture_output=True)
         if archive.returncode:
-            raise Unavailable(f"{source}: expected a checkout of diffusers with tests/, or its bare repository")
+            raise Unavailable(
+                f"{source}: expected a checkout of diffusers with tests/, or its bare repository"
+            )
         subprocess.run(["tar", "x", "-C", str(folder)], input=archive.stdout, check=True)
-    files = sorted(p for p in (folder / "tests" / "models").rglob("test_*.py") if "LoraTesterMixin" in p.read_text())
+    files = sorted(
+        p for p in (folder / "tests" / "models").rglob("test_*.py") if "LoraTesterMixin" in p.read_text()
+    )
     if not files:
-        raise Unavailable(f"{source}: no model-level LoRA tests in tests/models; expected diffusers 0.37 or later")
+        raise Unavailable(
+            f"{source}: no model-level LoRA tests in tests/models; expected diffusers 0.37 or later"
+        )
     (folder / "pytest.ini").write_text("[pytest]\n")
     return Suite("diffusers", folder, [*(str(p.relative_to(folder)) for p in files), "-m", "lora"])
 
@@ -70,9 +90,15 @@ def diffusers_suite(cache: Path, source: Path | None) -> Suite:
 def _clone(into: Path) -> Path:
     if not into.exists():
         tag = f"v{version('diffusers')}"
-        done = subprocess.run(["git", "clone", "-q", "--depth", "1", "--branch", tag, DIFFUSERS, str(into)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "clone", "-q", "--depth", "1", "--branch", tag, DIFFUSERS, str(into)],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
-            raise Unavailable(f"cannot clone {tag} of {DIFFUSERS}: {done.stderr.strip()}\nPass --source with a checkout of it.")
+            raise Unavailable(
+                f"cannot clone {tag} of {DIFFUSERS}: {done.stderr.strip()}\nPass --source with a checkout of it."
+            )
     return into
 
 
@@ -81,7 +107,17 @@ def peft_suite(cache: Path) -> Suite:
     folder = cache / f"peft-{version('peft')}"
     if not folder.exists():
         wanted = f"peft=={version('peft')}"
-        done = _pip("download", "-q", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(cache), wanted)
+        done = _pip(
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--no-build-isolation",
+            "-d",
+            str(cache),
+            wanted,
+        )
         if done.returncode:
             raise Unavailable(f"cannot download {wanted}: {done.stderr.strip()}")
         with tarfile.open(next(cache.glob("peft-*.tar.gz"))) as archive:
@@ -92,13 +128,19 @@ def peft_suite(cache: Path) -> Suite:
 
 
 def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments],
+        capture_output=True,
+        text=True,
+    )
 
 
 def helpers(cache: Path) -> Path:
     """A folder with the test helpers that this environment lacks."""
     folder = cache / "helpers"
-    lacking = {module: package for module, package in HELPERS.items() if importlib.util.find_spec(module) is None}
+    lacking = {
+        module: package for module, package in HELPERS.items() if importlib.util.find_spec(module) is None
+    }
     missing = [package for module, package in lacking.items() if not any(folder.glob(f"{module}*"))]
     if missing and (done := _pip("install", "-q", "--no-deps", "--target", str(folder), *missing)).returncode:
         print(f"without {', '.join(missing)}: {done.stderr.strip()}", file=sys.stderr)
@@ -112,12 +154,34 @@ def run(suite: Suite, cache: Path, on: bool, extra: list[str]) -> dict:
     # nothing is fetched: tests that want the hub fail in both runs alike
     path = os.pathsep.join(map(str, [ROOT, PLUGIN, helpers(cache)]))
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "pytest", "-p", "plugin", "--mole-report", str(report), "--rootdir", str(suite.folder)]
-    command += [*suite.arguments, "-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore", *([] if on else ["--mole-off"]), *extra]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "plugin",
+        "--mole-report",
+        str(report),
+        "--rootdir",
+        str(suite.folder),
+    ]
+    command += [
+        *suite.arguments,
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        *([] if on else ["--mole-off"]),
+        *extra,
+    ]
     log = report.with_suffix(".log")
     print(f"{suite.name}, {'accelerated' if on else 'as it is'} … (log: {log})", flush=True)
     with log.open("w") as out:
-        code = subprocess.run(command, cwd=suite.folder, env=environment, stdout=out, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            command, cwd=suite.folder, env=environment, stdout=out, stderr=subprocess.STDOUT
+        ).returncode
     if not report.exists():
         raise SystemExit(f"pytest did not come to an end (exit code {code}), see {log}")
     return json.loads(report.read_text())
@@ -147,7 +211,9 @@ def compare(off: dict, on: dict) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--suite", choices=("diffusers", "peft"), default="diffusers")
     parser.add_argument("--source", type=Path, help="a checkout of diffusers")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "suites")

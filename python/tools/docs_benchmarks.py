@@ -1,4 +1,6 @@
-"""Benchmark pages of the site, from benchmarks/results/**.json: python python/tools/docs_benchmarks.py FOLDER writes them there."""
+"""Benchmark pages of the site, from benchmarks/results/**.json: python python/tools/docs_benchmarks.py FOLDER
+writes them there.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Page:
-    """One page: where it goes below docs/, its name in the navigation, its markdown, and the pictures it shows."""
+    """One page: where it goes below docs/, its name in the navigation, its markdown, and the pictures it
+    shows.
+    """
 
     path: str
     title: str
@@ -28,12 +32,19 @@ class Page:
 @lru_cache(maxsize=1)
 def pages(root: Path) -> list[Page]:
     """How it is measured, one page for each results file (newest first), and the history."""
-    found = [_result_page(path) for path in sorted((root / "benchmarks/results").rglob("*.json"), key=lambda p: p.stem, reverse=True)]
+    found = [
+        _result_page(path)
+        for path in sorted((root / "benchmarks/results").rglob("*.json"), key=lambda p: p.stem, reverse=True)
+    ]
     listing = "\n".join(f"- [{page.title}]({Path(page.path).name})" for page in found)
     how = _without_title((root / "benchmarks/README.md").read_text(encoding="utf-8"))
     history = (root / "benchmarks/HISTORY.md").read_text(encoding="utf-8")
     return [
-        Page("benchmarks/index.md", "How it is measured", f"# Benchmarks\n\nEvery results file as a page:\n\n{listing}\n\n{how}"),
+        Page(
+            "benchmarks/index.md",
+            "How it is measured",
+            f"# Benchmarks\n\nEvery results file as a page:\n\n{listing}\n\n{how}",
+        ),
         *found,
         Page("benchmarks/history.md", "History", history),
     ]
@@ -59,7 +70,11 @@ def _renderer(kind: str, result: Result) -> Callable[[Result], str]:
     from benchmarks.gpu import report as gpu
     from benchmarks.gpu import results
 
-    known: dict[str, Callable[[Result], str]] = {"layers": report.markdown, "serving": serving.table, "training": training.markdown}
+    known: dict[str, Callable[[Result], str]] = {
+        "layers": report.markdown,
+        "serving": serving.table,
+        "training": training.markdown,
+    }
     if result.get("gpu") and not results.problems(result):
         return gpu.markdown
     return known.get(kind, columns)
@@ -67,7 +82,11 @@ def _renderer(kind: str, result: Result) -> Callable[[Result], str]:
 
 def columns(result: Result) -> str:
     """Any file of rows: the facts about its machine, then a column for each field."""
-    facts = "; ".join(f"{name} {_cell(value)}" for name, value in result.items() if name != "cases" and value not in (None, [], {}))
+    facts = "; ".join(
+        f"{name} {_cell(value)}"
+        for name, value in result.items()
+        if name != "cases" and value not in (None, [], {})
+    )
     rows = [dict(_flat(row)) for row in result["cases"]]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = [names, ["---"] * len(names), *([_cell(row.get(name, "–")) for name in names] for row in rows)]
@@ -91,7 +110,13 @@ def _cell(value: Any) -> str:
             low, middle, high = map(_cell, value)
             return f"{middle} ({low} to {high})"
         return ", ".join(map(_cell, value))
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else f"{value:.0f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float) and abs(value) < 1e4
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _without_title(text: str) -> str:

@@ -1,4 +1,6 @@
-"""Docstrings as written: a first line, prose, and arguments one to a line, which markdown would run together."""
+"""Docstrings as written: a first line, prose, and arguments one to a line, which markdown would run
+together.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ def shown(docstring: str) -> str:
             # sentences before the first row, and after the last, stay prose
             rows = [i for i, line in enumerate(lines) if _ROW.match(line)]
             before, table, after = lines[: rows[0]], lines[rows[0] : rows[-1] + 1], lines[rows[-1] + 1 :]
-            found += [_prose("\n".join(before)), "```text\n" + "\n".join(table) + "\n```", _prose("\n".join(after))]
+            found += [
+                _prose("\n".join(before)),
+                "```text\n" + "\n".join(table) + "\n```",
+                _prose("\n".join(after)),
+            ]
         else:
             found.append(_prose(paragraph))
     return "\n\n".join(part for part in found if part)
@@ -37,4 +43,6 @@ def shown(docstring: str) -> str:
 
 def _prose(text: str) -> str:
     parts = _CODE.split(text)
-    return "".join(part if i % 2 else part.replace("<", "&lt;").replace("*", "\\*") for i, part in enumerate(parts))
+    return "".join(
+        part if i % 2 else part.replace("<", "&lt;").replace("*", "\\*") for i, part in enumerate(parts)
+    )

@@ -1,4 +1,6 @@
-"""mkdocs hooks: benchmark pages from the results files, pages nobody listed, and no test comments in what is shown."""
+"""mkdocs hooks: benchmark pages from the results files, pages nobody listed, and no test comments in what is
+shown.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,15 @@ _BENCHMARKS = "Benchmarks"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The generated pages into their place, and pages below docs/ that the navigation lacks under "More": none is ever lost."""
+    """The generated pages into their place, and pages below docs/ that the navigation lacks under "More":
+    none is ever lost.
+    """
     nav: list[Any] = config.nav or []
     listed = set(_paths(nav))
     docs = Path(config.docs_dir)
-    more = [page for p in sorted(docs.rglob("*.md")) if (page := p.relative_to(docs).as_posix()) not in listed]
+    more = [
+        page for p in sorted(docs.rglob("*.md")) if (page := p.relative_to(docs).as_posix()) not in listed
+    ]
     for entry in nav:
         if _BENCHMARKS in entry:
             entry[_BENCHMARKS] = [{page.title: page.path} for page in pages(ROOT)]

@@ -4,11 +4,14 @@
     python python/tools/emulate.py --only plain --seeds 3 --flavour address
     python python/tools/emulate.py --run tests/emulator/programs/gemm_wgmma.cpp m=100 seed=7
 
-A program is a C++ file with a main that launches kernels (docs/kernels/emulator.md) and returns 0 if they computed the right thing.
+A program is a C++ file with a main that launches kernels (docs/kernels/emulator.md) and returns 0 if they
+computed the right thing.
 To register one, add a line to PROGRAMS.
 
-Flavours: `check` compiles the kernel with the compiler's thread instrumentation and links it with the emulator in the place of
-ThreadSanitizer's runtime, so that every load and store is checked; `address` is AddressSanitizer and UndefinedBehaviorSanitizer over
+Flavours: `check` compiles the kernel with the compiler's thread instrumentation and links it with the
+emulator in the place of
+ThreadSanitizer's runtime, so that every load and store is checked; `address` is AddressSanitizer and
+UndefinedBehaviorSanitizer over
 kernel and emulator; `fast` has neither.
 """
 
@@ -33,9 +36,16 @@ ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "csrc/emulator"
 CACHE = Path(os.environ.get("MOLE_EMULATOR_CACHE", ROOT / "build/emulator"))
 COMMON = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-psabi"]
-# a static, fixed address: reports name lines by addr2line. No loops turned into memset: it would hide stores from the hooks
+# a static, fixed address: reports name lines by addr2line. No loops turned into memset: it would hide stores
+# from the hooks
 KERNEL = {
-    "check": ["-O1", "-g1", "-fsanitize=thread,alignment,bounds", "-fno-sanitize-recover=all", "-fno-tree-loop-distribute-patterns"],
+    "check": [
+        "-O1",
+        "-g1",
+        "-fsanitize=thread,alignment,bounds",
+        "-fno-sanitize-recover=all",
+        "-fno-tree-loop-distribute-patterns",
+    ],
     "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "fast": ["-O2", "-g1"],
 }
@@ -49,7 +59,9 @@ LINK = {"check": [], "address": ["-fsanitize=address,undefined"], "fast": []}
 
 @dataclass(frozen=True)
 class Program:
-    """A program, the argument lists it is run with, and how many schedules of each; `quick` are the cases of `make test`."""
+    """A program, the argument lists it is run with, and how many schedules of each; `quick` are the cases of
+    `make test`.
+    """
 
     name: str
     source: str
@@ -62,9 +74,17 @@ class Program:
 
 PROGRAMS: list[Program] = [
     Program(
-        "gemm_portable", "tests/emulator/programs/gemm_portable.cpp", ("m=64 n=64 k=64", "m=100 n=72 k=136"), quick=("m=100 n=72 k=136",)
+        "gemm_portable",
+        "tests/emulator/programs/gemm_portable.cpp",
+        ("m=64 n=64 k=64", "m=100 n=72 k=136"),
+        quick=("m=100 n=72 k=136",),
     ),
-    Program("gemm_wgmma", "tests/emulator/programs/gemm_wgmma.cpp", ("m=128 n=128 k=256", "m=100 n=72 k=136"), quick=("m=100 n=72 k=136",)),
+    Program(
+        "gemm_wgmma",
+        "tests/emulator/programs/gemm_wgmma.cpp",
+        ("m=128 n=128 k=256", "m=100 n=72 k=136"),
+        quick=("m=100 n=72 k=136",),
+    ),
     Program(
         "sm90_cluster",
         "tests/cuda/fused.cpp",
@@ -125,7 +145,11 @@ PROGRAMS: list[Program] = [
             "way=recompute b=3 sets=5 assigned=1 topk=9 ranks=3,5,8 wide=1",
             "way=recompute narrow=1 ranks=8 n=320 k=40 d=0 dh=0",
         ),
-        quick=("way=cluster b=2 k=136", "way=persistent groups=2 b=2 topk=1", "way=recompute b=2 sets=2 mask=1"),
+        quick=(
+            "way=cluster b=2 k=136",
+            "way=persistent groups=2 b=2 topk=1",
+            "way=recompute b=2 sets=2 mask=1",
+        ),
     ),
     Program(
         "sm90_ladder",
@@ -163,7 +187,9 @@ def digest(files: Sequence[Path], words: Sequence[str]) -> str:
 def host() -> str:
     """What -march=native depends on."""
     try:
-        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+        return next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+        )
     except (OSError, StopIteration):
         return ""
 
@@ -208,7 +234,12 @@ def build(source: str | Path, flavour: str = "check", defines: Sequence[str] = (
     path = Path(source) if Path(source).is_absolute() else ROOT / source
     runtime = build_runtime(flavour)
     flags = [*COMMON, *KERNEL[flavour], "-DMOLE_EMULATE", "-I", str(ROOT), *(f"-D{d}" for d in defines)]
-    headers = [*(ROOT / "csrc/cuda").rglob("*.h"), *(ROOT / "csrc/cuda").rglob("*.cuh"), *EMULATOR.glob("*.h"), *path.parent.glob("*.h")]
+    headers = [
+        *(ROOT / "csrc/cuda").rglob("*.h"),
+        *(ROOT / "csrc/cuda").rglob("*.cuh"),
+        *EMULATOR.glob("*.h"),
+        *path.parent.glob("*.h"),
+    ]
     folder = CACHE / f"{path.stem}-{flavour}-{digest([path, *headers], [compiler(), str(runtime), *flags])}"
     program = folder / path.stem
     if program.exists():
@@ -219,10 +250,13 @@ def build(source: str | Path, flavour: str = "check", defines: Sequence[str] = (
     return program
 
 
-def _compile(path: Path, flags: Sequence[str], flavour: str, runtime: Path, folder: Path, program: Path) -> None:
+def _compile(
+    path: Path, flags: Sequence[str], flavour: str, runtime: Path, folder: Path, program: Path
+) -> None:
     partial = folder / f"{os.getpid()}-{path.stem}"
     shell([compiler(), *flags, "-no-pie", "-c", str(path), "-o", f"{partial}.o"])
-    # no libtsan: the archive holds what the instrumentation calls; it comes first so that shared templates are its own, uninstrumented ones
+    # no libtsan: the archive holds what the instrumentation calls; it comes first so that shared templates
+    # are its own, uninstrumented ones
     whole = ["-Wl,--whole-archive", str(runtime), "-Wl,--no-whole-archive"]
     shell([compiler(), *LINK[flavour], "-no-pie", *whole, f"{partial}.o", "-o", str(partial), "-lpthread"])
     Path(f"{partial}.o").unlink()
@@ -261,11 +295,19 @@ def work(programs: Sequence[Program], quick: bool, seeds: int | None) -> Iterato
                 yield p, [*case.split(), f"seed={seed}"]
 
 
-def run_all(programs: Sequence[Program], flavour: str, quick: bool, seeds: int | None, jobs: int) -> list[Outcome]:
+def run_all(
+    programs: Sequence[Program], flavour: str, quick: bool, seeds: int | None, jobs: int
+) -> list[Outcome]:
     """Builds and runs; prints a line for each program and the words of each failure."""
     with ThreadPoolExecutor(jobs) as pool:
-        built = dict(zip([p.name for p in programs], pool.map(lambda p: build(p.source, flavour, p.defines), programs)))
-        outcomes = list(pool.map(lambda item: run(built[item[0].name], item[1], item[0].name), work(programs, quick, seeds)))
+        built = dict(
+            zip([p.name for p in programs], pool.map(lambda p: build(p.source, flavour, p.defines), programs))
+        )
+        outcomes = list(
+            pool.map(
+                lambda item: run(built[item[0].name], item[1], item[0].name), work(programs, quick, seeds)
+            )
+        )
     for p in programs:
         mine = [o for o in outcomes if o.name == p.name]
         bad = [o for o in mine if not o.ok]
@@ -282,7 +324,9 @@ def run_all(programs: Sequence[Program], flavour: str, quick: bool, seeds: int |
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", help="programs whose name contains this")
-    parser.add_argument("--seeds", type=int, help="schedules of each case, instead of the program's own number")
+    parser.add_argument(
+        "--seeds", type=int, help="schedules of each case, instead of the program's own number"
+    )
     parser.add_argument("--flavour", choices=KERNEL, default="check")
     parser.add_argument("--quick", action="store_true", help="the cases of `make test` alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)

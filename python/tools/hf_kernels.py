@@ -1,10 +1,13 @@
-"""The operator as a repository for the `kernels` package: python python/tools/hf_kernels.py [--out build/hf] [--repo OWNER/NAME]
+"""The operator as a repository for the `kernels` package: python python/tools/hf_kernels.py [--out build/hf]
+[--repo OWNER/NAME]
 
     build.toml, torch-ext/mole_kernels/      what kernel-builder reads
     build/torch-cpu/, build/torch-cuda/      what `get_local_kernel` and `LocalLayerRepository` load
 
-Both hold the same Python: what `functional.py` imports and nothing above it (no PEFT, no diffusers), with relative imports, and its ops
-in a namespace that is this content's own, so that several versions and the installed package live in one process. The compiled library
+Both hold the same Python: what `functional.py` imports and nothing above it (no PEFT, no diffusers), with
+relative imports, and its ops
+in a namespace that is this content's own, so that several versions and the installed package live in one
+process. The compiled library
 is left out: its ops have fixed names, which the kernels package does not allow.
 """
 
@@ -36,7 +39,9 @@ _IMPORT = re.compile(r"^(\s*)from mole_kernels(?:\.(\S+))? import ", re.MULTILIN
 
 
 def modules(roots: list[str]) -> dict[str, Path]:
-    """module below the package -> its file, for everything the roots import, packages' own __init__ included."""
+    """module below the package -> its file, for everything the roots import, packages' own __init__
+    included.
+    """
     found: dict[str, Path] = {}
     todo = list(roots)
     while todo:
@@ -96,7 +101,9 @@ def sources() -> dict[str, str]:
     names = [name for every in EXPORTS.values() for name in every]
     imports = [f"from .{module} import {', '.join(every)}" for module, every in EXPORTS.items()]
     title = '"""Linear layers with mixtures of low-rank experts: y = x Wᵀ + b + Σ_e s_e·g_e·(x A_eᵀ) B_eᵀ."""'
-    made["__init__.py"] = "\n".join([title, "", "from . import layers", *imports, "", f"__all__ = {[*names, 'layers']!r}", ""])
+    made["__init__.py"] = "\n".join(
+        [title, "", "from . import layers", *imports, "", f"__all__ = {[*names, 'layers']!r}", ""]
+    )
     return dict(sorted(made.items()))
 
 
@@ -126,15 +133,30 @@ def assemble(out: Path, repo: str | None = None) -> Path:
     made = sources()
     name = identifier(made)
     shutil.rmtree(out, ignore_errors=True)
-    _write(out, {"build.toml": build_toml(repo), "README.md": (ROOT / "python/tools/hub/README.md").read_text(encoding="utf-8")})
+    _write(
+        out,
+        {
+            "build.toml": build_toml(repo),
+            "README.md": (ROOT / "python/tools/hub/README.md").read_text(encoding="utf-8"),
+        },
+    )
     _write(out, {"LICENSE": (ROOT / "LICENSE").read_text(encoding="utf-8")})
     # kernel-builder writes _ops.py itself
     _write(out / "torch-ext" / PACKAGE, made)
     for backend in BACKENDS:
-        about = {"name": NAME, "version": VERSION, "license": "Apache-2.0", "python-depends": [], "backend": {"type": backend}}
+        about = {
+            "name": NAME,
+            "version": VERSION,
+            "license": "Apache-2.0",
+            "python-depends": [],
+            "backend": {"type": backend},
+        }
         # a module for each variant, one namespace for all: only one of them is loaded
         metadata = json.dumps({"id": f"{name}_{backend}", **about}, indent=1) + "\n"
-        _write(out / "build" / f"torch-{backend}", {**made, "_ops.py": ops_file(f"{name}_{backend}"), "metadata.json": metadata})
+        _write(
+            out / "build" / f"torch-{backend}",
+            {**made, "_ops.py": ops_file(f"{name}_{backend}"), "metadata.json": metadata},
+        )
     return out
 
 
@@ -145,7 +167,9 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build/hf/mole-kernels")
     parser.add_argument("--repo", help="OWNER/NAME on the hub, for kernel-builder's upload")
     given = parser.parse_args()

@@ -1,4 +1,6 @@
-"""The licences of everything this package is developed, tested and run with, into docs/licences.md: python python/tools/licences.py"""
+"""The licences of everything this package is developed, tested and run with, into docs/licences.md: python
+python/tools/licences.py
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,17 @@ def direct() -> set[str]:
 
 
 def licence(package: Distribution) -> str:
-    """The SPDX expression where the package gives one, else its classifiers, else the first line of its licence field."""
+    """The SPDX expression where the package gives one, else its classifiers, else the first line of its
+    licence field.
+    """
     metadata = package.metadata
     if expression := metadata.get("License-Expression"):
         return expression
-    classes = [value.split("::")[-1].strip() for value in metadata.get_all("Classifier") or [] if value.startswith("License ::")]
+    classes = [
+        value.split("::")[-1].strip()
+        for value in metadata.get_all("Classifier") or []
+        if value.startswith("License ::")
+    ]
     line = (metadata.get("License") or "").strip().split("\n")[0]
     return _BY_HAND.get(normal(package.name)) or (", ".join(classes) if classes else line[:80]) or "unknown"
 

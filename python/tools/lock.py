@@ -1,7 +1,9 @@
 """The hashes of everything that constraints.txt pins, into constraints.lock: python python/tools/lock.py
 
-pip itself says which file it would take for each pin, from whatever index it is set up with, and that file's sha256. One file each, for the
-platform and the Python this runs on. torch is not among them: its wheel for CPUs is another file on another index, so it is pinned by
+pip itself says which file it would take for each pin, from whatever index it is set up with, and that file's
+sha256. One file each, for the
+platform and the Python this runs on. torch is not among them: its wheel for CPUs is another file on another
+index, so it is pinned by
 version alone and installed first (`Makefile`).
 """
 
@@ -51,15 +53,30 @@ def resolve() -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         wanted, report = Path(folder) / "pins.txt", Path(folder) / "report.json"
         wanted.write_text("".join(f"{name}=={version}\n" for name, version in pins().items()))
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--dry-run", "--ignore-installed", "--no-deps"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            "--dry-run",
+            "--ignore-installed",
+            "--no-deps",
+        ]
         subprocess.run([*pip, "--report", str(report), "-r", str(wanted)], check=True)
         items = json.loads(report.read_text())["install"]
-    return {normal(item["metadata"]["name"]): item["download_info"]["archive_info"]["hashes"]["sha256"] for item in items}
+    return {
+        normal(item["metadata"]["name"]): item["download_info"]["archive_info"]["hashes"]["sha256"]
+        for item in items
+    }
 
 
 def main() -> None:
     sums = resolve()
-    here = f"{platform.system()} {platform.machine()}, Python {sys.version_info.major}.{sys.version_info.minor}"
+    here = (
+        f"{platform.system()} {platform.machine()}, Python {sys.version_info.major}.{sys.version_info.minor}"
+    )
     lines = [f"{name}=={version} --hash=sha256:{sums[normal(name)]}\n" for name, version in pins().items()]
     LOCK.write_text(HEAD.format(platform=here) + "".join(lines))
     print(f"{len(lines)} files: {LOCK.relative_to(ROOT)}")

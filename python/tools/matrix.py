@@ -1,9 +1,12 @@
-"""The oldest and the newest of everything that pyproject.toml promises, each in an environment of its own: python python/tools/matrix.py
+"""The oldest and the newest of everything that pyproject.toml promises, each in an environment of its own:
+python python/tools/matrix.py
 
 python python/tools/matrix.py [--only oldest|newest] [--all]
 
-Both see this environment's torch and test tools and install only what differs, some tens of megabytes. torch itself cannot be varied
-where one CPU build is all that installs: the library's promise from 2.11 on rests on its stable ABI (docs/packaging.md).
+Both see this environment's torch and test tools and install only what differs, some tens of megabytes. torch
+itself cannot be varied
+where one CPU build is all that installs: the library's promise from 2.11 on rests on its stable ABI
+(docs/packaging.md).
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ VARIED = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "tri
 COMPANIONS = ("kernels==0.9.0",)
 # patching, files and acceleration: what touches these packages; and the Triton kernels in their interpreter
 CHOSEN = (
-    "tests/patching/test_accelerate.py",
+    "tests/peft/test_accelerate.py",
     "tests/patching/test_patch.py",
     "tests/io/test_with_diffusers.py",
     "tests/kernels/test_dense.py",
@@ -38,7 +41,10 @@ def promised() -> dict[str, tuple[str, str]]:
     """package -> (oldest, first that is not promised or ""), from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found: dict[str, tuple[str, str]] = {}
-    for line in [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]:
+    for line in [
+        *project["dependencies"],
+        *(one for extra in project["optional-dependencies"].values() for one in extra),
+    ]:
         match = re.match(r"([\w-]+)>=([\d.]+)(?:,<([\d.]+))?", line)
         if match and match[1] in VARIED:
             found[match[1]] = (match[2], match[3] or "")
@@ -60,11 +66,26 @@ def environment(which: str, where: Path) -> Path:
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(where)], check=True)
     inside = subprocess.run(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.strip()
     (Path(inside) / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-    pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--upgrade", "--upgrade-strategy", "only-if-needed"]
+    torch = next(
+        line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")
+    )
+    pip = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--disable-pip-version-check",
+        "--upgrade",
+        "--upgrade-strategy",
+        "only-if-needed",
+    ]
     subprocess.run([*pip, torch, *wanted(which)], check=True)
     stamp.write_text(asked)
     return python
@@ -72,11 +93,15 @@ def environment(which: str, where: Path) -> Path:
 
 def versions(python: Path) -> str:
     code = f"import importlib.metadata as m; print(', '.join(f'{{n}} {{m.version(n)}}' for n in {('torch', *VARIED)!r}))"
-    return subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    return subprocess.run(
+        [str(python), "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=("oldest", "newest"))
     parser.add_argument("--all", action="store_true", help="the whole suite, not the chosen part")
     given = parser.parse_args()
@@ -87,7 +112,9 @@ def main() -> int:
         began = time.monotonic()
         tests = ["tests"] if given.all else [*CHOSEN]
         command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-        if subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False).returncode:
+        if subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
+        ).returncode:
             failed.append(which)
         print(f"{which}: {time.monotonic() - began:.0f} s{', FAILED' if which in failed else ''}", flush=True)
     return 1 if failed else 0

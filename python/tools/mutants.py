@@ -1,6 +1,7 @@
 """Plants every fault into every backend and writes down which test noticed it: docs/kernels/mutants.md.
 
-python python/tools/mutants.py              # reference, stacked, cpu and Triton: a minute or two; CUDA as it was last time
+python python/tools/mutants.py              # reference, stacked, cpu and Triton: a minute or two; CUDA as it
+was last time
 python python/tools/mutants.py --cuda       # those in the emulator as well: each is a program to compile
 """
 
@@ -45,7 +46,9 @@ The formula's faults are shared by the truth, so what notices them is another ba
 
 
 def short(test: str | None) -> str:
-    """test_forward[B2T15K64N48-r8-8-local-torch.float32] of stacked -> forward of `local`, float32, by stacked."""
+    """test_forward[B2T15K64N48-r8-8-local-torch.float32] of stacked -> forward of `local`, float32, by
+    stacked.
+    """
     if test is None:
         return "**SURVIVED**"
     by = test.rpartition(" of ")[2] if " of " in test else ""
@@ -56,7 +59,10 @@ def short(test: str | None) -> str:
 
 
 def in_python(cells: Cells) -> None:
-    for backend, room, judges in (("reference", of_reference, ("stacked", "reference", "cpu")), ("stacked", of_stacked, ("stacked",))):
+    for backend, room, judges in (
+        ("reference", of_reference, ("stacked", "reference", "cpu")),
+        ("stacked", of_stacked, ("stacked",)),
+    ):
         for m in room.MUTANTS:
             with planted_in(m):
                 only = (backend,) if m.backward else judges
@@ -103,7 +109,9 @@ def in_emulator(cells: Cells) -> None:
         found = dict(zip(every, pool.map(kill, every.values())))
     said = {name: "**SURVIVED**" if o is None else _kind(o.output) for name, o in found.items()}
     for fault in FAULTS:
-        names = of_cuda.ELSEWHERE.get(fault, ()) + tuple(m.name for m in of_cuda.MUTANTS if of_cuda.FAULT_OF[m.name] == fault)
+        names = of_cuda.ELSEWHERE.get(fault, ()) + tuple(
+            m.name for m in of_cuda.MUTANTS if of_cuda.FAULT_OF[m.name] == fault
+        )
         if names:
             cells[fault, "cuda"] = "; ".join(f"{name}: {said[name]}" for name in names)
 
@@ -131,9 +139,20 @@ def written(cells: Cells) -> str:
     reasons = list(dict.fromkeys(ABSENT.values()))
     lines = []
     for fault, name in FAULTS.items():
-        row = [f"[{reasons.index(ABSENT[fault, b]) + 1}]" if (fault, b) in ABSENT else cells.get((fault, b), "not run") for b in BACKENDS]
+        row = [
+            f"[{reasons.index(ABSENT[fault, b]) + 1}]"
+            if (fault, b) in ABSENT
+            else cells.get((fault, b), "not run")
+            for b in BACKENDS
+        ]
         lines.append(f"| {name} | " + " | ".join(row) + " |")
-    return HEAD + "\n".join(lines) + "\n\n" + "\n".join(f"[{i}] {reason}  " for i, reason in enumerate(reasons, 1)) + "\n"
+    return (
+        HEAD
+        + "\n".join(lines)
+        + "\n\n"
+        + "\n".join(f"[{i}] {reason}  " for i, reason in enumerate(reasons, 1))
+        + "\n"
+    )
 
 
 ROOMS = {"torch": in_python, "triton": in_interpreter, "cuda": in_emulator}
@@ -141,7 +160,9 @@ ROOMS = {"torch": in_python, "triton": in_interpreter, "cuda": in_emulator}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=ROOMS, default=list(ROOMS), help="torch: the formula, stacked and cpu")
+    parser.add_argument(
+        "--only", nargs="+", choices=ROOMS, default=list(ROOMS), help="torch: the formula, stacked and cpu"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     cells = last_time()
@@ -149,8 +170,16 @@ def main() -> int:
         ROOMS[name](cells)
     TABLE.write_text(written(cells))
     here = {key: cell for key, cell in cells.items() if key not in ABSENT}
-    survivors = [f"{FAULTS[fault]} in {backend}" for (fault, backend), cell in here.items() if "SURVIVED" in cell or cell == "not run"]
-    print(f"{len(here)} kinds of faults in {len(BACKENDS)} backends, {len(survivors)} survived", *survivors, sep="\n")
+    survivors = [
+        f"{FAULTS[fault]} in {backend}"
+        for (fault, backend), cell in here.items()
+        if "SURVIVED" in cell or cell == "not run"
+    ]
+    print(
+        f"{len(here)} kinds of faults in {len(BACKENDS)} backends, {len(survivors)} survived",
+        *survivors,
+        sep="\n",
+    )
     return 1 if survivors else 0
 
 

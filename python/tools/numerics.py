@@ -1,6 +1,8 @@
-"""Measures the error of every backend and dtype against float64, and writes docs/numerics.md and its plots (`make numerics`).
+"""Measures the error of every backend and dtype against float64, and writes docs/numerics.md and its plots
+(`make numerics`).
 
-The operands are what the dtype holds: their own rounding is no error here. Triton's kernels run in its interpreter, on the same problems.
+The operands are what the dtype holds: their own rounding is no error here. Triton's kernels run in its
+interpreter, on the same problems.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from mole_kernels.backends.select import BACKENDS  # noqa: E402
 from mole_kernels.functional import gated_lora_linear  # noqa: E402
 from mole_kernels.kernels.triton import launch  # noqa: E402
-from mole_kernels.looking.plots import COLOURS, INK  # noqa: E402
+from mole_kernels.reports.plots import COLOURS, INK  # noqa: E402
 from tests.kernels.interpreter import run as interpreted  # noqa: E402
 from tests.kernels.support import SMALL, forward_of  # noqa: E402
 from tests.truth import Call, Case, rounding_error  # noqa: E402
@@ -36,13 +38,26 @@ COLOUR = dict(zip(WAYS, COLOURS))
 INTERPRETED_K, INTERPRETED_R = 4096, 128
 USUAL = Case(B=2, T=16, K=320, N=64, ranks=(8, 8))
 KS, RS = (16, 64, 256, 1024, 4096, 16384), (4, 16, 64, 128, 256, 512)
-KINDS = ("none", "constant", "mask", "local", "pooled", "both", "mask+both", "softmax", "top1", "softmax+pooled")
+KINDS = (
+    "none",
+    "constant",
+    "mask",
+    "local",
+    "pooled",
+    "both",
+    "mask+both",
+    "softmax",
+    "top1",
+    "softmax+pooled",
+)
 SIZES = tuple(10.0**n for n in range(-4, 5))
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: `at` is what was swept; error is ‖y − truth‖ / ‖truth‖, unit what rounding the truth itself would cost."""
+    """One measurement: `at` is what was swept; error is ‖y − truth‖ / ‖truth‖, unit what rounding the truth
+    itself would cost.
+    """
 
     sweep: str
     at: float | str
@@ -85,7 +100,12 @@ def scaled(call: Call, what: str, size: float) -> Call:
 
 
 def measure(
-    sweep: str, at: float | str, case: Case, kernels: bool = True, what: str = "", dtypes: tuple[str, ...] = tuple(DTYPES)
+    sweep: str,
+    at: float | str,
+    case: Case,
+    kernels: bool = True,
+    what: str = "",
+    dtypes: tuple[str, ...] = tuple(DTYPES),
 ) -> list[Point]:
     points = []
     for dtype in dtypes:
@@ -97,7 +117,9 @@ def measure(
             unit = ((exact - truth).norm() / truth.norm()).item()
             for way in ways(case, dtype, kernels):
                 y = computed(call, way).double()
-                points.append(Point(sweep, at, way, dtype, alone, ((y - truth).norm() / truth.norm()).item(), unit))
+                points.append(
+                    Point(sweep, at, way, dtype, alone, ((y - truth).norm() / truth.norm()).item(), unit)
+                )
     return points
 
 
@@ -126,15 +148,27 @@ def limit(dtype: str, roundings: int = 4) -> float:
 
 
 def lines(points: list[Point], sweep: str, label: str, path: Path, log: bool = True) -> None:
-    """Above the whole, below the low-rank part alone; a panel for each dtype, a line for each way, the tests' limit in black."""
+    """Above the whole, below the low-rank part alone; a panel for each dtype, a line for each way, the tests'
+    limit in black.
+    """
     made = Figure(figsize=(11, 6.2), layout="constrained", dpi=110)
     grid = made.subplots(2, len(DTYPES), sharex=True, sharey="col")
     for row, alone in zip(grid, (False, True)):
         for axis, dtype in zip(row, DTYPES):
-            here = [p for p in points if p.sweep == sweep and p.alone == alone and p.dtype == dtype and p.error == p.error]
+            here = [
+                p
+                for p in points
+                if p.sweep == sweep and p.alone == alone and p.dtype == dtype and p.error == p.error
+            ]
             for way in WAYS:
                 mine = [p for p in here if p.way == way and 0 < p.error < float("inf")]
-                marks = dict(marker="os^Dv"[WAYS.index(way)], ms=4 + 2 * (WAYS.index(way) == 0), lw=1.2, color=COLOUR[way], label=way)
+                marks = dict(
+                    marker="os^Dv"[WAYS.index(way)],
+                    ms=4 + 2 * (WAYS.index(way) == 0),
+                    lw=1.2,
+                    color=COLOUR[way],
+                    label=way,
+                )
                 if mine:
                     axis.plot([p.at for p in mine], [p.error for p in mine], alpha=0.85, **marks)
             allowed = axis.axhline(limit(dtype), color="black", lw=1, ls="--")
@@ -157,19 +191,32 @@ def lines(points: list[Point], sweep: str, label: str, path: Path, log: bool = T
         axis.set_ylabel("relative error")
     handles, names = grid[0, 0].get_legend_handles_labels()
     made.legend(
-        [*handles, allowed], [*names, "the tests' limit (dotted: tf32's)"], loc="outside upper center", ncols=6, fontsize=9, frameon=False
+        [*handles, allowed],
+        [*names, "the tests' limit (dotted: tf32's)"],
+        loc="outside upper center",
+        ncols=6,
+        fontsize=9,
+        frameon=False,
     )
     made.savefig(path)
 
 
 def worst(points: list[Point], way: str, dtype: str, alone: bool) -> Point | None:
     """The largest error over K, R, kinds of gates and size 1."""
-    here = [p for p in points if p.way == way and p.dtype == dtype and p.alone == alone and p.sweep in ("K", "R", "gates")]
+    here = [
+        p
+        for p in points
+        if p.way == way and p.dtype == dtype and p.alone == alone and p.sweep in ("K", "R", "gates")
+    ]
     return max(here, key=lambda p: p.error, default=None)
 
 
 def table(points: list[Point]) -> str:
-    text = "| backend | dtype | whole, worst | at | low-rank part alone, worst | at | ÷ rounding once | limit |\n" + "|---" * 8 + "|\n"
+    text = (
+        "| backend | dtype | whole, worst | at | low-rank part alone, worst | at | ÷ rounding once | limit |\n"
+        + "|---" * 8
+        + "|\n"
+    )
     for way in WAYS:
         for dtype in DTYPES:
             whole, alone = worst(points, way, dtype, False), worst(points, way, dtype, True)
@@ -190,10 +237,18 @@ def table(points: list[Point]) -> str:
 def sizes(points: list[Point]) -> str:
     """Errors at the ends of the sweep over sizes, the low-rank part alone."""
     text = "| backend | dtype | x · 1e-4 | x · 1 | x · 1e4 | up · 1e-4 | up · 1e4 |\n|---|---|---|---|---|---|---|\n"
-    chosen = [("size of x", 1e-4), ("size of x", 1.0), ("size of x", 1e4), ("size of up", 1e-4), ("size of up", 1e4)]
+    chosen = [
+        ("size of x", 1e-4),
+        ("size of x", 1.0),
+        ("size of x", 1e4),
+        ("size of up", 1e-4),
+        ("size of up", 1e4),
+    ]
     for way in WAYS:
         for dtype in DTYPES:
-            found = {(p.sweep, p.at): p.error for p in points if p.way == way and p.dtype == dtype and p.alone}
+            found = {
+                (p.sweep, p.at): p.error for p in points if p.way == way and p.dtype == dtype and p.alone
+            }
             if found:
                 text += f"| {way} | {dtype} | " + " | ".join(_number(found[key]) for key in chosen) + " |\n"
     return text
@@ -220,7 +275,12 @@ def main() -> int:
         head, _, rest = text.partition(begin)
         text = head + begin + made + end + rest.partition(end)[2]
     page.write_text(text)
-    bad = [p for p in points if p.sweep in ("K", "R", "gates") and p.error > (1e-3 if p.way.endswith("tf32") else 1.05 * limit(p.dtype))]
+    bad = [
+        p
+        for p in points
+        if p.sweep in ("K", "R", "gates")
+        and p.error > (1e-3 if p.way.endswith("tf32") else 1.05 * limit(p.dtype))
+    ]
     print(f"{len(points)} measurements, {len(bad)} beyond the limit", *bad, sep="\n")
     return 1 if bad else 0
 

@@ -96,9 +96,18 @@ def main() -> None:
     peers = [row for number, row in rows.items() if number.startswith("P")]
     with tempfile.TemporaryDirectory() as folder:
         costs = [cost(size, found) for size, found in test_trust.measured(Path(folder)).items()]
-    text = "\n".join([HEAD + FIRST + "\n".join(inputs), PEERS + "\n".join(peers), COSTS + "\n".join(costs), BEYOND + NOT_YET])
+    text = "\n".join(
+        [
+            HEAD + FIRST + "\n".join(inputs),
+            PEERS + "\n".join(peers),
+            COSTS + "\n".join(costs),
+            BEYOND + NOT_YET,
+        ]
+    )
     table.DOC.write_text(text)
-    print(f"{len(inputs)} bad inputs and {len(peers)} faults of peers: {table.DOC.relative_to(ROOT)}; {len(table.CASES)} cases in all")
+    print(
+        f"{len(inputs)} bad inputs and {len(peers)} faults of peers: {table.DOC.relative_to(ROOT)}; {len(table.CASES)} cases in all"
+    )
 
 
 if __name__ == "__main__":

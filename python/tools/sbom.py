@@ -1,6 +1,8 @@
-"""What is in a wheel and what it asks for, as CycloneDX 1.6: python python/tools/sbom.py [--dist dist] writes WHEEL.cdx.json beside it.
+"""What is in a wheel and what it asks for, as CycloneDX 1.6: python python/tools/sbom.py [--dist dist] writes
+WHEEL.cdx.json beside it.
 
-No source of others is copied into this package. What a wheel with CUDA does hold of others is NVIDIA's static runtime, linked by nvcc.
+No source of others is copied into this package. What a wheel with CUDA does hold of others is NVIDIA's static
+runtime, linked by nvcc.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-_REQUIREMENT = re.compile(r"^(?P<name>[\w.-]+)(?P<extras>\[[^\]]*\])?\s*(?P<range>[^;]*)(?:;\s*(?P<marker>.*))?$")
+_REQUIREMENT = re.compile(
+    r"^(?P<name>[\w.-]+)(?P<extras>\[[^\]]*\])?\s*(?P<range>[^;]*)(?:;\s*(?P<marker>.*))?$"
+)
 
 
 def normal(name: str) -> str:
@@ -25,7 +29,9 @@ def normal(name: str) -> str:
 
 
 def requirements(metadata: str) -> list[dict[str, str]]:
-    """name, range and extra ("" where it is always needed) of each Requires-Dist but those on this package itself."""
+    """name, range and extra ("" where it is always needed) of each Requires-Dist but those on this package
+    itself.
+    """
     message = Parser().parsestr(metadata)
     found = []
     for line in message.get_all("Requires-Dist") or []:
@@ -33,14 +39,24 @@ def requirements(metadata: str) -> list[dict[str, str]]:
         if match is None or normal(match["name"]) == normal(str(message["Name"])):
             continue
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", match["marker"] or "")
-        found.append({"name": normal(match["name"]), "range": match["range"].strip(" ()"), "extra": extra[1] if extra else ""})
+        found.append(
+            {
+                "name": normal(match["name"]),
+                "range": match["range"].strip(" ()"),
+                "extra": extra[1] if extra else "",
+            }
+        )
     return found
 
 
 def bom(wheel: Path, nvcc: str | None) -> dict[str, Any]:
-    """The document for one wheel; nvcc: the version whose runtime is linked in, where the wheel holds CUDA code."""
+    """The document for one wheel; nvcc: the version whose runtime is linked in, where the wheel holds CUDA
+    code.
+    """
     with zipfile.ZipFile(wheel) as archive:
-        metadata = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+        metadata = archive.read(
+            next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        ).decode()
         report = json.loads(archive.read("mole_kernels/libmole_kernels.json"))
     about = Parser().parsestr(metadata)
     name, version = normal(str(about["Name"])), str(about["Version"])
@@ -93,8 +109,18 @@ def bom(wheel: Path, nvcc: str | None) -> dict[str, Any]:
 def _component(name: str, allowed: str) -> dict[str, Any]:
     """A package that is asked for and not contained, by the range that it may have."""
     ref = f"pkg:pypi/{name}"
-    properties = [{"name": "mole:range", "value": allowed or "any"}, {"name": "mole:how", "value": "asked for, not contained"}]
-    return {"type": "library", "bom-ref": ref, "name": name, "purl": ref, "scope": "optional", "properties": properties}
+    properties = [
+        {"name": "mole:range", "value": allowed or "any"},
+        {"name": "mole:how", "value": "asked for, not contained"},
+    ]
+    return {
+        "type": "library",
+        "bom-ref": ref,
+        "name": name,
+        "purl": ref,
+        "scope": "optional",
+        "properties": properties,
+    }
 
 
 def nvcc_version() -> str | None:
@@ -108,7 +134,9 @@ def nvcc_version() -> str | None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dist", type=Path, default=ROOT / "dist")
     wheels = sorted(parser.parse_args().dist.glob("*.whl"))
     if not wheels:

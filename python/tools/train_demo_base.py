@@ -1,10 +1,15 @@
-"""Trains everything the demo ships, from scratch: autoencoder, digit reader, and the base (UNet and text encoder).
+"""Trains everything the demo ships, from scratch: autoencoder, digit reader, and the base (UNet and text
+encoder).
 
-    python python/tools/train_demo_base.py --out mole_kernels/demo/assets             # about an hour and a half on one core
-    python python/tools/train_demo_base.py --out /tmp/quick --quick                   # under a minute; the pictures are noise
+    python python/tools/train_demo_base.py --out mole_kernels/demo/assets             # about an hour and a
+    half on one core
+    python python/tools/train_demo_base.py --out /tmp/quick --quick                   # under a minute; the
+    pictures are noise
 
-The base sees scenes whose digits are mostly out of focus and partly captioned wrongly, so that it draws good scenes with poor
-digits. With the same seed, steps and torch on the same kind of processor the result is the same; --minutes ends by the clock and so
+The base sees scenes whose digits are mostly out of focus and partly captioned wrongly, so that it draws good
+scenes with poor
+digits. With the same seed, steps and torch on the same kind of processor the result is the same; --minutes
+ends by the clock and so
 is not reproducible to the bit.
 """
 
@@ -42,7 +47,16 @@ class Plan:
     minutes: float = math.inf
 
 
-QUICK = Plan(vae_steps=30, vae_batch=8, reader_steps=30, reader_batch=16, pool=128, base_steps=40, base_batch=16, save_every=1000)
+QUICK = Plan(
+    vae_steps=30,
+    vae_batch=8,
+    reader_steps=30,
+    reader_batch=16,
+    pool=128,
+    base_steps=40,
+    base_batch=16,
+    save_every=1000,
+)
 
 
 class Average:
@@ -67,7 +81,9 @@ class Average:
 
 def rate(progress: float, warm: float = 0.02) -> float:
     """Linear warm-up, then cosine to 2 % of the peak; progress in 0..1."""
-    return min(1.0, (progress + 1e-3) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return min(1.0, (progress + 1e-3) / warm) * (
+        0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    )
 
 
 def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
@@ -97,7 +113,10 @@ def train_vae(plan: Plan, seed: int, since: float) -> tuple[nn.Module, dict]:
         x = data.scenes(digits, plan.vae_batch, g, weak=0.3).pixels
         latent = vae.encode(x).latent_dist
         noise = torch.randn(latent.mean.shape, generator=g)
-        loss = F.mse_loss(vae.decode(latent.mean + latent.std * noise).sample, x) + 2e-5 * latent.kl().mean() / latent.mean[0].numel()
+        loss = (
+            F.mse_loss(vae.decode(latent.mean + latent.std * noise).sample, x)
+            + 2e-5 * latent.kl().mean() / latent.mean[0].numel()
+        )
         step(optimiser, loss, params)
         average.update()
         if (i + 1) % 250 == 0 or i + 1 == plan.vae_steps:
@@ -107,7 +126,10 @@ def train_vae(plan: Plan, seed: int, since: float) -> tuple[nn.Module, dict]:
     held = data.scenes(data.load_split("held"), 256, Generator().manual_seed(99)).pixels
     latents = vae.encode(held).latent_dist.mean
     error = F.mse_loss(vae.decode(latents).sample, held)
-    facts = {"scaling_factor": round(1 / latents.std().item(), 5), "vae_psnr_db": round(10 * math.log10(4 / error.item()), 2)}
+    facts = {
+        "scaling_factor": round(1 / latents.std().item(), 5),
+        "vae_psnr_db": round(10 * math.log10(4 / error.item()), 2),
+    }
     say(f"vae {facts}, std by channel {[round(s, 2) for s in latents.std((0, 2, 3)).tolist()]}", since)
     return vae, facts
 
@@ -131,7 +153,9 @@ def train_reader(vae: nn.Module, plan: Plan, seed: int, since: float) -> classif
 
 
 def reader_facts(vae: nn.Module, reader: nn.Module) -> dict:
-    """How well held-out scenes are read through the autoencoder, with all digits sharp and with all of them weak."""
+    """How well held-out scenes are read through the autoencoder, with all digits sharp and with all of them
+    weak.
+    """
     facts = {}
     for name, weak in (("sharp", 0.0), ("weak", 1.0)):
         held = data.scenes(data.load_split("held"), 1000, Generator().manual_seed(98), weak=weak)
@@ -175,7 +199,9 @@ def save_base(out: Path, unet: nn.Module, text: nn.Module, average: Average) -> 
 
 
 def train_base(pool: tuple[Tensor, Tensor], plan: Plan, out: Path, seed: int, since: float) -> dict:
-    """Plain epsilon loss with one caption in ten dropped; the averaged weights are written every `save_every` steps."""
+    """Plain epsilon loss with one caption in ten dropped; the averaged weights are written every `save_every`
+    steps.
+    """
     torch.manual_seed(seed)
     unet, text, scheduler = model.build_unet(), model.build_text_encoder(), model.build_scheduler()
     # the usual 0.02 makes all words look alike at first and costs a small model many steps
@@ -203,7 +229,10 @@ def train_base(pool: tuple[Tensor, Tensor], plan: Plan, out: Path, seed: int, si
             say(f"base {i + 1}/{plan.base_steps} loss {mean(losses[-plan.save_every :]):.4f}", since)
     save_base(out, unet, text, average)
     tenth = max(1, len(losses) // 10)
-    return {"base_steps": len(losses), "base_loss": [round(mean(part), 5) for part in (losses[:tenth], losses[-tenth:])]}
+    return {
+        "base_steps": len(losses),
+        "base_loss": [round(mean(part), 5) for part in (losses[:tenth], losses[-tenth:])],
+    }
 
 
 def mean(values: Iterable[float]) -> float:
@@ -222,13 +251,19 @@ def make_eyes(out: Path, plan: Plan, seed: int, since: float) -> dict:
 
 
 def make_assets(out: Path, plan: Plan, seed: int, base_only: bool = False) -> dict:
-    """All stages, each written to `out` as soon as it is done. Returns the facts, which are in facts.json too."""
+    """All stages, each written to `out` as soon as it is done. Returns the facts, which are in facts.json
+    too.
+    """
     since = time.time()
     facts = model.read_facts(out) if base_only else make_eyes(out, plan, seed, since)
     vae = model.build_vae()
     model.load_weights(vae, out / "vae.safetensors")
     vae.requires_grad_(False).eval()
-    facts |= reader_facts(vae, classifier.load_reader(out)) | {"seed": seed, "weak": plan.weak, "mislabel": plan.mislabel}
+    facts |= reader_facts(vae, classifier.load_reader(out)) | {
+        "seed": seed,
+        "weak": plan.weak,
+        "mislabel": plan.mislabel,
+    }
     say(f"reader {facts}", since)
     model.write_facts(facts, out)
     pool = make_pool(vae, facts["scaling_factor"], plan, seed + 20)
@@ -239,18 +274,28 @@ def make_assets(out: Path, plan: Plan, seed: int, base_only: bool = False) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, help="steps of the base")
     parser.add_argument("--minutes", type=float, help="end the base's training by the clock")
-    parser.add_argument("--quick", action="store_true", help="a run of under a minute that only shows that it works")
-    parser.add_argument("--base-only", action="store_true", help="take the autoencoder and the reader that are in --out already")
+    parser.add_argument(
+        "--quick", action="store_true", help="a run of under a minute that only shows that it works"
+    )
+    parser.add_argument(
+        "--base-only",
+        action="store_true",
+        help="take the autoencoder and the reader that are in --out already",
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     changes = {"base_steps": args.steps, "minutes": args.minutes}
-    plan = Plan(**(vars(QUICK if args.quick else Plan()) | {k: v for k, v in changes.items() if v is not None}))
+    plan = Plan(
+        **(vars(QUICK if args.quick else Plan()) | {k: v for k, v in changes.items() if v is not None})
+    )
     print(make_assets(args.out, plan, args.seed, args.base_only))
 
 

@@ -1,6 +1,7 @@
 """Trains the experts and gates that `mole-kernels demo --quick` uses, on the shipped base.
 
-    python python/tools/train_demo_mixture.py --assets mole_kernels/demo/assets            # about ten minutes on one core
+    python python/tools/train_demo_mixture.py --assets mole_kernels/demo/assets            # about ten minutes
+    on one core
 
 The same stages as in the demo, with more steps; kept in half precision in mixture.safetensors.
 """
@@ -26,7 +27,10 @@ def halved(expert: Expert) -> Expert:
 
 
 def halved_gates(gates: GateFile) -> GateFile:
-    layers = {path: GateTensors(**{k: t.half() for k, t in tensors.present().items()}) for path, tensors in gates.layers.items()}
+    layers = {
+        path: GateTensors(**{k: t.half() for k, t in tensors.present().items()})
+        for path, tensors in gates.layers.items()
+    }
     return replace(gates, layers=layers)
 
 
@@ -54,7 +58,9 @@ def make_mixture(assets: Path, plan: stages.Plan, seed: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -62,7 +68,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     plan = stages.Plan()
-    steps = {name: max(1, round(args.longer * getattr(plan, name))) for name in ("expert_steps", "gate_steps")}
+    steps = {
+        name: max(1, round(args.longer * getattr(plan, name))) for name in ("expert_steps", "gate_steps")
+    }
     make_mixture(args.assets, replace(plan, **steps), args.seed)
 
 

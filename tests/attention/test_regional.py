@@ -1,4 +1,6 @@
-"""Regional attention against a loop over places, on every backend; the kernel in the interpreter, races and bounds watched."""
+"""Regional attention against a loop over places, on every backend; the kernel in the interpreter, races and
+bounds watched.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,11 @@ class Case:
 
 
 CASES = [Case(boxes) for boxes in BOXES] + [
-    Case(overlap="overwrite"), Case(lengths=True), Case("touching", B=1, H=3, size=(5, 7), L=77, D=40), Case("one", D=3, L=1),
-]  # fmt: skip
+    Case(overlap="overwrite"),
+    Case(lengths=True),
+    Case("touching", B=1, H=3, size=(5, 7), L=77, D=40),
+    Case("one", D=3, L=1),
+]
 
 
 def place_by_place(q, k, v, w, lengths) -> torch.Tensor:
@@ -76,7 +81,9 @@ def run_kernel(*args, **tiles):
 
     q, k, v, w, lengths = args
     with run(seed=3, resident=2), poisoned():
-        return launch(q, k, v, w.contiguous(), None if lengths is None else lengths.int(), q.shape[-1] ** -0.5, **tiles)
+        return launch(
+            q, k, v, w.contiguous(), None if lengths is None else lengths.int(), q.shape[-1] ** -0.5, **tiles
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -84,7 +91,9 @@ def test_torch_against_the_loop(case):
     args = case.make()
     want = place_by_place(*args)
     for backend in ("reference", "gathered", "auto"):
-        torch.testing.assert_close(regional_attention(*args, backend=backend).double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            regional_attention(*args, backend=backend).double(), want, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -96,9 +105,16 @@ def test_the_kernel_against_the_loop(case, dtype):
     want = place_by_place(*args)
     assert got.dtype == dtype and got.shape == want.shape
     # p is rounded once before its product with v, and y once
-    limit = {torch.float32: 2e-6, torch.bfloat16: 1.25 * math.sqrt(2) * 2**-8, torch.float16: 1.25 * math.sqrt(2) * 2**-11}[dtype]
+    limit = {
+        torch.float32: 2e-6,
+        torch.bfloat16: 1.25 * math.sqrt(2) * 2**-8,
+        torch.float16: 1.25 * math.sqrt(2) * 2**-11,
+    }[dtype]
     assert (got.double() - want).norm() <= limit * want.norm()
-    assert ((got.double() - want).norm(dim=-1) <= 4 * limit * want.norm(dim=-1).clamp_min(want.norm() / want[..., 0].numel() ** 0.5)).all()
+    assert (
+        (got.double() - want).norm(dim=-1)
+        <= 4 * limit * want.norm(dim=-1).clamp_min(want.norm() / want[..., 0].numel() ** 0.5)
+    ).all()
 
 
 def test_what_does_not_cover_does_not_leak():
@@ -129,11 +145,15 @@ def test_shares_may_differ_by_sample():
     q, k, v, w, _ = case.make()
     w = w.clone()
     w[1] = w[1].flip(0)
-    torch.testing.assert_close(regional_attention(q, k, v, w).double(), place_by_place(q, k, v, w, None), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        regional_attention(q, k, v, w).double(), place_by_place(q, k, v, w, None), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_gradients_flow_through_the_gathered_way():
-    q, k, v, w, _ = (t.double() if t is not None else None for t in Case("overlapping", B=1, size=(2, 4), D=3).make())
+    q, k, v, w, _ = (
+        t.double() if t is not None else None for t in Case("overlapping", B=1, size=(2, 4), D=3).make()
+    )
     q, k, v = (t.detach().clone().requires_grad_() for t in (q, k, v))
     assert torch.autograd.gradcheck(lambda *t: regional_attention(*t, w), (q, k, v))
 

@@ -1,4 +1,6 @@
-"""A pool of adapter sets and the samples that name them: nothing recompiles, nothing is copied, and −1 is the base layer."""
+"""A pool of adapter sets and the samples that name them: nothing recompiles, nothing is copied, and −1 is the
+base layer.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ ON_THE_CPU = [name for name in BACKENDS if name != "triton"]
 
 def run(call, assignment, backend="auto", **gates):
     experts = call.experts._replace(assignment=torch.tensor(assignment))
-    return gated_lora_linear(call.x, call.weight, call.bias, experts, call.gates._replace(**gates), backend=backend)
+    return gated_lora_linear(
+        call.x, call.weight, call.bias, experts, call.gates._replace(**gates), backend=backend
+    )
 
 
 @pytest.fixture(params=ON_THE_CPU)
@@ -59,7 +63,12 @@ def test_the_order_of_the_batch_does_not_matter_to_a_sample(backend):
     order = [4, 2, 0, 3, 1]
     sets = [1, 3, 1, 0, 3]
     mixed = gated_lora_linear(
-        call.x[order], call.weight, call.bias, call.experts._replace(assignment=torch.tensor(sets)[order]), call.gates, backend=backend
+        call.x[order],
+        call.weight,
+        call.bias,
+        call.experts._replace(assignment=torch.tensor(sets)[order]),
+        call.gates,
+        backend=backend,
     )
     torch.testing.assert_close(mixed, run(call, sets, backend)[order])
 
@@ -67,7 +76,9 @@ def test_the_order_of_the_batch_does_not_matter_to_a_sample(backend):
 def test_every_set_gets_the_gradient_of_its_samples_and_the_same_each_time(backend):
     call = POOL.make(torch.float32)
     experts = call.experts._replace(assignment=torch.tensor([2, 0, -1, 2, 0]))
-    leaves = [t.detach().clone().requires_grad_() for t in (call.experts.down, call.experts.up, call.gates.pool)]
+    leaves = [
+        t.detach().clone().requires_grad_() for t in (call.experts.down, call.experts.up, call.gates.pool)
+    ]
     run_ = experts._replace(down=leaves[0], up=leaves[1]), call.gates._replace(pool=leaves[2])
     grads = []
     for _ in range(2):
@@ -85,9 +96,13 @@ def test_a_thousand_sets_are_not_copied():
     call = case.make(torch.float32)
     experts = call.experts._replace(assignment=torch.tensor([999, 17, 999]))
     pool = sum(t.numel() * 4 for t in (experts.down, experts.up))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         gated_lora_linear(call.x, call.weight, call.bias, experts, call.gates, backend="cpu")
-    allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
+    allocated = sum(
+        event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0
+    )
     assert 3 * 16 * 48 * 4 <= allocated < pool / 100, (allocated, pool)
 
 
@@ -99,7 +114,9 @@ def test_another_assignment_compiles_nothing():
     with torch._dynamo.config.patch(error_on_recompile=True):
         for new in ([0, 1, 2, 3, -1], [1, 1, 1, 1, 1], [-1, -1, -1, -1, -1], [3, 2, 1, 0, 3]):
             assignment = torch.tensor(new)
-            y = compiled(call.x, call.weight, call.bias, call.experts._replace(assignment=assignment), call.gates)
+            y = compiled(
+                call.x, call.weight, call.bias, call.experts._replace(assignment=assignment), call.gates
+            )
             torch.testing.assert_close(y, run(call, new))
     torch._dynamo.reset()
 
@@ -112,7 +129,19 @@ def test_a_set_that_is_not_there_is_refused_by_the_door_and_by_the_operator(wron
     if cpu.reject(POOL.problem(torch.float32)) is None:
         e, none = call.experts, (None,) * 5
         with pytest.raises(RuntimeError, match="mole_cpu: expected assignment between -1 and 3"):
-            cpu.forward(call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, *none, False, torch.tensor(wrong), 0)
+            cpu.forward(
+                call.x,
+                call.weight,
+                call.bias,
+                e.down,
+                e.up,
+                e.scale,
+                e.ranks,
+                *none,
+                False,
+                torch.tensor(wrong),
+                0,
+            )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
@@ -122,16 +151,37 @@ def test_softmax_ties_nan_and_infinity_are_the_references(k, dtype):
     if cpu.reject(Case(gate="softmax").problem(dtype)):
         pytest.skip("no compiled library")
     nan, inf = float("nan"), float("inf")
-    rows = [[1, 1, 1, 1, 1], [0, 3, 3, -1, 3], [0.0, -0.0, 0.0, -0.0, 0.0], [500, -500, 499, 0, 500], [nan, 0, 1, 2, 3]]
-    rows += [[0, 1, nan, nan, 9], [inf, 0, 1, 2, 3], [-inf, 0, 1, -inf, 3], [-inf] * 5, [-200, -100, -50, -100, -200]]
+    rows = [
+        [1, 1, 1, 1, 1],
+        [0, 3, 3, -1, 3],
+        [0.0, -0.0, 0.0, -0.0, 0.0],
+        [500, -500, 499, 0, 500],
+        [nan, 0, 1, 2, 3],
+    ]
+    rows += [
+        [0, 1, nan, nan, 9],
+        [inf, 0, 1, 2, 3],
+        [-inf, 0, 1, -inf, 3],
+        [-inf] * 5,
+        [-200, -100, -50, -100, -200],
+    ]
     logits = torch.tensor(rows, dtype=dtype)
     n, E = logits.shape
     # the bias carries the row: one token a call, x = 0
-    experts = Experts(torch.ones(1, E, 4, dtype=dtype), torch.ones(1, 3, E, dtype=dtype), torch.ones(E, dtype=dtype), (1,) * E)
+    experts = Experts(
+        torch.ones(1, E, 4, dtype=dtype),
+        torch.ones(1, 3, E, dtype=dtype),
+        torch.ones(E, dtype=dtype),
+        (1,) * E,
+    )
     for row in range(n):
         gates = Gates(phi=torch.zeros(E, 4, dtype=dtype), phi_bias=logits[row], top_k=k)
         x = torch.zeros(1, 1, 4, dtype=dtype)
-        token = gated_lora_linear_with_gates(x, torch.ones(3, 4, dtype=dtype), None, experts, gates, backend="cpu")[1]
+        token = gated_lora_linear_with_gates(
+            x, torch.ones(3, 4, dtype=dtype), None, experts, gates, backend="cpu"
+        )[1]
         want = softmax_of_largest(logits[row], k)
-        torch.testing.assert_close(token[0, 0], want, equal_nan=True, msg=lambda m, row=row: f"{rows[row]}, k={k}: {m}")
+        torch.testing.assert_close(
+            token[0, 0], want, equal_nan=True, msg=lambda m, row=row: f"{rows[row]}, k={k}: {m}"
+        )
         assert torch.equal(token[0, 0] == 0, want == 0) or dtype == torch.float32

@@ -1,4 +1,6 @@
-"""Every backend against float64: forward, the low-rank part alone, single experts, exact integers, all gradients."""
+"""Every backend against float64: forward, the low-rank part alone, single experts, exact integers, all
+gradients.
+"""
 
 import pytest
 import torch
@@ -61,12 +63,17 @@ def test_small_integers_are_exact(backend, dtype):
     experts = call.experts._replace(down=down, up=up)
     weight = torch.where(torch.arange(24) % 6 == 0, call.weight.sign(), 0)
     got = gated_lora_linear(call.x, weight, call.bias, experts, Gates(), backend=backend)
-    truth = call.x.double() @ weight.double().mT + call.bias.double() + (call.x.double() @ down[0].double().mT) @ up[0].double().mT
+    truth = (
+        call.x.double() @ weight.double().mT
+        + call.bias.double()
+        + (call.x.double() @ down[0].double().mT) @ up[0].double().mT
+    )
     assert truth.abs().max() <= 256
     assert torch.equal(got.double(), truth)
 
 
-# roundings of a gradient: dy·up, its gate, dh, the sum with the base's; the limit is the output dtype's rounding times their root
+# roundings of a gradient: dy·up, its gate, dh, the sum with the base's; the limit is the output dtype's
+# rounding times their root
 GRAD_ROUNDINGS = {"reference": 4, "stacked": 8, "cpu": 8}
 
 
@@ -84,13 +91,16 @@ def test_gradients(case, backend, dtype):
     truth, terms = call.truth_grads(dy)
     for name in truth:
         assert got[name].dtype == leaves[name].dtype and got[name].shape == leaves[name].shape
-        # a handful of numbers, each a sum over all tokens that may cancel: judged against the size of its terms
+        # a handful of numbers, each a sum over all tokens that may cancel: judged against the size of its
+        # terms
         size = max(truth[name].norm().item(), 2 * terms if truth[name].numel() == case.E else 0)
         assert_gradient(got[name], truth[name], dtype, size, GRAD_ROUNDINGS[backend], f"{backend}, d{name}")
 
 
 def assert_gradient(got, truth, dtype, size, roundings, what):
-    """Error of a gradient against its size (or its terms'); twice as loose as y, for its operands were rounded on the way forward."""
+    """Error of a gradient against its size (or its terms'); twice as loose as y, for its operands were
+    rounded on the way forward.
+    """
     assert not got.isnan().any(), f"{what}: NaN"
     if truth.numel() == 0 or size == 0:
         assert not got.double().abs().sum(), f"{what}: the truth is zero"

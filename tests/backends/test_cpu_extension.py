@@ -1,4 +1,6 @@
-"""The compiled CPU backend: what only it can get wrong. The cases that every backend must pass are in test_backends.py."""
+"""The compiled CPU backend: what only it can get wrong. The cases that every backend must pass are in
+test_backends.py.
+"""
 
 import os
 import subprocess
@@ -17,7 +19,8 @@ from tests.truth import Case, assert_close_to_truth
 ROOT = Path(__file__).resolve().parents[2]
 needs_library = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
-# run by each instruction set in a process of its own, for it is chosen once: sizes at the edges of tiles, panels and blocks of k
+# run by each instruction set in a process of its own, for it is chosen once: sizes at the edges of tiles,
+# panels and blocks of k
 EVERY_INSTRUCTION_SET = """
 import sys
 import torch
@@ -70,13 +73,29 @@ def test_every_instruction_set(name):
 
 def run(call, save=False):
     g, e = call.gates, call.experts
-    return cpu.forward(call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias, save)
+    return cpu.forward(
+        call.x,
+        call.weight,
+        call.bias,
+        e.down,
+        e.up,
+        e.scale,
+        e.ranks,
+        g.gate,
+        g.phi,
+        g.phi_bias,
+        g.pool,
+        g.pool_bias,
+        save,
+    )
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_nan_of_the_next_row_stays_there(dtype):
-    """bfloat16 is multiplied in pairs: with an odd K the last one must not read its neighbour's first element."""
+    """bfloat16 is multiplied in pairs: with an odd K the last one must not read its neighbour's first
+    element.
+    """
     call = Case(T=131, K=65, N=70, ranks=(3, 5), gate="local").make(dtype)
     call.x[:, 1::2, 0] = float("nan")
     y = run(call)[0]
@@ -90,7 +109,11 @@ def test_every_element_is_written(dtype):
     call = Case(T=101, K=66, N=71, ranks=(7, 6)).make(dtype)
     truth = call.truth()
     for _ in range(4):
-        poison = [torch.full((2, 101, n), float("nan"), dtype=d) for n in (71, 13, 2) for d in (dtype, torch.float32)]
+        poison = [
+            torch.full((2, 101, n), float("nan"), dtype=d)
+            for n in (71, 13, 2)
+            for d in (dtype, torch.float32)
+        ]
         del poison
         assert_close_to_truth(run(call)[0], truth, dtype, 3)
 
@@ -117,11 +140,15 @@ def test_any_number_of_threads():
 @needs_library
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_memory_beside_y_is_that_of_h(dtype):
-    """No [B,T,N] temporary: torch allocates y, wide h and what is of the size of gates; packed panels are bounded by L2."""
+    """No [B,T,N] temporary: torch allocates y, wide h and what is of the size of gates; packed panels are
+    bounded by L2.
+    """
     case = Case(B=2, T=1024, K=320, N=640, ranks=(16, 16))
     call = case.make(dtype)
     run(call)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         run(call)
     allocated = sum(e.self_cpu_memory_usage for e in profile.events() if e.self_cpu_memory_usage > 0)
     M, y = case.B * case.T, case.B * case.T * case.N * torch.empty((), dtype=dtype).element_size()
@@ -140,7 +167,21 @@ def test_offsets_past_two_to_the_31():
     call = Case(B=1, T=3, K=64).make(torch.bfloat16)
     x.copy_(call.x)
     e, g = call.experts, call.gates
-    y = cpu.forward(x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias, False)[0]
+    y = cpu.forward(
+        x,
+        call.weight,
+        call.bias,
+        e.down,
+        e.up,
+        e.scale,
+        e.ranks,
+        g.gate,
+        g.phi,
+        g.phi_bias,
+        g.pool,
+        g.pool_bias,
+        False,
+    )[0]
     assert torch.equal(y, run(call)[0])
 
 
@@ -150,11 +191,41 @@ def test_wrong_shapes_are_refused_before_memory_is_read():
     e, g = call.experts, call.gates
     for up in (e.up[:, :-1], e.up[..., :-1], e.up.double(), e.up[0]):
         with pytest.raises(RuntimeError, match="mole_cpu: up"):
-            cpu.forward(call.x, call.weight, call.bias, e.down, up, e.scale, e.ranks, None, None, None, None, None, False)
+            cpu.forward(
+                call.x,
+                call.weight,
+                call.bias,
+                e.down,
+                up,
+                e.scale,
+                e.ranks,
+                None,
+                None,
+                None,
+                None,
+                None,
+                False,
+            )
     with pytest.raises(RuntimeError, match="ranks do not add up"):
-        cpu.forward(call.x, call.weight, call.bias, e.down, e.up, e.scale, (8, 7), None, None, None, None, None, False)
+        cpu.forward(
+            call.x, call.weight, call.bias, e.down, e.up, e.scale, (8, 7), None, None, None, None, None, False
+        )
     with pytest.raises(RuntimeError, match="mole_cpu: phi"):
-        cpu.forward(call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, None, g.phi[:, :-1], None, None, None, False)
+        cpu.forward(
+            call.x,
+            call.weight,
+            call.bias,
+            e.down,
+            e.up,
+            e.scale,
+            e.ranks,
+            None,
+            g.phi[:, :-1],
+            None,
+            None,
+            None,
+            False,
+        )
 
 
 def test_reasons():
@@ -183,8 +254,12 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def test_a_library_that_was_not_built_says_why(elsewhere):
-    (elsewhere / "libmole_kernels.json").write_text('{"built": false, "reason": "no C++ compiler was found when it was installed"}')
-    assert "no C++ compiler was found" in extension.why_not() and "--no-build-isolation" in extension.why_not()
+    (elsewhere / "libmole_kernels.json").write_text(
+        '{"built": false, "reason": "no C++ compiler was found when it was installed"}'
+    )
+    assert (
+        "no C++ compiler was found" in extension.why_not() and "--no-build-isolation" in extension.why_not()
+    )
     assert extension.describe()["usable"] is False
 
 

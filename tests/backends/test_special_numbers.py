@@ -1,4 +1,6 @@
-"""NaN, infinity, overflow and subnormal numbers: they go where the formula takes them, and nowhere else. See docs/numerics.md."""
+"""NaN, infinity, overflow and subnormal numbers: they go where the formula takes them, and nowhere else. See
+docs/numerics.md.
+"""
 
 from dataclasses import replace
 
@@ -107,7 +109,9 @@ def test_what_exceeds_the_dtype_becomes_infinite(backend, dtype):
 
 @everywhere
 def test_an_h_beyond_the_dtype_is_never_a_wrong_finite_number(backend, dtype):
-    """h = 4 · max, but scale·h·up is 1: right where h is kept wide (reference and cpu in 16 bits), infinite where it is rounded."""
+    """h = 4 · max, but scale·h·up is 1: right where h is kept wide (reference and cpu in 16 bits), infinite
+    where it is rounded.
+    """
     usable(backend, dtype)
     big = torch.finfo(dtype).max
     y = gated_lora_linear(*one(dtype, 0.5, 0.0, big, 2.0, scale=1 / big / 8), backend=backend)
@@ -117,7 +121,9 @@ def test_an_h_beyond_the_dtype_is_never_a_wrong_finite_number(backend, dtype):
 
 @everywhere
 def test_subnormal_numbers_are_kept(backend, dtype):
-    """y is half the smallest normal number, whichever part it comes from; only a CPU's own bfloat16 products make it zero."""
+    """y is half the smallest normal number, whichever part it comes from; only a CPU's own bfloat16 products
+    make it zero.
+    """
     usable(backend, dtype)
     tiny = torch.finfo(dtype).tiny
     for weight, up in ((1 / 16, 0.0), (0.0, 1 / 16)):

@@ -45,20 +45,28 @@ def test_the_default_plan_holds_what_the_goals_need():
     assert len(names) == len(set(names)) and 40 <= len(names) <= 90
     for R, model in ((16, "SDXL-UNet"), (64, "SDXL-UNet"), (64, "FLUX.1-dev")):
         wanted = [c for c in layers(model) if c.base_flops * dict(c.counts)[model] > 1e9]
-        covered = {(c.M, c.K, c.N) for i in items if "case" in i and (c := case_of(i)).R == R and c.gate == "mole" and c.mode == "forward"}
+        covered = {
+            (c.M, c.K, c.N)
+            for i in items
+            if "case" in i and (c := case_of(i)).R == R and c.gate == "mole" and c.mode == "forward"
+        }
         part = sum(c.base_flops * dict(c.counts)[model] for c in wanted if (c.M, c.K, c.N) in covered)
         assert part / sum(c.base_flops * dict(c.counts)[model] for c in wanted) > 0.95
     assert {case_of(i).R for i in items if "case" in i} == set(plan.RANKS)
     assert {case_of(i).E for i in items if "case" in i} == set(plan.EXPERTS)
     models = {m for i in items if "case" in i for m, _ in case_of(i).counts}
     assert models >= {plan.SDXL, plan.FLUX, *plan.OTHERS}
-    assert names.index("step sdxl R64 mole") < names.index("forward-4608x3072x3072-bf16-r256"), "sweeps are dropped before whole models"
+    assert names.index("step sdxl R64 mole") < names.index("forward-4608x3072x3072-bf16-r256"), (
+        "sweeps are dropped before whole models"
+    )
 
 
 def test_quick_only_and_full():
     assert len(plan.measured("cuda", True, False)) <= 4
     items = plan.measured("cuda", False, False)
-    assert all("2048x1280x1280" in i["id"] for i in plan.chosen(items, "2048x1280x1280")) and plan.chosen(items, "2048x1280x1280")
+    assert all("2048x1280x1280" in i["id"] for i in plan.chosen(items, "2048x1280x1280")) and plan.chosen(
+        items, "2048x1280x1280"
+    )
     assert [i["id"] for i in plan.chosen(items, "step*sdxl*")] == ["step sdxl R64 mole", "step sdxl R16 mole"]
     assert len(plan.measured("cuda", False, True)) > 2000
     warm = plan.warmed(items)

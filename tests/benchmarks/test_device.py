@@ -1,4 +1,6 @@
-"""The GPU's side of the device words against stand-ins for torch.cuda: what is called, in which order, in which unit."""
+"""The GPU's side of the device words against stand-ins for torch.cuda: what is called, in which order, in
+which unit.
+"""
 
 import contextlib
 from types import SimpleNamespace
@@ -73,7 +75,15 @@ def cuda(monkeypatch):
 
 def test_a_run_is_warmed_up_aside_and_captured_once(cuda):
     replay = Gpu().captured(lambda: cuda.append("run"))
-    assert cuda == ["into side stream", "run", "run", "out of side stream", "into capture", "run", "out of capture"]
+    assert cuda == [
+        "into side stream",
+        "run",
+        "run",
+        "out of side stream",
+        "into capture",
+        "run",
+        "out of capture",
+    ]
     before = Graph.replays
     replay()
     assert Graph.replays == before + 1 and cuda.count("run") == 3
@@ -99,9 +109,18 @@ def test_what_nvidia_smi_says(monkeypatch):
     answer = SimpleNamespace(returncode=0, stdout="1980, 3201, 41, 250.50, [N/A]\n")
     monkeypatch.setattr(devices.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     asked = []
-    monkeypatch.setattr(devices.subprocess, "run", lambda command, **named: (asked.append(command), answer)[1])
-    assert Gpu().clocks() == {"clocks.sm": 1980.0, "clocks.mem": 3201.0, "temperature.gpu": 41.0, "power.draw": 250.5}
-    assert all(word.startswith(("--query-gpu=", "--format=")) for word in asked[0][1:]), "clocks are read, never set"
+    monkeypatch.setattr(
+        devices.subprocess, "run", lambda command, **named: (asked.append(command), answer)[1]
+    )
+    assert Gpu().clocks() == {
+        "clocks.sm": 1980.0,
+        "clocks.mem": 3201.0,
+        "temperature.gpu": 41.0,
+        "power.draw": 250.5,
+    }
+    assert all(word.startswith(("--query-gpu=", "--format=")) for word in asked[0][1:]), (
+        "clocks are read, never set"
+    )
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert Gpu().clocks() == {} and Cpu().clocks() == {}
 

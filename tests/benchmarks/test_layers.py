@@ -1,4 +1,6 @@
-"""One measured case on the CPU: every method, injected faults, rows that keep the schema; and whole models."""
+"""One measured case on the CPU: every method, injected faults, rows that keep the schema; and whole
+models.
+"""
 
 from dataclasses import replace
 
@@ -40,21 +42,34 @@ def measured(case: Case, ctx: Context, **named):
     return layers.check(layer_item(case, **named), ctx)
 
 
-@pytest.mark.parametrize("case", [CASE, replace(CASE, gate="none"), replace(CASE, E=1, r=8), replace(CASE, E=8, r=1, B=1)], ids=str)
+@pytest.mark.parametrize(
+    "case", [CASE, replace(CASE, gate="none"), replace(CASE, E=1, r=8), replace(CASE, E=8, r=1, B=1)], ids=str
+)
 def test_forward_rows(case):
     out = measured(case, context(), cold=True)
     assert not out.failures
     found = {(r["method"], r["cache"], r["launch"]) for r in out.rows}
-    names = {"plain", "plain again", "ours", "stacked", "eager"} | ({"merged"} if case.gate == "none" else set())
+    names = {"plain", "plain again", "ours", "stacked", "eager"} | (
+        {"merged"} if case.gate == "none" else set()
+    )
     assert {name for name, cache, launch in found if (cache, launch) == ("hot", "graph")} >= names
-    assert {name for name, cache, _ in found if cache == "cold"} == {"plain", "plain again", "ours", "stacked"}
+    assert {name for name, cache, _ in found if cache == "cold"} == {
+        "plain",
+        "plain again",
+        "ours",
+        "stacked",
+    }
     assert {name for name, _, launch in found if launch == "stream"} >= {"plain", "ours", "eager"}
     for r in out.rows:
-        assert not list(results._fields(r, results.CASE | results.GPU_CASE, "row")) and not list(results._times(r, "row"))
+        assert not list(results._fields(r, results.CASE | results.GPU_CASE, "row")) and not list(
+            results._times(r, "row")
+        )
         assert r["ratio"]["p20"] <= r["ratio"]["plain"] <= r["ratio"]["p80"] and r["rounds"] >= clock.LEAST
     by = {r["method"]: r for r in out.rows if (r["cache"], r["launch"]) == ("hot", "graph")}
     assert by["plain"]["ratio"]["plain"] == 1 and by["stacked"]["ratio"]["stacked"] == 1
-    assert by["ours"]["flops"] > by["plain"]["flops"] and by["ours"]["aa"] == by["plain again"]["ratio"]["plain"]
+    assert (
+        by["ours"]["flops"] > by["plain"]["flops"] and by["ours"]["aa"] == by["plain again"]["ratio"]["plain"]
+    )
 
 
 @pytest.mark.parametrize("gate", ["mole", "none"])
@@ -107,7 +122,11 @@ def test_the_profilers_events_are_counted_by_device():
         def __init__(self, name, device_type):
             self.name, self.device_type = name, device_type
 
-    events = [Event("aten::linear", "DeviceType.CPU"), Event("persistent_kernel", "DeviceType.CUDA"), Event("memset", "DeviceType.CUDA")]
+    events = [
+        Event("aten::linear", "DeviceType.CPU"),
+        Event("persistent_kernel", "DeviceType.CUDA"),
+        Event("memset", "DeviceType.CUDA"),
+    ]
     assert kernels(events) == 2
 
 
@@ -123,7 +142,9 @@ def test_lorafusions_scheme_is_right(dtype, gate, interpreted_kernels):
     assert ((y.double() - layer.truth()).norm() / layer.truth().norm()) < layers.ALLOWED[dtype]
 
 
-@pytest.mark.parametrize("name", ["triton:persistent", "triton:two_pass", "triton:added", "triton:merge", "triton:recompute"])
+@pytest.mark.parametrize(
+    "name", ["triton:persistent", "triton:two_pass", "triton:added", "triton:merge", "triton:recompute"]
+)
 def test_our_ways_by_name(name, interpreted_kernels):
     case = replace(CASE, gate="none" if name.endswith(("merge", "recompute")) else "mole")
     with torch.no_grad():
@@ -141,7 +162,9 @@ def test_a_case_goes_through_every_way(interpreted_kernels):
 
 def test_ways_say_what_they_cannot(interpreted_kernels):
     found = methods.methods(CASE, context(), False)
-    assert "every token" in found["triton:recompute"].refuses and "depend on x" in found["triton:merge"].refuses
+    assert (
+        "every token" in found["triton:recompute"].refuses and "depend on x" in found["triton:merge"].refuses
+    )
 
 
 @pytest.mark.parametrize("make", [Merged, Stacked, Eager])
@@ -158,12 +181,16 @@ def test_blocks_of_flux():
     assert not out.failures and out.passed >= 2
     assert {r["launch"] for r in out.rows} == {"eager", "graph"}
     ours = [r for r in out.rows if r["method"] == "ours"]
-    assert all(r["layers"] == 17 for r in ours), "q, k, v, out and two of the MLP in two streams; five in the single block"
+    assert all(r["layers"] == 17 for r in ours), (
+        "q, k, v, out and two of the MLP in two streams; five in the single block"
+    )
 
 
 def test_a_model_whose_experts_do_nothing_is_caught(monkeypatch):
     monkeypatch.setitem(models.METHODS, "ours", lambda layer: layer.base)
-    out = models.check({"id": "step", "kind": "model", "model": "flux-tiny", "R": 8, "gate": "mole"}, context())
+    out = models.check(
+        {"id": "step", "kind": "model", "model": "flux-tiny", "R": 8, "gate": "mole"}, context()
+    )
     assert [f["method"] for f in out.failures] == ["ours"] and "no expert" in out.failures[0]["error"]
 
 
@@ -182,7 +209,9 @@ def test_sdxls_unet_has_the_published_shapes():
     found: dict[tuple[int, int], int] = {}
     for name, module in unet.named_modules():
         if isinstance(module, torch.nn.Linear) and "attentions." in name:
-            found[module.in_features, module.out_features] = found.get((module.in_features, module.out_features), 0) + 1
+            found[module.in_features, module.out_features] = (
+                found.get((module.in_features, module.out_features), 0) + 1
+            )
     wanted: dict[tuple[int, int], int] = {}
     for case in published("SDXL-UNet"):
         wanted[case.K, case.N] = wanted.get((case.K, case.N), 0) + dict(case.counts)["SDXL-UNet"]

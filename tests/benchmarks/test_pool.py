@@ -1,4 +1,6 @@
-"""Processes under a time limit: what hangs or dies costs itself, the rest is measured; and the whole command on a CPU."""
+"""Processes under a time limit: what hangs or dies costs itself, the rest is measured; and the whole command
+on a CPU.
+"""
 
 import json
 import os
@@ -32,12 +34,18 @@ def _as_on_a_plain_machine(monkeypatch):
 
 
 def test_what_hangs_or_dies_costs_itself():
-    """One process: a method that hangs, one that ends the process, one that raises; the case is measured without them."""
+    """One process: a method that hangs, one that ends the process, one that raises; the case is measured
+    without them.
+    """
     items = [item(["ours", "hangs", "dies"]), item(["stacked", "raises"], " again")]
     job = pool.Job("cpu", limit=8.0, peers=PEERS, seconds=0.001)
     found = pool.run(items, job, 1, time.monotonic() + 120)
     failed = {(f["method"], f["error"].partition(":")[0]) for f in found.failures}
-    assert failed == {("hangs", "no answer within 8 s"), ("dies", "the process ended with code 13"), ("raises", "RuntimeError")}
+    assert failed == {
+        ("hangs", "no answer within 8 s"),
+        ("dies", "the process ended with code 13"),
+        ("raises", "RuntimeError"),
+    }
     timed = {r["method"] for r in found.rows if r["us"]}
     assert timed == {"plain", "ours", "stacked"} and not found.dropped
 
@@ -78,22 +86,39 @@ ITEMS = [{"id": name, "kind": "layer"} for name in "ab"]
 
 def test_a_lost_device_ends_the_process_and_the_rest_goes_on(monkeypatch):
     lost = GOOD | {"failures": [{"id": "a", "method": "m", "stage": "device", "error": "lost"}]}
-    fake(monkeypatch, [
-        ([{"ready": True}, {"begin": "a"}, {"end": "a", "outcome": lost}], 75),
-        ([{"ready": True}, {"begin": "b"}, {"end": "b", "outcome": GOOD}], 0),
-    ])  # fmt: skip
+    fake(
+        monkeypatch,
+        [
+            ([{"ready": True}, {"begin": "a"}, {"end": "a", "outcome": lost}], 75),
+            ([{"ready": True}, {"begin": "b"}, {"end": "b", "outcome": GOOD}], 0),
+        ],
+    )
     found = pool.run(ITEMS, pool.Job("cpu", 5.0), 1, time.monotonic() + 5)
     assert set(found.outcomes) == {"a", "b"} and len(found.failures) == 1 and not found.dropped
 
 
 def test_a_method_is_skipped_after_it_killed_its_process(monkeypatch):
     seen = []
-    fake(monkeypatch, [
-        ([{"ready": True}, {"begin": "a"}, {"at": "bad"}], -11),
-        ([{"ready": True}, {"begin": "a"}, {"end": "a", "outcome": GOOD}, {"begin": "b"}, {"end": "b", "outcome": GOOD}], 0),
-    ])  # fmt: skip
+    fake(
+        monkeypatch,
+        [
+            ([{"ready": True}, {"begin": "a"}, {"at": "bad"}], -11),
+            (
+                [
+                    {"ready": True},
+                    {"begin": "a"},
+                    {"end": "a", "outcome": GOOD},
+                    {"begin": "b"},
+                    {"end": "b", "outcome": GOOD},
+                ],
+                0,
+            ),
+        ],
+    )
     start = pool.Worker.start
-    monkeypatch.setattr(pool.Worker, "start", lambda self: (seen.append([i.get("skip") for i in self.left]), start(self))[1])
+    monkeypatch.setattr(
+        pool.Worker, "start", lambda self: (seen.append([i.get("skip") for i in self.left]), start(self))[1]
+    )
     found = pool.run(ITEMS, pool.Job("cpu", 5.0), 1, time.monotonic() + 5)
     assert seen == [[None, None], [["bad"], None]]
     assert [f["method"] for f in found.failures] == ["bad"] and "code -11" in found.failures[0]["error"]
@@ -101,7 +126,13 @@ def test_a_method_is_skipped_after_it_killed_its_process(monkeypatch):
 
 
 def test_a_plain_layer_that_dies_is_not_tried_again(monkeypatch):
-    fake(monkeypatch, [([{"ready": True}, {"begin": "a"}, {"at": "plain"}], 1), ([{"begin": "b"}, {"end": "b", "outcome": GOOD}], 0)])
+    fake(
+        monkeypatch,
+        [
+            ([{"ready": True}, {"begin": "a"}, {"at": "plain"}], 1),
+            ([{"begin": "b"}, {"end": "b", "outcome": GOOD}], 0),
+        ],
+    )
     found = pool.run(ITEMS, pool.Job("cpu", 5.0), 1, time.monotonic() + 5)
     assert set(found.outcomes) == {"a", "b"} and len(found.failures) == 1
 
@@ -115,12 +146,16 @@ def test_processes_that_do_not_start_are_given_up(monkeypatch):
 def test_what_there_was_no_time_for_is_recorded(monkeypatch):
     monkeypatch.setattr(pool.processes, "start", lambda *a, **k: Ended(None))
     found = pool.run(ITEMS, pool.Job("cpu", 5.0), 2, time.monotonic() + 0.2)
-    assert sorted(d["id"] for d in found.dropped) == ["a", "b"] and {d["why"] for d in found.dropped} == {"no time left"}
+    assert sorted(d["id"] for d in found.dropped) == ["a", "b"] and {d["why"] for d in found.dropped} == {
+        "no time left"
+    }
 
 
 def test_a_worker_stops_where_the_device_answers_nothing(monkeypatch):
     said, context = [], Context.make("cpu")
-    monkeypatch.setattr(type(context.device), "sync", lambda self: (_ for _ in ()).throw(RuntimeError("an illegal address")))
+    monkeypatch.setattr(
+        type(context.device), "sync", lambda self: (_ for _ in ()).throw(RuntimeError("an illegal address"))
+    )
     monkeypatch.setattr("benchmarks.gpu.worker.handler", lambda kind: lambda item, context: Outcome(passed=1))
     with pytest.raises(DeviceLost, match="illegal address"):
         work(ITEMS, context, said.append)
@@ -148,7 +183,9 @@ sys.meta_path.insert(0, Hide())
 
 
 def test_the_whole_command_with_nothing_but_torch(tmp_path):
-    """A dry run in which PEFT, diffusers, matplotlib, rich, typer and pytest cannot be imported; a faulty method and backend besides."""
+    """A dry run in which PEFT, diffusers, matplotlib, rich, typer and pytest cannot be imported; a faulty
+    method and backend besides.
+    """
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(BLOCKER)
@@ -156,9 +193,18 @@ def test_the_whole_command_with_nothing_but_torch(tmp_path):
     words = "--device cpu --quick --processes 1 --seconds 300 --only=-r8".split() + ["--out", str(tmp_path)]
     quiet = "import tests.benchmarks.peers_file as p; [p.METHODS.pop(n) for n in ('hangs', 'dies')]"
     peers = tmp_path / "peers.py"
-    peers.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{quiet}\nMETHODS, BACKENDS = p.METHODS, p.BACKENDS\n")
+    peers.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{quiet}\nMETHODS, BACKENDS = p.METHODS, p.BACKENDS\n"
+    )
     words += ["--peers", str(peers)]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *words],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 1, done.stderr
     [path] = tmp_path.glob("*.json")
     result = results.load(path)

@@ -14,7 +14,8 @@ from mole_kernels.dispatch.tables import dumps, parse
 from tests.benchmarks.support import imaginary
 
 COMMITTED = sorted((Path(command.__file__).parents[1] / "results").glob("*/*.json"))
-# the layers' suites are named by their day, maybe with a number; each other suite by a word, and its cases are of its own kind
+# the layers' suites are named by their day, maybe with a number; each other suite by a word, and its cases
+# are of its own kind
 LAYERS = [path for path in COMMITTED if re.fullmatch(r"\d{4}-\d\d-\d\d(-\d+)?", path.stem)]
 
 
@@ -67,7 +68,11 @@ def test_a_broken_file_is_refused(result, tmp_path, spoil, words):
 
 
 def test_goals_are_weighted_by_operations(result):
-    rows = [r for r in results.rows(result) if "SDXL-UNet" in r["counts"] and sum(r["ranks"]) == 16 and r["E"] == 2 and r["gate"] != "none"]
+    rows = [
+        r
+        for r in results.rows(result)
+        if "SDXL-UNet" in r["counts"] and sum(r["ranks"]) == 16 and r["E"] == 2 and r["gate"] != "none"
+    ]
     weights = [r["M"] * r["K"] * r["N"] * r["counts"]["SDXL-UNet"] for r in rows]
     by_hand = sum(w * r["ratio"]["plain"] for w, r in zip(weights, rows)) / sum(weights)
     value, part = goals.weighted(result, "SDXL-UNet", 16)
@@ -99,11 +104,22 @@ def test_a_claim_is_beyond_the_noise(result):
 def test_a_table_for_the_dispatcher(result, capsys, tmp_path):
     made = parse(dumps(table(result)), "made")
     assert made.key == "h200" and len(made.rows) > 40
-    row = next(r for r in made.rows if (r.M, r.K, r.N, sum(r.ranks), r.gate) == (2048, 1280, 1280, 64, "token+sample"))
+    row = next(
+        r
+        for r in made.rows
+        if (r.M, r.K, r.N, sum(r.ranks), r.gate) == (2048, 1280, 1280, 64, "token+sample")
+    )
     measured = {
-        r["method"].removeprefix("triton:"): r["us"]["p50"] for r in result["cases"] if r["id"] == "forward-2048x1280x1280-bf16-r32"
+        r["method"].removeprefix("triton:"): r["us"]["p50"]
+        for r in result["cases"]
+        if r["id"] == "forward-2048x1280x1280-bf16-r32"
     }
-    assert row.us == {name: measured[name] for name in row.us} and {"plain", "stacked", "persistent", "two_pass"} <= set(row.us)
+    assert row.us == {name: measured[name] for name in row.us} and {
+        "plain",
+        "stacked",
+        "persistent",
+        "two_pass",
+    } <= set(row.us)
     assert "ours" not in row.us and "recompute" not in row.us
     assert command.main(["--table", str(results.save(result, tmp_path / "x.json"))]) == 0
     assert parse(capsys.readouterr().out, "printed") == made
@@ -116,10 +132,17 @@ def test_pages_and_plots(result, tmp_path, capsys, monkeypatch):
     made = report.write(result, tmp_path, "x")
     assert [p.name for p in made] == ["x.md", "x-ratio.png", "x-roofline.png"]
     text = made[0].read_text()
-    assert "IMAGINARY" in text and "SDXL-UNet | 64" in text and "**missed**" in text and "2048x1280x1280-bf16-r32" in text
+    assert (
+        "IMAGINARY" in text
+        and "SDXL-UNet | 64" in text
+        and "**missed**" in text
+        and "2048x1280x1280-bf16-r32" in text
+    )
     assert all(p.stat().st_size > 20_000 for p in made[1:])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert [p.name for p in report.write(result, tmp_path, "y")] == ["y.md"] and "no plots" in capsys.readouterr().err
+    assert [p.name for p in report.write(result, tmp_path, "y")] == [
+        "y.md"
+    ] and "no plots" in capsys.readouterr().err
 
 
 def test_failures_and_drops_are_in_the_page(result):
@@ -143,7 +166,12 @@ def test_an_empty_run_still_has_a_page(result, tmp_path):
     "code, text, ended, state",
     [
         (0, "========= ERROR SUMMARY: 0 errors", 4, "passed"),
-        (86, "========= Invalid __global__ read of size 2 bytes\n=========     at kernel\n========= ERROR SUMMARY: 3 errors", 4, "failed"),
+        (
+            86,
+            "========= Invalid __global__ read of size 2 bytes\n=========     at kernel\n========= ERROR SUMMARY: 3 errors",
+            4,
+            "failed",
+        ),
         (0, "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", 4, "failed"),
         (1, "========= Error: Device not supported", 0, "not run"),
         (1, "", 2, "not run"),
@@ -160,9 +188,13 @@ def test_the_sanitizers_shapes_are_few_and_ours():
     ours.register()
     chosen = sanitize.shapes(verify.unique(verify.items("cuda")))
     assert 6 <= len(chosen) <= 24 and {i["kind"] for i in chosen} == {"rules"}
-    assert "triton:persistent" in {i["backend"] for i in chosen} and "stacked" not in {i["backend"] for i in chosen}
+    assert "triton:persistent" in {i["backend"] for i in chosen} and "stacked" not in {
+        i["backend"] for i in chosen
+    }
     # Hopper's dX too, which a call with a sample gate does not reach
-    assert {"cuda:cluster", "cuda:persistent", "cuda:recompute"} <= {i["backend"] for i in chosen if "both" not in i["case"]}
+    assert {"cuda:cluster", "cuda:persistent", "cuda:recompute"} <= {
+        i["backend"] for i in chosen if "both" not in i["case"]
+    }
 
 
 def test_the_build_without_ninja_runs_ninjas_own_commands(tmp_path):
@@ -176,9 +208,13 @@ def test_the_build_without_ninja_runs_ninjas_own_commands(tmp_path):
     if ninja is None:
         pytest.skip("ninja is not installed")
     tools = setup.Toolchain("/usr/bin/c++", ninja, "/usr/local/cuda/bin/nvcc", "")
-    text = setup.ninja_file(setup.find_torch(), tools, tmp_path / "lib.so", dict(os.environ), platform.machine())
+    text = setup.ninja_file(
+        setup.find_torch(), tools, tmp_path / "lib.so", dict(os.environ), platform.machine()
+    )
     (tmp_path / "build.ninja").write_text(text)
-    said = subprocess.run([ninja, "-t", "commands"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [ninja, "-t", "commands"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     mine = build.commands(text)
     assert sorted(mine) == sorted(said.splitlines()) and mine[-1] == said.splitlines()[-1]
 
@@ -193,10 +229,18 @@ def test_a_build_that_fails_is_recorded_and_tried_without_cuda(monkeypatch):
     monkeypatch.delenv("MOLE_SKIP_CUDA_BUILD", raising=False)
     monkeypatch.setattr(build, "attempt", attempt)
     said = build.build(10.0, gpu=False)
-    assert tried == [None, "1"] and said["built"] and said["error"] == "nvcc: an error" and "without CUDA" in said["how"]
+    assert (
+        tried == [None, "1"]
+        and said["built"]
+        and said["error"] == "nvcc: an error"
+        and "without CUDA" in said["how"]
+    )
 
 
 def test_what_setup_raises_is_no_crash(monkeypatch):
     monkeypatch.setattr(build, "load_setup", lambda: (_ for _ in ()).throw(SystemExit("no torch")))
     assert build.attempt(1.0, {}) == ("setup.py", "SystemExit: no torch")
-    assert build.tail("a\nb.cu(3): error: no\n") == "b.cu(3): error: no" and build.tail("") == "failed and said nothing"
+    assert (
+        build.tail("a\nb.cu(3): error: no\n") == "b.cu(3): error: no"
+        and build.tail("") == "failed and said nothing"
+    )

@@ -78,9 +78,13 @@ def test_the_compiled_backend_passes_every_kind(context, kind):
     assert not out.failures and out.passed
 
 
-@pytest.mark.parametrize("case", [Case(), Case(S=2), Case(layout="sliced"), Case(layout="stride0"), Case(T=0)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(), Case(S=2), Case(layout="sliced"), Case(layout="stride0"), Case(T=0)], ids=str
+)
 def test_rules_on_layouts(context, case):
-    out = verify.check_rules({"id": "x", "kind": "rules", "backend": "reference", "dtype": "fp32", "case": str(case)}, context)
+    out = verify.check_rules(
+        {"id": "x", "kind": "rules", "backend": "reference", "dtype": "fp32", "case": str(case)}, context
+    )
     assert not out.failures and out.passed
 
 
@@ -88,7 +92,11 @@ def test_rules_on_layouts(context, case):
 def test_a_moved_tensor_keeps_its_strides(layout):
     x = Case(layout=layout).make(F32).x
     there = verify.moved(x, "cpu")
-    assert there.stride() == x.stride() and torch.equal(there, x) and there.storage_offset() == x.storage_offset()
+    assert (
+        there.stride() == x.stride()
+        and torch.equal(there, x)
+        and there.storage_offset() == x.storage_offset()
+    )
 
 
 class Wrong:
@@ -104,7 +112,9 @@ class Wrong:
 
     def forward(self, x, weight, bias, down, up, scale, *rest):
         self.calls += 1
-        y, *others = stacked.forward(x, weight, bias, down, up, scale * (1.05 if self.how == "scale" else 1), *rest)
+        y, *others = stacked.forward(
+            x, weight, bias, down, up, scale * (1.05 if self.how == "scale" else 1), *rest
+        )
         if self.how == "unwritten":
             y = torch.empty(y.shape, dtype=y.dtype)
         if self.how == "changing" and self.calls % 2 and y.numel():
@@ -118,10 +128,14 @@ class Wrong:
         return (grads[0] * 1.05, *grads[1:]) if self.how == "gradient" else grads
 
 
-@pytest.mark.parametrize("how, rule", [("scale", "G2"), ("unwritten", "G1"), ("changing", "G7"), ("gradient", "dx")])
+@pytest.mark.parametrize(
+    "how, rule", [("scale", "G2"), ("unwritten", "G1"), ("changing", "G7"), ("gradient", "dx")]
+)
 def test_a_wrong_backend_is_caught(context, monkeypatch, how, rule):
     monkeypatch.setitem(BACKENDS, "wrong", Wrong(how))
-    out = verify.check_rules({"id": "x", "kind": "rules", "backend": "wrong", "dtype": "bf16", "case": str(Case())}, context)
+    out = verify.check_rules(
+        {"id": "x", "kind": "rules", "backend": "wrong", "dtype": "bf16", "case": str(Case())}, context
+    )
     assert any(rule in f"{f['stage']} {f['error']}" for f in out.failures), out.failures
 
 
@@ -137,12 +151,22 @@ def test_items_are_ordered_and_named_once():
     assert len(names) == len(set(names))
     assert items[0]["backend"] not in ("stacked", "reference") and items[0]["dtype"] == "bf16"
     ways = {i.get("backend") for i in items}
-    assert ways >= {"triton", "triton:persistent", "triton:two_pass", "triton:recompute", "triton:merge", "triton:added", "stacked"}
+    assert ways >= {
+        "triton",
+        "triton:persistent",
+        "triton:two_pass",
+        "triton:recompute",
+        "triton:merge",
+        "triton:added",
+        "stacked",
+    }
     for way in ("triton:persistent", "triton"):
         assert {i["kind"] for i in items if i.get("backend") == way} == set(verify.HANDLERS) - {"regional"}
     assert len(verify.unique(verify.items("cuda", quick=True))) < len(items) / 4
 
 
 def test_roundings_are_doubled_only_where_nothing_averages_out():
-    assert verify.roundings("triton", Case()) == (4, 8) and verify.roundings("triton", replace(Case(), K=1)) == (8, 8)
+    assert verify.roundings("triton", Case()) == (4, 8) and verify.roundings(
+        "triton", replace(Case(), K=1)
+    ) == (8, 8)
     assert verify.roundings("reference", replace(Case(), K=1)) == (1, 4)

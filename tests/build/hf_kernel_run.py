@@ -1,4 +1,6 @@
-"""Run by test_hf_kernels.py in a process of its own, where PEFT, diffusers and the installed package cannot be imported."""
+"""Run by test_hf_kernels.py in a process of its own, where PEFT, diffusers and the installed package cannot
+be imported.
+"""
 
 import importlib
 import json

@@ -1,4 +1,6 @@
-"""The assembled repository is what the kernels package takes: valid, alone, and computing the same under `kernelize`."""
+"""The assembled repository is what the kernels package takes: valid, alone, and computing the same under
+`kernelize`.
+"""
 
 import ast
 import json

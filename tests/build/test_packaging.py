@@ -1,4 +1,6 @@
-"""The wheel's tag, its contents and its bill of materials, on made-up wheels; make wheel does it on the real one."""
+"""The wheel's tag, its contents and its bill of materials, on made-up wheels; make wheel does it on the real
+one.
+"""
 
 import hashlib
 import json

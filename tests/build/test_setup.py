@@ -100,7 +100,9 @@ def ninja_text(build, nvcc, machine="x86_64", **env):
 
 
 def test_kernels_see_no_torch_header(build):
-    """An inline function of a header compiled for AVX-512 could be the copy that the linker keeps for every CPU."""
+    """An inline function of a header compiled for AVX-512 could be the copy that the linker keeps for every
+    CPU.
+    """
     text = ninja_text(build, None)
     flags = {line.split()[1]: text.splitlines()[i + 1] for i, line in enumerate(text.splitlines()) if line.startswith("build ")}
     assert "-mavx512bf16" in flags["kernels_avx512bf16.o:"]

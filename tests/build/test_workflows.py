@@ -1,4 +1,6 @@
-"""The public CI runs targets that exist, asks for nothing it may not write, and lets no stranger onto a GPU machine."""
+"""The public CI runs targets that exist, asks for nothing it may not write, and lets no stranger onto a GPU
+machine.
+"""
 
 import re
 from pathlib import Path

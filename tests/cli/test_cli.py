@@ -43,11 +43,16 @@ def expert(k: int = 320, n: int = 320) -> Expert:
     base = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     layers = {f"{base}.to_{x}": LowRank(torch.ones(2, k), torch.full((n, 2), 0.5), 0.25) for x in "qk"}
     proj = LowRank(torch.ones(4, k), torch.ones(n, 4), 1.0, conv=True)
-    return Expert(layers | {"unet.down_blocks.0.attentions.0.proj_in": proj}, metadata={"note": f"{ESC}[31m[bold]x[/bold] <b>"})
+    return Expert(
+        layers | {"unet.down_blocks.0.attentions.0.proj_in": proj},
+        metadata={"note": f"{ESC}[31m[bold]x[/bold] <b>"},
+    )
 
 
 def gates(k: int = 320, n: int = 320) -> GateFile:
-    layer = GateTensors(torch.ones(2, k), torch.tensor([0.0, 2.0]), torch.ones(2, n), torch.tensor([-2.0, 0.0]))
+    layer = GateTensors(
+        torch.ones(2, k), torch.tensor([0.0, 2.0]), torch.ones(2, n), torch.tensor([-2.0, 0.0])
+    )
     return GateFile(dict.fromkeys(list(expert().layers), layer), ("face", "hand"))
 
 
@@ -98,13 +103,22 @@ def test_inspect_against_a_model(model: str, cli, tmp_path: Path):
         with torch.device("meta"):
             unet = diffusers.UNet2DConditionModel.from_config(KNOWN["sd15"]["unet"][2])
         unet.save_config(tmp_path / "pipe" / "unet")
-        index = {"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["os", "system"], "extra": [None, None]}
+        index = {
+            "_class_name": "X",
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["os", "system"],
+            "extra": [None, None],
+        }
         (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
         model = str(tmp_path / "pipe" / ("unet" if model == "unet-folder" else ""))
     save_bank(ExpertBank({"face": expert(), "hand": expert()}), tmp_path / "b.safetensors", gates())
     code, out, _ = cli("inspect", tmp_path / "b.safetensors", "--model", model)
     assert code == 0
-    assert rows(out)[-3:] == [["face", "3", "of", "3", "all"], ["hand", "3", "of", "3", "all"], ["gates", "3", "of", "3", "all"]]
+    assert rows(out)[-3:] == [
+        ["face", "3", "of", "3", "all"],
+        ["hand", "3", "of", "3", "all"],
+        ["gates", "3", "of", "3", "all"],
+    ]
 
 
 def test_inspect_what_does_not_fit_the_model(cli, tmp_path: Path):
@@ -179,7 +193,9 @@ def test_doctor_as_json(cli):
     for check in checks.values():
         assert check["usable"] == (check["reason"] is None) == (check["right"] is not None)
         assert check["error"] is None or 0 <= check["error"] < 1e-5
-    assert found["in_use"]["cpu"] == next(c["backend"] for c in found["backends"] if c["device"] == "cpu" and c["usable"])
+    assert found["in_use"]["cpu"] == next(
+        c["backend"] for c in found["backends"] if c["device"] == "cpu" and c["usable"]
+    )
     assert found["extension"]["usable"] == checks["cpu", "cpu"]["usable"]
 
 
@@ -207,7 +223,15 @@ def test_doctor_says_why_a_backend_is_not_usable(cli, monkeypatch: pytest.Monkey
 
 def test_convert(cli, tmp_path: Path):
     save_expert(expert(), tmp_path / "a.safetensors", "kohya")
-    code, out, _ = cli("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", "diffusers", "--dtype", "bfloat16")
+    code, out, _ = cli(
+        "convert",
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        "--to",
+        "diffusers",
+        "--dtype",
+        "bfloat16",
+    )
     assert code == 0 and f"wrote {tmp_path / 'b.safetensors'}" in out and "3 layers, kohya → diffusers" in out
     found = load_expert(tmp_path / "b.safetensors")
     assert found.dialect == "diffusers"
@@ -220,7 +244,11 @@ def test_convert(cli, tmp_path: Path):
 
 def test_demo_is_called_with_what_was_said(cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     seen = []
-    monkeypatch.setitem(sys.modules, "mole_kernels.demo.run", types.SimpleNamespace(run_demo=lambda **given: seen.append(given)))
+    monkeypatch.setitem(
+        sys.modules,
+        "mole_kernels.demo.run",
+        types.SimpleNamespace(run_demo=lambda **given: seen.append(given)),
+    )
     assert cli("demo", "--out", tmp_path / "x", "--quick", "--seeds", 5)[0] == 0
     assert seen == [{"out": tmp_path / "x", "quick": True, "seeds": 5}]
     assert cli("demo", "--seeds", 0)[0] == 2

@@ -42,9 +42,15 @@ def test_explain_shows_every_candidate_and_its_reason(cli):
     assert code == 0 and not err
     lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert set(CANDIDATES) <= set(lines)
-    assert lines["persistent"].endswith("taken".ljust(len(lines["persistent"]) - lines["persistent"].rindex("taken")))
+    assert lines["persistent"].endswith(
+        "taken".ljust(len(lines["persistent"]) - lines["persistent"].rindex("taken"))
+    )
     assert "the gates depend on x" in lines["merge"] and "every token of a sample" in lines["recompute"]
-    assert "% slower" in lines["stacked"] and "NVIDIA H200" in lines["gpu"] and "predictions of the cost model" in lines["by"]
+    assert (
+        "% slower" in lines["stacked"]
+        and "NVIDIA H200" in lines["gpu"]
+        and "predictions of the cost model" in lines["by"]
+    )
     assert lines["taken"].split()[1] == "persistent"
 
 
@@ -58,11 +64,17 @@ def test_explain_as_json_agrees(cli):
     assert all((c["lost"] is None) == (name == "persistent") for name, c in considered.items())
     assert found["call"]["ranks"] == [64, 64] and found["call"]["token_gate"] and found["call"]["sample_gate"]
     back = json.loads(cli(*CALL, "--json", "--backward")[1])
-    assert back["plain_us"] > 0 and {c["name"] for c in back["considered"] if c["possible"]} == {"persistent", "two_pass", "stacked"}
+    assert back["plain_us"] > 0 and {c["name"] for c in back["considered"] if c["possible"]} == {
+        "persistent",
+        "two_pass",
+        "stacked",
+    }
 
 
 def test_what_no_tile_can_hold_has_no_time(cli):
-    """A rank whose recomputation no tile has registers for: a dash on the screen, null in the JSON, never Infinity."""
+    """A rank whose recomputation no tile has registers for: a dash on the screen, null in the JSON, never
+    Infinity.
+    """
     large = (*CALL[:3], "--ranks", "256,256", "--gate", "mask", "--gpu", "a100")
     found = json.loads(cli(*large, "--json")[1], parse_constant=pytest.fail)
     assert next(c["predicted"] for c in found["considered"] if c["name"] == "recompute") is None
@@ -80,11 +92,21 @@ def test_explain_uses_a_table(cli, tmp_path):
     problem, use = question("4608,3072,3072", "64,64", "mole", "bf16", 1, False, False, False)
     us = {"plain": 10.0, "stacked": 40.0, "two_pass": 13.0}
     path = tmp_path / "mine.json"
-    path.write_text(dumps(tables.Table("NVIDIA H200", "h200", (9, 0), 132, {}, "now", (replace(key_of(problem, use), us=us),))))
+    path.write_text(
+        dumps(
+            tables.Table(
+                "NVIDIA H200", "h200", (9, 0), 132, {}, "now", (replace(key_of(problem, use), us=us),)
+            )
+        )
+    )
     code, out, _ = cli(*CALL, "--table", path)
     lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert code == 0 and lines["taken"].split()[1] == "two_pass" and "measurements of 4608×3072×3072" in out
-    assert "13.0" in lines["two_pass"] and "+30" in lines["two_pass"] and "not measured near" in lines["persistent"]
+    assert (
+        "13.0" in lines["two_pass"]
+        and "+30" in lines["two_pass"]
+        and "not measured near" in lines["persistent"]
+    )
     code, _, err = cli(*CALL[:-1], "a100", "--table", path)
     assert code == 2 and "expected a100, got h200" in err
 
@@ -124,7 +146,10 @@ def test_every_gate_and_dtype_can_be_asked(cli):
 def test_tune_without_a_gpu_says_so_and_writes_nothing(cli, tmp_path):
     code, out, err = cli("tune", "--quick", "--out", tmp_path / "t.json")
     assert code == 2 and not out and not list(tmp_path.iterdir())
-    assert err.startswith("tune: torch sees no NVIDIA GPU on this machine") and "Hint: mole-kernels explain predicts without one" in err
+    assert (
+        err.startswith("tune: torch sees no NVIDIA GPU on this machine")
+        and "Hint: mole-kernels explain predicts without one" in err
+    )
 
 
 def test_a_table_that_could_not_be_written_is_refused_first(tmp_path, monkeypatch):
@@ -134,11 +159,16 @@ def test_a_table_that_could_not_be_written_is_refused_first(tmp_path, monkeypatc
         with pytest.raises(MoleFileError, match="MOLE_TABLES"):
             tune.destination(h200, path)
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "new" / "folder")
-    assert tune.destination(h200, None) == tmp_path / "new" / "folder" / "h200.json" and (tmp_path / "new" / "folder").is_dir()
+    assert (
+        tune.destination(h200, None) == tmp_path / "new" / "folder" / "h200.json"
+        and (tmp_path / "new" / "folder").is_dir()
+    )
 
 
 def test_what_is_measured_becomes_a_table(tmp_path):
-    """The loop of `tune` with a made-up clock: rows, refused candidates never asked for, failures told and survived."""
+    """The loop of `tune` with a made-up clock: rows, refused candidates never asked for, failures told and
+    survived.
+    """
     asked = []
 
     def clock(call, names):

@@ -24,24 +24,50 @@ def folder(tmp_path_factory):
     for i in range(2):
         concept = random_concept(pipe, i)
         save_concept(concept, root / f"{i}.pth")
-        entries.append({"lora_path": f"{i}.pth", "unet_alpha": 1.0, "text_encoder_alpha": 0.5, "concept_name": concept.name})
+        entries.append(
+            {
+                "lora_path": f"{i}.pth",
+                "unet_alpha": 1.0,
+                "text_encoder_alpha": 0.5,
+                "concept_name": concept.name,
+            }
+        )
     (root / "config.json").write_text(json.dumps(entries))
     return root
 
 
 def call(folder, *more):
-    arguments = ["fuse", str(folder / "config.json"), "--pipeline", str(folder / "model"), "--out", str(folder / "out")]
+    arguments = [
+        "fuse",
+        str(folder / "config.json"),
+        "--pipeline",
+        str(folder / "model"),
+        "--out",
+        str(folder / "out"),
+    ]
     return CliRunner().invoke(app, [*arguments, "--steps", "1", "--size", "16", "--template", "{}", *more])
 
 
 def test_a_folder_is_written_and_the_report_shown(folder):
     result = call(folder, "--dense", "--memory", "0.1")
     assert result.exit_code == 0, result.output
-    assert "weight fusion" in result.output and "text encoder" in result.output and "rank up to 4" in result.output
+    assert (
+        "weight fusion" in result.output
+        and "text encoder" in result.output
+        and "rank up to 4" in result.output
+    )
     names = {path.name for path in (folder / "out").iterdir()}
-    assert names == {"fused.safetensors", "fused.embeddings.safetensors", "new_concept_cfg.json", "report.json", "pipeline"}
+    assert names == {
+        "fused.safetensors",
+        "fused.embeddings.safetensors",
+        "new_concept_cfg.json",
+        "report.json",
+        "pipeline",
+    }
     assert len(load_expert(folder / "out/fused.safetensors").layers) == 40
-    assert (folder / "out/pipeline/new_concept_cfg.json").read_text() == (folder / "out/new_concept_cfg.json").read_text()
+    assert (folder / "out/pipeline/new_concept_cfg.json").read_text() == (
+        folder / "out/new_concept_cfg.json"
+    ).read_text()
 
 
 def test_the_papers_optimiser_stands_beside_every_layer(folder, tmp_path):
@@ -64,9 +90,14 @@ def test_a_plan_does_nothing(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "match"),
-    [(["--size", "big"], "--size"), (["--memory", "0"], "--memory"), (["--memory", "0.000001"], "at least"),
-     (["--template", "a cat"], "templates"), (["--pipeline", "/nowhere/at/all"], "no pipeline")],
-)  # fmt: skip
+    [
+        (["--size", "big"], "--size"),
+        (["--memory", "0"], "--memory"),
+        (["--memory", "0.000001"], "at least"),
+        (["--template", "a cat"], "templates"),
+        (["--pipeline", "/nowhere/at/all"], "no pipeline"),
+    ],
+)
 def test_bad_options_are_named(folder, more, match):
     result = call(folder, *more)
     assert isinstance(result.exception, MoleError) and match in str(result.exception)

@@ -39,7 +39,15 @@ def files(tmp_path: Path) -> list[Path]:
     found = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
     for seed, path in enumerate(found):
         draw = torch.Generator().manual_seed(seed)
-        save_expert(Expert({p: LowRank(torch.randn(4, 20, generator=draw), torch.randn(24, 4, generator=draw), 0.5) for p in PATHS}), path)
+        save_expert(
+            Expert(
+                {
+                    p: LowRank(torch.randn(4, 20, generator=draw), torch.randn(24, 4, generator=draw), 0.5)
+                    for p in PATHS
+                }
+            ),
+            path,
+        )
     return found
 
 
@@ -48,8 +56,24 @@ def test_merge(cli, files, tmp_path):
     assert code == 0 and "3 layers, delta_mean: 0.5 one, 0.5 two" in out
     assert "merge (delta_mean) 3/3 layers" in err
     assert load_expert(tmp_path / "m.safetensors").ranks() == {8}
-    code, out, _ = cli("merge", *files, "--out", tmp_path / "m.safetensors", "--mode", "ties", "--density", "0.5", "--weights", "1,-0.25",
-                       "--sign", "frequency", "--dtype", "float16", "--to", "kohya")  # fmt: skip
+    code, out, _ = cli(
+        "merge",
+        *files,
+        "--out",
+        tmp_path / "m.safetensors",
+        "--mode",
+        "ties",
+        "--density",
+        "0.5",
+        "--weights",
+        "1,-0.25",
+        "--sign",
+        "frequency",
+        "--dtype",
+        "float16",
+        "--to",
+        "kohya",
+    )
     assert code == 0 and "ties: 1 one, -0.25 two" in out
     made = load_expert(tmp_path / "m.safetensors")
     assert made.dialect == "kohya" and made.layers[PATHS[0]].up.dtype == torch.float16
@@ -59,17 +83,42 @@ def test_merge(cli, files, tmp_path):
 
 def test_compress_report_and_spectrum(cli, files, tmp_path):
     report, spectrum, out_file = (tmp_path / name for name in ("r.json", "s.json", "c.safetensors"))
-    code, out, err = cli("compress", files[0], "--out", out_file, "--rank", 2, "--report", report, "--spectrum", spectrum, "--layers",
-                         "--device", "a100", "--tokens", 1024)  # fmt: skip
-    assert code == 0 and "4 → 2" in out and "1024 tokens on a100" in out and "not measured" in out and PATHS[0] in out
+    code, out, err = cli(
+        "compress",
+        files[0],
+        "--out",
+        out_file,
+        "--rank",
+        2,
+        "--report",
+        report,
+        "--spectrum",
+        spectrum,
+        "--layers",
+        "--device",
+        "a100",
+        "--tokens",
+        1024,
+    )
+    assert (
+        code == 0
+        and "4 → 2" in out
+        and "1024 tokens on a100" in out
+        and "not measured" in out
+        and PATHS[0] in out
+    )
     assert "compress 3/3 layers" in err and "spectrum 3/3 layers" in err
     assert load_expert(out_file).ranks() == {2}
     said = json.loads(report.read_text())
-    assert [layer["rank_after"] for layer in said["layers"]] == [2, 2, 2] and said["predicted_for"]["device"] == "a100"
+    assert [layer["rank_after"] for layer in said["layers"]] == [2, 2, 2] and said["predicted_for"][
+        "device"
+    ] == "a100"
     assert [len(layer["values"]) for layer in json.loads(spectrum.read_text())["layers"]] == [4, 4, 4]
     before = sorted(os.listdir(tmp_path))
     code, out, _ = cli("compress", files[0], "--max-error", 0.3)
-    assert code == 0 and "largest rank" in out and PATHS[0] not in out and sorted(os.listdir(tmp_path)) == before
+    assert (
+        code == 0 and "largest rank" in out and PATHS[0] not in out and sorted(os.listdir(tmp_path)) == before
+    )
     code, out, _ = cli("compress", files[0], "--spectrum", spectrum)
     assert code == 0 and "largest rank" not in out
 

@@ -1,4 +1,6 @@
-"""`mole-kernels train mole`: the three stages from files to files, what they echo, and what stops them before they begin."""
+"""`mole-kernels train mole`: the three stages from files to files, what they echo, and what stops them before
+they begin.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,20 @@ os.environ["ACCELERATE_USE_CPU"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from pipelines import sd_pipeline, sdxl_pipeline
 
-QUICK = ["--steps", 2, "--accumulation", 1, "--batch-size", 2, "--resolution", "16", "--multiple", 8, "--lr", 0.01]
+QUICK = [
+    "--steps",
+    2,
+    "--accumulation",
+    1,
+    "--batch-size",
+    2,
+    "--resolution",
+    "16",
+    "--multiple",
+    8,
+    "--lr",
+    0.01,
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +76,19 @@ def common(work, out, model="sd"):
 
 def test_all_three_stages_from_files_to_files(work, cli, tmp_path):
     said = cli("unet", *common(work, tmp_path / "base"), "--optimiser", "lion")
-    assert "stage 1" in said and "optimiser" in said and "lion" in said and "betas" in said and "(0.9, 0.99)" in said
-    before, after = (load_file(next((path / "unet").glob("*.safetensors"))) for path in (work / "sd", tmp_path / "base"))
-    assert before.keys() == after.keys() and not any(torch.equal(before[key], after[key]) for key in before if key.endswith("weight"))
+    assert (
+        "stage 1" in said
+        and "optimiser" in said
+        and "lion" in said
+        and "betas" in said
+        and "(0.9, 0.99)" in said
+    )
+    before, after = (
+        load_file(next((path / "unet").glob("*.safetensors"))) for path in (work / "sd", tmp_path / "base")
+    )
+    assert before.keys() == after.keys() and not any(
+        torch.equal(before[key], after[key]) for key in before if key.endswith("weight")
+    )
     options = ["--model", tmp_path / "base", *common(work, "x")[2:]]
     for name, rank, dialect in (("hand", 2, "kohya"), ("face", 3, "diffusers")):
         options[options.index("--out") + 1] = tmp_path / f"{name}.safetensors"
@@ -79,14 +104,21 @@ def test_all_three_stages_from_files_to_files(work, cli, tmp_path):
         cli("gates", *options, *given, "--kind", kind, "--to", dialect)
     official = load_file(tmp_path / "both.safetensors")
     layers = {key.partition(".softmoe.")[0] for key in official}
-    assert len(official) == 6 * len(layers) == 6 * len(hand.layers) and all(key.startswith("moe_lora_unet_") for key in layers)
+    assert len(official) == 6 * len(layers) == 6 * len(hand.layers) and all(
+        key.startswith("moe_lora_unet_") for key in layers
+    )
     # official files have face first, whatever the order of training; ours keep the order given
     assert load_gates(tmp_path / "both.safetensors").expert_names == ("face", "hand")
     assert load_gates(tmp_path / "local.safetensors").expert_names == ("hand", "face")
     options[options.index("--out") + 1] = tmp_path / "x.safetensors"
-    refused = cli("gates", *options, *given, "--start", tmp_path / "local.safetensors", "--to", "official", code=2)
+    refused = cli(
+        "gates", *options, *given, "--start", tmp_path / "local.safetensors", "--to", "official", code=2
+    )
     assert "expected token and sample gates in --start, got one kind of them" in refused
-    halves = {kind: set(next(iter(load_gates(tmp_path / f"{kind}.safetensors").layers.values())).present()) for kind in ("local", "global")}
+    halves = {
+        kind: set(next(iter(load_gates(tmp_path / f"{kind}.safetensors").layers.values())).present())
+        for kind in ("local", "global")
+    }
     assert halves == {"local": {"phi", "phi_bias"}, "global": {"head", "head_bias"}}
 
 
@@ -97,7 +129,19 @@ def test_sdxl_and_going_on_from_a_checkpoint_and_from_gates(work, cli, tmp_path)
     cli("expert", *common(work, broken, "sdxl"), *more, "--steps", 1)
     refused = cli("expert", *common(work, broken, "sdxl"), *more, "--steps", 3, code=2)
     assert "already holds checkpoints" in refused and "--resume" in refused
-    refused = cli("expert", *common(work, broken, "sdxl"), *more, "--rank", 4, "--alpha", 2, "--steps", 3, "--resume", code=2)
+    refused = cli(
+        "expert",
+        *common(work, broken, "sdxl"),
+        *more,
+        "--rank",
+        4,
+        "--alpha",
+        2,
+        "--steps",
+        3,
+        "--resume",
+        code=2,
+    )
     assert "resume: rank: expected '2', got '4'" in refused
     said = cli("expert", *common(work, broken, "sdxl"), *more, "--steps", 3, "--resume")
     assert "of which 0 are to be made" in said
@@ -106,14 +150,31 @@ def test_sdxl_and_going_on_from_a_checkpoint_and_from_gates(work, cli, tmp_path)
     # one expert alone is a mixture too
     gates = tmp_path / "gates.safetensors"
     cli("gates", *common(work, gates, "sdxl"), "--expert", f"face={whole}")
-    cli("gates", *common(work, tmp_path / "more.safetensors", "sdxl"), "--expert", f"face={whole}", "--start", gates, "--precision", "bf16")
+    cli(
+        "gates",
+        *common(work, tmp_path / "more.safetensors", "sdxl"),
+        "--expert",
+        f"face={whole}",
+        "--start",
+        gates,
+        "--precision",
+        "bf16",
+    )
     first, second = load_file(gates), load_file(tmp_path / "more.safetensors")
     assert first.keys() == second.keys() and not all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(work, cli, tmp_path):
     said = cli(
-        "expert", *common(work, tmp_path / "x.safetensors"), "--name", "face", "--preset", "sd15", "--dry-run", "--cache", tmp_path / "c"
+        "expert",
+        *common(work, tmp_path / "x.safetensors"),
+        "--name",
+        "face",
+        "--preset",
+        "sd15",
+        "--dry-run",
+        "--cache",
+        tmp_path / "c",
     )
     assert "the cache would take" in said and "256, 64 (scale 0.25)" in said and "mixed_precision" in said
     assert list(tmp_path.iterdir()) == []
@@ -121,10 +182,27 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(work, cli, tmp_path):
 
 def test_presets_are_what_they_say(cli, work, tmp_path):
     out = tmp_path / "x.safetensors"
-    said = cli("expert", "--model", work / "sd", "--data", work / "set", "--out", out, "--name", "hand", "--preset", "sd15", "--dry-run")
+    said = cli(
+        "expert",
+        "--model",
+        work / "sd",
+        "--data",
+        work / "set",
+        "--out",
+        out,
+        "--name",
+        "hand",
+        "--preset",
+        "sd15",
+        "--dry-run",
+    )
     rows = dict(line.split(maxsplit=1) for line in said.splitlines() if len(line.split()) > 1)
     config = PRESETS["sd15"].experts["hand"].config
-    assert float(rows["lr"]) == config.lr and int(rows["steps"]) == config.steps and int(rows["accumulation"]) == config.accumulation
+    assert (
+        float(rows["lr"]) == config.lr
+        and int(rows["steps"]) == config.steps
+        and int(rows["accumulation"]) == config.accumulation
+    )
     assert "scale 0.5" in said and "512x512" in said
     with pytest.raises(MoleValueError, match="sdxl has no stage 1"):
         from mole_kernels.cli.train import Preset
@@ -147,7 +225,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_is_said_before_anything_is_trained(case, work, cli, tmp_path):
     args, message = BAD[case]
-    assert message in cli("expert", *common(work, tmp_path / "x.safetensors"), "--name", "face", *args, code=2)
+    assert message in cli(
+        "expert", *common(work, tmp_path / "x.safetensors"), "--name", "face", *args, code=2
+    )
     assert not (tmp_path / "x.safetensors").exists()
 
 

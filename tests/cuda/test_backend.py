@@ -1,4 +1,6 @@
-"""The cuda backend's own part: what it refuses, what it hands to the kernel, and where a call goes that the kernel does not take."""
+"""The cuda backend's own part: what it refuses, what it hands to the kernel, and where a call goes that the
+kernel does not take.
+"""
 
 from types import SimpleNamespace
 
@@ -20,7 +22,20 @@ from tests.truth import Case
 
 
 def hopper_problem(**change):
-    sizes = dict(B=1, T=2048, K=1280, N=1280, ranks=(32, 32), S=1, dtype=torch.bfloat16, device="cuda", token_gate=True) | change
+    sizes = (
+        dict(
+            B=1,
+            T=2048,
+            K=1280,
+            N=1280,
+            ranks=(32, 32),
+            S=1,
+            dtype=torch.bfloat16,
+            device="cuda",
+            token_gate=True,
+        )
+        | change
+    )
     return Problem(**sizes)
 
 
@@ -52,9 +67,31 @@ def test_it_comes_before_triton():
 
 
 class StandIn:
-    """The library's two operators on CPU tensors: plans come from a table, y and the rest from the reference."""
+    """The library's two operators on CPU tensors: plans come from a table, y and the rest from the
+    reference.
+    """
 
-    def sm90_backward(self, dy, weight, down, up, scale, ranks, gate, phi, assignment, top_k, h, l, dx, dh, d, flags, way, tile):
+    def sm90_backward(
+        self,
+        dy,
+        weight,
+        down,
+        up,
+        scale,
+        ranks,
+        gate,
+        phi,
+        assignment,
+        top_k,
+        h,
+        l,
+        dx,
+        dh,
+        d,
+        flags,
+        way,
+        tile,
+    ):
         """dX, dh and D in float64 and in two shares, sample by sample."""
         self.calls.append((way, tuple(tile), dh, d, flags))
         if self.refuse:
@@ -62,19 +99,28 @@ class StandIn:
         owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
         gamma = scale.double().expand(*dy.shape[:2], -1)
         gamma = gamma * (1 if gate is None else gate.double()) * (1 if l is None else l.double())
-        sets = [0 if len(down) == 1 else b for b in range(len(dy))] if assignment is None else assignment.tolist()
+        sets = (
+            [0 if len(down) == 1 else b for b in range(len(dy))]
+            if assignment is None
+            else assignment.tolist()
+        )
         V = torch.stack([dy[b].double() @ up[s].double() * (s >= 0) for b, s in enumerate(sets)])
         D = torch.zeros_like(gamma).index_add_(2, owner, V * h.double())
         z, out = gamma[..., owner] * V, dy.double() @ weight.double()
         out += torch.stack([z[b] @ down[s].double() for b, s in enumerate(sets)])
         if phi is not None:
-            out += (gamma * D - l * ((gamma * D).sum(-1, keepdim=True) if top_k else gamma * D)) @ phi.double()
+            out += (
+                gamma * D - l * ((gamma * D).sum(-1, keepdim=True) if top_k else gamma * D)
+            ) @ phi.double()
         dx.copy_(out)
         if dh is not None:
             dh.copy_(z)
         if d is not None:
             d.zero_()
-            d[0], d[-1] = 0.25 * D.flatten(0, 1), d[0] + 0.75 * D.flatten(0, 1) if len(d) == 1 else 0.75 * D.flatten(0, 1)
+            d[0], d[-1] = (
+                0.25 * D.flatten(0, 1),
+                d[0] + 0.75 * D.flatten(0, 1) if len(d) == 1 else 0.75 * D.flatten(0, 1),
+            )
         return ""
 
     def __init__(self, refuse=""):
@@ -119,8 +165,13 @@ class StandIn:
         from mole_kernels.operands import Experts, Gates
 
         assert assignment is None and top_k == 0
-        wide = [None if t is None else t.double() for t in (x, weight, bias, down, up, gate, phi, phi_bias, pool, pool_bias)]
-        truth = gated_lora_ref(*wide[:3], Experts(wide[3], wide[4], scale.double(), tuple(ranks)), Gates(*wide[5:]))
+        wide = [
+            None if t is None else t.double()
+            for t in (x, weight, bias, down, up, gate, phi, phi_bias, pool, pool_bias)
+        ]
+        truth = gated_lora_ref(
+            *wide[:3], Experts(wide[3], wide[4], scale.double(), tuple(ranks)), Gates(*wide[5:])
+        )
         for out, value in zip((y, l, G), truth):
             assert (out is None) == (value is None)
             if out is not None:
@@ -147,7 +198,21 @@ def stand_in(monkeypatch):
 def arguments(case, save=True):
     call = case.make(torch.bfloat16)
     e, g = call.experts, call.gates
-    return call, (call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias, save)
+    return call, (
+        call.x,
+        call.weight,
+        call.bias,
+        e.down,
+        e.up,
+        e.scale,
+        e.ranks,
+        g.gate,
+        g.phi,
+        g.phi_bias,
+        g.pool,
+        g.pool_bias,
+        save,
+    )
 
 
 @pytest.mark.parametrize("way", ["cluster", "persistent"])
@@ -158,8 +223,12 @@ def test_outputs_and_workspace(stand_in, way, gate):
     call, operands = arguments(case)
     y, h, l, G = cuda.forward(*operands, way=way)
     assert torch.equal(y, call.truth().to(torch.bfloat16)) and h.shape == (case.B, case.T, case.R)
-    assert (l.shape if call.gates.phi is not None else l.numel()) == ((case.B, case.T, case.E) if call.gates.phi is not None else 0)
-    assert (G.shape if call.gates.pool is not None else G.numel()) == ((case.B, case.E) if call.gates.pool is not None else 0)
+    assert (l.shape if call.gates.phi is not None else l.numel()) == (
+        (case.B, case.T, case.E) if call.gates.phi is not None else 0
+    )
+    assert (G.shape if call.gates.pool is not None else G.numel()) == (
+        (case.B, case.E) if call.gates.pool is not None else 0
+    )
     ((used, tile, z, parts, flags),) = ops.calls
     assert used == way and tile == (2, 160, 24, 4) and (z is None) == (way == "cluster")
     assert (parts is None) == (call.gates.pool is None) and flags.dtype == torch.int32 and not flags.any()
@@ -195,20 +264,45 @@ def test_the_dispatcher_takes_the_cluster_on_layers_of_one_wave():
 
 
 def test_candidates_of_hopper_alone():
-    assert candidates_of(KNOWN["a100"]) == CANDIDATES and set(candidates_of(KNOWN["h200"])) == {*CANDIDATES, *HOPPER}
+    assert candidates_of(KNOWN["a100"]) == CANDIDATES and set(candidates_of(KNOWN["h200"])) == {
+        *CANDIDATES,
+        *HOPPER,
+    }
     backward = choose(hopper_problem(), KNOWN["h200"], None, Use(backward=True), candidates_of(KNOWN["h200"]))
     assert all(backward.of(name).launches == 2 for name in HOPPER) and len(HOPPER) == len(sm90.WAYS)
     assert backward.of("cuda_cluster").possible and backward.of("cuda_recompute").lost == "no tile of it fits"
-    pooled = choose(hopper_problem(sample_gate=True), KNOWN["h200"], None, Use(backward=True), candidates_of(KNOWN["h200"]))
+    pooled = choose(
+        hopper_problem(sample_gate=True),
+        KNOWN["h200"],
+        None,
+        Use(backward=True),
+        candidates_of(KNOWN["h200"]),
+    )
     assert all("before the first dX" in pooled.of(name).lost for name in HOPPER)
 
 
 def gradients(case, need=9, dtype=torch.float16, **way):
-    """The nine gradients by the cuda backend, those wanted in float64 by autograd, and the backend's arguments."""
+    """The nine gradients by the cuda backend, those wanted in float64 by autograd, and the backend's
+    arguments.
+    """
     call = case.make(dtype)
     dy = torch.randn(case.B, case.T, case.N, generator=torch.Generator().manual_seed(7)).to(dtype)
     e, g = call.experts, call.gates
-    args = (call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias, True)
+    args = (
+        call.x,
+        call.weight,
+        call.bias,
+        e.down,
+        e.up,
+        e.scale,
+        e.ranks,
+        g.gate,
+        g.phi,
+        g.phi_bias,
+        g.pool,
+        g.pool_bias,
+        True,
+    )
     _, h, token, sample = stacked.forward(*args, e.assignment, g.top_k)
     args = (dy, call.x, call.weight, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.pool, h, token, sample)
     got = cuda.backward(*args, [i < need for i in range(9)], e.assignment, g.top_k, **way)
@@ -235,12 +329,17 @@ def interpreted(monkeypatch):
         ("cluster", Case(gate="top2", ranks=(3, 5), S=-2, B=3)),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_dx_by_one_launch_and_the_sums_by_tritons_second(stand_in, interpreted, way, case):
     ops = stand_in()
     got, truth, _ = gradients(case, way=way)
     ((used, tile, dh, d, _),) = ops.calls
-    assert used == way and tile == (2, 160, 24, 4) and dh.shape == (case.B, case.T, case.R) and d.shape == (4, case.B * case.T, case.E)
+    assert (
+        used == way
+        and tile == (2, 160, 24, 4)
+        and dh.shape == (case.B, case.T, case.R)
+        and d.shape == (4, case.B * case.T, case.E)
+    )
     for name, t in truth.items():
         assert (got[name].double() - t).norm() <= 0.02 * t.norm(), name
 

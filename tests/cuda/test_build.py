@@ -1,4 +1,6 @@
-"""What the build says of the Hopper kernels, where nvcc compiled them: all are there, none spills, none has its products serialised."""
+"""What the build says of the Hopper kernels, where nvcc compiled them: all are there, none spills, none has
+its products serialised.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +12,9 @@ from mole_kernels import extension
 from mole_kernels.kernels import sm90
 
 ROOT = Path(__file__).resolve().parents[2]
-built = pytest.mark.skipif(not extension.has_sm90(), reason="the library was built without nvcc or without Hopper")
+built = pytest.mark.skipif(
+    not extension.has_sm90(), reason="the library was built without nvcc or without Hopper"
+)
 
 SAID = """\
 ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma instructions defining \
@@ -44,9 +48,15 @@ def test_every_kernel_is_there_and_none_spills():
         for dtype in ("bf16", "fp16"):
             for shape in shapes:
                 kernel = found[f"{way}<{dtype}, {', '.join(map(str, shape))}>"]
-                assert kernel["spilled"] == 0 and not kernel["serialized"] and kernel["registers"] in (168, 240)
+                assert (
+                    kernel["spilled"] == 0 and not kernel["serialized"] and kernel["registers"] in (168, 240)
+                )
                 assert kernel["shared"] is None or kernel["shared"] <= 232_448
-    assert all(not kernel["spilled"] and not kernel["serialized"] for name, kernel in found.items() if name.startswith("step<"))
+    assert all(
+        not kernel["spilled"] and not kernel["serialized"]
+        for name, kernel in found.items()
+        if name.startswith("step<")
+    )
 
 
 @built
@@ -57,16 +67,57 @@ def test_the_operators_say_what_is_wrong_without_a_gpu():
     for way in sm90.WAYS[:2]:
         plan, reason = ops.sm90_plan(way, [1, 2048, 640, 1280, 64, 2, 1], True, False, False, True, -1)
         assert tuple(plan[:3]) in sm90.SHAPES[f"{way}_dx"] and not reason
-    assert "before the first dX" in ops.sm90_plan("cluster", [1, 2048, 1280, 1280, 64, 2, 1], True, True, False, True, -1)[1]
+    assert (
+        "before the first dX"
+        in ops.sm90_plan("cluster", [1, 2048, 1280, 1280, 64, 2, 1], True, True, False, True, -1)[1]
+    )
     with pytest.raises(RuntimeError, match="expected way cluster, persistent or recompute, got merge"):
         ops.sm90_plan("merge", [1, 2048, 1280, 1280, 64, 2, 1], True, False, False, False, -1)
     x = torch.zeros(1, 8, 8, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="sm90_forward"):
         ops.sm90_forward(
-            x, x[0], None, x, x, torch.ones(1), [8], None, None, None, None, None, None, 0, x, None, None, None, None, None, None,
-            "cluster", [1, 128, 16, 2],
-        )  # fmt: skip
+            x,
+            x[0],
+            None,
+            x,
+            x,
+            torch.ones(1),
+            [8],
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            0,
+            x,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            "cluster",
+            [1, 128, 16, 2],
+        )
     with pytest.raises(NotImplementedError, match="sm90_backward"):
         ops.sm90_backward(
-            x, x[0], x, x, torch.ones(1), [8], None, None, None, 0, None, None, x, None, None, None, "cluster", [1, 128, 16, 2]
+            x,
+            x[0],
+            x,
+            x,
+            torch.ones(1),
+            [8],
+            None,
+            None,
+            None,
+            0,
+            None,
+            None,
+            x,
+            None,
+            None,
+            None,
+            "cluster",
+            [1, 128, 16, 2],
         )

@@ -1,4 +1,6 @@
-"""The tile choice of the Hopper kernels (csrc/cuda/sm90/tile.h), compiled by itself: sane, and the same as the dispatcher's model of it."""
+"""The tile choice of the Hopper kernels (csrc/cuda/sm90/tile.h), compiled by itself: sane, and the same as
+the dispatcher's model of it.
+"""
 
 import random
 import shutil
@@ -25,14 +27,24 @@ SHARED = 232_448
 def program(tmp_path_factory):
     out = tmp_path_factory.mktemp("tiles") / "tiles"
     source = Path(__file__).with_name("tiles.cpp")
-    subprocess.run([COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", str(source), "-o", str(out)], check=True)
+    subprocess.run(
+        [COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", str(source), "-o", str(out)],
+        check=True,
+    )
     return out
 
 
 def ask(program, calls, every=False, back=False):
-    """[(way, Problem)] -> candidates of each: a reason, or groups, columns, extra, cluster, slice, slices, stages, shared, grid, us."""
-    lines = [f"{way} {p.B} {p.T} {p.K} {p.N} {p.R} {p.E} {p.S} {int(p.token_gate)} {int(p.sample_gate)} {int(back)}" for way, p in calls]
-    out = subprocess.run([program, *(["all"] * every)], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
+    """[(way, Problem)] -> candidates of each: a reason, or groups, columns, extra, cluster, slice, slices,
+    stages, shared, grid, us.
+    """
+    lines = [
+        f"{way} {p.B} {p.T} {p.K} {p.N} {p.R} {p.E} {p.S} {int(p.token_gate)} {int(p.sample_gate)} {int(back)}"
+        for way, p in calls
+    ]
+    out = subprocess.run(
+        [program, *(["all"] * every)], input="\n".join(lines), capture_output=True, text=True, check=True
+    ).stdout
     answers = []
     for block in out.split("end\n")[:-1]:
         said = [line.split("\t") for line in block.splitlines()]
@@ -50,7 +62,9 @@ def some_problems(count):
         yield Problem(B, T, K, N, ranks, S, torch.bfloat16, "cuda", r.random() < 0.5, r.random() < 0.4)
 
 
-CALLS = [(way, p) for p in some_problems(150) for way in sm90.WAYS if not (way == "recompute" and p.sample_gate)]
+CALLS = [
+    (way, p) for p in some_problems(150) for way in sm90.WAYS if not (way == "recompute" and p.sample_gate)
+]
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -81,7 +95,10 @@ def test_every_candidate_fits_or_says_why(program):
             rows = (p.B if alone else 1) * ceil((p.T if alone else p.M) / (64 * groups))
             assert 1 <= grid <= 132 and grid % cluster == 0
             # a cluster that waits for a sample's gate waits for clusters that must all be there
-            assert not (way == "cluster" and p.sample_gate) or grid == rows * ceil(ceil(p.N / columns) / cluster) * cluster
+            assert (
+                not (way == "cluster" and p.sample_gate)
+                or grid == rows * ceil(ceil(p.N / columns) / cluster) * cluster
+            )
 
 
 def test_every_candidate_for_dx_fits_or_says_why(program):
@@ -113,7 +130,9 @@ def test_what_is_refused_of_dx_by_the_layers_own_names(program, change, words):
 
 def test_a_wave_of_160_columns_for_1280(program):
     """16 row tiles times 8 column tiles are 128 of 132 multiprocessors; 128 columns would need two waves."""
-    ((answer,),) = ask(program, [("cluster", Problem(1, 2048, 1280, 1280, (32, 32), 1, torch.bfloat16, "cuda", True))])
+    ((answer,),) = ask(
+        program, [("cluster", Problem(1, 2048, 1280, 1280, (32, 32), 1, torch.bfloat16, "cuda", True))]
+    )
     assert answer[1] == 160 and answer[8] == 128
 
 

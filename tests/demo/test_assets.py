@@ -33,14 +33,19 @@ def test_the_tokenizer_gives_every_word_one_token():
 
 
 def test_the_pipeline_is_made_of_real_parts_and_frozen(pipe):
-    assert type(pipe).__name__ == "StableDiffusionPipeline" and type(pipe.unet).__name__ == "UNet2DConditionModel"
+    assert (
+        type(pipe).__name__ == "StableDiffusionPipeline"
+        and type(pipe.unet).__name__ == "UNet2DConditionModel"
+    )
     for part in PARTS:
         module = getattr(pipe, part)
         assert not module.training and not any(p.requires_grad for p in module.parameters())
 
 
 def test_the_pipeline_draws_the_same_pictures_twice(pipe):
-    one, two = (evaluate.generate(pipe, ["three blank seven", "blank one blank"], seed=1, steps=3) for _ in range(2))
+    one, two = (
+        evaluate.generate(pipe, ["three blank seven", "blank one blank"], seed=1, steps=3) for _ in range(2)
+    )
     assert one.shape == (2, 3, data.HEIGHT, data.WIDTH) and torch.equal(one, two)
     assert torch.isfinite(one).all() and one.min() >= -1 and one.max() <= 1
 
@@ -61,7 +66,9 @@ def test_the_autoencoder_keeps_held_out_scenes(pipe):
 def test_the_reader_reads_held_out_scenes():
     made = data.scenes(data.load_split("held"), 300, Generator().manual_seed(6))
     found = classifier.accuracy(classifier.read(classifier.load_reader(), made.pixels), made.labels)
-    assert found["digits"] >= 0.97 and found["low"] >= 0.95 and found["high"] >= 0.95 and found["blank"] >= 0.97
+    assert (
+        found["digits"] >= 0.97 and found["low"] >= 0.95 and found["high"] >= 0.95 and found["blank"] >= 0.97
+    )
 
 
 def test_the_base_is_weak_but_not_lost():
@@ -71,7 +78,18 @@ def test_the_base_is_weak_but_not_lost():
 
 
 def test_the_base_follows_its_captions(pipe):
-    """Blank slots are blank, and digits are right far more often than one in ten; a broken asset fails this."""
-    captions = ["zero blank seven", "blank three blank", "six one blank", "five blank four", "eight nine two", "blank blank zero"]
-    found = evaluate.read_back(classifier.load_reader(), evaluate.generate(pipe, captions, seed=2, steps=12), captions)
+    """Blank slots are blank, and digits are right far more often than one in ten; a broken asset fails
+    this.
+    """
+    captions = [
+        "zero blank seven",
+        "blank three blank",
+        "six one blank",
+        "five blank four",
+        "eight nine two",
+        "blank blank zero",
+    ]
+    found = evaluate.read_back(
+        classifier.load_reader(), evaluate.generate(pipe, captions, seed=2, steps=12), captions
+    )
     assert found["blank"] >= 0.8 and found["digits"] >= 0.25

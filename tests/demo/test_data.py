@@ -32,8 +32,16 @@ def test_an_unknown_split_is_an_error():
 
 
 def test_one_seed_gives_one_set_of_scenes():
-    one, same, other = scenes(1, weak=0.5, mislabel=0.3), scenes(1, weak=0.5, mislabel=0.3), scenes(2, weak=0.5, mislabel=0.3)
-    assert torch.equal(one.pixels, same.pixels) and one.captions == same.captions and torch.equal(one.boxes, same.boxes)
+    one, same, other = (
+        scenes(1, weak=0.5, mislabel=0.3),
+        scenes(1, weak=0.5, mislabel=0.3),
+        scenes(2, weak=0.5, mislabel=0.3),
+    )
+    assert (
+        torch.equal(one.pixels, same.pixels)
+        and one.captions == same.captions
+        and torch.equal(one.boxes, same.boxes)
+    )
     assert not torch.equal(one.pixels, other.pixels) and one.captions != other.captions
 
 
@@ -89,4 +97,8 @@ def test_closeups_show_one_digit_of_their_half(half):
     assert set(made.labels.amax(1).tolist()) == set(range(5 * half, 5 * half + 5))
     assert made.captions == [data.caption_of(row) for row in made.labels.tolist()]
     area = made.boxes[:, half].sum((1, 2))
-    assert bool((area >= 16**2).all()) and bool((area <= 20**2).all()) and not bool(made.boxes[:, 1 - half].any())
+    assert (
+        bool((area >= 16**2).all())
+        and bool((area <= 20**2).all())
+        and not bool(made.boxes[:, 1 - half].any())
+    )

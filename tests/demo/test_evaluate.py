@@ -17,7 +17,9 @@ from mole_kernels.demo.model import load_pipeline
 def test_auc_agrees_with_scikit_learn_ties_included():
     g = torch.Generator().manual_seed(0)
     score, positive = torch.randint(0, 20, (500,), generator=g).float(), torch.rand(500, generator=g) < 0.3
-    assert evaluate.auc(score, positive) == pytest.approx(roc_auc_score(positive.numpy(), score.numpy()), abs=1e-9)
+    assert evaluate.auc(score, positive) == pytest.approx(
+        roc_auc_score(positive.numpy(), score.numpy()), abs=1e-9
+    )
     assert math.isnan(evaluate.auc(score, torch.zeros(500, dtype=torch.bool)))
 
 
@@ -34,7 +36,10 @@ def test_perfect_maps_have_auc_one_and_swapped_maps_zero():
 def test_gates_over_words_make_no_maps():
     assert evaluate.grid_of(108) == (6, 18) and evaluate.grid_of(27) == (3, 9) and evaluate.grid_of(5) is None
     assert list(evaluate.picture_maps({"a": torch.zeros(2, 108, 2), "b": torch.zeros(2, 5, 2)})) == ["a"]
-    assert evaluate.picture_maps({"a": torch.arange(2 * 108 * 2.0).view(2, 108, 2)})["a"][1, 0, 2, 5] == (108 + 2 * 18 + 5) * 2
+    assert (
+        evaluate.picture_maps({"a": torch.arange(2 * 108 * 2.0).view(2, 108, 2)})["a"][1, 0, 2, 5]
+        == (108 + 2 * 18 + 5) * 2
+    )
 
 
 def test_the_mean_map_weighs_layers_alike():
@@ -55,7 +60,11 @@ def test_losses_are_those_of_the_noise_prediction():
     errors = []
     for time, noise in zip(evaluate.TIMES, held.noise, strict=True):
         t = torch.full((4,), time)
-        errors.append((pipe.unet(pipe.scheduler.add_noise(held.latents, noise, t), t, held.text).sample - noise).square().mean())
+        errors.append(
+            (pipe.unet(pipe.scheduler.add_noise(held.latents, noise, t), t, held.text).sample - noise)
+            .square()
+            .mean()
+        )
     assert found["all"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
 
 
@@ -78,7 +87,12 @@ def seed_result(seed: int, base: float, both: float) -> dict:
     read = dict.fromkeys(metrics.READ, 0.5)
     return {
         "seed": seed,
-        "loss": {"base": regions(base), "constant 0.1": regions(base * 0.99), "constant 0.2": regions(base * 0.97), "both": regions(both)},
+        "loss": {
+            "base": regions(base),
+            "constant 0.1": regions(base * 0.99),
+            "constant 0.2": regions(base * 0.97),
+            "both": regions(both),
+        },
         "scene_loss": {"base": [base + 0.01, base - 0.01, base], "both": [both + 0.012, both - 0.012, both]},
         "reading": {"base": read, "both": read},
         "gates": {"both": {"mean map": {"own_vs_rest": 0.7, "own_vs_other": 0.6}}},
@@ -90,7 +104,9 @@ def seed_result(seed: int, base: float, both: float) -> dict:
 def test_seeds_are_compared_with_their_own_base():
     found = metrics.combine([seed_result(0, 1.0, 0.9), seed_result(1, 2.0, 1.9)], "both")
     change = found["loss"]["both"]["all"]
-    assert change["change_mean"] == pytest.approx(-7.5) and change["change_sd"] == pytest.approx(math.sqrt(12.5))
+    assert change["change_mean"] == pytest.approx(-7.5) and change["change_sd"] == pytest.approx(
+        math.sqrt(12.5)
+    )
     assert found["loss"]["best constant"]["which"] == "constant 0.2"
     assert all(z > 2 for z in found["paired_z"]["base"])
     assert found["reading"]["both"]["digits"] == {"mean": 0.5, "sd": 0.0, "seeds": [0.5, 0.5]}

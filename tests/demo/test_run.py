@@ -24,7 +24,18 @@ TINY = stages.Plan(rank=2, closeups=32, expert_steps=2, expert_batch=4, scenes=3
 
 
 def job(folder, **changes) -> tasks.Job:
-    return tasks.Job(**{"seed": 0, "folder": folder, "plan": TINY, "held_out": 4, "captions": 3, "steps": 2, "pictures": True} | changes)
+    return tasks.Job(
+        **{
+            "seed": 0,
+            "folder": folder,
+            "plan": TINY,
+            "held_out": 4,
+            "captions": 3,
+            "steps": 2,
+            "pictures": True,
+        }
+        | changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +52,9 @@ def test_each_kind_of_gates_is_trained_and_measured(trained, kind):
     found = tasks.gates_task(trained, kind)
     name = tasks.GATED[kind]
     assert set(found["loss"][name]) == set(evaluate.REGIONS) and len(found["scene_loss"][name]) == 4
-    assert ("gates" in found) == (kind in ("local", "mole")) and ("constants" in found) == (kind == "constant")
+    assert ("gates" in found) == (kind in ("local", "mole")) and ("constants" in found) == (
+        kind == "constant"
+    )
     if kind == "mole":
         assert found["maps"][name].shape == (len(tasks.SHOWN_CAPTIONS), 2, 6, 18)
         bank, gates = load_bank(tasks.mixture_path(trained))
@@ -51,7 +64,12 @@ def test_each_kind_of_gates_is_trained_and_measured(trained, kind):
 
 def test_experts_without_gates_are_measured_alone_summed_and_scaled(trained):
     found = tasks.plain_task(trained)
-    assert list(found["loss"]) == ["low expert", "high expert", "sum", *(f"constant {c}" for c in tasks.CONSTANTS)]
+    assert list(found["loss"]) == [
+        "low expert",
+        "high expert",
+        "sum",
+        *(f"constant {c}" for c in tasks.CONSTANTS),
+    ]
     assert set(found["pictures"]) == {"low expert", "high expert", "sum"}
 
 
@@ -60,7 +78,9 @@ def test_the_base_is_the_same_before_and_after_an_expert_is_trained():
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     stages.train_expert(pipe, 0, TINY, seed=0)
     after = pipe.unet.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert list(after) == list(before) and all(
+        torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
 
 
 def test_the_shipped_mixture_computes_what_the_eager_layer_does():
@@ -92,9 +112,13 @@ def test_a_quick_demo_writes_all_that_it_promises(tmp_path):
     from PIL import Image
 
     lines: list[str] = []
-    result = run_demo(tmp_path, quick=True, seeds=2, workers=1, say=lines.append, held_out=4, captions=3, steps=2)
+    result = run_demo(
+        tmp_path, quick=True, seeds=2, workers=1, say=lines.append, held_out=4, captions=3, steps=2
+    )
     saved = json.loads((tmp_path / "metrics.json").read_text())
-    assert saved["shown"] == SHOWN and saved["seeds"] == [0, 1] and saved["loss"].keys() == result["loss"].keys()
+    assert (
+        saved["shown"] == SHOWN and saved["seeds"] == [0, 1] and saved["loss"].keys() == result["loss"].keys()
+    )
     assert {"base", "low expert", "high expert", "sum", "best constant", "both"} <= set(saved["loss"])
     assert saved["time"]["ratio"].keys() == {"base again", "peft", "eager MoLE", "ours"}
     for name in ("grid.png", "gate_maps.png"):

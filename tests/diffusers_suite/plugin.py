@@ -1,7 +1,8 @@
 """A pytest plugin: every PEFT lora.Linear made while it is on computes through our operator.
 
 pytest -p plugin --mole-report FILE [--mole-off]
-Writes {"outcomes": {test: outcome}, "status": mk.status()} to FILE; with --mole-off nothing is patched and only the outcomes are kept.
+Writes {"outcomes": {test: outcome}, "status": mk.status()} to FILE; with --mole-off nothing is patched and
+only the outcomes are kept.
 A run in which no call went through our operator fails.
 """
 
@@ -21,7 +22,9 @@ OUTCOMES = pytest.StashKey[dict]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mole-kernels")
-    group.addoption("--mole-report", default="mole_report.json", help="where the outcomes and counts are written")
+    group.addoption(
+        "--mole-report", default="mole_report.json", help="where the outcomes and counts are written"
+    )
     group.addoption("--mole-off", action="store_true", help="run the tests as they are, for comparison")
 
 
@@ -33,7 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _stand_in(package: str, *names: str) -> None:
-    """PEFT's test helpers import `datasets` for tests that need the network; without it the offline ones must still load."""
+    """PEFT's test helpers import `datasets` for tests that need the network; without it the offline ones must
+    still load.
+    """
     if importlib.util.find_spec(package) is not None:
         return
     module = types.ModuleType(package)
@@ -50,7 +55,7 @@ def _stand_in(package: str, *names: str) -> None:
 def _accelerate_every_layer() -> None:
     from peft.tuners import lora
 
-    from mole_kernels.patching.peft_forward import swap
+    from mole_kernels.peft.forward import swap
 
     make = lora.Linear.__init__
 
@@ -69,14 +74,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     # a failed set-up or tear-down counts as the test's outcome, a passed one does not
     if report.when == "call" or report.outcome != "passed":
         xfail = hasattr(report, "wasxfail")
-        outcome = {"passed": "xpassed", "skipped": "xfailed"}.get(report.outcome, report.outcome) if xfail else report.outcome
+        outcome = (
+            {"passed": "xpassed", "skipped": "xfailed"}.get(report.outcome, report.outcome)
+            if xfail
+            else report.outcome
+        )
         if outcomes.get(item.nodeid) not in ("failed",):
             outcomes[item.nodeid] = outcome
     return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    from mole_kernels.patching.status import status
+    from mole_kernels.peft.status import status
 
     config = session.config
     on = not config.getoption("--mole-off")

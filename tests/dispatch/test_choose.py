@@ -35,10 +35,14 @@ def test_recompute_wins_tiny_ranks_on_one_wave():
     assert choose(problem(4608, 3072, 12288, ranks=(4, 4), gate="mask"), H200).name != "recompute"
 
 
-@pytest.mark.parametrize("shape", [(8192, 640, 640), (2048, 1280, 1280), (8192, 320, 320), (2048, 640, 640)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8192, 640, 640), (2048, 1280, 1280), (8192, 320, 320), (2048, 640, 640)], ids=str
+)
 def test_merge_wins_the_published_rank_where_gates_are_constant(shape):
     large = (256, 256)
-    constant = choose(problem(*shape, ranks=large, gate="fixed"), H200, use=Use(by_token=False, by_sample=False))
+    constant = choose(
+        problem(*shape, ranks=large, gate="fixed"), H200, use=Use(by_token=False, by_sample=False)
+    )
     assert constant.name == "merge"
     assert choose(problem(*shape, ranks=large, gate="mole"), H200).name != "merge"
 
@@ -59,11 +63,17 @@ def test_never_slower_than_stacked_and_every_loser_says_why():
             assert taken.possible and taken.lost is None and taken.predicted == choice.predicted
             assert choice.predicted <= choice.of("stacked").predicted
             assert all(c.lost for c in choice.considered if c is not taken)
-            assert all(c.predicted is not None and c.predicted >= choice.predicted for c in choice.considered if c.possible)
+            assert all(
+                c.predicted is not None and c.predicted >= choice.predicted
+                for c in choice.considered
+                if c.possible
+            )
 
 
 def test_the_chosen_time_grows_with_rows():
-    """Through changes of tile and candidate, by 15 % at most the other way: tiles are chosen for the base alone."""
+    """Through changes of tile and candidate, by 15 % at most the other way: tiles are chosen for the base
+    alone.
+    """
     for gate in ("none", "mole"):
         most = 0.0
         for M in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384):
@@ -108,7 +118,15 @@ def table(*rows: Row) -> Table:
 
 
 MEASURED = Row(
-    2048, 1280, 1280, (32, 32), 1, "bfloat16", "token+sample", "forward", {"plain": 10, "stacked": 30, "two_pass": 15, "merge": 1}
+    2048,
+    1280,
+    1280,
+    (32, 32),
+    1,
+    "bfloat16",
+    "token+sample",
+    "forward",
+    {"plain": 10, "stacked": 30, "two_pass": 15, "merge": 1},
 )
 
 
@@ -130,8 +148,13 @@ def test_stacked_is_taken_where_it_was_measured_fastest():
 
 def test_a_far_row_or_another_kind_leaves_it_to_the_model():
     rows = table(MEASURED)
-    for far in (problem(M=4096, gate="mole"), problem(gate="none"), problem(gate="mole", dtype=torch.float16),
-                problem(gate="mole", ranks=(64, 64)), problem(gate="mole", B=2, S=2)):  # fmt: skip
+    for far in (
+        problem(M=4096, gate="mole"),
+        problem(gate="none"),
+        problem(gate="mole", dtype=torch.float16),
+        problem(gate="mole", ranks=(64, 64)),
+        problem(gate="mole", B=2, S=2),
+    ):
         assert choose(far, H200, rows).source == "model"
     assert choose(problem(gate="mole"), H200, rows, Use(save=True)).source == "model"
     assert choose(problem(M=2304, gate="mole"), H200, rows).source == "table"
@@ -139,7 +162,9 @@ def test_a_far_row_or_another_kind_leaves_it_to_the_model():
 
 def test_the_suite_has_the_ranks_and_kinds():
     calls = list(suite())
-    assert {c.problem.R for c in calls} == set(RANKS) and len({(c.problem, c.use) for c in calls}) == len(calls)
+    assert {c.problem.R for c in calls} == set(RANKS) and len({(c.problem, c.use) for c in calls}) == len(
+        calls
+    )
     assert 0 < len(list(suite(quick=True))) < len(calls) / 20
 
 
@@ -148,7 +173,20 @@ def tensors(B=2, T=16, K=32, N=24, ranks=(3, 5), mask=False):
     new = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
     R = sum(ranks)
     gate = new(B, T, len(ranks)) if mask else None
-    return new(B, T, K), new(N, K), new(N), new(1, R, K), new(1, N, R), new(len(ranks)), ranks, gate, None, None, None, None
+    return (
+        new(B, T, K),
+        new(N, K),
+        new(N),
+        new(1, R, K),
+        new(1, N, R),
+        new(len(ranks)),
+        ranks,
+        gate,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def test_the_backend_asks_once_for_every_kind_of_call(monkeypatch):
@@ -182,5 +220,18 @@ def test_the_backend_runs_stacked_where_that_is_chosen(monkeypatch):
     want = stacked.forward(*operands, True)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
     x, weight, _, down, up, scale, ranks, gate, *_ = operands
-    rest = (torch.ones_like(want[0]), x, weight, down, up, scale, ranks, gate, None, None, *want[1:], [True] * 5 + [False] * 4)
+    rest = (
+        torch.ones_like(want[0]),
+        x,
+        weight,
+        down,
+        up,
+        scale,
+        ranks,
+        gate,
+        None,
+        None,
+        *want[1:],
+        [True] * 5 + [False] * 4,
+    )
     assert all(torch.equal(a, b) for a, b in zip(triton.backward(*rest), stacked.backward(*rest)))

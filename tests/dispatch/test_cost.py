@@ -16,7 +16,8 @@ from tests.dispatch.support import H200, problem
 WAYS = ("persistent", "recompute", "two_pass", "merge", "added", "dense", "stacked", "plain")
 
 
-# docs/kernels/forward.md: percent over the plain product at R = 64 with a library's tiles; merge for two samples on the first seven.
+# docs/kernels/forward.md: percent over the plain product at R = 64 with a library's tiles; merge for two
+# samples on the first seven.
 # M, K, N, base µs, recompute, two_pass, persistent, merge, stacked
 PUBLISHED = [
     (8192, 640, 640, 11.8, 43, 47, 23, 25, 133),
@@ -44,7 +45,8 @@ def test_with_a_librarys_tiles_it_follows_the_published_table(row):
     assert [(t / plain - 1) * 100 for t in got] == pytest.approx(published, abs=5)
 
 
-# rows of the table from which our own predictions are more than 10 points away: K is not split, neither y's nor h's (persistent), and
+# rows of the table from which our own predictions are more than 10 points away: K is not split, neither y's
+# nor h's (persistent), and
 # recompute has no room for tiles of 160 columns;
 # merge: no programmatic launch before a library's product, and one product for each of two samples
 FARTHER = {
@@ -81,7 +83,9 @@ def test_times_are_positive_and_no_way_beats_the_plain_layers_floor(device, way,
                 time = cost.predict(way, p, device, Use(backward=backward))
                 assert 0 < time < 1e6
                 flops = p.base_flops() / device.rate(dtype)
-                assert time >= flops and (way == "plain" or backward or time >= p.flops() / device.rate(dtype) or way == "merge")
+                assert time >= flops and (
+                    way == "plain" or backward or time >= p.flops() / device.rate(dtype) or way == "merge"
+                )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -113,7 +117,16 @@ def test_more_samples_cost_more_to_merge_only_where_they_differ():
 
 def test_the_second_phase_spares_those_that_worked_in_the_first():
     """Against a schedule played through program by program."""
-    for n_h, n_y, programs in ((16, 80, 132), (36, 432, 132), (132, 132, 132), (140, 300, 132), (0, 5, 4), (7, 1, 4), (3, 9, 4), (2, 7, 4)):
+    for n_h, n_y, programs in (
+        (16, 80, 132),
+        (36, 432, 132),
+        (132, 132, 132),
+        (140, 300, 132),
+        (0, 5, 4),
+        (7, 1, 4),
+        (3, 9, 4),
+        (2, 7, 4),
+    ):
         h, y = 5.0, 14.0
         free = [0.0] * programs
         for _ in range(n_h):

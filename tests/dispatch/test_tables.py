@@ -9,7 +9,18 @@ import pytest
 
 from mole_kernels.dispatch import tables
 from mole_kernels.dispatch.device import known
-from mole_kernels.dispatch.tables import Row, Table, distance, dumps, for_device, gate_kind, key_of, load, of_device, parse
+from mole_kernels.dispatch.tables import (
+    Row,
+    Table,
+    distance,
+    dumps,
+    for_device,
+    gate_kind,
+    key_of,
+    load,
+    of_device,
+    parse,
+)
 from mole_kernels.dispatch.work import Use
 from mole_kernels.errors import MoleFileError, MoleWarning
 from tests.dispatch.support import H200, problem
@@ -17,8 +28,11 @@ from tests.dispatch.support import H200, problem
 US = {"plain": 12.5, "stacked": 30.0, "persistent": 14.25}
 ROWS = tuple(
     Row(M, 1280, 1280, (R // 2, R // 2), 1, "bfloat16", gate, direction, US)
-    for M in (512, 2048) for R in (32, 128) for gate in ("none", "token+sample", "mask+token") for direction in ("forward", "backward")
-)  # fmt: skip
+    for M in (512, 2048)
+    for R in (32, 128)
+    for gate in ("none", "token+sample", "mask+token")
+    for direction in ("forward", "backward")
+)
 TABLE = Table("NVIDIA H200", "h200", (9, 0), 132, {"torch": "2", "triton": "3"}, "2026-01-01T00:00:00Z", ROWS)
 
 
@@ -37,7 +51,12 @@ def test_the_nearest_row_speaks():
         return TABLE.nearest(problem(M=M, ranks=(R // 2, R // 2), gate=gate, **more), use)
 
     row = near(M=2300, R=100, gate="mole", use=Use(backward=True))
-    assert row is not None and (row.M, row.ranks, row.gate, row.direction) == (2048, (64, 64), "token+sample", "backward")
+    assert row is not None and (row.M, row.ranks, row.gate, row.direction) == (
+        2048,
+        (64, 64),
+        "token+sample",
+        "backward",
+    )
     exact = near(M=512, R=32)
     assert exact is not None and distance(exact, key_of(problem(512, ranks=(16, 16)), Use())) == 0
     assert near(M=1024) is None and near(K=2048) is None and near(R=512) is None
@@ -47,7 +66,10 @@ def test_the_nearest_row_speaks():
 def test_kinds_of_gate():
     assert gate_kind(problem(), Use()) == "none" and gate_kind(problem(gate="mole"), Use()) == "token+sample"
     both = replace(problem(gate="mole"), given_gate=True)
-    assert gate_kind(both, Use()) == "mask+token+sample" and gate_kind(both, Use(by_token=False)) == "fixed+token+sample"
+    assert (
+        gate_kind(both, Use()) == "mask+token+sample"
+        and gate_kind(both, Use(by_token=False)) == "fixed+token+sample"
+    )
     parse(dumps(replace(TABLE, rows=(replace(ROWS[0], gate=gate_kind(both, Use())),))), "t")
 
 
@@ -105,7 +127,12 @@ def test_what_is_no_table_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "MOST_BYTES", 100)
     (tmp_path / "large").write_text(dumps(TABLE))
     os.mkfifo(tmp_path / "fifo")
-    for name, words in (("large", "at most 100 bytes"), ("fifo", "a regular file"), ("missing", "no such file"), (".", "a folder")):
+    for name, words in (
+        ("large", "at most 100 bytes"),
+        ("fifo", "a regular file"),
+        ("missing", "no such file"),
+        (".", "a folder"),
+    ):
         with pytest.raises(MoleFileError, match=words):
             load(tmp_path / name)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _BLOCK = re.compile(
-    r"(?:<!--\s*(?P<word>before|not run):(?P<said>.*?)-->\s*\n+)?^```python[^\n]*\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
+    r"(?:<!--\s*(?P<word>before|not run):(?P<said>.*?)-->\s*\n+)?^```python[^\n]*\n(?P<code>.*?)^```",
+    re.DOTALL | re.MULTILINE,
 )
 
 
@@ -30,7 +31,9 @@ def blocks(text: str) -> list[Block]:
     found = []
     for match in _BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("code")) + 1
-        said = {"before": "", "not run": ""} | ({match["word"]: match["said"].strip()} if match["word"] else {})
+        said = {"before": "", "not run": ""} | (
+            {match["word"]: match["said"].strip()} if match["word"] else {}
+        )
         found.append(Block(match["code"], line, said["before"], said["not run"]))
     return found
 

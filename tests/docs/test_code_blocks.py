@@ -1,4 +1,6 @@
-"""Every python block of the README and the documentation runs, page by page, on tiny models of the real classes."""
+"""Every python block of the README and the documentation runs, page by page, on tiny models of the real
+classes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,15 @@ def test_page_runs(page: Path, tmp_path, monkeypatch):
     first = "flux" if "flux()" in text else "pipeline"
     pipe = getattr(world, first)()
     world.write_files("\n".join(block.before + block.code for block in todo), pipe)
-    names = {"Path": Path, "mk": world.mk, "torch": world.torch, "world": world, "pipe": pipe, "prompt": "a cat", "gates": "mole"}
+    names = {
+        "Path": Path,
+        "mk": world.mk,
+        "torch": world.torch,
+        "world": world,
+        "pipe": pipe,
+        "prompt": "a cat",
+        "gates": "mole",
+    }
     names["experts"] = {"face": world.expert(pipe, 0), "hand": world.expert(pipe, 1)}
     for block in todo:
         exec(compile(block.before, f"{page.name}, before line {block.line}", "exec"), names)
@@ -34,7 +44,12 @@ def test_page_runs(page: Path, tmp_path, monkeypatch):
 
 
 def test_few_blocks_are_not_run_and_all_say_why():
-    left = [(page.name, block) for page in pages() for block in blocks(page.read_text(encoding="utf-8")) if block.not_run]
+    left = [
+        (page.name, block)
+        for page in pages()
+        for block in blocks(page.read_text(encoding="utf-8"))
+        if block.not_run
+    ]
     assert all(len(block.not_run) > 10 for _, block in left)
     assert len(left) <= MOST_NOT_RUN, [f"{page}:{block.line}" for page, block in left]
 

@@ -39,7 +39,17 @@ class Links(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder), "--config-file", str(ROOT / "mkdocs.yml")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--site-dir",
+        str(folder),
+        "--config-file",
+        str(ROOT / "mkdocs.yml"),
+    ]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and "WARNING" not in run.stderr, run.stderr
@@ -57,21 +67,28 @@ def test_every_link_and_anchor_is_there(site):
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             target = target / "index.html" if target.is_dir() else target
-            if not target.exists() or (parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids):
+            if not target.exists() or (
+                parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids
+            ):
                 broken.append(f"{path.relative_to(site)} -> {link}")
     assert len(pages) > 40 and broken == []
 
 
 def test_nothing_is_fetched_from_elsewhere(site):
     for path in site.rglob("*.html"):
-        targets = [t for t in Links(path.read_text(encoding="utf-8")).targets if t.endswith((".js", ".css", ".woff2"))]
+        targets = [
+            t
+            for t in Links(path.read_text(encoding="utf-8")).targets
+            if t.endswith((".js", ".css", ".woff2"))
+        ]
         assert targets and not [t for t in targets if urlsplit(t).netloc], path
 
 
 def test_every_page_and_every_results_file_is_shown(site):
     shown = {path.relative_to(site).with_suffix("").as_posix() for path in site.rglob("*.html")}
     pages = {
-        path.relative_to(ROOT / "docs").with_suffix("").as_posix().replace("README", "index") for path in (ROOT / "docs").rglob("*.md")
+        path.relative_to(ROOT / "docs").with_suffix("").as_posix().replace("README", "index")
+        for path in (ROOT / "docs").rglob("*.md")
     }
     assert pages <= shown
     for results in (ROOT / "benchmarks/results").rglob("*.json"):
@@ -101,6 +118,13 @@ def test_docstrings_keep_their_tables():
 def test_rows_of_any_shape_become_columns():
     from docs_benchmarks import columns
 
-    result = {"host": "a CPU", "cases": [{"id": "one", "us": {"ours": [1.0, 2.0, 3.5]}}, {"id": "two", "err": 1.23456e-7}]}
+    result = {
+        "host": "a CPU",
+        "cases": [{"id": "one", "us": {"ours": [1.0, 2.0, 3.5]}}, {"id": "two", "err": 1.23456e-7}],
+    }
     text = columns(json.loads(json.dumps(result)))
-    assert "| id | us: ours | err |" in text and "| one | 2 (1 to 3.5) | – |" in text and "| two | – | 1.235e-07 |" in text
+    assert (
+        "| id | us: ours | err |" in text
+        and "| one | 2 (1 to 3.5) | – |" in text
+        and "| two | – | 1.235e-07 |" in text
+    )

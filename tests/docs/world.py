@@ -1,4 +1,6 @@
-"""What the documentation's code finds around it: tiny pipelines of the real classes, expert files, folders of pictures."""
+"""What the documentation's code finds around it: tiny pipelines of the real classes, expert files, folders of
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ import mole_kernels as mk
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.io.save import save_expert
-from mole_kernels.patching.targets import mole_targets, scan, sizes
+from mole_kernels.modules.scan import mole_targets, scan, sizes
 from mole_kernels.training.config import TrainConfig
 from tests.docs.blocks import ROOT
 
@@ -34,7 +36,9 @@ def tokenizer() -> Any:
     from mole_kernels.demo.model import BOS, EOS
 
     letters = [chr(code) for code in range(33, 127)]
-    vocab = {token: i for i, token in enumerate([BOS, EOS, *letters, *(letter + "</w>" for letter in letters)])}
+    vocab = {
+        token: i for i, token in enumerate([BOS, EOS, *letters, *(letter + "</w>" for letter in letters)])
+    }
     merges = ["#version: 0.2"]
     for word in WORDS:
         head, *tail = [*word[:-1], word[-1] + "</w>"]
@@ -49,7 +53,9 @@ def tokenizer() -> Any:
 
 
 def pipeline() -> Any:
-    """Stable Diffusion in miniature, SD1.5's blocks: at most two steps and pictures of 128², whatever a page asks for."""
+    """Stable Diffusion in miniature, SD1.5's blocks: at most two steps and pictures of 128², whatever a page
+    asks for.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -124,14 +130,24 @@ def flux() -> Any:
         pooled_projection_dim=20,
         axes_dims_rope=(4, 6, 6),
     )
-    parts: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    parts: dict[str, Any] = dict.fromkeys(
+        ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    )
     return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer.eval(), **parts)
 
 
 def flux_inputs() -> dict[str, torch.Tensor]:
     """Six places and three words, as the tiny transformer takes them."""
-    parts = {"hidden_states": torch.randn(1, 6, 4), "encoder_hidden_states": torch.randn(1, 3, 24), "img_ids": torch.zeros(6, 3)}
-    return parts | {"pooled_projections": torch.randn(1, 20), "timestep": torch.tensor([0.5]), "txt_ids": torch.zeros(3, 3)}
+    parts = {
+        "hidden_states": torch.randn(1, 6, 4),
+        "encoder_hidden_states": torch.randn(1, 3, 24),
+        "img_ids": torch.zeros(6, 3),
+    }
+    return parts | {
+        "pooled_projections": torch.randn(1, 20),
+        "timestep": torch.tensor([0.5]),
+        "txt_ids": torch.zeros(3, 3),
+    }
 
 
 def expert(model: Any, seed: int = 0, rank: int = 4) -> Expert:
@@ -139,7 +155,9 @@ def expert(model: Any, seed: int = 0, rank: int = 4) -> Expert:
     component = "unet" if hasattr(model, "unet") else "transformer"
     denoiser = getattr(model, component)
     layers = mole_targets(denoiser) if component == "unet" else scan(denoiser).layers
-    shapes = {f"{component}.{path}": sizes(module) for path, module in layers.items() if path.endswith(ATTENTION)}
+    shapes = {
+        f"{component}.{path}": sizes(module) for path, module in layers.items() if path.endswith(ATTENTION)
+    }
     generator = torch.Generator().manual_seed(seed)
     bank = ExpertBank.new(shapes, ["one"], rank, generator=generator)
     made = bank.experts["one"]
@@ -191,7 +209,9 @@ def predictor(model: Any, folder: str) -> None:
     manifest = Manifest.of_expert(expert(model, rank=2))
     autoencoder = LoRAAutoencoder(AutoencoderConfig(manifest.length, channels=(4, 4)))
     encoders = {"face": SmallImages(5, 4, 8), "image": SmallImages(6, 4, 16)}
-    made = Predictor.new(manifest, autoencoder, encoders, dim=8, hidden=8, depth=1, width=12, heads=2, patch=4)
+    made = Predictor.new(
+        manifest, autoencoder, encoders, dim=8, hidden=8, depth=1, width=12, heads=2, patch=4
+    )
     save_predictor(folder, made.eval())
 
 

@@ -1,4 +1,6 @@
-"""Programs of this folder, compiled by python/tools/emulate.py and run on files that a test writes and reads."""
+"""Programs of this folder, compiled by python/tools/emulate.py and run on files that a test writes and
+reads.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
-"""A corpus of planted faults: the emulator names each of them, under every schedule tried, and passes the same kernel without it.
+"""A corpus of planted faults: the emulator names each of them, under every schedule tried, and passes the
+same kernel without it.
 
-Each program has a right kernel and a list of faults; `fault=none seed=N` computes the right thing, `fault=NAME` ends with status 3 and
-a report of one of the kinds given here. Where a schedule decides which of two rules is broken first, both kinds are given.
+Each program has a right kernel and a list of faults; `fault=none seed=N` computes the right thing,
+`fault=NAME` ends with status 3 and
+a report of one of the kinds given here. Where a schedule decides which of two rules is broken first, both
+kinds are given.
 MOLE_EMULATE_SEEDS=20 tries that many schedules of each (make emulate).
 """
 
@@ -134,13 +137,19 @@ FAULTS = {
 
 
 def kinds_seen(program, fault: str) -> list[str]:
-    """What became of the fault under each schedule: the report's kind, `wrong` for a wrong answer, `right` for none."""
+    """What became of the fault under each schedule: the report's kind, `wrong` for a wrong answer, `right`
+    for none.
+    """
     seen = []
     for seed in range(SEEDS):
         # another schedule for each fault, so that a short run is not all of one kind
         outcome = run(program, fault=fault, seed=seed if SEEDS > 1 else sum(map(ord, fault)) % 12)
         report = re.search(r"emulator: \[(\w+)\]", outcome.output)
-        seen.append(report[1] if outcome.code == 3 and report else {0: "right", 1: "wrong"}.get(outcome.code, outcome.output))
+        seen.append(
+            report[1]
+            if outcome.code == 3 and report
+            else {0: "right", 1: "wrong"}.get(outcome.code, outcome.output)
+        )
     return seen
 
 
@@ -167,16 +176,25 @@ def test_a_planted_fault_is_named(name, fault):
 
 def test_a_report_says_who_where_and_what():
     outcome = run(build("faults_pipeline"), fault="no_proxy_fence", seed=3)
-    assert re.search(r"\[proxy\] tma_store touches shared memory \+\d+ at faults_pipeline.cpp:\d+", outcome.output)
-    assert re.search(r"ordinary store of thread \d+ \(warp \d, lane \d+\) of CTA \(\d,0,0\) at faults_pipeline.cpp:\d+", outcome.output)
+    assert re.search(
+        r"\[proxy\] tma_store touches shared memory \+\d+ at faults_pipeline.cpp:\d+", outcome.output
+    )
+    assert re.search(
+        r"ordinary store of thread \d+ \(warp \d, lane \d+\) of CTA \(\d,0,0\) at faults_pipeline.cpp:\d+",
+        outcome.output,
+    )
 
 
 def test_a_deadlock_says_who_waits_for_what():
     outcome = run(build("faults_pipeline"), fault="many_bytes", seed=1)
     assert re.search(
-        r"threads 0…127: waits for an mbarrier: .* at shared memory \+\d+.*, parity 0, from faults_pipeline.cpp:\d+", outcome.output
+        r"threads 0…127: waits for an mbarrier: .* at shared memory \+\d+.*, parity 0, from faults_pipeline.cpp:\d+",
+        outcome.output,
     )
-    assert re.search(r"mbarrier at \+\d+: phase 0, 0 of 1 arrivals still to come, 16 bytes expected and not there", outcome.output)
+    assert re.search(
+        r"mbarrier at \+\d+: phase 0, 0 of 1 arrivals still to come, 16 bytes expected and not there",
+        outcome.output,
+    )
 
 
 def test_a_seed_is_a_schedule():

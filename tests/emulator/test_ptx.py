@@ -1,4 +1,6 @@
-"""The vocabulary's PTX bodies: compiled by nvcc for the GPUs they are for, and the machine instructions that come of them."""
+"""The vocabulary's PTX bodies: compiled by nvcc for the GPUs they are for, and the machine instructions that
+come of them.
+"""
 
 import re
 import shutil
@@ -29,7 +31,18 @@ def compile_for(source: str, arch: str, folder: Path) -> tuple[str, str]:
     """(what ptxas says, SASS)"""
     cubin = folder / f"{source}-{arch}.cubin"
     code = f"arch=compute_{arch},code=sm_{arch}"
-    command = [NVCC, "-std=c++17", "-gencode", code, "-Xptxas", "-v", "-cubin", "-o", str(cubin), str(HERE / source)]
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-gencode",
+        code,
+        "-Xptxas",
+        "-v",
+        "-cubin",
+        "-o",
+        str(cubin),
+        str(HERE / source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tool = disassembler()
@@ -48,7 +61,9 @@ def hopper(tmp_path_factory):
 
 
 def test_nothing_spills(hopper):
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", hopper[0])
+    frames = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", hopper[0]
+    )
     assert len(frames) == 65 and set(frames) == {("0", "0", "0")}
 
 
@@ -59,7 +74,10 @@ def test_the_compiler_does_not_serialise_wgmma(hopper):
 @pytest.mark.parametrize("n", range(8, 257, 8))
 def test_every_width_is_a_product_of_its_own(hopper, n):
     found = opcodes(hopper[1])
-    assert {o for o in found if o.startswith(f"HGMMA.64x{n}x16.F32")} >= {f"HGMMA.64x{n}x16.F32", f"HGMMA.64x{n}x16.F32.BF16"}
+    assert {o for o in found if o.startswith(f"HGMMA.64x{n}x16.F32")} >= {
+        f"HGMMA.64x{n}x16.F32",
+        f"HGMMA.64x{n}x16.F32.BF16",
+    }
 
 
 HOPPER = """

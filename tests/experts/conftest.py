@@ -1,4 +1,6 @@
-"""Experts for a small model of two linear layers and a 1x1 convolution, and PEFT's own merge of the same files."""
+"""Experts for a small model of two linear layers and a 1x1 convolution, and PEFT's own merge of the same
+files.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,20 @@ class Small(nn.Module):
 
 
 def small_expert(
-    seed: int, rank: int = 3, scale: float = 0.5, dtype: torch.dtype = torch.float32, without: Sequence[str] = (), name: str = "memory"
+    seed: int,
+    rank: int = 3,
+    scale: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    without: Sequence[str] = (),
+    name: str = "memory",
 ) -> Expert:
     draw = torch.Generator().manual_seed(seed)
     layers = {}
     for path, (n, k, conv) in LAYERS.items():
-        down, up = torch.randn(rank, k, generator=draw) / k**0.5, torch.randn(n, rank, generator=draw) / rank**0.5
+        down, up = (
+            torch.randn(rank, k, generator=draw) / k**0.5,
+            torch.randn(n, rank, generator=draw) / rank**0.5,
+        )
         if path not in without:
             layers[path] = LowRank(down.to(dtype), up.to(dtype), scale, conv)
     return Expert(layers, dialect="diffusers", source=name)
@@ -42,7 +52,9 @@ def deltas(expert: Expert) -> dict[str, Tensor]:
     return {path: layer.delta(torch.float64) for path, layer in expert.layers.items()}
 
 
-def peft_merge(files: Sequence[Path], weights: Sequence[float], how: str, seed: int = 0, **arguments: object) -> dict[str, Tensor]:
+def peft_merge(
+    files: Sequence[Path], weights: Sequence[float], how: str, seed: int = 0, **arguments: object
+) -> dict[str, Tensor]:
     """path -> ΔW (float64) of PEFT's `add_weighted_adapter` on these files."""
     from peft import LoraConfig, PeftModel
     from peft.utils import set_peft_model_state_dict
@@ -79,11 +91,17 @@ def peft_merge(files: Sequence[Path], weights: Sequence[float], how: str, seed: 
         torch.manual_seed(seed)
 
     model.base_model.inject_adapter = seeded
-    model.base_model.add_weighted_adapter([str(i) for i in range(len(files))], list(weights), "merged", how, **arguments)
+    model.base_model.add_weighted_adapter(
+        [str(i) for i in range(len(files))], list(weights), "merged", how, **arguments
+    )
     out = {}
     for path in LAYERS:
         layer = model.base_model.model.get_submodule(path)
         if "merged" in getattr(layer, "lora_A", {}):
-            scale, down, up = layer.scaling["merged"], layer.lora_A["merged"].weight, layer.lora_B["merged"].weight
+            scale, down, up = (
+                layer.scaling["merged"],
+                layer.lora_A["merged"].weight,
+                layer.lora_B["merged"].weight,
+            )
             out[path] = scale * up.detach().double().flatten(1) @ down.detach().double().flatten(1)
     return out

@@ -41,7 +41,9 @@ def test_scale_of(convention: str, alpha: float | None, rank: int, scale: float)
         assert alpha_of(convention, scale, rank) == pytest.approx(alpha)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("args", [("lycoris", 1.0, 4), ("kohya", math.nan, 4), ("kohya", math.inf, 4), ("peft", 1.0, 0)])
+@pytest.mark.parametrize(
+    "args", [("lycoris", 1.0, 4), ("kohya", math.nan, 4), ("kohya", math.inf, 4), ("peft", 1.0, 0)]
+)
 def test_scale_of_refuses(args: tuple):
     with pytest.raises(MoleValueError, match="scale_of"):
         scale_of(*args)
@@ -96,7 +98,10 @@ def test_47_one_layer_twice_in_an_expert():
 
 
 def test_bank_order_paths_and_spellings():
-    first, second = Expert({"unet.a_b": lowrank(), "unet.c": lowrank(3)}), Expert({"unet.d": lowrank(), "unet.a.b": lowrank(seed=3)})
+    first, second = (
+        Expert({"unet.a_b": lowrank(), "unet.c": lowrank(3)}),
+        Expert({"unet.d": lowrank(), "unet.a.b": lowrank(seed=3)}),
+    )
     bank = ExpertBank({"hand": first, "face": second})
     assert bank.names == ("hand", "face") and len(bank) == 2
     assert bank.paths() == ["unet.a.b", "unet.c", "unet.d"]
@@ -111,7 +116,9 @@ def test_pack():
     packed = ExpertBank({"x": Expert({"p": a}), "y": Expert({"p": b})}).pack("p", torch.float64)
     assert packed.names == ("x", "y") and packed.ranks == (2, 3)
     down, up, scale, *_ = packed.operands()
-    assert torch.equal(down[0], torch.cat([a.down, b.down]).double()) and torch.equal(up[0], torch.cat([a.up, b.up], 1).double())
+    assert torch.equal(down[0], torch.cat([a.down, b.down]).double()) and torch.equal(
+        up[0], torch.cat([a.up, b.up], 1).double()
+    )
     assert scale.tolist() == [0.5, 2.0]
     with pytest.raises(MoleKeyError, match="no expert has the layer zzz"):
         ExpertBank({"x": Expert({"p": a})}).pack("zzz")
@@ -121,7 +128,9 @@ def test_pack():
 
 def test_new_experts_start_as_nothing():
     shapes = {"a": (4, 50), "b.c": (6, 7)}
-    bank = ExpertBank.new(shapes, ["x", "y"], {"x": 2, "y": 3}, {"x": 4.0, "y": 1.5}, generator=torch.Generator().manual_seed(0))
+    bank = ExpertBank.new(
+        shapes, ["x", "y"], {"x": 2, "y": 3}, {"x": 4.0, "y": 1.5}, generator=torch.Generator().manual_seed(0)
+    )
     assert bank.paths() == list(shapes)
     for path, (n, k) in shapes.items():
         for name, r, scale in (("x", 2, 2.0), ("y", 3, 0.5)):
@@ -156,7 +165,9 @@ def test_pickles():
 
 
 def test_fresh_gaussian_factors_have_pefts_spread():
-    bank = ExpertBank.new({"a": (8, 4000)}, ["x"], 4, generator=torch.Generator().manual_seed(0), init="gaussian")
+    bank = ExpertBank.new(
+        {"a": (8, 4000)}, ["x"], 4, generator=torch.Generator().manual_seed(0), init="gaussian"
+    )
     layer = bank.experts["x"].layers["a"]
     # 16,000 draws of N(0, 1/4): the sample's deviation is within 0.02 of it at more than three of its own
     assert abs(float(layer.down.std()) - 0.25) < 0.02 and not layer.up.any()

@@ -1,4 +1,6 @@
-"""Compression: the best of its rank, bounds that hold, ranks that the targets ask for, and what is refused."""
+"""Compression: the best of its rank, bounds that hold, ranks that the targets ask for, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ from tests.experts.conftest import LAYERS, small_expert
 sizes = st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(1, 30))
 
 
-def decaying(N: int = 40, K: int = 30, R: int = 16, seed: int = 0, scale: float = 0.5, dtype: torch.dtype = torch.float32) -> LowRank:
+def decaying(
+    N: int = 40,
+    K: int = 30,
+    R: int = 16,
+    seed: int = 0,
+    scale: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+) -> LowRank:
     draw = torch.Generator().manual_seed(seed)
     root = 0.6 ** torch.arange(R)
     down, up = torch.randn(R, K, generator=draw) * root[:, None], torch.randn(N, R, generator=draw)
@@ -51,8 +60,12 @@ def test_truncation_is_the_best_of_its_rank(size: tuple[int, int, int], keep: in
     made, values = truncate(layer, keep), dense_values(layer)
     error = made.delta(torch.float64) - layer.delta(torch.float64)
     assert made.rank == min(keep, N, K, R)
-    assert error.norm() == pytest.approx(values[made.rank :].norm().item(), rel=1e-6, abs=1e-12 * values[0].item())
-    assert torch.equal(difference(layer, made).delta(torch.float64).isfinite(), torch.ones(N, K, dtype=torch.bool))
+    assert error.norm() == pytest.approx(
+        values[made.rank :].norm().item(), rel=1e-6, abs=1e-12 * values[0].item()
+    )
+    assert torch.equal(
+        difference(layer, made).delta(torch.float64).isfinite(), torch.ones(N, K, dtype=torch.bool)
+    )
     apart = singular_values(difference(layer, made))
     assert apart.norm() == pytest.approx(error.norm().item(), rel=1e-6, abs=1e-12 * values[0].item())
 
@@ -64,16 +77,26 @@ def test_svd_parts_are_orthonormal():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("how", [{"rank": 5}, {"rank": 15}, {"energy": 0.9}, {"energy": 0.9999}, {"max_error": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"rank": 5}, {"rank": 15}, {"energy": 0.9}, {"energy": 0.9999}, {"max_error": 0.1}], ids=str
+)
 def test_measured_errors_are_true_and_within_the_bounds(how: dict, dtype: torch.dtype):
-    layers = {"a": decaying(dtype=dtype), "b": decaying(12, 60, 16, 1, -2.0, dtype), "c": decaying(20, 6, 16, 2, dtype=dtype)}
+    layers = {
+        "a": decaying(dtype=dtype),
+        "b": decaying(12, 60, 16, 1, -2.0, dtype),
+        "c": decaying(20, 6, 16, 2, dtype=dtype),
+    }
     (made, report) = compress(Expert(layers), **how)
     for found in report.layers:
         before, after = layers[found.path], made.layers[found.path]
         error = torch.linalg.svdvals(before.delta(torch.float64) - after.delta(torch.float64))
         values = dense_values(before)
-        assert after.up.dtype == dtype and after.rank == found.rank_after <= min(before.rank, *before.delta().shape)
-        assert found.error_frobenius == pytest.approx(error.norm().item(), rel=1e-6, abs=1e-13 * values[0].item())
+        assert after.up.dtype == dtype and after.rank == found.rank_after <= min(
+            before.rank, *before.delta().shape
+        )
+        assert found.error_frobenius == pytest.approx(
+            error.norm().item(), rel=1e-6, abs=1e-13 * values[0].item()
+        )
         assert found.error_spectral == pytest.approx(error[0].item(), rel=1e-6, abs=1e-13 * values[0].item())
         assert found.error_frobenius <= found.bound_frobenius and found.error_spectral <= found.bound_spectral
         # not a bound that holds whatever happens: the singular values left out, and 16 bits' rounding
@@ -96,8 +119,10 @@ def test_energy_is_kept_by_the_smallest_rank(energy: float, seed: int):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    limit=st.floats(0.01, 0.9), seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
-)  # fmt: skip
+    limit=st.floats(0.01, 0.9),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
 def test_max_error_holds_as_stored(limit: float, seed: int, dtype: torch.dtype):
     layer = decaying(seed=seed, dtype=dtype)
     try:
@@ -118,7 +143,13 @@ def test_what_needs_no_truncation_keeps_its_bits():
     for how in (Target(rank=16), Target(rank=100), Target(max_error=0.0)):
         made, report = compress_layer("a", layer, how)
         assert torch.equal(made.down, layer.down) and torch.equal(made.up, layer.up)
-        assert report.error_frobenius == report.bound_frobenius == report.error_spectral == report.bound_spectral == 0.0
+        assert (
+            report.error_frobenius
+            == report.bound_frobenius
+            == report.error_spectral
+            == report.bound_spectral
+            == 0.0
+        )
 
 
 def test_merged_twins_come_back_to_one():
@@ -148,7 +179,11 @@ def test_a_bank_and_its_reports():
     assert made.names == ("a", "b") and list(reports) == ["a", "b"]
     assert all(expert.layers["x"].rank == 3 for expert in made.experts.values())
     said = json.loads(reports["a"].to_json())
-    assert said["layers"][0]["path"] == "x" and said["predicted_for"] == {"device": "h200", "tokens": 4096, "dtype": "bfloat16"}
+    assert said["layers"][0]["path"] == "x" and said["predicted_for"] == {
+        "device": "h200",
+        "tokens": 4096,
+        "dtype": "bfloat16",
+    }
     assert said["total"]["parameters_before"] == 16 * 70 and said["total"]["parameters_after"] == 3 * 70
     one = reports["a"].layers[0]
     assert said["total"]["relative_error_frobenius"] == pytest.approx(one.error_frobenius / one.frobenius)
@@ -176,7 +211,9 @@ def test_spectrum_is_what_a_plot_needs():
     assert spectrum("flat", flat).effective == pytest.approx(8) and spectrum("flat", flat).ranks == (8, 8, 8)
     assert spectrum("zero", LowRank(torch.zeros(2, 3), torch.zeros(3, 2))).effective == 0.0
     said = json.loads(to_json(spectra({"a": layer, "flat": flat})))
-    assert [one["path"] for one in said["layers"]] == ["a", "flat"] and said["layers"][1]["values"] == [1.0] * 8
+    assert [one["path"] for one in said["layers"]] == ["a", "flat"] and said["layers"][1]["values"] == [
+        1.0
+    ] * 8
 
 
 @pytest.mark.parametrize(
@@ -207,5 +244,8 @@ def test_other_refusals():
         Predicted("abacus")
     with pytest.raises(MoleValueError, match="tokens"):
         Predicted(tokens=0)
-    with pytest.raises(MoleValueError, match=r"layer a: expected a relative spectral error of at most 1e-06, got .* stored in bfloat16"):
+    with pytest.raises(
+        MoleValueError,
+        match=r"layer a: expected a relative spectral error of at most 1e-06, got .* stored in bfloat16",
+    ):
         compress_layer("a", decaying(12, 9, 16), Target(max_error=1e-6), torch.bfloat16)

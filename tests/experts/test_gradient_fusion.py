@@ -27,7 +27,10 @@ def problem(rows: int, K: int, N: int, ranks=(2, 3), seed: int = 0):
 
 
 def by_hand(factors, inputs, weights, delta) -> float:
-    return sum(((weights[n] * f.delta(torch.float64) - delta) @ inputs[n].mT).square().sum().item() for n, f in factors.items())
+    return sum(
+        ((weights[n] * f.delta(torch.float64) - delta) @ inputs[n].mT).square().sum().item()
+        for n, f in factors.items()
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -68,7 +71,9 @@ def test_the_objective_from_the_sums_is_that_from_the_inputs(case):
     ):
         want = by_hand(factors, inputs, weights, delta)
         assert got == pytest.approx(want, rel=1e-8, abs=1e-9 * solved.base)
-    assert objective(factors, sums, weights, solved.factor) == pytest.approx(solved.fused, abs=1e-9 * solved.base)
+    assert objective(factors, sums, weights, solved.factor) == pytest.approx(
+        solved.fused, abs=1e-9 * solved.base
+    )
 
 
 def test_one_concept_keeps_its_delta_on_its_inputs_and_the_base_elsewhere():
@@ -83,7 +88,10 @@ def test_one_concept_keeps_its_delta_on_its_inputs_and_the_base_elsewhere():
 def test_concepts_with_orthogonal_inputs_lose_nothing():
     g = torch.Generator().manual_seed(1)
     Q = torch.linalg.qr(torch.randn(12, 12, generator=g, dtype=torch.float64)).Q
-    factors = {f"c{i}": LowRank(torch.randn(2, 12, generator=g).double(), torch.randn(5, 2, generator=g).double()) for i in range(3)}
+    factors = {
+        f"c{i}": LowRank(torch.randn(2, 12, generator=g).double(), torch.randn(5, 2, generator=g).double())
+        for i in range(3)
+    }
     sums = Sums.of(12)
     for i, (name, factor) in enumerate(factors.items()):
         sums.add(name, factor, torch.randn(20, 4, generator=g).double() @ Q[:, 4 * i : 4 * i + 4].mT)
@@ -115,17 +123,26 @@ def test_singular_inputs_are_cut_off_and_counted():
     assert solved.directions == 2 and solved.condition > 1 and torch.isfinite(solved.factor.down).all()
     soft = fuse_layer(factors, sums, weights, ridge=1e-3)
     # both experts have the same inputs here, so that their mean is the best there is
-    assert solved.fused == pytest.approx(solved.by_weights) and solved.fused < soft.fused < 1.001 * solved.fused
+    assert (
+        solved.fused == pytest.approx(solved.by_weights) and solved.fused < soft.fused < 1.001 * solved.fused
+    )
 
 
 def test_an_expert_without_inputs_adds_nothing_and_no_inputs_at_all_is_weight_fusion():
     factors, inputs, _, weights = problem(40, 16, 12)
     sums = Sums.of(16)
     none = fuse_layer(factors, sums, weights)
-    assert torch.equal(none.factor.delta(torch.float64), fused_by_weights(factors, weights).delta(torch.float64))
+    assert torch.equal(
+        none.factor.delta(torch.float64), fused_by_weights(factors, weights).delta(torch.float64)
+    )
     sums.add("c0", factors["c0"], inputs["c0"])
     one = fuse_layer(factors, sums, weights)
-    torch.testing.assert_close(one.factor.delta(torch.float64), weights["c0"] * factors["c0"].delta(torch.float64), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(
+        one.factor.delta(torch.float64),
+        weights["c0"] * factors["c0"].delta(torch.float64),
+        rtol=1e-7,
+        atol=1e-8,
+    )
 
 
 def test_bad_inputs_are_named_and_add_nothing():
@@ -149,8 +166,12 @@ def test_few_inputs_are_solved_from_themselves_to_the_same_end(ridge):
     got = fuse_layer(factors, sums, weights, ridge=ridge)
     sums.few = None
     want = fuse_layer(factors, sums, weights, ridge=ridge)
-    torch.testing.assert_close(got.factor.delta(torch.float64), want.factor.delta(torch.float64), rtol=1e-7, atol=1e-9)
-    assert (got.directions, got.base) == (want.directions, want.base) and got.condition == pytest.approx(want.condition, rel=1e-6)
+    torch.testing.assert_close(
+        got.factor.delta(torch.float64), want.factor.delta(torch.float64), rtol=1e-7, atol=1e-9
+    )
+    assert (got.directions, got.base) == (want.directions, want.base) and got.condition == pytest.approx(
+        want.condition, rel=1e-6
+    )
 
 
 def test_few_inputs_are_kept_up_to_a_quarter_of_k():

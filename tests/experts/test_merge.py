@@ -57,12 +57,24 @@ def test_sign_elected_by_frequency_as_peft(mode: str, tmp_path: Path):
     merge_files(files, tmp_path / "out.safetensors", (1.0, 0.5, 0.7), mode, seed=3, **how)
     found = deltas(load_expert(tmp_path / "out.safetensors"))
     close(found, truth)
-    other = deltas(merge({str(i): load_expert(file) for i, file in enumerate(files)}, (1.0, 0.5, 0.7), mode, density=0.6, seed=3))
+    other = deltas(
+        merge(
+            {str(i): load_expert(file) for i, file in enumerate(files)},
+            (1.0, 0.5, 0.7),
+            mode,
+            density=0.6,
+            seed=3,
+        )
+    )
     assert any(not torch.allclose(other[path], found[path]) for path in LAYERS)
 
 
 @settings(deadline=None, max_examples=25)
-@given(T=st.integers(1, 7), mode=st.sampled_from(["delta_mean", "cat"]), dtype=st.sampled_from([torch.float32, torch.float16]))
+@given(
+    T=st.integers(1, 7),
+    mode=st.sampled_from(["delta_mean", "cat"]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
 def test_weights_are_exactly_one_over_T(T: int, mode: str, dtype: torch.dtype):
     """SELMA's criteria 1 and 3: the sum of deltas with 1/T, whatever the experts are called."""
     experts = {f"stabilityai/stable-diffusion-{'x' * i}": small_expert(i, 1, dtype=dtype) for i in range(T)}
@@ -70,7 +82,9 @@ def test_weights_are_exactly_one_over_T(T: int, mode: str, dtype: torch.dtype):
     for path, layer in merged.layers.items():
         truth = sum(expert.layers[path].delta(torch.float64) for expert in experts.values()) / T
         # equal weights leave every factor's bits alone, unless the rank has to come down
-        rtol = 1e-15 if min(LAYERS[path][:2]) >= T or mode == "cat" else 1e-6 if dtype == torch.float32 else 1e-3
+        rtol = (
+            1e-15 if min(LAYERS[path][:2]) >= T or mode == "cat" else 1e-6 if dtype == torch.float32 else 1e-3
+        )
         assert (layer.delta(torch.float64) - truth).norm() <= rtol * truth.norm()
         assert layer.conv == LAYERS[path][2] and layer.up.dtype == dtype
         assert layer.rank == (T if mode == "cat" else min(T, *LAYERS[path][:2]))
@@ -79,9 +93,12 @@ def test_weights_are_exactly_one_over_T(T: int, mode: str, dtype: torch.dtype):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.startswith("dare")])
 def test_identical_experts_give_that_expert(mode: str):
     one = small_expert(0)
-    merged = merge(dict.fromkeys("abcd", one), mode=mode, **({"density": 1.0} if mode in DENSITY_MODES else {}))
+    merged = merge(
+        dict.fromkeys("abcd", one), mode=mode, **({"density": 1.0} if mode in DENSITY_MODES else {})
+    )
     truth = deltas(one)
-    # PEFT's rules on A and B add √(1/4) four times in each; its ties is a mean, of values that already carry their weight
+    # PEFT's rules on A and B add √(1/4) four times in each; its ties is a mean, of values that already carry
+    # their weight
     times = {"linear": 4, "magnitude_prune": 4, "ties": 1 / 4, "ties_svd": 1 / 4}.get(mode, 1)
     close(deltas(merged), {path: times * value for path, value in truth.items()})
 
@@ -107,7 +124,9 @@ def test_unequal_ranks_where_the_mode_allows():
     experts = {"a": small_expert(0, 2), "b": small_expert(1, 4)}
     for mode in MODES:
         if mode in FACTOR_MODES:
-            with pytest.raises(MoleShapeError, match=r"layer first: expected experts of one rank, got a 2, b 4"):
+            with pytest.raises(
+                MoleShapeError, match=r"layer first: expected experts of one rank, got a 2, b 4"
+            ):
                 merge(experts, mode=mode, **arguments(mode))
         else:
             rank = {"cat": 6, "delta_mean": 6}.get(mode, 4)
@@ -125,7 +144,10 @@ def test_factor_mean_has_cross_terms():
     a, b = (expert.layers["first"] for expert in experts.values())
     up = (a.up.double() * 0.5**0.5 - b.up.double() * 0.5) / 2
     down = (a.down.double() * 0.5**0.5 + b.down.double() * 0.5) / 2
-    close({"first": merge(experts, mode="factor_mean").layers["first"].delta(torch.float64)}, {"first": up @ down})
+    close(
+        {"first": merge(experts, mode="factor_mean").layers["first"].delta(torch.float64)},
+        {"first": up @ down},
+    )
 
 
 def test_svd_is_the_best_of_its_rank():
@@ -156,14 +178,22 @@ def test_bank_and_dtype():
 @pytest.mark.parametrize(
     ("how", "error", "words"),
     [
-        ({"mode": "average"}, MoleValueError, "expected one of delta_mean, factor_mean, cat, svd, linear, ties, dare_linear"),
+        (
+            {"mode": "average"},
+            MoleValueError,
+            "expected one of delta_mean, factor_mean, cat, svd, linear, ties, dare_linear",
+        ),
         ({"mode": "ties"}, MoleValueError, r"density in \(0, 1\], got none"),
         ({"mode": "ties", "density": 0.0}, MoleValueError, r"\(0, 1\], got 0.0"),
         ({"mode": "ties", "density": 1.5}, MoleValueError, r"\(0, 1\], got 1.5"),
         ({"mode": "ties", "density": -0.5}, MoleValueError, r"\(0, 1\]"),
         ({"mode": "dare_ties", "density": float("nan")}, MoleValueError, r"\(0, 1\], got nan"),
         ({"mode": "cat", "density": 0.5}, MoleValueError, "cat does not prune"),
-        ({"mode": "ties", "density": 0.5, "majority_sign_method": "median"}, MoleValueError, "'total' or 'frequency'"),
+        (
+            {"mode": "ties", "density": 0.5, "majority_sign_method": "median"},
+            MoleValueError,
+            "'total' or 'frequency'",
+        ),
         ({"mode": "svd", "rank": 0}, MoleValueError, "whole number >= 1"),
         ({"mode": "cat", "rank": 4}, MoleValueError, "cat sets its rank itself"),
         ({"weights": [0.5]}, MoleValueError, "expected 2 numbers, in the order a, b, got 1"),
@@ -186,7 +216,11 @@ def test_no_expert_and_no_layer():
 
 
 def test_experts_of_different_bases_name_the_layers():
-    other = Expert({path: LowRank(layer.down, layer.up[:-1]) for path, layer in small_expert(1).layers.items()})
-    with pytest.raises(MoleShapeError, match=r"3 of 3 layers .* first \(a 10x6, b 9x6\), inner.second \(a 5x10, b 4x10\)") as caught:
+    other = Expert(
+        {path: LowRank(layer.down, layer.up[:-1]) for path, layer in small_expert(1).layers.items()}
+    )
+    with pytest.raises(
+        MoleShapeError, match=r"3 of 3 layers .* first \(a 10x6, b 9x6\), inner.second \(a 5x10, b 4x10\)"
+    ) as caught:
         merge({"a": small_expert(0), "b": other})
     assert "one base model" in str(caught.value)

@@ -30,7 +30,10 @@ def test_equal_a_of_one_parent_is_found():
     # one value, by one step of float32: k and v are left
     assert shared_down(Expert(changed(fused(), QKV[0]))) == [QKV[1:]]
     assert shared_down(Expert(changed(changed(fused(), QKV[0]), QKV[1]))) == [QKV[:2]]
-    assert shared_down(Expert({path: LowRank(torch.randn(2, 6), layer.up) for path, layer in fused().items()})) == []
+    assert (
+        shared_down(Expert({path: LowRank(torch.randn(2, 6), layer.up) for path, layer in fused().items()}))
+        == []
+    )
 
 
 def test_another_parent_does_not_read_the_same_input():
@@ -41,12 +44,21 @@ def test_another_parent_does_not_read_the_same_input():
 
 @pytest.mark.parametrize(
     "other",
-    [lambda d: d.to(torch.float64), lambda d: d.reshape(-1, 3), lambda d: torch.empty_like(d, device="meta"), lambda d: d[:1]],
+    [
+        lambda d: d.to(torch.float64),
+        lambda d: d.reshape(-1, 3),
+        lambda d: torch.empty_like(d, device="meta"),
+        lambda d: d[:1],
+    ],
     ids=["dtype", "shape", "meta", "rank"],
 )
 def test_what_is_not_the_same_content(other):
     down = torch.randn(2, 6)
-    assert same_content(down, down) and same_content(down, down.clone()) and same_content(down, down.mT.contiguous().mT)
+    assert (
+        same_content(down, down)
+        and same_content(down, down.clone())
+        and same_content(down, down.mT.contiguous().mT)
+    )
     assert not same_content(down, other(down))
 
 

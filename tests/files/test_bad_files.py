@@ -1,4 +1,6 @@
-"""Broken and hostile files: each is refused in words that name the file and the fault, before its data is touched."""
+"""Broken and hostile files: each is refused in words that name the file and the fault, before its data is
+touched.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,11 @@ CASES = [
     Broken("07-not-json", raw(b"{'a': 1}"), ("not JSON",)),
     Broken("07-half-json", raw(b'{"a":'), ("not JSON",)),
     Broken("07-nan", raw(b'{"a":NaN}'), ("NaN is not JSON",)),
-    Broken("07-digits", raw(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}', FOUR), ("not JSON",)),
+    Broken(
+        "07-digits",
+        raw(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}', FOUR),
+        ("not JSON",),
+    ),
     Broken("08-list", raw([1, 2]), ("a JSON object", "list")),
     Broken("08-string", raw(b'"a"'), ("a JSON object", "str")),
     Broken("09-not-utf8", raw(b'{"\xff\xfe":1}'), ("not UTF-8", "byte 2")),
@@ -68,46 +74,91 @@ CASES = [
     Broken("12-trailing", raw({"a": entry()}, FOUR + b"x"), ("1 bytes follow",)),
     Broken("12-trailing-no-tensors", raw({}, b"xx"), ("2 bytes follow",)),
     Broken("13-hole", pair(entry(), entry(begin=8, end=12), FOUR * 3), ("'b'", "leaves a hole after 'a'")),
-    Broken("13-hole-at-start", raw({"a": entry(begin=4, end=8)}, FOUR * 2), ("'a'", "leaves a hole after the header")),
+    Broken(
+        "13-hole-at-start",
+        raw({"a": entry(begin=4, end=8)}, FOUR * 2),
+        ("'a'", "leaves a hole after the header"),
+    ),
     Broken("14-overlap", pair(entry((2,), 0, 8), entry(begin=4, end=8), FOUR * 2), ("'b'", "overlaps 'a'")),
     Broken("14-same-range", pair(entry(), entry(), FOUR), ("'b'", "overlaps 'a'")),
-    Broken("15-end-before-begin", raw({"a": entry(begin=4, end=0)}, FOUR), ("'a'", "end at byte 0, before they begin at 4")),
+    Broken(
+        "15-end-before-begin",
+        raw({"a": entry(begin=4, end=0)}, FOUR),
+        ("'a'", "end at byte 0, before they begin at 4"),
+    ),
     Broken("15-negative-offset", raw({"a": entry(begin=-4, end=0)}, FOUR), ("'a'", "data_offsets", "-4")),
     Broken("15-float-offset", raw({"a": entry(begin=0.0)}, FOUR), ("'a'", "data_offsets", "0.0")),
-    Broken("15-one-offset", raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4]}}, FOUR), ("data_offsets of two",)),
+    Broken(
+        "15-one-offset",
+        raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4]}}, FOUR),
+        ("data_offsets of two",),
+    ),
     Broken("16-negative-shape", raw({"a": entry((-1,))}, FOUR), ("'a'", "whole numbers", "-1")),
     Broken("16-two-negative-shapes", raw({"a": entry((-1, -1))}, FOUR), ("'a'", "whole numbers")),
     Broken("16-float-shape", raw({"a": entry((1.0,))}, FOUR), ("'a'", "whole numbers", "1.0")),
     Broken("16-bool-shape", raw({"a": entry((True,))}, FOUR), ("'a'", "whole numbers", "True")),
     Broken("16-text-shape", raw({"a": entry("1")}, FOUR), ("'a'", "whole numbers")),
-    Broken("16-five-dimensions", raw({"a": entry((1, 1, 1, 1, 1))}, FOUR), ("'a'", "at most 4 dimensions", "5")),
+    Broken(
+        "16-five-dimensions", raw({"a": entry((1, 1, 1, 1, 1))}, FOUR), ("'a'", "at most 4 dimensions", "5")
+    ),
     Broken("17-size", raw({"a": entry((3,))}, FOUR), ("'a'", "expected 12 bytes for F32 [3], got 4")),
     Broken("18-overflow", raw({"a": entry((2**32, 2**32), 0, 0)}), ("'a'", "overflows")),
     Broken("18-overflow-behind-zero", raw({"a": entry((0, 2**40, 2**40), 0, 0)}), ("'a'", "overflows")),
     Broken("19-duplicate", raw(duplicate(b'"a":' + SECOND), FOUR * 2), ("'a' is there twice",)),
     Broken("20-decoy-escaped", raw(duplicate(b'"\\u0061":' + SECOND), FOUR * 2), ("'a' is there twice",)),
     Broken(
-        "20-decoy-inside", raw(b'{"a":{"dtype":"F32","shape":[1],"shape":[2],"data_offsets":[0,4]}}', FOUR), ("'shape' is there twice",)
+        "20-decoy-inside",
+        raw(b'{"a":{"dtype":"F32","shape":[1],"shape":[2],"data_offsets":[0,4]}}', FOUR),
+        ("'shape' is there twice",),
     ),
-    Broken("20-decoy-metadata", raw(b'{"__metadata__":{"a":"1"},"__metadata__":{"a":"2"}}'), ("'__metadata__' is there twice",)),
+    Broken(
+        "20-decoy-metadata",
+        raw(b'{"__metadata__":{"a":"1"},"__metadata__":{"a":"2"}}'),
+        ("'__metadata__' is there twice",),
+    ),
     Broken("20-decoy-in-metadata", raw(b'{"__metadata__":{"a":"1","a":"2"}}'), ("'a' is there twice",)),
     Broken("20-decoy-invisible", raw({"a\u200b": entry()}, FOUR), ("bad tensor key", "\\u200b")),
     Broken("22-metadata-number", raw({"__metadata__": {"a": 1}}), ("__metadata__ as an object of strings",)),
-    Broken("22-metadata-nested", raw({"__metadata__": {"a": {"b": "c"}}}), ("__metadata__ as an object of strings",)),
+    Broken(
+        "22-metadata-nested",
+        raw({"__metadata__": {"a": {"b": "c"}}}),
+        ("__metadata__ as an object of strings",),
+    ),
     Broken("22-metadata-list", raw({"__metadata__": ["a"]}), ("__metadata__ as an object of strings",)),
     Broken("22-metadata-null", raw({"__metadata__": None}), ("__metadata__ as an object of strings",)),
     Broken("entry-not-object", raw({"a": 1}), ("'a'", "dtype, shape and data_offsets")),
-    Broken("entry-extra-field", raw({"a": entry() | {"x": 1}}, FOUR), ("'a'", "dtype, shape and data_offsets")),
+    Broken(
+        "entry-extra-field", raw({"a": entry() | {"x": 1}}, FOUR), ("'a'", "dtype, shape and data_offsets")
+    ),
     Broken("44-integer", raw({"a": entry(dtype="I32")}, FOUR), ("'a'", "got I32", "integer"), MoleTypeError),
     Broken("44-bool", raw({"a": entry(dtype="BOOL", end=1)}, b"\1"), ("'a'", "got BOOL"), MoleTypeError),
-    Broken("45-F8_E8M0", raw({"a": entry(dtype="F8_E8M0", end=1)}, b"\1"), ("'a'", "got F8_E8M0", "not supported"), MoleTypeError),
-    Broken("45-F4", raw({"a": entry((2,), dtype="F4", end=1)}, b"\1"), ("'a'", "got F4", "not supported"), MoleTypeError),
-    Broken("45-F6", raw({"a": entry((4,), dtype="F6_E2M3", end=3)}, b"\1\1\1"), ("'a'", "got F6_E2M3", "not supported"), MoleTypeError),
+    Broken(
+        "45-F8_E8M0",
+        raw({"a": entry(dtype="F8_E8M0", end=1)}, b"\1"),
+        ("'a'", "got F8_E8M0", "not supported"),
+        MoleTypeError,
+    ),
+    Broken(
+        "45-F4",
+        raw({"a": entry((2,), dtype="F4", end=1)}, b"\1"),
+        ("'a'", "got F4", "not supported"),
+        MoleTypeError,
+    ),
+    Broken(
+        "45-F6",
+        raw({"a": entry((4,), dtype="F6_E2M3", end=3)}, b"\1\1\1"),
+        ("'a'", "got F6_E2M3", "not supported"),
+        MoleTypeError,
+    ),
     Broken("45-list-as-dtype", raw({"a": entry(dtype=["F32"])}, FOUR), ("'a'", "dtype"), MoleTypeError),
     Broken("49-escape-in-key", raw({"\x1b[31mred": entry()}, FOUR), ("bad tensor key", "\\x1b[31mred")),
     Broken("49-newline-in-key", raw({"a\nb": entry()}, FOUR), ("bad tensor key", "a\\nb")),
     Broken("49-right-to-left", raw({"a\u202eb": entry()}, FOUR), ("bad tensor key", "\\u202e")),
-    Broken("49-lone-surrogate", raw(b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', FOUR), ("bad tensor key", "\\ud800")),
+    Broken(
+        "49-lone-surrogate",
+        raw(b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', FOUR),
+        ("bad tensor key", "\\ud800"),
+    ),
     Broken("49-long-key", raw({"k" * 513: entry()}, FOUR), ("bad tensor key", "got 513")),
     Broken("49-empty-key", raw({"": entry()}, FOUR), ("bad tensor key", "got 0")),
 ]
@@ -132,7 +183,9 @@ def test_broken_file_is_refused_by_name(case: Broken, tmp_path: Path):
         pytest.param(limits.MAX_HEADER + 1, "at most 16,777,216", id="06-header-over-16MB"),
     ],
 )
-def test_long_header_is_refused_unread(size: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_long_header_is_refused_unread(
+    size: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = tmp_path / "long.safetensors"
     with path.open("wb") as file:
         file.write(size.to_bytes(8, "little"))
@@ -142,11 +195,15 @@ def test_long_header_is_refused_unread(size: int, words: str, tmp_path: Path, mo
 
 
 def million(count: int, key: str = "{}") -> bytes:
-    text = ",".join(f'"{key.format(i)}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(count))
+    text = ",".join(
+        f'"{key.format(i)}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(count)
+    )
     return raw(("{" + text + "}").encode())
 
 
-@pytest.mark.parametrize("count", [1_000_000, 250_000, limits.MAX_TENSORS + 3], ids=lambda n: f"21-{n}-tensors")
+@pytest.mark.parametrize(
+    "count", [1_000_000, 250_000, limits.MAX_TENSORS + 3], ids=lambda n: f"21-{n}-tensors"
+)
 def test_tensor_bomb_is_refused_unparsed(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write(tmp_path, million(count))
     monkeypatch.setattr(reader, "parse_json", forbidden)
@@ -166,7 +223,9 @@ def test_21_one_tensor_too_many(tmp_path: Path):
         pytest.param(b'{"a":[' + b"[]," * 5_000_000 + b"[]]}", id="21-empty-lists"),
         pytest.param(b'{"a":[' + b"0," * 8_000_000 + b"0]}", id="21-numbers"),
         pytest.param(b'{"a":[' + b'"",' * 5_000_000 + b'""]}', id="21-strings"),
-        pytest.param(b'{"a":"' + rb"\"" * 8_000_000 + b'","b":[' + b'"",' * 300_000 + b'""]}', id="21-behind-escapes"),
+        pytest.param(
+            b'{"a":"' + rb"\"" * 8_000_000 + b'","b":[' + b'"",' * 300_000 + b'""]}', id="21-behind-escapes"
+        ),
     ],
 )
 def test_json_bomb_is_refused_unparsed(text: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -230,7 +289,11 @@ def test_25_pickle_suffix_names_the_converter(suffix: str, tmp_path: Path):
 def test_26_folder_fifo_and_device_do_not_block(tmp_path: Path):
     os.mkfifo(tmp_path / "fifo.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
-    for path, words in ((tmp_path / "folder.safetensors", "a folder"), (tmp_path / "fifo.safetensors", "a FIFO"), ("/dev/zero", "device")):
+    for path, words in (
+        (tmp_path / "folder.safetensors", "a folder"),
+        (tmp_path / "fifo.safetensors", "a FIFO"),
+        ("/dev/zero", "device"),
+    ):
         with pytest.raises(MoleFileError, match=words):
             read_tensors(path)
 
@@ -240,7 +303,9 @@ def test_26_fifo_put_in_place_after_the_look_does_not_block(tmp_path: Path, monk
     os.mkfifo(fifo)
     looked, real, flags = os.stat(regular), os.open, []
     monkeypatch.setattr(reader.os, "stat", lambda path: looked)
-    monkeypatch.setattr(reader.os, "open", lambda path, how: (flags.append(how), real(path, how | os.O_NONBLOCK))[1])
+    monkeypatch.setattr(
+        reader.os, "open", lambda path, how: (flags.append(how), real(path, how | os.O_NONBLOCK))[1]
+    )
     with pytest.raises(MoleFileError, match="a FIFO"):
         read_tensors(fifo)
     assert flags[0] & os.O_NONBLOCK
@@ -260,7 +325,13 @@ def inside(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "link.safetensors", "../inside-not/x.safetensors", "x/../../outside.safetensors"]
+    "name",
+    [
+        "../outside.safetensors",
+        "link.safetensors",
+        "../inside-not/x.safetensors",
+        "x/../../outside.safetensors",
+    ],
 )
 def test_27_path_out_of_the_folder(name: str, inside: Path):
     with pytest.raises(MoleFileError, match="lies outside the folder"):
@@ -318,7 +389,9 @@ def test_29_replaced_while_loading_reads_the_old_file_whole(tmp_path: Path, monk
 def test_29_overwritten_or_cut_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write(tmp_path, raw({"a": entry()}, FOUR))
     with monkeypatch.context() as patch:
-        during_read(patch, lambda: (path.write_bytes(raw({"a": entry()}, b"\xff" * 4)), os.utime(path, ns=(0, 0))))
+        during_read(
+            patch, lambda: (path.write_bytes(raw({"a": entry()}, b"\xff" * 4)), os.utime(path, ns=(0, 0)))
+        )
         with pytest.raises(MoleFileError, match="changed while it was read"):
             read_tensors(path)
     during_read(monkeypatch, lambda: os.truncate(path, 60))
@@ -327,7 +400,17 @@ def test_29_overwritten_or_cut_while_loading(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "/etc/passwd", "sub/good.safetensors", "..", "", "link.safetensors", "a\\b", "c:x"]
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "sub/good.safetensors",
+        "..",
+        "",
+        "link.safetensors",
+        "a\\b",
+        "c:x",
+    ],
 )
 def test_30_index_naming_an_outside_path(name: str, inside: Path):
     index = write(inside, json.dumps({"weight_map": {"a": name}}).encode(), "m.safetensors.index.json")
@@ -338,16 +421,28 @@ def test_30_index_naming_an_outside_path(name: str, inside: Path):
 def test_30_index_of_shards_beside_it(inside: Path):
     save_file({"b": torch.arange(3.0), "unused": torch.ones(1)}, inside / "two.safetensors")
     index = write(
-        inside, json.dumps({"weight_map": {"b": "two.safetensors", "a": "good.safetensors"}}).encode(), "m.safetensors.index.json"
+        inside,
+        json.dumps({"weight_map": {"b": "two.safetensors", "a": "good.safetensors"}}).encode(),
+        "m.safetensors.index.json",
     )
-    assert {key: tensor.tolist() for key, tensor in read_tensors(index)[0].items()} == {"b": [0, 1, 2], "a": [1]}
+    assert {key: tensor.tolist() for key, tensor in read_tensors(index)[0].items()} == {
+        "b": [0, 1, 2],
+        "a": [1],
+    }
     assert list(read_tensors(index, keys=["a"])[0]) == ["a"]
     with pytest.raises(MoleKeyError, match="names no tensor zzz"):
         read_tensors(index, keys=["zzz"])
 
 
 @pytest.mark.parametrize(
-    "text", [b"[]", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b'{"weight_map": {"a":"x","a":"y"}}', b"[" * 10_000]
+    "text",
+    [
+        b"[]",
+        b'{"weight_map": []}',
+        b'{"weight_map": {"a": 1}}',
+        b'{"weight_map": {"a":"x","a":"y"}}',
+        b"[" * 10_000,
+    ],
 )
 def test_30_index_that_is_no_index(text: bytes, tmp_path: Path):
     with pytest.raises(MoleFileError):
@@ -369,7 +464,9 @@ def test_only_wanted_keys_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save_file({"a": torch.ones(2), "b": torch.ones(3), "c": torch.zeros(0, 5)}, tmp_path / "x.safetensors")
     read_keys = []
     real = reader.SafetensorsFile._read
-    monkeypatch.setattr(reader.SafetensorsFile, "_read", lambda self, key, at: (read_keys.append(key), real(self, key, at))[1])
+    monkeypatch.setattr(
+        reader.SafetensorsFile, "_read", lambda self, key, at: (read_keys.append(key), real(self, key, at))[1]
+    )
     tensors, _ = read_tensors(tmp_path / "x.safetensors", keys=["c", "a"])
     assert read_keys == ["c", "a"] == list(tensors)
     assert tensors["c"].shape == (0, 5)

@@ -51,7 +51,9 @@ def broken(error: BaseException):
     raise error
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), ValueError("b")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), MemoryError(), ValueError("b")], ids=lambda e: type(e).__name__
+)
 def test_76_what_stops_the_stream_leaves_the_old_file(error: BaseException, tmp_path: Path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"old")

@@ -1,4 +1,6 @@
-"""Atomic saves: what is written is read back bit for bit, by us and by safetensors; a failed save leaves the old file."""
+"""Atomic saves: what is written is read back bit for bit, by us and by safetensors; a failed save leaves the
+old file.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,19 @@ def tensors(draw: st.DrawFn) -> Tensor:
     """Any bit pattern, NaN and denormals included, of any dtype and shape, sometimes not contiguous."""
     shape, dtype = draw(shapes), DTYPES[draw(dtypes)]
     count = torch.Size(shape).numel() * dtype.itemsize
-    bits = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(draw(st.integers(0, 999))))
+    bits = torch.randint(
+        0,
+        256,
+        (count,),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(draw(st.integers(0, 999))),
+    )
     made = bits.view(dtype).reshape(shape)
-    return made.transpose(0, -1).contiguous().transpose(0, -1) if len(shape) > 1 and draw(st.booleans()) else made
+    return (
+        made.transpose(0, -1).contiguous().transpose(0, -1)
+        if len(shape) > 1 and draw(st.booleans())
+        else made
+    )
 
 
 def bits(tensor: Tensor) -> list[int]:
@@ -41,7 +53,10 @@ def bits(tensor: Tensor) -> list[int]:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(saved=st.dictionaries(keys, tensors(), max_size=6), metadata=st.dictionaries(st.text(max_size=8), st.text(max_size=20), max_size=3))
+@given(
+    saved=st.dictionaries(keys, tensors(), max_size=6),
+    metadata=st.dictionaries(st.text(max_size=8), st.text(max_size=20), max_size=3),
+)
 def test_round_trip_is_bitwise(saved: dict[str, Tensor], metadata: dict[str, str], tmp_path: Path):
     path = tmp_path / "x.safetensors"
     atomic_save(saved, path, metadata)
@@ -49,17 +64,28 @@ def test_round_trip_is_bitwise(saved: dict[str, Tensor], metadata: dict[str, str
     assert list(found) == list(saved)
     assert said == metadata
     for key, tensor in saved.items():
-        assert (found[key].dtype, found[key].shape, bits(found[key])) == (tensor.dtype, tensor.shape, bits(tensor))
+        assert (found[key].dtype, found[key].shape, bits(found[key])) == (
+            tensor.dtype,
+            tensor.shape,
+            bits(tensor),
+        )
 
 
 def test_safetensors_reads_what_we_write_and_aligns(tmp_path: Path):
-    saved = {"half": torch.ones(3, dtype=torch.float16), "scalar": torch.tensor(2.0), "double": torch.rand(2, 3, dtype=torch.float64)}
+    saved = {
+        "half": torch.ones(3, dtype=torch.float16),
+        "scalar": torch.tensor(2.0),
+        "double": torch.rand(2, 3, dtype=torch.float64),
+    }
     atomic_save(saved, tmp_path / "x.safetensors", {"note": "é\x1b"})
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"note": "é\x1b"}
         assert set(file.keys()) == set(saved)
         assert all(torch.equal(file.get_tensor(key), tensor) for key, tensor in saved.items())
-    assert all(entry.begin % entry.dtype.itemsize == 0 for entry in read_header(tmp_path / "x.safetensors").entries.values())
+    assert all(
+        entry.begin % entry.dtype.itemsize == 0
+        for entry in read_header(tmp_path / "x.safetensors").entries.values()
+    )
 
 
 def fail_on(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
@@ -73,9 +99,13 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()], ids=lambda e: type(e).__name__
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()],
+    ids=lambda e: type(e).__name__,
 )
-def test_76_failed_save_keeps_the_old_file(step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_76_failed_save_keeps_the_old_file(
+    step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = tmp_path / "x.safetensors"
     atomic_save({"old": torch.ones(2)}, path)
     before = path.read_bytes()
@@ -134,7 +164,9 @@ def test_link_and_mode_are_kept(tmp_path: Path):
     ],
     ids=["key-escape", "key-long", "key-metadata", "dims", "dtype", "meta", "count"],
 )
-def test_what_the_reader_refuses_is_not_written(saved: dict, error: type[Exception], words: str, tmp_path: Path):
+def test_what_the_reader_refuses_is_not_written(
+    saved: dict, error: type[Exception], words: str, tmp_path: Path
+):
     with pytest.raises(error, match=words):
         atomic_save(saved, tmp_path / "x.safetensors")
     assert os.listdir(tmp_path) == []

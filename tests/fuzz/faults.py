@@ -21,9 +21,23 @@ import mole_kernels
 
 PACKAGE = os.path.dirname(mole_kernels.__file__) + os.sep
 # rooms whose lines Ctrl-C comes between
-ROOMS = tuple(PACKAGE + room for room in ("patching", "layers", "experts", "files", "io", "gates"))
+ROOMS = tuple(
+    PACKAGE + room
+    for room in (
+        "modules",
+        "peft",
+        "grouping",
+        "text_cache",
+        "patching",
+        "layers",
+        "experts",
+        "files",
+        "io",
+        "gates",
+    )
+)
 # where waiting threads are counted: a `finally` of its own cannot be made safe from Ctrl-C in Python
-NEVER = PACKAGE + os.path.join("patching", "turns.py")
+NEVER = PACKAGE + os.path.join("modules", "forward_lock.py")
 
 
 class Injected(Exception):
@@ -44,7 +58,8 @@ class CtrlC(Injected, KeyboardInterrupt):
 
 @dataclass
 class Fault:
-    """kind: "memory", "host" (at tensor operation number `at`), "disk" (at system call number `at`), "ctrl-c" (at line number `at`),
+    """kind: "memory", "host" (at tensor operation number `at`), "disk" (at system call number `at`), "ctrl-c"
+    (at line number `at`),
     "kill" (kill -9 of this very process, at system call number `at`).
 
     count     how many such moments passed      happened  whether the fault was raised
@@ -57,7 +72,13 @@ class Fault:
 
     def __enter__(self) -> Fault:
         self._stack = ExitStack()
-        kinds = {"memory": self._tensors, "host": self._tensors, "disk": self._disk, "kill": self._disk, "ctrl-c": self._lines}
+        kinds = {
+            "memory": self._tensors,
+            "host": self._tensors,
+            "disk": self._disk,
+            "kill": self._disk,
+            "ctrl-c": self._lines,
+        }
         self._stack.enter_context(kinds[self.kind]())
         return self
 

@@ -1,4 +1,6 @@
-"""What holds for every target: bytes from a stranger give a result or a MoleError that can be printed, and nothing else."""
+"""What holds for every target: bytes from a stranger give a result or a MoleError that can be printed, and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ Check = Callable[[bytes], object]
 
 
 def target(name: str) -> ModuleType:
-    """`check(data)`: hands bytes to a reader and holds its promises; `JSON`: whether the bytes are mutated as JSON too."""
+    """`check(data)`: hands bytes to a reader and holds its promises; `JSON`: whether the bytes are mutated as
+    JSON too.
+    """
     return import_module(f"tests.fuzz.targets.{name}")
 
 

@@ -1,4 +1,6 @@
-"""JSON changed as JSON: a value for another, one left out, one twice, one deep inside another; the fuzzer's own bytes otherwise."""
+"""JSON changed as JSON: a value for another, one left out, one twice, one deep inside another; the fuzzer's
+own bytes otherwise.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,50 @@ from typing import Any
 
 Place = tuple[Any, Any]
 # text that stands for itself in what is written
-RAW = ("NaN", "Infinity", "-Infinity", "1" + "0" * 400, "1" * 5000, "1e999", "-0.0", "[" * 2000 + "]" * 2000, '{"a":1,"a":2}')
+RAW = (
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1" + "0" * 400,
+    "1" * 5000,
+    "1e999",
+    "-0.0",
+    "[" * 2000 + "]" * 2000,
+    '{"a":1,"a":2}',
+)
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 2**31, 2**63, 2**64, 0.5, 1e308, 5e-324, "", " ", "a", "a.b", "../x", "/dev/null", "\0", "\ud800",
-    "\u202e", "\x1b[31m", "x" * 700, "float32", [], {}, [[]], [1, 2], {"a": 1}, [None],
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    2**31,
+    2**63,
+    2**64,
+    0.5,
+    1e308,
+    5e-324,
+    "",
+    " ",
+    "a",
+    "a.b",
+    "../x",
+    "/dev/null",
+    "\0",
+    "\ud800",
+    "\u202e",
+    "\x1b[31m",
+    "x" * 700,
+    "float32",
+    [],
+    {},
+    [[]],
+    [1, 2],
+    {"a": 1},
+    [None],
+)
 
 
 def places(value: Any) -> Iterator[Place]:
@@ -34,7 +75,13 @@ def change(value: Any, rng: random.Random) -> Any:
         del container[key]
     elif kind == 1 and isinstance(container[key], int | float) and not isinstance(container[key], bool):
         container[key] = rng.choice(
-            [-container[key], container[key] + 1, container[key] * 2, float(min(container[key], 2**1000)), str(container[key])]
+            [
+                -container[key],
+                container[key] + 1,
+                container[key] * 2,
+                float(min(container[key], 2**1000)),
+                str(container[key]),
+            ]
         )
     elif kind == 2:
         other, there = rng.choice(list(places(box)))
@@ -49,7 +96,9 @@ def change(value: Any, rng: random.Random) -> Any:
 
 
 def mutate(data: bytes, most: int, seed: int, plain: Callable[[bytes, int], bytes]) -> bytes:
-    """Half of the time one to four changes of the JSON, else (or where it is none) bytes as `plain` mutates them."""
+    """Half of the time one to four changes of the JSON, else (or where it is none) bytes as `plain` mutates
+    them.
+    """
     rng = random.Random(seed)
     try:
         value = json.loads(data)

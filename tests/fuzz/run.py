@@ -1,6 +1,7 @@
 """Fuzz the readers with atheris: python tests/fuzz/run.py [--seconds 60 | --runs 2000] [target …]
 
-One process for each target, one after the other. An input that fails is kept under build/fuzz/<target>/ and said at the end; put into
+One process for each target, one after the other. An input that fails is kept under build/fuzz/<target>/ and
+said at the end; put into
 tests/fuzz/corpus/<target>/found-<what> it is met by every test run from then on.
 """
 
@@ -23,7 +24,10 @@ import atheris  # noqa: E402
 
 INSTRUMENTED = ["errors", "files", "io", "experts", "methods", "dispatch.tables", "training.captions"]
 # it names every module that it instruments
-with contextlib.redirect_stderr(io.StringIO()), atheris.instrument_imports(include=[f"mole_kernels.{name}" for name in INSTRUMENTED]):
+with (
+    contextlib.redirect_stderr(io.StringIO()),
+    atheris.instrument_imports(include=[f"mole_kernels.{name}" for name in INSTRUMENTED]),
+):
     from tests.fuzz import meeting
 
     TARGETS = {name: meeting.target(name) for name in meeting.NAMES}
@@ -42,9 +46,15 @@ def fuzz(name: str, limit: list[str], seed: int, out: Path, grown: Path) -> None
 
     def one(data: bytes) -> None:
         meeting.meet(target.check, data)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < most, "this much input takes this much memory"
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < most, (
+            "this much input takes this much memory"
+        )
 
-    options = {"custom_mutator": lambda data, size, seed: mutate(data, size, seed, atheris.Mutate)} if target.JSON else {}
+    options = (
+        {"custom_mutator": lambda data, size, seed: mutate(data, size, seed, atheris.Mutate)}
+        if target.JSON
+        else {}
+    )
     flags = [
         *limit,
         f"-seed={seed}",
@@ -62,7 +72,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="target", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=float, default=60.0, help="of all targets together")
-    parser.add_argument("--runs", type=int, help="of each target, instead of a time: the same inputs every time")
+    parser.add_argument(
+        "--runs", type=int, help="of each target, instead of a time: the same inputs every time"
+    )
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     if unknown := set(asked.targets) - set(TARGETS):
@@ -74,7 +86,8 @@ def main() -> int:
         each = max(1, round(asked.seconds / len(names)))
         limit = [f"-max_total_time={each}"] if asked.runs is None else [f"-runs={asked.runs}"]
         with tempfile.TemporaryDirectory() as empty:
-            # what a longer run found worth keeping is where the next one begins; counted runs begin at the corpus alone
+            # what a longer run found worth keeping is where the next one begins; counted runs begin at the
+            # corpus alone
             grown = Path(empty) if asked.runs is not None else out / "grown"
             grown.mkdir(exist_ok=True)
             child = os.fork()

@@ -1,4 +1,6 @@
-"""Every reader of strangers' bytes meets its corpus, and a counted number of mutations of it: results or MoleErrors, nothing else."""
+"""Every reader of strangers' bytes meets its corpus, and a counted number of mutations of it: results or
+MoleErrors, nothing else.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def test_the_corpus_is_met(name: str):
     """What was found once is refused by name, or read, for ever after; the seeds get somewhere."""
     check = meeting.target(name).check
     met = {path.name: meeting.meet(check, path.read_bytes()) for path in meeting.seeds(name)}
-    assert [error for path, error in met.items() if path.startswith("seed-")].count(None), "no seed is read: the target sees refusals only"
+    assert [error for path, error in met.items() if path.startswith("seed-")].count(None), (
+        "no seed is read: the target sees refusals only"
+    )
     assert all(path.startswith(("seed-", "found-")) for path in met)
 
 
@@ -32,7 +36,9 @@ def test_every_target_has_seeds_and_every_folder_a_target():
     assert sum(path.stat().st_size for path in meeting.CORPUS.rglob("*") if path.is_file()) < 100_000
 
 
-@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris has no wheel for this platform")
+@pytest.mark.skipif(
+    importlib.util.find_spec("atheris") is None, reason="atheris has no wheel for this platform"
+)
 def test_counted_mutations_find_nothing():
     """The same inputs each time: a fixed seed, a number of runs, and no corpus but the repository's."""
     command = [sys.executable, "tests/fuzz/run.py", "--runs", str(RUNS)]

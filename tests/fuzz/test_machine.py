@@ -1,4 +1,6 @@
-"""Random calls on a small model, any of them with a fault at a random moment: a call that fails changes nothing, `remove` restores."""
+"""Random calls on a small model, any of them with a fault at a random moment: a call that fails changes
+nothing, `remove` restores.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,18 @@ from tests.fuzz.world import NAMES, World
 # of `make fuzz`; about a second for each ten runs
 SECONDS = float(os.environ.get("MOLE_FUZZ_SECONDS", "0"))
 FAULTS = st.none() | st.builds(
-    Fault, st.sampled_from(["memory", "host", "disk", "ctrl-c"]), st.integers(0, 20) | st.integers(0, 120) | st.integers(0, 2000)
+    Fault,
+    st.sampled_from(["memory", "host", "disk", "ctrl-c"]),
+    st.integers(0, 20) | st.integers(0, 120) | st.integers(0, 2000),
 )
 SEEDS = st.tuples(st.integers(0, 2), st.sampled_from([1, 2, 4]))
 WEIGHTS = st.sampled_from([0.0, 1.0, -0.5, 0.25, 3.0])
 
 
 class Machine(RuleBasedStateMachine):
-    """Every rule also runs where it is refused (a second patch, a swap while folded): a refusal changes nothing either."""
+    """Every rule also runs where it is refused (a second patch, a swap while folded): a refusal changes
+    nothing either.
+    """
 
     @initialize()
     def begin(self) -> None:
@@ -48,7 +54,11 @@ class Machine(RuleBasedStateMachine):
         self.world.assert_computes()
 
     @precondition(lambda self: self.world.handle is None)
-    @rule(seeds=st.tuples(SEEDS, SEEDS), gates=st.sampled_from([None, "constant", "mole", "top-1"]), fault=FAULTS)
+    @rule(
+        seeds=st.tuples(SEEDS, SEEDS),
+        gates=st.sampled_from([None, "constant", "mole", "top-1"]),
+        fault=FAULTS,
+    )
     def patch(self, seeds: tuple, gates: str | None, fault: Fault | None) -> None:
         self.world.patch(seeds, gates, fault)
 

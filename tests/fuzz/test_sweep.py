@@ -1,4 +1,6 @@
-"""Each call on a patched model with a fault at every moment it has: nothing changes, and then the call goes through."""
+"""Each call on a patched model with a fault at every moment it has: nothing changes, and then the call goes
+through.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,14 @@ def fresh(folder: Path, before: Callable[[World], None]) -> World:
 
 
 def state_of(world: World) -> tuple:
-    return world.handle is None, dict(world.experts or {}), dict(world.scales), world.on, world.folded, len(world.accelerated)
+    return (
+        world.handle is None,
+        dict(world.experts or {}),
+        dict(world.scales),
+        world.on,
+        world.folded,
+        len(world.accelerated),
+    )
 
 
 # call -> (what comes before it, the call)
@@ -69,7 +78,11 @@ CALLS: dict[str, tuple[Callable[[World], None], Callable[[World, Fault | None], 
     "decelerate": (lambda world: world.accelerate(), lambda world, fault: world.decelerate(fault)),
 }
 # every so many moments, another beginning for each call; `make fuzz` (MOLE_FUZZ_SECONDS) takes them all
-STEPS = dict.fromkeys(("memory", "disk", "ctrl-c"), 1) if os.environ.get("MOLE_FUZZ_SECONDS") else {"memory": 9, "disk": 1, "ctrl-c": 41}
+STEPS = (
+    dict.fromkeys(("memory", "disk", "ctrl-c"), 1)
+    if os.environ.get("MOLE_FUZZ_SECONDS")
+    else {"memory": 9, "disk": 1, "ctrl-c": 41}
+)
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "ctrl-c"])

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import mole_kernels as mk
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.io.bank import load_bank
-from mole_kernels.patching.accelerate import AccelerateHandle
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.handle import Handle
+from mole_kernels.peft.accelerate import AccelerateHandle
 from tests.fuzz.faults import Fault
 from tests.patching import peft_models
-from tests.patching.conftest import Mlp, State, make_expert
+from tests.tiny_models import Mlp, State, make_expert
 
 PATHS = ("first", "second", "mix")
 NAMES = ("a", "b")
@@ -43,7 +43,9 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = Both()
-        self.x, self.z = (torch.randn(2, 6, n, generator=torch.Generator().manual_seed(3)) for n in (6, peft_models.K))
+        self.x, self.z = (
+            torch.randn(2, 6, n, generator=torch.Generator().manual_seed(3)) for n in (6, peft_models.K)
+        )
         self.pool = {(seed, rank): self._expert(seed, rank) for seed in range(3) for rank in (1, 2, 4)}
         self.bare = State(self.model, self.run)
         self.handle: Handle | None = None
@@ -57,13 +59,20 @@ class World:
 
     def _expert(self, seed: int, rank: int) -> Expert:
         # the second seed lacks a layer
-        return make_expert(self.model.ours, PATHS[: 2 if seed == 1 else 3], rank=rank, seed=seed, rename=lambda path: f"ours.{path}")
+        return make_expert(
+            self.model.ours,
+            PATHS[: 2 if seed == 1 else 3],
+            rank=rank,
+            seed=seed,
+            rename=lambda path: f"ours.{path}",
+        )
 
     @torch.no_grad()
     def run(self) -> Tensor:
         return self.model(self.x, self.z)
 
-    # -- what must not change -------------------------------------------------------------------------------------------------------
+    # -- what must not change
+    # -------------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Callable[[], None]:
         """A check that everything is bit for bit as it is now."""
@@ -72,7 +81,9 @@ class World:
         def check() -> None:
             state.assert_unchanged()
             now = self._said()
-            assert now == said, {key: (said.get(key), now.get(key)) for key in {*said, *now} if said.get(key) != now.get(key)}
+            assert now == said, {
+                key: (said.get(key), now.get(key)) for key in {*said, *now} if said.get(key) != now.get(key)
+            }
             assert self._files() == files
 
         return check
@@ -83,7 +94,12 @@ class World:
         if self.handle is None:
             return said
         one = self.handle
-        said |= {"active": one.active, "names": one.names, "scales": one.scales, "layers": {p: id(m) for p, m in one.layers.items()}}
+        said |= {
+            "active": one.active,
+            "names": one.names,
+            "scales": one.scales,
+            "layers": {p: id(m) for p, m in one.layers.items()},
+        }
         said["folded"] = one._folded is not None
         if one.active:
             said["on"] = [module.experts_on for module in one.layers.values()]
@@ -100,7 +116,8 @@ class World:
     def _files(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in self.folder.iterdir()}
 
-    # -- calls ----------------------------------------------------------------------------------------------------------------------
+    # -- calls
+    # ----------------------------------------------------------------------------------------------------------------------
 
     def call(self, act: Callable[[], Any], fault: Fault | None, late: bool = True) -> bool:
         """Do it, with a fault or without; whether it went through. Where it did not, nothing has changed.
@@ -121,17 +138,22 @@ class World:
             try:
                 check()
             except AssertionError:
-                # Ctrl-C on the way out of what is done: then all of it is done, which `assert_computes` holds next
+                # Ctrl-C on the way out of what is done: then all of it is done, which `assert_computes` holds
+                # next
                 if late and fault is not None and fault.kind == "ctrl-c":
                     return True
                 raise
             return False
         return True
 
-    def patch(self, seeds: tuple[tuple[int, int], tuple[int, int]], gates: str | None, fault: Fault | None = None) -> None:
+    def patch(
+        self, seeds: tuple[tuple[int, int], tuple[int, int]], gates: str | None, fault: Fault | None = None
+    ) -> None:
         experts = {name: self.pool[seed] for name, seed in zip(NAMES, seeds)}
         made: list[Handle] = []
-        if self.call(lambda: made.append(patch(self.model, experts, gates, scales={"b": 0.5})), fault, late=False):
+        if self.call(
+            lambda: made.append(patch(self.model, experts, gates, scales={"b": 0.5})), fault, late=False
+        ):
             self.handle, self.experts, self.gates = made[0], experts, gates
             self.sources = {name: expert.source for name, expert in experts.items()}
             self.scales, self.on, self.folded = {"a": 1.0, "b": 0.5}, True, False
@@ -139,7 +161,9 @@ class World:
     def patch_saved(self, fault: Fault | None = None) -> None:
         """From the file that `save` wrote."""
         made: list[Handle] = []
-        if self.saved is not None and self.call(lambda: made.append(patch(self.model, self.folder / "x.safetensors")), fault, late=False):
+        if self.saved is not None and self.call(
+            lambda: made.append(patch(self.model, self.folder / "x.safetensors")), fault, late=False
+        ):
             self.handle, self.experts, self.gates = made[0], self.saved["experts"], self.saved["gates"]
             self.sources = dict.fromkeys(NAMES, str(self.folder / "x.safetensors"))
             self.scales, self.on, self.folded = dict.fromkeys(NAMES, 1.0), True, False
@@ -178,7 +202,10 @@ class World:
             self.saved = {"experts": dict(self.experts or {}), "gates": self.gates}
             bank, _ = load_bank(path)
             assert bank.names == NAMES
-            assert all(sorted(bank.experts[name].layers) == sorted(expert.layers) for name, expert in (self.experts or {}).items())
+            assert all(
+                sorted(bank.experts[name].layers) == sorted(expert.layers)
+                for name, expert in (self.experts or {}).items()
+            )
 
     def accelerate(self, fault: Fault | None = None) -> None:
         made: list[AccelerateHandle] = []
@@ -192,7 +219,8 @@ class World:
                 handle.remove()
             self.accelerated.clear()
 
-    # -- what must hold -------------------------------------------------------------------------------------------------------------
+    # -- what must hold
+    # -------------------------------------------------------------------------------------------------------------
 
     def assert_bare(self) -> None:
         """Without a patch and without acceleration: every bit, hook, class and flag of the beginning."""
@@ -205,7 +233,9 @@ class World:
             return
         said = self._said()
         assert said["active"] and said["scales"] == self.scales and said["folded"] == self.folded
-        assert set(said["on"]) == {self.on and not self.folded} and said["sources"] == [self.sources[name] for name in NAMES]
+        assert set(said["on"]) == {self.on and not self.folded} and said["sources"] == [
+            self.sources[name] for name in NAMES
+        ]
         if self.gates not in (None, "constant"):
             return
         other = Both()

@@ -6,7 +6,7 @@ import torch
 from mole_kernels.errors import MoleKeyError, MoleStateError, MoleTypeError
 from mole_kernels.gates.block import BlockRouting
 from mole_kernels.patching.apply import patch
-from tests.patching.conftest import Mlp, make_expert, run_flux, run_unet, tiny_flux, tiny_unet
+from tests.tiny_models import Mlp, make_expert, run_flux, run_unet, tiny_flux, tiny_unet
 
 
 @pytest.fixture
@@ -31,7 +31,12 @@ def test_every_layer_of_a_block_gets_the_softmax_of_its_input(unet):
     maps = handle.gate_maps()
     for path, h in seen.items():
         router = routing.routers[path]
-        want = torch.softmax(torch.nn.functional.normalize(h.mean(1), dim=-1) @ router.weight.mT / router.log_temperature.exp(), -1)
+        want = torch.softmax(
+            torch.nn.functional.normalize(h.mean(1), dim=-1)
+            @ router.weight.mT
+            / router.log_temperature.exp(),
+            -1,
+        )
         torch.testing.assert_close(routing.gates()[path], want)
         inside = [m for p, m in maps.items() if p.startswith(path + ".")]
         assert len(inside) >= 10 and all(torch.equal(m.given[:, 0], routing.gates()[path]) for m in inside)
@@ -74,7 +79,10 @@ def test_joint_attention_blocks_called_by_keyword():
     routing = BlockRouting(flux)
     patch(flux, {"a": make_expert(flux), "b": make_expert(flux, seed=1)}, routing, strict=False)
     run_flux(flux)
-    assert {type(flux.get_submodule(path)).__name__ for path in routing.gates()} == {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
+    assert {type(flux.get_submodule(path)).__name__ for path in routing.gates()} == {
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+    }
 
 
 def test_bad_routing_is_named(unet):

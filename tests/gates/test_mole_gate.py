@@ -1,4 +1,6 @@
-"""The pooled gate in its collapsed form is the official one; MoLE's criteria for the layer (its section 1.1 as the truth)."""
+"""The pooled gate in its collapsed form is the official one; MoLE's criteria for the layer (its section 1.1
+as the truth).
+"""
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ def experts_of(ranks, K, N, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
     factors = {
         f"e{i}": LowRank(
-            torch.randn(r, K, generator=g, dtype=dtype) / K**0.5, torch.randn(N, r, generator=g, dtype=dtype) / r**0.5, 0.25 + 0.5 * i
+            torch.randn(r, K, generator=g, dtype=dtype) / K**0.5,
+            torch.randn(N, r, generator=g, dtype=dtype) / r**0.5,
+            0.25 + 0.5 * i,
         )
         for i, r in enumerate(ranks)
     }
@@ -24,7 +28,9 @@ def experts_of(ranks, K, N, dtype=torch.float64, seed=0):
 
 
 def official(x, base, experts, gate):
-    """o_e = s_e B_e(A_e x); l = sigmoid(Phi x); g_e = sigmoid(w_e · mean(o_e) + c_e); y = Wx + b + Σ o_e l_e g_e."""
+    """o_e = s_e B_e(A_e x); l = sigmoid(Phi x); g_e = sigmoid(w_e · mean(o_e) + c_e); y = Wx + b + Σ o_e l_e
+    g_e.
+    """
     y = F.linear(x, base.weight, base.bias)
     local = torch.ones(*x.shape[:2], len(experts.names), dtype=x.dtype)
     if gate.phi is not None:
@@ -84,7 +90,8 @@ def test_closed_gates_give_the_base_open_gates_the_sum():
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     plain = F.linear(x, base.weight, base.bias)
     total = plain + sum(
-        layer.experts.scale[e].double() * (x @ f.down.mT @ f.up.mT) for e, f in enumerate(map(layer.experts.factor, ("e0", "e1")))
+        layer.experts.scale[e].double() * (x @ f.down.mT @ f.up.mT)
+        for e, f in enumerate(map(layer.experts.factor, ("e0", "e1")))
     )
     with torch.no_grad():
         layer.gate.phi.zero_()
@@ -137,7 +144,9 @@ def test_gradients_reach_gates_alone_through_the_pooled_form():
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     names = ("phi", "phi_bias", "head", "head_bias")
     got = torch.autograd.grad(layer(x).square().sum(), [getattr(layer.gate, n) for n in names])
-    truth = torch.autograd.grad(official(x, base, layer.experts, layer.gate).square().sum(), [getattr(layer.gate, n) for n in names])
+    truth = torch.autograd.grad(
+        official(x, base, layer.experts, layer.gate).square().sum(), [getattr(layer.gate, n) for n in names]
+    )
     for name, a, b in zip(names, got, truth):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
 
@@ -160,7 +169,10 @@ def test_constant_mask_and_sample_gates():
     base = torch.nn.Linear(16, 24).double()
     experts = experts_of((4, 3), 16, 24)
     x = torch.randn(3, 5, 16, dtype=torch.float64)
-    outputs = [experts.scale[e].double() * (x @ f.down.mT @ f.up.mT) for e, f in enumerate(map(experts.factor, experts.names))]
+    outputs = [
+        experts.scale[e].double() * (x @ f.down.mT @ f.up.mT)
+        for e, f in enumerate(map(experts.factor, experts.names))
+    ]
     plain = base(x)
     mask, onehot = torch.rand(5, 2), torch.eye(2)[[0, 1, 0]]
     for gate, weights in (
@@ -171,7 +183,9 @@ def test_constant_mask_and_sample_gates():
         (SampleGate(onehot), onehot[:, None]),
     ):
         truth = plain + sum(weights[..., e : e + 1].double() * o for e, o in enumerate(outputs))
-        torch.testing.assert_close(GatedLoRALinear.from_linear(base, experts, gate)(x), truth, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            GatedLoRALinear.from_linear(base, experts, gate)(x), truth, rtol=1e-6, atol=1e-6
+        )
 
 
 def test_gates_refuse_what_they_cannot_be():

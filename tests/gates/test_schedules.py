@@ -1,4 +1,6 @@
-"""Gates over the denoising steps: which expert counts when, and that nothing recompiles as the steps go by."""
+"""Gates over the denoising steps: which expert counts when, and that nothing recompiles as the steps go
+by.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,11 @@ def bank_of(model: nn.Module, ranks=(2, 3), seed=0, sizes=(1.0, 1.0)) -> ExpertB
     experts = {}
     for name, rank, size in zip(("content", "style"), ranks, sizes):
         layers = {
-            path: LowRank(torch.randn(rank, m.in_features, generator=g), torch.randn(m.out_features, rank, generator=g) * size, 0.5)
+            path: LowRank(
+                torch.randn(rank, m.in_features, generator=g),
+                torch.randn(m.out_features, rank, generator=g) * size,
+                0.5,
+            )
             for path, m in model.named_modules()
             if isinstance(m, nn.Linear)
         }
@@ -82,7 +88,10 @@ def test_the_steps_do_not_recompile(model, backend):
 
 def test_k_lora_picks_by_the_largest_entries_and_style_comes_late(model):
     bank, clock = bank_of(model, sizes=(1.0, 0.8)), Clock(10)
-    whole = {n: sum((f.up @ f.down * f.scale).abs().sum() for f in bank.experts[n].layers.values()) for n in bank.names}
+    whole = {
+        n: sum((f.up @ f.down * f.scale).abs().sum() for f in bank.experts[n].layers.values())
+        for n in bank.names
+    }
     gamma = whole["content"] / whole["style"]
     with patch(model, bank, k_lora(clock, bank, "content", "style")) as handle:
         changed = 0
@@ -106,7 +115,11 @@ def test_k_lora_picks_by_the_largest_entries_and_style_comes_late(model):
         (lambda m, b: Clock(3).set(-1), MoleValueError, "a step >= 0"),
         (lambda m, b: ScheduleGate(torch.ones(2, 2), Clock(3)), MoleShapeError, "with 3 steps"),
         (lambda m, b: patch(m, b, scheduled(Clock(1), {"content": [1.0]})), MoleKeyError, "none for 'style'"),
-        (lambda m, b: patch(m, b, switch(Clock(1), order=["style"])), MoleKeyError, "an order of content, style"),
+        (
+            lambda m, b: patch(m, b, switch(Clock(1), order=["style"])),
+            MoleKeyError,
+            "an order of content, style",
+        ),
         (lambda m, b: switch(Clock(1), every=0), MoleValueError, "every >= 1"),
         (lambda m, b: k_lora(Clock(1), b, "content", "other"), MoleKeyError, "'other'"),
     ],

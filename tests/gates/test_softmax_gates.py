@@ -81,7 +81,9 @@ def test_mocle_routes_by_cluster_and_leaves_the_rest_to_the_universal_expert(top
     torch.testing.assert_close(gate.weights(), torch.cat([kept, 1 - shares.amax(-1, keepdim=True)], -1))
     layer, factors = layer_of(gate)
     x = torch.randn(3, 4, 6, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), mixture(layer, factors, x, gate.weights()[:, None].double()), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        layer(x), mixture(layer, factors, x, gate.weights()[:, None].double()), rtol=1e-6, atol=1e-6
+    )
     layer(x).sum().backward()
     assert gate.weight.grad.norm() > 0
 
@@ -102,7 +104,11 @@ def test_mocle_assigns_the_nearest_cluster():
         (lambda: ClusterGate(torch.eye(2), 1), MoleValueError, "beside the universal one"),
         (lambda: ClusterGate(torch.eye(2), 2).assign(torch.tensor([0, 2])), MoleValueError, "2 for sample 1"),
         (lambda: ClusterGate(torch.eye(2), 2).assign(torch.tensor([0.5])), MoleTypeError, "int64"),
-        (lambda: ClusterGate(torch.eye(2), 2).assign_nearest(torch.ones(1, 3)), MoleShapeError, r"embeddings \[B,2\]"),
+        (
+            lambda: ClusterGate(torch.eye(2), 2).assign_nearest(torch.ones(1, 3)),
+            MoleShapeError,
+            r"embeddings \[B,2\]",
+        ),
     ],
 )
 def test_bad_gates_name_what_is_wrong(call, error, words):

@@ -15,8 +15,12 @@ def skeletons() -> dict[str, dict[str, nn.Module]]:
 
 
 @pytest.fixture(scope="session", params=["sd15", "sdxl"])
-def layers(request: pytest.FixtureRequest, skeletons: dict[str, dict[str, nn.Module]]) -> dict[str, tuple[int, int, bool]]:
-    """component.path -> (N, K, is a convolution) of every linear layer and 1x1 convolution of the attention blocks and text encoders."""
+def layers(
+    request: pytest.FixtureRequest, skeletons: dict[str, dict[str, nn.Module]]
+) -> dict[str, tuple[int, int, bool]]:
+    """component.path -> (N, K, is a convolution) of every linear layer and 1x1 convolution of the attention
+    blocks and text encoders.
+    """
     found = {}
     for component, module in skeletons[request.param].items():
         for path, layer in module.named_modules():

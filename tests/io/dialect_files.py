@@ -1,6 +1,8 @@
-"""Writers of the dialects that other tools speak: a LoRA known on diffusers' layers becomes the file that such a tool would have saved.
+"""Writers of the dialects that other tools speak: a LoRA known on diffusers' layers becomes the file that
+such a tool would have saved.
 
-Layers that the tool's model holds fused (q, k, v; and FLUX's MLP with them) share one A, and their B lie one under the other.
+Layers that the tool's model holds fused (q, k, v; and FLUX's MLP with them) share one A, and their B lie one
+under the other.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_kernels.experts.lowrank import LowRank, flatten
-from mole_kernels.patching.targets import scan, sizes
+from mole_kernels.modules.scan import scan, sizes
 
 # a diffusers name (a pattern) -> the name in the model's own code, and the place among the parts fused there
 Names = list[tuple[str, str, int]]
@@ -21,7 +23,9 @@ DOUBLE, SINGLE = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\
 
 
 def _double(first: str, fused: tuple[str, str, str], stream: str) -> Names:
-    return [(rf"{DOUBLE}attn\.{name}", rf"double_blocks.\1.{stream}_attn.qkv", i) for i, name in enumerate(fused)]
+    return [
+        (rf"{DOUBLE}attn\.{name}", rf"double_blocks.\1.{stream}_attn.qkv", i) for i, name in enumerate(fused)
+    ]
 
 
 FLUX1: Names = [
@@ -58,8 +62,14 @@ FLUX2: Names = [
     (rf"{DOUBLE}ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2", 0),
     (rf"{SINGLE}attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1", 0),
     (rf"{SINGLE}attn\.to_out", r"single_blocks.\1.linear2", 0),
-    *[(rf"{name}\.linear", f"{name}.lin", 0)
-      for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")],
+    *[
+        (rf"{name}\.linear", f"{name}.lin", 0)
+        for name in (
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+        )
+    ],
     ("x_embedder", "img_in", 0),
     ("context_embedder", "txt_in", 0),
     (r"time_guidance_embed\.timestep_embedder\.linear_1", "time_in.in_layer", 0),
@@ -68,11 +78,13 @@ FLUX2: Names = [
     (r"time_guidance_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer", 0),
     (r"norm_out\.linear", "final_layer.adaLN_modulation.1", 0),
     ("proj_out", "final_layer.linear", 0),
-]  # fmt: skip
+]
 WAN: Names = [
-    *[(rf"blocks\.(\d+)\.attn{i}\.{ours}", rf"blocks.\1.{name}_attn.{theirs}", 0)
-      for i, name in ((1, "self"), (2, "cross"))
-      for ours, theirs in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), (r"to_out\.0", "o"))],
+    *[
+        (rf"blocks\.(\d+)\.attn{i}\.{ours}", rf"blocks.\1.{name}_attn.{theirs}", 0)
+        for i, name in ((1, "self"), (2, "cross"))
+        for ours, theirs in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), (r"to_out\.0", "o"))
+    ],
     (r"blocks\.(\d+)\.ffn\.net\.0\.proj", r"blocks.\1.ffn.0", 0),
     (r"blocks\.(\d+)\.ffn\.net\.2", r"blocks.\1.ffn.2", 0),
     (r"condition_embedder\.time_proj", "time_projection.1", 0),
@@ -81,7 +93,7 @@ WAN: Names = [
     (r"condition_embedder\.time_embedder\.linear_1", "time_embedding.0", 0),
     (r"condition_embedder\.time_embedder\.linear_2", "time_embedding.2", 0),
     ("proj_out", "head.head", 0),
-]  # fmt: skip
+]
 ZIMAGE_FUSED: Names = [
     *[(rf"(.*)\.attention\.to_{x}", r"\1.attention.qkv", i) for i, x in enumerate("qkv")],
     (r"(.*)\.attention\.to_out\.0", r"\1.attention.out", 0),
@@ -99,10 +111,12 @@ class Module:
     alpha: float | None
 
 
-def known_lora(model: nn.Module, names: Names, rank: int = 3, alpha: Callable[[str], float | None] = lambda name: None) -> tuple[
-    dict[str, Module], dict[str, LowRank]
-]:  # fmt: skip
-    """(by the tool's names, by diffusers' names) of one random LoRA on every linear layer that the table covers."""
+def known_lora(
+    model: nn.Module, names: Names, rank: int = 3, alpha: Callable[[str], float | None] = lambda name: None
+) -> tuple[dict[str, Module], dict[str, LowRank]]:
+    """(by the tool's names, by diffusers' names) of one random LoRA on every linear layer that the table
+    covers.
+    """
     generator = torch.Generator().manual_seed(0)
     fused: dict[str, list[tuple[int, str, nn.Module]]] = {}
     for path, layer in scan(model).layers.items():
@@ -135,11 +149,18 @@ def kohya(modules: dict[str, Module], prefix: str = "lora_unet_") -> dict[str, T
     return file
 
 
-def dotted(modules: dict[str, Module], prefix: str = "", halves: tuple[str, str] = ("lora_A", "lora_B")) -> dict[str, Tensor]:
-    """The model's own names: "" as BFL publishes, diffusion_model. as ComfyUI and ai-toolkit do, base_model.model. as fal does."""
+def dotted(
+    modules: dict[str, Module], prefix: str = "", halves: tuple[str, str] = ("lora_A", "lora_B")
+) -> dict[str, Tensor]:
+    """The model's own names: "" as BFL publishes, diffusion_model. as ComfyUI and ai-toolkit do,
+    base_model.model. as fal does.
+    """
     file = {}
     for name, module in modules.items():
-        file[f"{prefix}{name}.{halves[0]}.weight"], file[f"{prefix}{name}.{halves[1]}.weight"] = module.down, module.up
+        file[f"{prefix}{name}.{halves[0]}.weight"], file[f"{prefix}{name}.{halves[1]}.weight"] = (
+            module.down,
+            module.up,
+        )
         if module.alpha is not None:
             file[f"{prefix}{name}.alpha"] = torch.tensor(module.alpha)
     return file

@@ -1,4 +1,6 @@
-"""LoRA files whose keys or tensors are wrong: the refusal names the key, and nothing is dropped or invented."""
+"""LoRA files whose keys or tensors are wrong: the refusal names the key, and nothing is dropped or
+invented.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ from mole_kernels.errors import (
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.io import load_expert, save_expert
 
-A, B = "unet.mid_block.attentions.0.proj_in.lora_A.weight", "unet.mid_block.attentions.0.proj_in.lora_B.weight"
+A, B = (
+    "unet.mid_block.attentions.0.proj_in.lora_A.weight",
+    "unet.mid_block.attentions.0.proj_in.lora_B.weight",
+)
 KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
 R, K, N = 2, 5, 4
 NAN, INF = float("nan"), float("inf")
@@ -69,55 +74,159 @@ CASES = [
         ("2 of 2 keys", "'conv.weight'", "'x.bias'"),
     ),
     Wrong("31-no-tensors", {}, MoleKeyError, ("holds no tensors",)),
-    Wrong("32-one-stranger", with_key("conv.weight"), MoleKeyError, ("1 of 3 keys are not LoRA keys", "'conv.weight'")),
+    Wrong(
+        "32-one-stranger",
+        with_key("conv.weight"),
+        MoleKeyError,
+        ("1 of 3 keys are not LoRA keys", "'conv.weight'"),
+    ),
     Wrong("33-A-without-B", {A: torch.ones(R, K)}, MoleKeyError, ("1 layers have no B (up)", A)),
     Wrong("34-B-without-A", {B: torch.ones(N, R)}, MoleKeyError, ("1 layers have no A (down)", B)),
-    Wrong("34-alpha-alone", {"unet.x.alpha": torch.tensor(1.0)}, MoleKeyError, ("have no A (down)", "unet.x.alpha")),
-    Wrong("35-ranks-differ", good() | {B: torch.ones(N, 3)}, MoleShapeError, ("proj_in", "of one rank", "A [2, 5]", "B [4, 3]")),
-    Wrong("35-transposed", good() | {B: torch.ones(R, N)}, MoleShapeError, ("proj_in", "B [2, 4]", "transposed")),
-    Wrong("37-3-D", good() | {A: torch.ones(1, R, K)}, MoleShapeError, ("proj_in", "A (down)", "expected a matrix", "[1, 2, 5]")),
-    Wrong("38-0-D", good() | {B: torch.tensor(1.0)}, MoleShapeError, ("proj_in", "B (up)", "expected a matrix", "shape []")),
+    Wrong(
+        "34-alpha-alone",
+        {"unet.x.alpha": torch.tensor(1.0)},
+        MoleKeyError,
+        ("have no A (down)", "unet.x.alpha"),
+    ),
+    Wrong(
+        "35-ranks-differ",
+        good() | {B: torch.ones(N, 3)},
+        MoleShapeError,
+        ("proj_in", "of one rank", "A [2, 5]", "B [4, 3]"),
+    ),
+    Wrong(
+        "35-transposed", good() | {B: torch.ones(R, N)}, MoleShapeError, ("proj_in", "B [2, 4]", "transposed")
+    ),
+    Wrong(
+        "37-3-D",
+        good() | {A: torch.ones(1, R, K)},
+        MoleShapeError,
+        ("proj_in", "A (down)", "expected a matrix", "[1, 2, 5]"),
+    ),
+    Wrong(
+        "38-0-D",
+        good() | {B: torch.tensor(1.0)},
+        MoleShapeError,
+        ("proj_in", "B (up)", "expected a matrix", "shape []"),
+    ),
     Wrong("38-1-D", good() | {B: torch.ones(4)}, MoleShapeError, ("proj_in", "expected a matrix", "[4]")),
-    Wrong("39-rank-0", {A: torch.ones(0, K), B: torch.ones(N, 0)}, MoleShapeError, ("proj_in", "a rank of at least 1", "A [0, 5]")),
-    Wrong("39-no-input", {A: torch.ones(R, 0), B: torch.ones(N, R)}, MoleShapeError, ("proj_in", "at least one input", "A [2, 0]")),
-    Wrong("41-nan", good() | {A: spoiled(NAN, 3)}, MoleValueError, ("proj_in", "A (down)", "3 NaN and 0 Inf among 10")),
+    Wrong(
+        "39-rank-0",
+        {A: torch.ones(0, K), B: torch.ones(N, 0)},
+        MoleShapeError,
+        ("proj_in", "a rank of at least 1", "A [0, 5]"),
+    ),
+    Wrong(
+        "39-no-input",
+        {A: torch.ones(R, 0), B: torch.ones(N, R)},
+        MoleShapeError,
+        ("proj_in", "at least one input", "A [2, 0]"),
+    ),
+    Wrong(
+        "41-nan",
+        good() | {A: spoiled(NAN, 3)},
+        MoleValueError,
+        ("proj_in", "A (down)", "3 NaN and 0 Inf among 10"),
+    ),
     Wrong("41-inf", good() | {A: spoiled(-INF, 2)}, MoleValueError, ("proj_in", "0 NaN and 2 Inf")),
     Wrong("41-nan-half", good() | {A: spoiled(NAN, 1).half()}, MoleValueError, ("1 NaN and 0 Inf",)),
-    Wrong("41-nan-f8", good() | {A: spoiled(NAN, 1).to(torch.float8_e5m2)}, MoleValueError, ("1 NaN and 0 Inf",)),
-    Wrong("43-alpha-nan", kohya(alpha=torch.tensor(NAN)), MoleValueError, (f"'{KOHYA}.alpha'", "a finite alpha", "nan")),
-    Wrong("43-alpha-inf", kohya(alpha=torch.tensor(INF)), MoleValueError, (f"'{KOHYA}.alpha'", "a finite alpha", "inf")),
-    Wrong("43-alpha-vector", kohya(alpha=torch.ones(2)), MoleShapeError, (f"'{KOHYA}.alpha'", "a scalar alpha", "[2]")),
-    Wrong("47-kohya-and-diffusers", good() | kohya(), MoleKeyError, (A, f"'{KOHYA}.lora_down.weight'", "both name the A (down)")),
+    Wrong(
+        "41-nan-f8", good() | {A: spoiled(NAN, 1).to(torch.float8_e5m2)}, MoleValueError, ("1 NaN and 0 Inf",)
+    ),
+    Wrong(
+        "43-alpha-nan",
+        kohya(alpha=torch.tensor(NAN)),
+        MoleValueError,
+        (f"'{KOHYA}.alpha'", "a finite alpha", "nan"),
+    ),
+    Wrong(
+        "43-alpha-inf",
+        kohya(alpha=torch.tensor(INF)),
+        MoleValueError,
+        (f"'{KOHYA}.alpha'", "a finite alpha", "inf"),
+    ),
+    Wrong(
+        "43-alpha-vector",
+        kohya(alpha=torch.ones(2)),
+        MoleShapeError,
+        (f"'{KOHYA}.alpha'", "a scalar alpha", "[2]"),
+    ),
+    Wrong(
+        "47-kohya-and-diffusers",
+        good() | kohya(),
+        MoleKeyError,
+        (A, f"'{KOHYA}.lora_down.weight'", "both name the A (down)"),
+    ),
     Wrong(
         "47-two-adapter-names",
         {A.replace("A.", f"A.{n}."): torch.ones(R, K) for n in "xy"},
         MoleKeyError,
         ("A.x.weight", "A.y.weight", "both name"),
     ),
-    Wrong("47-old-and-new", with_key(A.replace("lora_A", "lora.down")), MoleKeyError, ("both name the A (down)",)),
+    Wrong(
+        "47-old-and-new",
+        with_key(A.replace("lora_A", "lora.down")),
+        MoleKeyError,
+        ("both name the A (down)",),
+    ),
     Wrong(
         "48-dora-peft",
         with_key(A.replace("lora_A.weight", "lora_magnitude_vector")),
         MoleKeyError,
         ("1 keys belong to DoRA", "lora_magnitude_vector"),
     ),
-    Wrong("48-dora-peft-named", with_key(A.replace("lora_A.", "lora_magnitude_vector.default.")), MoleKeyError, ("belong to DoRA",)),
-    Wrong("48-dora-kohya", kohya(dora_scale=torch.ones(N, 1)), MoleKeyError, ("1 keys belong to DoRA", f"'{KOHYA}.dora_scale'")),
     Wrong(
-        "48-lokr", {f"{KOHYA}.lokr_w1": torch.ones(2, 2), f"{KOHYA}.lokr_w2": torch.ones(2, 2)}, MoleKeyError, ("2 keys belong to LoKr",)
+        "48-dora-peft-named",
+        with_key(A.replace("lora_A.", "lora_magnitude_vector.default.")),
+        MoleKeyError,
+        ("belong to DoRA",),
+    ),
+    Wrong(
+        "48-dora-kohya",
+        kohya(dora_scale=torch.ones(N, 1)),
+        MoleKeyError,
+        ("1 keys belong to DoRA", f"'{KOHYA}.dora_scale'"),
+    ),
+    Wrong(
+        "48-lokr",
+        {f"{KOHYA}.lokr_w1": torch.ones(2, 2), f"{KOHYA}.lokr_w2": torch.ones(2, 2)},
+        MoleKeyError,
+        ("2 keys belong to LoKr",),
     ),
     Wrong("48-loha", {f"{KOHYA}.hada_w1_a": torch.ones(2, 2)}, MoleKeyError, ("1 keys belong to LoHa",)),
-    Wrong("48-bias-peft", with_key(B.replace("weight", "bias")), MoleKeyError, ("1 keys belong to a LoRA bias", "lora_B.bias")),
-    Wrong("48-bias-peft-named", with_key(B.replace("weight", "default.bias")), MoleKeyError, ("belong to a LoRA bias",)),
-    Wrong("48-bias-kohya", kohya(lora_up__bias=torch.ones(N)), MoleKeyError, ("1 keys belong to a LoRA bias",)),
-    Wrong("48-core-of-another-rank", kohya(lora_mid__weight=torch.ones(3, 2, 3, 3)), MoleShapeError, ("lora_mid", "[3, 2, 3, 3]")),
+    Wrong(
+        "48-bias-peft",
+        with_key(B.replace("weight", "bias")),
+        MoleKeyError,
+        ("1 keys belong to a LoRA bias", "lora_B.bias"),
+    ),
+    Wrong(
+        "48-bias-peft-named",
+        with_key(B.replace("weight", "default.bias")),
+        MoleKeyError,
+        ("belong to a LoRA bias",),
+    ),
+    Wrong(
+        "48-bias-kohya", kohya(lora_up__bias=torch.ones(N)), MoleKeyError, ("1 keys belong to a LoRA bias",)
+    ),
+    Wrong(
+        "48-core-of-another-rank",
+        kohya(lora_mid__weight=torch.ones(3, 2, 3, 3)),
+        MoleShapeError,
+        ("lora_mid", "[3, 2, 3, 3]"),
+    ),
     Wrong("48-ia3", kohya(on_input=torch.tensor(1.0)), MoleKeyError, ("IA3",)),
     Wrong("48-boft", with_key("unet.x.boft_R"), MoleKeyError, ("BOFT",)),
     Wrong("48-vera", with_key("unet.x.vera_lambda_b"), MoleKeyError, ("VeRA",)),
     Wrong("48-glora", kohya(a1__weight=torch.ones(2, 2)), MoleKeyError, ("GLoRA",)),
     Wrong("48-scalar", kohya(scalar=torch.tensor(1.0)), MoleKeyError, ("LyCORIS scalar",)),
     Wrong("48-sparse-bias", kohya(bias_indices=torch.ones(2)), MoleKeyError, ("sparse bias",)),
-    Wrong("48-control", with_key("double_blocks.0.img_attn.norm.query_norm.scale"), MoleKeyError, ("full weights of a norm",)),
+    Wrong(
+        "48-control",
+        with_key("double_blocks.0.img_attn.norm.query_norm.scale"),
+        MoleKeyError,
+        ("full weights of a norm",),
+    ),
     Wrong("48-full-difference", kohya(diff=torch.ones(2, 2)), MoleKeyError, ("full weight difference",)),
     Wrong("48-norm", kohya(w_norm=torch.ones(2)), MoleKeyError, ("of a norm",)),
     Wrong("48-embedding", with_key("bundle_emb.x.string_to_param.*"), MoleKeyError, ("an embedding",)),
@@ -128,8 +237,18 @@ CASES = [
         MoleShapeError,
         ("mid_block.attentions.0.proj_in", "B (up)", "3x3 convolution", "the kernel is A's"),
     ),
-    Wrong("37-two-kernels", {A: torch.ones(R, K, 3, 3), B: torch.ones(N, R, 1, 3)}, MoleShapeError, ("B (up)", "1x3 convolution")),
-    Wrong("gate-file", {"moe_lora_unet_x.softmoe.Phi_1.weight": torch.ones(2, 3)}, MoleKeyError, ("this is a gate file",)),
+    Wrong(
+        "37-two-kernels",
+        {A: torch.ones(R, K, 3, 3), B: torch.ones(N, R, 1, 3)},
+        MoleShapeError,
+        ("B (up)", "1x3 convolution"),
+    ),
+    Wrong(
+        "gate-file",
+        {"moe_lora_unet_x.softmoe.Phi_1.weight": torch.ones(2, 3)},
+        MoleKeyError,
+        ("this is a gate file",),
+    ),
 ]
 
 
@@ -141,7 +260,9 @@ def test_wrong_tensors_are_refused_by_name(case: Wrong, form: str, tmp_path: Pat
     with pytest.raises(case.error) as caught:
         load_expert(source if form == "file" else case.tensors)
     text = str(caught.value)
-    assert [word for word in (*case.words, str(source) if form == "file" else "state dict") if word not in text] == [], text
+    assert [
+        word for word in (*case.words, str(source) if form == "file" else "state dict") if word not in text
+    ] == [], text
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
@@ -153,7 +274,9 @@ def test_44_dtype(dtype: torch.dtype):
 
 
 def test_43_alpha_zero_warns_once_and_switches_off():
-    other = {key.replace("proj_in", "proj_out"): tensor for key, tensor in kohya(alpha=torch.tensor(0.0)).items()}
+    other = {
+        key.replace("proj_in", "proj_out"): tensor for key, tensor in kohya(alpha=torch.tensor(0.0)).items()
+    }
     with pytest.warns(MoleWarning, match="alpha is 0 on 2 layers") as caught:
         expert = load_expert(kohya(alpha=torch.tensor(0.0)) | other)
     assert len(caught) == 1
@@ -175,7 +298,10 @@ def test_42_overflow_on_the_cast(tmp_path: Path):
     assert load_expert(path).norm() == pytest.approx(expert.norm())
 
 
-@pytest.mark.parametrize("key", ["\x1b]0;owned\x07", "a\nb: ok", "\u202egnp", "<script>", "../../etc/passwd", "__proto__", "%s%n{0}"])
+@pytest.mark.parametrize(
+    "key",
+    ["\x1b]0;owned\x07", "a\nb: ok", "\u202egnp", "<script>", "../../etc/passwd", "__proto__", "%s%n{0}"],
+)
 def test_49_hostile_key_text_is_shown_escaped(key: str):
     with pytest.raises(MoleKeyError) as caught:
         load_expert(good() | {key: torch.ones(1)})

@@ -38,12 +38,20 @@ def expert() -> Expert:
     draw = torch.Generator().manual_seed(0)
     layers = {}
     for i, path in enumerate(PATHS):
-        layers[path] = LowRank(torch.randn(2, 5, generator=draw), torch.randn(4, 2, generator=draw), 0.25 * (i + 1), conv="proj_in" in path)
+        layers[path] = LowRank(
+            torch.randn(2, 5, generator=draw),
+            torch.randn(4, 2, generator=draw),
+            0.25 * (i + 1),
+            conv="proj_in" in path,
+        )
     return Expert(layers, metadata={"ss_output_name": "x"})
 
 
 def gates() -> GateFile:
-    layers = {path: GateTensors(torch.randn(2, 5), torch.randn(2), torch.randn(2, 4), torch.randn(2)) for path in PATHS[:2]}
+    layers = {
+        path: GateTensors(torch.randn(2, 5), torch.randn(2), torch.randn(2, 4), torch.randn(2))
+        for path in PATHS[:2]
+    }
     return GateFile(layers, ("face", "hand"))
 
 
@@ -78,7 +86,10 @@ def test_gates_both_ways(start: str, to: str, tmp_path: Path):
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to)  # type: ignore[arg-type]
     found = load_gates(tmp_path / "b.safetensors")
     for path, layer in made.layers.items():
-        assert all(torch.equal(found.layers[path].present()[name], tensor) for name, tensor in layer.present().items())
+        assert all(
+            torch.equal(found.layers[path].present()[name], tensor)
+            for name, tensor in layer.present().items()
+        )
 
 
 def test_single_file_with_gates(tmp_path: Path):
@@ -111,7 +122,11 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path):
     save_gates(gates(), tmp_path / "g.safetensors")
     save_bank(ExpertBank({"x": expert()}), tmp_path / "b.safetensors")
     target = tmp_path / "target.safetensors"
-    for source, to, words in (("e", "official", "is an expert"), ("g", "kohya", "is a gate file"), ("b", "official", "holds no gates")):
+    for source, to, words in (
+        ("e", "official", "is an expert"),
+        ("g", "kohya", "is a gate file"),
+        ("b", "official", "holds no gates"),
+    ):
         with pytest.raises(MoleKeyError, match=words):
             convert(tmp_path / f"{source}.safetensors", target, to)  # type: ignore[arg-type]
     with pytest.raises(MoleValueError, match="one of diffusers"):
@@ -124,13 +139,20 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path):
 
 
 def mix_of_show(research: bool, embeddings: bool = True) -> dict:
-    down, up = ("_lora.down.weight", "_lora.up.weight") if research else (".lora_down.weight", ".lora_up.weight")
-    unet, text = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0", "text_model.encoder.layers.0.self_attn.q_proj"
+    down, up = (
+        ("_lora.down.weight", "_lora.up.weight") if research else (".lora_down.weight", ".lora_up.weight")
+    )
+    unet, text = (
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0",
+        "text_model.encoder.layers.0.self_attn.q_proj",
+    )
     params = {
         "unet": {unet + down: torch.ones(4, 5), unet + up: torch.ones(3, 4)},
         "text_encoder": {text + down: torch.ones(4, 5), text + up: torch.ones(3, 4)},
     }
-    return {"params": params | ({"new_concept_embedding": {"<potter1>": torch.ones(16, 8)}} if embeddings else {})}
+    return {
+        "params": params | ({"new_concept_embedding": {"<potter1>": torch.ones(16, 8)}} if embeddings else {})
+    }
 
 
 @pytest.mark.parametrize("research", [False, True], ids=["main", "research"])
@@ -164,8 +186,12 @@ class Exploding:
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param(lambda path: torch.save({"params": {"unet": Exploding()}}, path), id="24-code-in-torch-zip"),
-        pytest.param(lambda path: path.write_bytes(pickle.dumps({"params": Exploding()})), id="24-code-in-pickle"),
+        pytest.param(
+            lambda path: torch.save({"params": {"unet": Exploding()}}, path), id="24-code-in-torch-zip"
+        ),
+        pytest.param(
+            lambda path: path.write_bytes(pickle.dumps({"params": Exploding()})), id="24-code-in-pickle"
+        ),
         pytest.param(lambda path: path.write_bytes(b""), id="empty"),
         pytest.param(lambda path: path.write_bytes(b"PK\x03\x04 and no more"), id="broken-zip"),
         pytest.param(lambda path: path.write_bytes(bytes(1000)), id="zeros"),

@@ -1,4 +1,6 @@
-"""Every dialect leads to the same layers, the same factors and the right scale; diffusers' own converters agree."""
+"""Every dialect leads to the same layers, the same factors and the right scale; diffusers' own converters
+agree.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ SPELLINGS = {
     "peft-adapter-name": lambda p: (f"{p}.lora_A.default_0.weight", f"{p}.lora_B.default_0.weight"),
     "peft-wrapped": lambda p: (f"base_model.model.{p}.lora_A.weight", f"base_model.model.{p}.lora_B.weight"),
     "diffusers-lora": lambda p: (f"{p}.lora.down.weight", f"{p}.lora.up.weight"),
-    "diffusers-linear-layer": lambda p: (f"{p}.lora_linear_layer.down.weight", f"{p}.lora_linear_layer.up.weight"),
+    "diffusers-linear-layer": lambda p: (
+        f"{p}.lora_linear_layer.down.weight",
+        f"{p}.lora_linear_layer.up.weight",
+    ),
     "diffusers-processor": lambda p: (f"{processor(p)}.down.weight", f"{processor(p)}.up.weight"),
     "kohya": lambda p: (f"{kohya(p)}.lora_down.weight", f"{kohya(p)}.lora_up.weight"),
     "mix-of-show-main": lambda p: (f"{p}.lora_down.weight", f"{p}.lora_up.weight"),
@@ -69,7 +74,9 @@ def test_every_spelling_names_the_layer(spelling: str, path: str):
 
 @pytest.mark.parametrize("prefix", ["", "unet.", "transformer.", "text_encoder.", "text_encoder_2."])
 def test_component_prefixes_stay(prefix: str):
-    assert list(load_expert({f"{prefix}a.b.lora_A.weight": DOWN, f"{prefix}a.b.lora_B.weight": UP}).layers) == [f"{prefix}a.b"]
+    assert list(
+        load_expert({f"{prefix}a.b.lora_A.weight": DOWN, f"{prefix}a.b.lora_B.weight": UP}).layers
+    ) == [f"{prefix}a.b"]
 
 
 def test_kohya_text_encoders():
@@ -82,7 +89,9 @@ def test_kohya_text_encoders():
 
 def test_lycoris_prefix_is_the_modules_flat_name():
     name = "lycoris_down_blocks_0_attentions_1_proj_in"
-    (path,) = load_expert({f"{name}.lora_down.weight": DOWN, f"{name}.lora_up.weight": UP, f"{name}.alpha": torch.tensor(1.0)}).layers
+    (path,) = load_expert(
+        {f"{name}.lora_down.weight": DOWN, f"{name}.lora_up.weight": UP, f"{name}.alpha": torch.tensor(1.0)}
+    ).layers
     assert path == "down_blocks.0.attentions.1.proj_in"
 
 
@@ -93,11 +102,20 @@ def test_unknown_flat_name_stays_flat():
 
 
 @pytest.mark.parametrize(
-    "alpha", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5).half(), torch.tensor(0.5).to(torch.float8_e5m2), 0.5]
+    "alpha",
+    [
+        torch.tensor(0.5),
+        torch.tensor([0.5]),
+        torch.tensor(0.5).half(),
+        torch.tensor(0.5).to(torch.float8_e5m2),
+        0.5,
+    ],
 )
 def test_alpha_key_is_alpha_over_rank(alpha: Tensor | float):
     for name in (kohya(QUERY), QUERY):
-        expert = load_expert({f"{name}.lora_down.weight": DOWN, f"{name}.lora_up.weight": UP, f"{name}.alpha": alpha})
+        expert = load_expert(
+            {f"{name}.lora_down.weight": DOWN, f"{name}.lora_up.weight": UP, f"{name}.alpha": alpha}
+        )
         assert expert.layers[QUERY].scale == 0.25
 
 
@@ -126,7 +144,11 @@ def test_peft_metadata_give_the_scale(case: str, prefix: str, tmp_path: Path):
     fields, scale = METADATA[case]
     path = QUERY if prefix else QUERY.removeprefix("unet.")
     text = json.dumps({f"{prefix}{key}": value for key, value in fields.items()})
-    save_file({f"{path}.lora_A.weight": DOWN, f"{path}.lora_B.weight": UP}, tmp_path / "x.safetensors", {"lora_adapter_metadata": text})
+    save_file(
+        {f"{path}.lora_A.weight": DOWN, f"{path}.lora_B.weight": UP},
+        tmp_path / "x.safetensors",
+        {"lora_adapter_metadata": text},
+    )
     assert load_expert(tmp_path / "x.safetensors").layers[path].scale == pytest.approx(scale, rel=1e-15)
 
 
@@ -144,7 +166,12 @@ def whole(layers: Layers, rank: int = 1) -> Expert:
     """An expert on all these layers, every number its own."""
     made = {}
     for i, (path, (n, k, conv)) in enumerate(layers.items()):
-        made[path] = LowRank(torch.full((rank, k), float(i)), torch.full((n, rank), float(i)), scale=0.5 if i % 3 else 2.0, conv=conv)
+        made[path] = LowRank(
+            torch.full((rank, k), float(i)),
+            torch.full((n, rank), float(i)),
+            scale=0.5 if i % 3 else 2.0,
+            conv=conv,
+        )
     return Expert(made)
 
 
@@ -170,14 +197,22 @@ def test_sdxl_in_kohya_has_ldm_names_and_sd15_has_not(layers: Layers, tmp_path: 
     keys = [key for key in read_header(tmp_path / "x.safetensors").entries if key.startswith("lora_unet_")]
     sdxl = any(path.startswith("text_encoder_2.") for path in layers)
     assert len(keys) == 3 * (722 if sdxl else 192)
-    assert all(key.startswith(("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")) for key in keys) == sdxl
+    assert (
+        all(
+            key.startswith(("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks"))
+            for key in keys
+        )
+        == sdxl
+    )
     assert any("input_blocks_4_1_transformer_blocks_0_attn1_to_q" in key for key in keys) == sdxl
     save_expert(whole(layers), tmp_path / "y.safetensors", "kohya", sdxl=False)
     assert not any("_blocks_4_1_" in key for key in read_header(tmp_path / "y.safetensors").entries)
     same(load_expert(tmp_path / "y.safetensors"), whole(layers))
 
 
-def converted(tensors: dict[str, Tensor], sdxl: bool, unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
+def converted(
+    tensors: dict[str, Tensor], sdxl: bool, unet: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What diffusers makes of these keys, in PEFT's names."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
@@ -185,18 +220,23 @@ def converted(tensors: dict[str, Tensor], sdxl: bool, unet: nn.Module) -> tuple[
     cls = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
     state, alphas = cls.lora_state_dict(dict(tensors), unet_config=unet.config)
     text = {key: tensor for key, tensor in state.items() if not key.startswith("unet.")}
-    return convert_unet_state_dict_to_peft({k: t for k, t in state.items() if k.startswith("unet.")}) | convert_state_dict_to_peft(
-        text
-    ), alphas
+    return convert_unet_state_dict_to_peft(
+        {k: t for k, t in state.items() if k.startswith("unet.")}
+    ) | convert_state_dict_to_peft(text), alphas
 
 
-def test_diffusers_reads_our_kohya_files_as_we_do(layers: Layers, skeletons: dict[str, dict[str, nn.Module]], tmp_path: Path):
+def test_diffusers_reads_our_kohya_files_as_we_do(
+    layers: Layers, skeletons: dict[str, dict[str, nn.Module]], tmp_path: Path
+):
     sdxl = any(path.startswith("text_encoder_2.") for path in layers)
     expert = whole(layers)
     save_expert(expert, tmp_path / "x.safetensors", "kohya")
     tensors, _ = read_tensors(tmp_path / "x.safetensors")
     found, alphas = converted(tensors, sdxl, skeletons["sdxl" if sdxl else "sd15"]["unet"])
-    named = {key.replace(".lora.down", ".lora_A").replace(".lora.up", ".lora_B").removesuffix(".weight"): t for key, t in found.items()}
+    named = {
+        key.replace(".lora.down", ".lora_A").replace(".lora.up", ".lora_B").removesuffix(".weight"): t
+        for key, t in found.items()
+    }
     expected = {}
     for path, layer in expert.layers.items():
         expected[f"{path}.lora_A"], expected[f"{path}.lora_B"] = layer.down, layer.up
@@ -211,13 +251,19 @@ def test_ldm_table_covers_every_module_of_sdxl(skeletons: dict[str, dict[str, nn
 
     unet = skeletons["sdxl"]["unet"]
     kinds = (nn.Linear, nn.Conv2d)
-    flats = [flatten(path) for path, module in unet.named_modules() if isinstance(module, kinds) and "samplers" not in path]
+    flats = [
+        flatten(path)
+        for path, module in unet.named_modules()
+        if isinstance(module, kinds) and "samplers" not in path
+    ]
     assert len(flats) > 780
     for flat in flats:
         assert ldm.to_diffusers(ldm.to_ldm(flat)) == flat
     blocks = [flat for flat in flats if "blocks" in flat or "mid_block" in flat]
     assert all(ldm.is_ldm(ldm.to_ldm(flat)) for flat in blocks)
-    theirs = _maybe_map_sgm_blocks_to_diffusers({f"lora_unet_{ldm.to_ldm(flat)}.x": flat for flat in blocks}, unet.config)
+    theirs = _maybe_map_sgm_blocks_to_diffusers(
+        {f"lora_unet_{ldm.to_ldm(flat)}.x": flat for flat in blocks}, unet.config
+    )
     inner = {back: there for there, back in ldm.RESNET.items()}
     for name, flat in theirs.items():
         name = name.removeprefix("lora_unet_").removesuffix(".x").replace("input_blocks", "down_blocks")
@@ -253,7 +299,10 @@ def test_ldm_names(name: str):
     if name.endswith(("_op", "_conv", "_x")):
         return
     assert ldm.to_ldm(LDM_NAMES[name]) == name
-    from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key, _maybe_map_sgm_blocks_to_diffusers
+    from diffusers.loaders.lora_conversion_utils import (
+        _convert_unet_lora_key,
+        _maybe_map_sgm_blocks_to_diffusers,
+    )
 
     class Config:
         layers_per_block = 2
@@ -271,13 +320,21 @@ def test_unflatten_is_the_inverse_of_flatten(layers: Layers):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_round_trip_of_any_ranks_and_scales(data: st.DataObject, tmp_path: Path):
-    paths = data.draw(st.lists(st.sampled_from([QUERY, OUT, TEXT, "unet.mid_block.attentions.0.proj_in"]), min_size=1, unique=True))
+    paths = data.draw(
+        st.lists(
+            st.sampled_from([QUERY, OUT, TEXT, "unet.mid_block.attentions.0.proj_in"]),
+            min_size=1,
+            unique=True,
+        )
+    )
     made = {}
     for path in paths:
         n, k, r = (data.draw(st.integers(1, 6)) for _ in range(3))
         scale = data.draw(st.floats(-1e3, 1e3, width=32).filter(lambda s: abs(s) > 1e-6))
         dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-        made[path] = LowRank(torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype), scale, data.draw(st.booleans()))
+        made[path] = LowRank(
+            torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype), scale, data.draw(st.booleans())
+        )
     expert = Expert(made)
     for dialect in ("diffusers", "kohya"):
         save_expert(expert, tmp_path / "x.safetensors", dialect)  # type: ignore[arg-type]
@@ -285,7 +342,11 @@ def test_round_trip_of_any_ranks_and_scales(data: st.DataObject, tmp_path: Path)
         assert set(found.layers) == set(made)
         for path, layer in made.items():
             other = found.layers[path]
-            assert torch.equal(other.down, layer.down) and torch.equal(other.up, layer.up) and other.down.dtype == layer.down.dtype
+            assert (
+                torch.equal(other.down, layer.down)
+                and torch.equal(other.up, layer.up)
+                and other.down.dtype == layer.down.dtype
+            )
             assert other.conv == layer.conv
             # alpha = scale * rank is stored, in float32 by kohya: one rounding on the way in
             assert other.scale == pytest.approx(layer.scale, rel=2e-7)
@@ -296,7 +357,12 @@ def test_save_refuses_what_a_dialect_cannot_hold(tmp_path: Path):
     flux = Expert({"transformer.single_transformer_blocks.0.attn.to_q": LowRank(DOWN, UP)})
     with pytest.raises(MoleKeyError, match="do not cover transformer"):
         save_expert(flux, target, "kohya")
-    flat = load_expert({"lora_unet_double_blocks_0_img.lora_down.weight": DOWN, "lora_unet_double_blocks_0_img.lora_up.weight": UP})
+    flat = load_expert(
+        {
+            "lora_unet_double_blocks_0_img.lora_down.weight": DOWN,
+            "lora_unet_double_blocks_0_img.lora_up.weight": UP,
+        }
+    )
     with pytest.raises(MoleKeyError, match="known by a flat name only"):
         save_expert(flat, target, "diffusers")
     with pytest.raises(MoleValueError, match="dialect diffusers or kohya"):
@@ -307,9 +373,16 @@ def test_save_refuses_what_a_dialect_cannot_hold(tmp_path: Path):
 
 
 def test_metadata_of_the_file_come_along(tmp_path: Path):
-    save_expert(Expert({QUERY: LowRank(DOWN, UP, 0.5)}, metadata={"ss_network_dim": "2", "note": "\x1b"}), tmp_path / "a.safetensors")
+    save_expert(
+        Expert({QUERY: LowRank(DOWN, UP, 0.5)}, metadata={"ss_network_dim": "2", "note": "\x1b"}),
+        tmp_path / "a.safetensors",
+    )
     found = load_expert(tmp_path / "a.safetensors")
     assert found.metadata["note"] == "\x1b"
     save_expert(found, tmp_path / "b.safetensors", "kohya")
-    assert read_header(tmp_path / "b.safetensors").metadata == {"ss_network_dim": "2", "note": "\x1b", "format": "pt"}
+    assert read_header(tmp_path / "b.safetensors").metadata == {
+        "ss_network_dim": "2",
+        "note": "\x1b",
+        "format": "pt",
+    }
     assert load_expert(tmp_path / "b.safetensors").layers[QUERY].scale == 0.5

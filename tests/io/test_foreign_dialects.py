@@ -1,4 +1,6 @@
-"""Files in the dialects of other models' tools: the right ΔW on the right layers, nothing lost, and what diffusers makes of them."""
+"""Files in the dialects of other models' tools: the right ΔW on the right layers, nothing lost, and what
+diffusers makes of them.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,20 @@ from mole_kernels.io.convert import convert
 from mole_kernels.io.dialects.families import families
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.plan import plan
-from tests.io.dialect_files import FLUX1, FLUX2, SAME, WAN, ZIMAGE_FUSED, Module, Names, dotted, known_lora, kohya, xlabs
-from tests.patching.zoo import DENOISERS, pipeline_of
+from tests.denoisers import DENOISERS, pipeline_of
+from tests.io.dialect_files import (
+    FLUX1,
+    FLUX2,
+    SAME,
+    WAN,
+    ZIMAGE_FUSED,
+    Module,
+    Names,
+    dotted,
+    known_lora,
+    kohya,
+    xlabs,
+)
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -44,7 +58,9 @@ def mixed(name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Dialect:
-    """A model, the names of the tool's modules, what writes the file, and the layers that diffusers' own loader gets wrong (why: docs)."""
+    """A model, the names of the tool's modules, what writes the file, and the layers that diffusers' own
+    loader gets wrong (why: docs).
+    """
 
     id: str
     model: str
@@ -62,25 +78,58 @@ BLOCKS2: Names = [row for row in FLUX2 if "modulation" not in row[1] and "guidan
 DIALECTS = [
     Dialect("kohya-flux1", "flux1", NARROW1, kohya, half, "all"),
     Dialect("kohya-flux1-blocks", "flux1", [row for row in NARROW1 if "blocks" in row[1]], kohya, half),
-    Dialect("kohya-flux1-mixed-alphas", "flux1", [row for row in NARROW1 if "blocks" in row[1]], kohya, mixed),
+    Dialect(
+        "kohya-flux1-mixed-alphas", "flux1", [row for row in NARROW1 if "blocks" in row[1]], kohya, mixed
+    ),
     Dialect("bfl-flux1", "flux1", NARROW1, dotted, theirs_wrong="all"),
-    Dialect("comfy-flux1", "flux1", NARROW1, lambda m: dotted(m, "diffusion_model.", ("lora_down", "lora_up")), half, "all"),
+    Dialect(
+        "comfy-flux1",
+        "flux1",
+        NARROW1,
+        lambda m: dotted(m, "diffusion_model.", ("lora_down", "lora_up")),
+        half,
+        "all",
+    ),
     Dialect("fal-flux1", "flux1", NARROW1, lambda m: dotted(m, "base_model.model."), theirs_wrong="all"),
     Dialect("xlabs-flux1", "flux1", XLABS, xlabs),
     Dialect("kohya-flux2", "flux2", FLUX2, kohya, half, "all"),
-    Dialect("kohya-flux2-blocks", "flux2", [row for row in BLOCKS2 if "final_layer" not in row[1]], kohya, mixed),
+    Dialect(
+        "kohya-flux2-blocks", "flux2", [row for row in BLOCKS2 if "final_layer" not in row[1]], kohya, mixed
+    ),
     Dialect("bfl-flux2", "flux2", FLUX2, dotted, theirs_wrong="all"),
-    Dialect("comfy-flux2", "flux2", FLUX2, lambda m: dotted(m, "diffusion_model."), theirs_wrong=("norm_out.linear",)),
+    Dialect(
+        "comfy-flux2",
+        "flux2",
+        FLUX2,
+        lambda m: dotted(m, "diffusion_model."),
+        theirs_wrong=("norm_out.linear",),
+    ),
     Dialect("musubi-wan", "wan", BLOCKS_WAN, kohya, half),
     Dialect("musubi-wan-everything", "wan", WAN, kohya, mixed, "all"),
     Dialect("comfy-wan", "wan", WAN, lambda m: dotted(m, "diffusion_model.")),
-    Dialect("comfy-wan-alpha", "wan", BLOCKS_WAN, lambda m: dotted(m, "diffusion_model.", ("lora_down", "lora_up")), half),
+    Dialect(
+        "comfy-wan-alpha",
+        "wan",
+        BLOCKS_WAN,
+        lambda m: dotted(m, "diffusion_model.", ("lora_down", "lora_up")),
+        half,
+    ),
     Dialect("musubi-qwen", "qwen-image", SAME, kohya, half),
     Dialect("comfy-qwen", "qwen-image", SAME, lambda m: dotted(m, "diffusion_model.")),
-    Dialect("musubi-z-image", "z-image", SAME, lambda m: kohya({k: v for k, v in m.items() if "-" not in k}), mixed),
+    Dialect(
+        "musubi-z-image",
+        "z-image",
+        SAME,
+        lambda m: kohya({k: v for k, v in m.items() if "-" not in k}),
+        mixed,
+    ),
     Dialect("fused-z-image", "z-image", ZIMAGE_FUSED, kohya, half),
     Dialect("comfy-z-image", "z-image", SAME, lambda m: dotted(m, "diffusion_model."), half),
-    *[Dialect(f"diffusers-{name}", name, SAME, lambda m: dotted(m, "transformer.")) for name in MODELS if name not in ("sd15", "sdxl")],
+    *[
+        Dialect(f"diffusers-{name}", name, SAME, lambda m: dotted(m, "transformer."))
+        for name in MODELS
+        if name not in ("sd15", "sdxl")
+    ],
 ]
 
 
@@ -105,9 +154,11 @@ def test_the_file_gives_the_right_delta_on_the_right_layers(case: Dialect):
     before = dict(file)
     cls = getattr(diffusers, MODELS[case.model].pipeline)
     expert = load_expert(file, pipeline=cls)
-    assert set(expert.layers) == {f"transformer.{path}" for path in layers} or set(expert.layers) == set(layers) or {
-        path.removeprefix("transformer.") for path in expert.layers
-    } == set(layers)  # fmt: skip
+    assert (
+        set(expert.layers) == {f"transformer.{path}" for path in layers}
+        or set(expert.layers) == set(layers)
+        or {path.removeprefix("transformer.") for path in expert.layers} == set(layers)
+    )
     by_path = {path.removeprefix("transformer."): layer for path, layer in expert.layers.items()}
     for path, layer in layers.items():
         close(by_path[path].delta(torch.float64), layer, path)
@@ -125,12 +176,18 @@ def test_diffusers_own_loader_agrees(case: Dialect):
     pipe.load_lora_weights({key: tensor.clone() for key, tensor in file.items()}, adapter_name="a")
     import peft
 
-    found = {path: m for path, m in pipe.transformer.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    found = {
+        path: m for path, m in pipe.transformer.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
     assert set(found) == set(layers)
     for path, m in found.items():
-        delta = m.scaling["a"] * m.lora_B["a"].weight.detach().double() @ m.lora_A["a"].weight.detach().double()
+        delta = (
+            m.scaling["a"] * m.lora_B["a"].weight.detach().double() @ m.lora_A["a"].weight.detach().double()
+        )
         if path in case.theirs_wrong:
-            assert (delta - layers[path].delta(torch.float64)).norm() > 0.5 * delta.norm(), "diffusers reads it right now: tell docs"
+            assert (delta - layers[path].delta(torch.float64)).norm() > 0.5 * delta.norm(), (
+                "diffusers reads it right now: tell docs"
+            )
         else:
             close(delta, layers[path], path, 1e-5)
 
@@ -143,7 +200,11 @@ def test_a_bare_transformer_is_patched_from_the_file(case: Dialect):
     assert set(made_plan.layers) == set(layers) and not made_plan.unmatched["e"]
 
 
-FUSED = [case for case in DIALECTS if case.id in ("kohya-flux1", "bfl-flux1", "xlabs-flux1", "kohya-flux2", "comfy-flux2", "fused-z-image")]
+FUSED = [
+    case
+    for case in DIALECTS
+    if case.id in ("kohya-flux1", "bfl-flux1", "xlabs-flux1", "kohya-flux2", "comfy-flux2", "fused-z-image")
+]
 
 
 @pytest.mark.parametrize("case", FUSED, ids=str)
@@ -182,10 +243,14 @@ def test_flux_at_its_real_width(wide: Any, writer: str):
 
 @pytest.mark.slow
 def test_a_whole_fal_file_is_read_as_diffusers_reads_it():
-    """All 57 blocks at full width: what our spelling of fal's keys gives is what diffusers' own converter for fal gives."""
+    """All 57 blocks at full width: what our spelling of fal's keys gives is what diffusers' own converter for
+    fal gives.
+    """
     with torch.device("meta"):
         whole = diffusers.FluxTransformer2DModel(guidance_embeds=True)
-    modules, layers = known_lora(whole, [row for row in FLUX1 if "blocks" in row[1] or row[1] == "final_layer.linear"], rank=1)
+    modules, layers = known_lora(
+        whole, [row for row in FLUX1 if "blocks" in row[1] or row[1] == "final_layer.linear"], rank=1
+    )
     file = dotted(modules, "base_model.model.")
     theirs = diffusers.FluxPipeline.lora_state_dict(dict(file))
     expert = load_expert(file, pipeline=diffusers.FluxPipeline)
@@ -193,7 +258,9 @@ def test_a_whole_fal_file_is_read_as_diffusers_reads_it():
     theirs = {key.removeprefix("transformer."): tensor for key, tensor in theirs.items()}
     for path, layer in expert.layers.items():
         name = path.removeprefix("transformer.")
-        assert torch.equal(theirs[f"{name}.lora_A.weight"], layer.down) and torch.equal(theirs[f"{name}.lora_B.weight"], layer.up), path
+        assert torch.equal(theirs[f"{name}.lora_A.weight"], layer.down) and torch.equal(
+            theirs[f"{name}.lora_B.weight"], layer.up
+        ), path
 
 
 def test_a_compiled_transformer_is_known_by_what_it_wraps():
@@ -209,12 +276,19 @@ def test_scales_of_files_that_diffusers_writes(name: str, config: str, tmp_path:
     import peft
 
     model = MODELS[name].make().float()
-    fields = {"rslora": {"use_rslora": True}, "patterns": {"rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_k": 5}}}[config]
+    fields = {
+        "rslora": {"use_rslora": True},
+        "patterns": {"rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_k": 5}},
+    }[config]
     targets = ["to_q", "to_k", "to_v"]
-    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=targets, init_lora_weights=False, **fields))  # type: ignore[operator]
+    model.add_adapter(
+        peft.LoraConfig(r=4, lora_alpha=2, target_modules=targets, init_lora_weights=False, **fields)
+    )  # type: ignore[operator]
     model.save_lora_adapter(tmp_path)  # type: ignore[operator]
     found = {path: m for path, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    expert = load_expert(tmp_path / "pytorch_lora_weights.safetensors", pipeline=getattr(diffusers, MODELS[name].pipeline))
+    expert = load_expert(
+        tmp_path / "pytorch_lora_weights.safetensors", pipeline=getattr(diffusers, MODELS[name].pipeline)
+    )
     by_path = {path.removeprefix("transformer."): layer for path, layer in expert.layers.items()}
     assert set(by_path) == set(found) and len(expert.scales()) == (1 if config == "rslora" else 3)
     for path, m in found.items():
@@ -241,7 +315,10 @@ def test_patched_pipeline_computes_the_file():
     assert torch.equal(MODELS["flux2"].run(pipe.transformer), base)
 
 
-TEXT_KEYS = {"lora_te1_text_model_encoder_layers_0_mlp_fc1": (16, 12), "lora_te3_encoder_block_0_layer_0_SelfAttention_q": (12, 12)}
+TEXT_KEYS = {
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1": (16, 12),
+    "lora_te3_encoder_block_0_layer_0_SelfAttention_q": (12, 12),
+}
 
 
 def test_text_encoders_of_a_flux_file_go_to_both_encoders():
@@ -257,7 +334,10 @@ def test_text_encoders_of_a_flux_file_go_to_both_encoders():
     pipe = pipeline_of(MODELS["flux1"])
     handle = patch(pipe, {"e": file})
     text = [path for path in handle.layers if path.startswith("text_encoder")]
-    assert sorted(text) == ["text_encoder.encoder.layers.0.mlp.fc1", "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"]
+    assert sorted(text) == [
+        "text_encoder.encoder.layers.0.mlp.fc1",
+        "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
+    ]
     assert [handle.layers[path].experts.base_scale.item() for path in text] == [0.5, 0.5]
 
 
@@ -265,7 +345,9 @@ def test_what_the_converter_would_drop_is_refused():
     modules, _ = known_lora(MODELS["flux2"].make(), FLUX2)
     file = dotted(modules, "diffusion_model.") | {"lora_unet_extra.lora_down.weight": torch.ones(2, 4)}
     with pytest.raises(MoleKeyError, match=r"no B|leaves out|cannot read"):
-        load_expert(file | {"lora_unet_extra.lora_up.weight": torch.ones(4, 2)}, pipeline=diffusers.Flux2Pipeline)
+        load_expert(
+            file | {"lora_unet_extra.lora_up.weight": torch.ones(4, 2)}, pipeline=diffusers.Flux2Pipeline
+        )
     kohya_file = kohya(modules) | {
         "lora_unet_new_head.lora_down.weight": torch.ones(2, 4),
         "lora_unet_new_head.lora_up.weight": torch.ones(4, 2),
@@ -279,30 +361,42 @@ def one(name: str, n: int, k: int) -> dict[str, Tensor]:
 
 
 def test_a_dialect_that_cannot_be_told_names_its_candidates():
-    """A file of attention's projections alone is FLUX.1's, FLUX.2 klein's or HunyuanVideo's; at another width it is FLUX.2's."""
+    """A file of attention's projections alone is FLUX.1's, FLUX.2 klein's or HunyuanVideo's; at another width
+    it is FLUX.2's.
+    """
     key = "lora_unet_double_blocks_0_img_attn_qkv"
-    with pytest.raises(MoleKeyError, match=r"dialect cannot be told: .*FLUX\.1 or FLUX\.2 or HunyuanVideo transformer") as caught:
+    with pytest.raises(
+        MoleKeyError, match=r"dialect cannot be told: .*FLUX\.1 or FLUX\.2 or HunyuanVideo transformer"
+    ) as caught:
         load_expert(one(key, 9216, 3072), pipeline="auto")
     assert "pipeline=" in caught.value.hint
     wide = load_expert(one(key, 3 * 6144, 6144), pipeline="auto")
     assert sorted(wide.layers) == [f"transformer.transformer_blocks.0.attn.to_{x}" for x in "kqv"]
-    told = load_expert(one(key, 9216, 3072) | one("lora_unet_double_blocks_0_img_mod_lin", 18432, 3072), pipeline="auto")
+    told = load_expert(
+        one(key, 9216, 3072) | one("lora_unet_double_blocks_0_img_mod_lin", 18432, 3072), pipeline="auto"
+    )
     assert "transformer.transformer_blocks.0.norm1.linear" in told.layers
     with pytest.raises(MoleKeyError, match="dialect is not known"):
         load_expert(one("lora_unet_some_new_thing", 4, 4), pipeline="auto")
-    assert list(load_expert(one("lora_unet_mid_block_attentions_0_proj_in", 4, 4), pipeline="auto").layers) == [
-        "unet.mid_block.attentions.0.proj_in"
-    ]
+    assert list(
+        load_expert(one("lora_unet_mid_block_attentions_0_proj_in", 4, 4), pipeline="auto").layers
+    ) == ["unet.mid_block.attentions.0.proj_in"]
 
 
-@pytest.mark.parametrize("name", ["kohya-flux1", "bfl-flux1", "xlabs-flux1", "kohya-flux2", "musubi-wan", "musubi-qwen"])
+@pytest.mark.parametrize(
+    "name", ["kohya-flux1", "bfl-flux1", "xlabs-flux1", "kohya-flux2", "musubi-wan", "musubi-qwen"]
+)
 def test_converted_file_to_file(name: str, tmp_path: Path):
-    """`mole-kernels convert --to diffusers` finds the converter from the keys; what it wrote is diffusers' dialect."""
+    """`mole-kernels convert --to diffusers` finds the converter from the keys; what it wrote is diffusers'
+    dialect.
+    """
     file, layers = made(next(case for case in DIALECTS if case.id == name))
     atomic_save(file, tmp_path / "in.safetensors")
     convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "diffusers")
     again = load_expert(tmp_path / "out.safetensors")
-    assert again.dialect == "diffusers" and {path.removeprefix("transformer.") for path in again.layers} == set(layers)
+    assert again.dialect == "diffusers" and {
+        path.removeprefix("transformer.") for path in again.layers
+    } == set(layers)
     for path, layer in again.layers.items():
         close(layer.delta(torch.float64), layers[path.removeprefix("transformer.")], path)
 
@@ -316,7 +410,9 @@ def test_a_file_that_cannot_be_told_is_not_converted(tmp_path: Path):
     assert not (tmp_path / "out.safetensors").exists()
     atomic_save(one(key, 3 * 3840, 3840), tmp_path / "in.safetensors")
     convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "diffusers")
-    assert sorted(load_expert(tmp_path / "out.safetensors").layers) == [f"transformer.layers.0.attention.to_{x}" for x in "kqv"]
+    assert sorted(load_expert(tmp_path / "out.safetensors").layers) == [
+        f"transformer.layers.0.attention.to_{x}" for x in "kqv"
+    ]
 
 
 def test_what_only_a_converter_reads_says_so(monkeypatch: pytest.MonkeyPatch):
@@ -330,7 +426,11 @@ def test_what_only_a_converter_reads_says_so(monkeypatch: pytest.MonkeyPatch):
 
 
 WRONG = {
-    "sdxl-into-flux": ("lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k", "FluxPipeline", "SDXL UNet"),
+    "sdxl-into-flux": (
+        "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k",
+        "FluxPipeline",
+        "SDXL UNet",
+    ),
     "flux-into-wan": ("lora_unet_double_blocks_0_img_mod_lin", "WanPipeline", "FLUX.1 transformer"),
     "wan-into-flux": ("lora_unet_blocks_0_self_attn_q", "FluxPipeline", "Wan transformer"),
     "wan-into-flux2": ("diffusion_model.blocks.0.self_attn.q", "Flux2Pipeline", "Wan transformer"),
@@ -355,7 +455,15 @@ def test_sd3_in_kohyas_names_is_refused_by_name():
 
 
 def test_families_of_every_tiny_model():
-    known = {"flux1": "flux1", "flux2": "flux2", "qwen-image": "qwen", "z-image": "zimage", "wan": "wan", "sd15": "sd", "sdxl": "sdxl"}
+    known = {
+        "flux1": "flux1",
+        "flux2": "flux2",
+        "qwen-image": "qwen",
+        "z-image": "zimage",
+        "wan": "wan",
+        "sd15": "sd",
+        "sdxl": "sdxl",
+    }
     for name, family in known.items():
         _, layers = known_lora(MODELS[name].make(), SAME)
         assert families(dict.fromkeys(layers)) == (family,), name

@@ -1,4 +1,6 @@
-"""MoLE's gate files: the official names exactly, both ways, and a native form for everything they cannot hold."""
+"""MoLE's gate files: the official names exactly, both ways, and a native form for everything they cannot
+hold.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mole_kernels.errors import MoleError, MoleFileError, MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError
+from mole_kernels.errors import (
+    MoleError,
+    MoleFileError,
+    MoleKeyError,
+    MoleShapeError,
+    MoleTypeError,
+    MoleValueError,
+)
 from mole_kernels.io import GateFile, GateTensors, load_gates, read_header, read_tensors, save_gates
 
 SD15 = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -27,14 +36,26 @@ def gates_of(*paths: str, E: int = 2, seed: int = 0) -> dict[str, GateTensors]:
 
 
 def official(base: str = "moe_lora_unet_down_blocks_0_attentions_0_proj_in") -> dict[str, Tensor]:
-    """A layer as JiePKU/MoLE's network writes it: one Linear(d, 2) and, for each expert, one Linear(d_out, 1)."""
-    modules = {"Phi_1": torch.nn.Linear(K, 2), "face_scale": torch.nn.Linear(N, 1), "hand_scale": torch.nn.Linear(N, 1)}
-    return {f"{base}.softmoe.{name}.{part}": t.detach() for name, module in modules.items() for part, t in module.named_parameters()}
+    """A layer as JiePKU/MoLE's network writes it: one Linear(d, 2) and, for each expert, one Linear(d_out,
+    1).
+    """
+    modules = {
+        "Phi_1": torch.nn.Linear(K, 2),
+        "face_scale": torch.nn.Linear(N, 1),
+        "hand_scale": torch.nn.Linear(N, 1),
+    }
+    return {
+        f"{base}.softmoe.{name}.{part}": t.detach()
+        for name, module in modules.items()
+        for part, t in module.named_parameters()
+    }
 
 
 def same(a: GateTensors, b: GateTensors) -> bool:
     one, other = a.present(), b.present()
-    return set(one) == set(other) and all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
+    return set(one) == set(other) and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
 
 
 def test_official_file_read(tmp_path: Path):
@@ -46,7 +67,9 @@ def test_official_file_read(tmp_path: Path):
     (path,) = gates.layers
     assert path == "unet.down_blocks.0.attentions.0.proj_in"
     found, base = gates.layers[path], "moe_lora_unet_down_blocks_0_attentions_0_proj_in.softmoe."
-    assert torch.equal(found.phi, tensors[f"{base}Phi_1.weight"]) and torch.equal(found.phi_bias, tensors[f"{base}Phi_1.bias"])
+    assert torch.equal(found.phi, tensors[f"{base}Phi_1.weight"]) and torch.equal(
+        found.phi_bias, tensors[f"{base}Phi_1.bias"]
+    )
     for e, name in enumerate(("face", "hand")):
         assert torch.equal(found.head[e], tensors[f"{base}{name}_scale.weight"][0])
         assert torch.equal(found.head_bias[e], tensors[f"{base}{name}_scale.bias"][0])
@@ -61,7 +84,9 @@ def test_official_file_written_has_exactly_the_official_keys(dtype: torch.dtype 
     shapes = {"Phi_1.weight": (2, K), "Phi_1.bias": (2,)}
     for name in ("face", "hand"):
         shapes |= {f"{name}_scale.weight": (1, N), f"{name}_scale.bias": (1,)}
-    assert {key: entry.shape for key, entry in entries.items()} == {base + name: shape for name, shape in shapes.items()}
+    assert {key: entry.shape for key, entry in entries.items()} == {
+        base + name: shape for name, shape in shapes.items()
+    }
     assert {entry.dtype for entry in entries.values()} == {dtype or torch.float32}
     if dtype is None:
         assert same(load_gates(tmp_path / "g.safetensors").layers[SD15], gates.layers[SD15])
@@ -70,7 +95,10 @@ def test_official_file_written_has_exactly_the_official_keys(dtype: torch.dtype 
 def test_sdxl_gates_have_ldm_names(tmp_path: Path):
     gates = GateFile(gates_of(SDXL), ("face", "hand"))
     save_gates(gates, tmp_path / "g.safetensors", "official")
-    assert all(key.startswith("moe_lora_unet_input_blocks_4_1_") for key in read_header(tmp_path / "g.safetensors").entries)
+    assert all(
+        key.startswith("moe_lora_unet_input_blocks_4_1_")
+        for key in read_header(tmp_path / "g.safetensors").entries
+    )
     assert same(load_gates(tmp_path / "g.safetensors").layers[SDXL], gates.layers[SDXL])
 
 
@@ -103,7 +131,11 @@ def test_native_file_holds_any_number_and_either_half(half: str, E: int, tmp_pat
     gates = GateFile({path: cut[half](gate) for path, gate in full.items()}, names, {"note": "\x1b"})
     save_gates(gates, tmp_path / "g.safetensors")
     found = load_gates(tmp_path / "g.safetensors")
-    assert (found.expert_names, found.metadata, list(found.layers)) == (names, {"note": "\x1b"}, list(gates.layers))
+    assert (found.expert_names, found.metadata, list(found.layers)) == (
+        names,
+        {"note": "\x1b"},
+        list(gates.layers),
+    )
     assert all(same(found.layers[path], gate) for path, gate in gates.layers.items())
 
 
@@ -144,7 +176,12 @@ def test_extra_key_is_named(key: str, hint: str, tmp_path: Path):
         ("Phi_1.weight", torch.ones(3, K), MoleShapeError, "phi: expected [2, K], got [3, 5]"),
         ("Phi_1.weight", torch.ones(2), MoleShapeError, "phi: expected [2, K], got [2]"),
         ("Phi_1.bias", torch.ones(3), MoleShapeError, "phi_bias: expected [2], got [3]"),
-        ("hand_scale.weight", torch.ones(1, N + 1), MoleShapeError, "hand_scale': expected weight [1,N] and bias [1]"),
+        (
+            "hand_scale.weight",
+            torch.ones(1, N + 1),
+            MoleShapeError,
+            "hand_scale': expected weight [1,N] and bias [1]",
+        ),
         ("face_scale.weight", torch.ones(2, N), MoleShapeError, "face_scale': expected weight [1,N]"),
         ("face_scale.bias", torch.ones(2), MoleShapeError, "[1, 4] and [2]"),
         ("face_scale.bias", torch.tensor(1.0), MoleShapeError, "[1, 4] and []"),
@@ -159,7 +196,9 @@ def test_wrong_tensor_is_named(name: str, tensor: Tensor, error: type[MoleError]
 
 
 def test_two_spellings_of_one_layer(tmp_path: Path):
-    tensors = official("moe_lora_unet_input_blocks_4_1_proj_in") | official("moe_lora_unet_down_blocks_1_attentions_0_proj_in")
+    tensors = official("moe_lora_unet_input_blocks_4_1_proj_in") | official(
+        "moe_lora_unet_down_blocks_1_attentions_0_proj_in"
+    )
     save_file(tensors, tmp_path / "g.safetensors")
     with pytest.raises(MoleKeyError, match="name the layer"):
         load_gates(tmp_path / "g.safetensors")
@@ -168,7 +207,11 @@ def test_two_spellings_of_one_layer(tmp_path: Path):
 def test_official_dialect_refuses_what_it_cannot_hold(tmp_path: Path):
     cases = [
         (GateFile(gates_of(SD15, E=3), ("a", "b", "c")), MoleValueError, "experts face and hand"),
-        (GateFile({SD15: GateTensors(torch.ones(2, K), torch.ones(2))}, ("face", "hand")), MoleKeyError, "both gates of each layer"),
+        (
+            GateFile({SD15: GateTensors(torch.ones(2, K), torch.ones(2))}, ("face", "hand")),
+            MoleKeyError,
+            "both gates of each layer",
+        ),
         (GateFile(gates_of("text_encoder.x.y"), ("face", "hand")), MoleKeyError, "layers of the UNet"),
         (GateFile(gates_of("transformer.x.y"), ("face", "hand")), MoleKeyError, "layers of the UNet"),
     ]
@@ -211,15 +254,31 @@ def native(tmp_path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     ("change", "error", "words"),
     [
         (lambda t, m: (t | {"stray": torch.ones(1)}, m), MoleKeyError, "neither an expert's nor a gate's"),
-        (lambda t, m: (t | {f"gate.{SD15}.psi": torch.ones(1)}, m), MoleKeyError, "neither an expert's nor a gate's"),
-        (lambda t, m: ({k: v for k, v in t.items() if not k.endswith("phi_bias")}, m), MoleKeyError, "phi and phi_bias"),
+        (
+            lambda t, m: (t | {f"gate.{SD15}.psi": torch.ones(1)}, m),
+            MoleKeyError,
+            "neither an expert's nor a gate's",
+        ),
+        (
+            lambda t, m: ({k: v for k, v in t.items() if not k.endswith("phi_bias")}, m),
+            MoleKeyError,
+            "phi and phi_bias",
+        ),
         (lambda t, m: (t, m | {"gates": '{"experts": "ab", "metadata": {}}'}), MoleKeyError, "whose gates"),
         (lambda t, m: (t, m | {"gates": "[1]"}), MoleKeyError, "whose gates"),
         (lambda t, m: (t, m | {"gates": "{"}), MoleFileError, "not JSON"),
         (lambda t, m: (t, {k: v for k, v in m.items() if k != "gates"}), MoleKeyError, "whose gates"),
-        (lambda t, m: (t, m | {"gates": '{"experts": ["a"], "metadata": {}}'}), MoleShapeError, "expected [1, K]"),
+        (
+            lambda t, m: (t, m | {"gates": '{"experts": ["a"], "metadata": {}}'}),
+            MoleShapeError,
+            "expected [1, K]",
+        ),
         (lambda t, m: (t, m | {"format_version": "2"}), MoleFileError, "expected format version 1, got 2"),
-        (lambda t, m: ({}, {"format": "mole_kernels", "format_version": "1"}), MoleKeyError, "holds no gates"),
+        (
+            lambda t, m: ({}, {"format": "mole_kernels", "format_version": "1"}),
+            MoleKeyError,
+            "holds no gates",
+        ),
     ],
 )
 def test_broken_native_file(change, error: type[MoleError], words: str, tmp_path: Path):

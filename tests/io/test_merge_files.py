@@ -1,4 +1,6 @@
-"""Merging and compressing from file to file: the results of merging in memory, the memory of a layer, nothing left behind."""
+"""Merging and compressing from file to file: the results of merging in memory, the memory of a layer, nothing
+left behind.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,12 @@ PATHS = {
 def expert(seed: int, rank: int = 4, scale: float = 0.5, dtype: torch.dtype = torch.float16) -> Expert:
     draw = torch.Generator().manual_seed(seed)
     layers = {
-        path: LowRank(torch.randn(rank, k, generator=draw).to(dtype), torch.randn(n, rank, generator=draw).to(dtype), scale, conv)
+        path: LowRank(
+            torch.randn(rank, k, generator=draw).to(dtype),
+            torch.randn(n, rank, generator=draw).to(dtype),
+            scale,
+            conv,
+        )
         for path, (n, k, conv) in PATHS.items()
     }
     return Expert(layers)
@@ -65,7 +72,9 @@ def test_as_in_memory_whatever_the_dialects(mode: str, to: str, files: list[Path
     made = merge_files(files, out, mode=mode, to=to, progress=lambda *said: heard.append(said))
     assert made.weights == {"counting": 0.5, "fairy_v2": 0.5}
     same(load_expert(out), merge({"a": load_expert(files[0]), "b": load_expert(files[1])}, mode=mode))
-    assert [said[:2] for said in heard] == [(i, 4) for i in range(1, 5)] and {said[2] for said in heard} == set(PATHS)
+    assert [said[:2] for said in heard] == [(i, 4) for i in range(1, 5)] and {
+        said[2] for said in heard
+    } == set(PATHS)
     assert load_expert(out).dialect == to
     assert load_expert(out).metadata["mole_kernels"] == f"{mode} of 0.5 counting, 0.5 fairy_v2"
 
@@ -83,7 +92,9 @@ def test_diffusers_and_peft_read_the_scale(files: list[Path], tmp_path: Path):
     from diffusers import StableDiffusionPipeline
 
     merge_files([files[1], files[1]], tmp_path / "out.safetensors")
-    state, metadata = StableDiffusionPipeline.lora_state_dict(tmp_path / "out.safetensors", return_lora_metadata=True)[::2]
+    state, metadata = StableDiffusionPipeline.lora_state_dict(
+        tmp_path / "out.safetensors", return_lora_metadata=True
+    )[::2]
     assert metadata["unet.lora_alpha"] / metadata["unet.r"] == 0.25 and metadata["unet.r"] == 12
     assert len(state) == 2 * len(PATHS)
 
@@ -96,7 +107,13 @@ def test_single_files_of_ours(files: list[Path], tmp_path: Path):
         assert merge_files([bank], out).weights == {"a": 0.5, "b": 0.5}
     same(load_expert(out), merge({"a": expert(0), "b": expert(1)}))
     with pytest.warns(MoleWarning):
-        assert list(merge_files([bank, bank, files[0]], out, [1, 2, 3, 4, 5]).weights) == ["a", "b", "a-2", "b-2", "counting"]
+        assert list(merge_files([bank, bank, files[0]], out, [1, 2, 3, 4, 5]).weights) == [
+            "a",
+            "b",
+            "a-2",
+            "b-2",
+            "counting",
+        ]
     with pytest.warns(MoleWarning):
         compress_file(bank, out, rank=2, expert="b")
     same(load_expert(out), compress(expert(1), rank=2).result)
@@ -123,7 +140,10 @@ def alive() -> int:
 
 
 def test_only_a_layer_is_held_at_a_time(tmp_path: Path):
-    layers = {f"unet.down_blocks.0.attentions.{i}.proj_in": LowRank(torch.ones(8, 1000), torch.ones(1000, 8)) for i in range(8)}
+    layers = {
+        f"unet.down_blocks.0.attentions.{i}.proj_in": LowRank(torch.ones(8, 1000), torch.ones(1000, 8))
+        for i in range(8)
+    }
     one = 4 * 8 * 2000
     for name in "ab":
         save_expert(Expert(layers), tmp_path / f"{name}.safetensors")
@@ -173,7 +193,11 @@ def test_76_ctrl_c_and_a_full_disk_leave_the_old_file(what: str, files: list[Pat
 
     for stop_at in (1, 3, 4):
         with pytest.raises(KeyboardInterrupt):
-            run(lambda i, n, path, stop_at=stop_at: signal.raise_signal(signal.SIGINT) if i == stop_at else None)
+            run(
+                lambda i, n, path, stop_at=stop_at: (
+                    signal.raise_signal(signal.SIGINT) if i == stop_at else None
+                )
+            )
         unchanged(tmp_path, before)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -205,18 +229,29 @@ def test_41_nan_names_file_and_layer(files: list[Path], tmp_path: Path):
         lambda out: merge_files([files[0], tmp_path / "bad.safetensors"], out),
         lambda out: compress_file(tmp_path / "bad.safetensors", out, rank=1),
     ):
-        with pytest.raises(MoleValueError, match=r"bad\.safetensors, .*attn2\.to_k, B \(up\): 1 NaN and 0 Inf"):
+        with pytest.raises(
+            MoleValueError, match=r"bad\.safetensors, .*attn2\.to_k, B \(up\): 1 NaN and 0 Inf"
+        ):
             run(tmp_path / "out.safetensors")
         unchanged(tmp_path, before)
 
 
-def test_other_bases_and_other_refusals_come_before_any_data(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    wide = {path: LowRank(layer.down.repeat(1, 2), layer.up, 1.0, layer.conv) for path, layer in expert(2).layers.items()}
+def test_other_bases_and_other_refusals_come_before_any_data(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wide = {
+        path: LowRank(layer.down.repeat(1, 2), layer.up, 1.0, layer.conv)
+        for path, layer in expert(2).layers.items()
+    }
     other, out = tmp_path / "other.safetensors", tmp_path / "out.safetensors"
     save_expert(Expert(wide), other)
     before = snapshot(tmp_path)
-    monkeypatch.setattr("mole_kernels.files.reader.SafetensorsFile._read", lambda *_: pytest.fail("data were read"))
-    with pytest.raises(MoleShapeError, match=rf"4 of 4 layers .*{BLOCK}\.proj_in \(counting 32x32, other 32x64\)"):
+    monkeypatch.setattr(
+        "mole_kernels.files.reader.SafetensorsFile._read", lambda *_: pytest.fail("data were read")
+    )
+    with pytest.raises(
+        MoleShapeError, match=rf"4 of 4 layers .*{BLOCK}\.proj_in \(counting 32x32, other 32x64\)"
+    ):
         merge_files([files[0], other], out)
     with pytest.raises(MoleShapeError, match="expected experts of one rank, got counting 4, fairy_v2 6"):
         merge_files(files, out, mode="linear")
@@ -245,9 +280,21 @@ def test_a_hole_in_the_keys_is_found_at_once(tmp_path: Path):
     cases = [
         ({}, MoleKeyError, "holds no tensors"),
         ({f"{key}A.weight": torch.ones(2, 3)}, MoleKeyError, r"have no B \(up\)"),
-        ({f"{key}A.weight": torch.ones(2, 3), f"{key}B.weight": torch.ones(4, 3)}, MoleShapeError, "of one rank"),
-        ({f"{key}A.weight": torch.ones(2, 3, 3, 3), f"{key}B.weight": torch.ones(4, 2, 3, 3)}, MoleShapeError, "or a convolution"),
-        ({f"{key}A.weight": torch.ones(0, 3), f"{key}B.weight": torch.ones(4, 0)}, MoleShapeError, "of one rank"),
+        (
+            {f"{key}A.weight": torch.ones(2, 3), f"{key}B.weight": torch.ones(4, 3)},
+            MoleShapeError,
+            "of one rank",
+        ),
+        (
+            {f"{key}A.weight": torch.ones(2, 3, 3, 3), f"{key}B.weight": torch.ones(4, 2, 3, 3)},
+            MoleShapeError,
+            "or a convolution",
+        ),
+        (
+            {f"{key}A.weight": torch.ones(0, 3), f"{key}B.weight": torch.ones(4, 0)},
+            MoleShapeError,
+            "of one rank",
+        ),
         ({"unet.x.dora_scale": torch.ones(2)}, MoleKeyError, "DoRA"),
     ]
     for tensors, error, words in cases:

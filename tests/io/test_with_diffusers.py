@@ -1,4 +1,6 @@
-"""Files that diffusers and PEFT write are read with PEFT's own scales, and files of ours load into a diffusers pipeline."""
+"""Files that diffusers and PEFT write are read with PEFT's own scales, and files of ours load into a
+diffusers pipeline.
+"""
 
 from __future__ import annotations
 
@@ -34,24 +36,47 @@ def unet() -> Any:
 def text_encoder() -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 50}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 50,
+    }
     return CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=0, eos_token_id=1))
 
 
 def pipeline() -> Any:
-    parts = {"vae": None, "tokenizer": None, "scheduler": diffusers.DDIMScheduler(), "safety_checker": None, "feature_extractor": None}
-    return diffusers.StableDiffusionPipeline(unet=unet(), text_encoder=text_encoder(), requires_safety_checker=False, **parts)
+    parts = {
+        "vae": None,
+        "tokenizer": None,
+        "scheduler": diffusers.DDIMScheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    return diffusers.StableDiffusionPipeline(
+        unet=unet(), text_encoder=text_encoder(), requires_safety_checker=False, **parts
+    )
 
 
 def peft_layers(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
 
 
 CONFIGS = {
     "plain": {"r": 2, "lora_alpha": 2},
     "alpha": {"r": 4, "lora_alpha": 2},
     "rslora": {"r": 4, "lora_alpha": 2, "use_rslora": True},
-    "patterns": {"r": 4, "lora_alpha": 2, "rank_pattern": {"attn1.to_q": 3}, "alpha_pattern": {"to_k": 5, "attn2.to_v": 7}},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 2,
+        "rank_pattern": {"attn1.to_q": 3},
+        "alpha_pattern": {"to_k": 5, "attn2.to_v": 7},
+    },
 }
 
 
@@ -59,7 +84,11 @@ CONFIGS = {
 @pytest.mark.parametrize("level", ["model", "pipeline"])
 def test_scales_of_files_written_by_diffusers(config: str, level: str, tmp_path: Path):
     model = unet()
-    made = peft.LoraConfig(**CONFIGS[config], target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_in"], init_lora_weights=False)
+    made = peft.LoraConfig(
+        **CONFIGS[config],
+        target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_in"],
+        init_lora_weights=False,
+    )
     model.add_adapter(made)
     if level == "model":
         model.save_lora_adapter(tmp_path)
@@ -67,7 +96,9 @@ def test_scales_of_files_written_by_diffusers(config: str, level: str, tmp_path:
         from diffusers.training_utils import _collate_lora_metadata
 
         weights = peft.get_peft_model_state_dict(model)
-        diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=weights, **_collate_lora_metadata({"unet": model}))
+        diffusers.StableDiffusionPipeline.save_lora_weights(
+            tmp_path, unet_lora_layers=weights, **_collate_lora_metadata({"unet": model})
+        )
     expert = load_expert(tmp_path / "pytorch_lora_weights.safetensors")
     prefix = "" if level == "model" else "unet."
     layers = peft_layers(model)
@@ -89,7 +120,10 @@ def random_expert(pipe: Any, text: bool, mixed: bool) -> Expert:
             if isinstance(module, nn.Linear) and (".attentions." in path or component == "text_encoder"):
                 n, k = module.weight.shape
                 rank = 3 if mixed and "to_k" in path else 2
-                down, up = torch.randn(rank, k, generator=generator), torch.randn(n, rank, generator=generator)
+                down, up = (
+                    torch.randn(rank, k, generator=generator),
+                    torch.randn(n, rank, generator=generator),
+                )
                 scale = 4.0 if mixed and path.endswith(("attn1.to_q", "ff.net.2")) else 0.5
                 made[f"{component}.{path}"] = LowRank(down, up, scale)
     return Expert(made)
@@ -99,7 +133,8 @@ def random_expert(pipe: Any, text: bool, mixed: bool) -> Expert:
 @pytest.mark.parametrize("text", [False, True], ids=["unet", "unet-and-text"])
 def test_diffusers_loads_our_files(dialect: str, text: bool, tmp_path: Path):
     pipe = pipeline()
-    # of a kohya file with unequal alphas, diffusers 0.42 gives every attention layer the most frequent one (and PEFT warns)
+    # of a kohya file with unequal alphas, diffusers 0.42 gives every attention layer the most frequent one
+    # (and PEFT warns)
     expert = random_expert(pipe, text, mixed=dialect == "diffusers")
     assert len(expert.scales()) == (2 if dialect == "diffusers" else 1)
     save_expert(expert, tmp_path / "x.safetensors", dialect)  # type: ignore[arg-type]
@@ -114,7 +149,9 @@ def test_diffusers_loads_our_files(dialect: str, text: bool, tmp_path: Path):
         (name,) = layer.lora_A
         ours = expert.layers[path]
         assert layer.scaling[name] == pytest.approx(ours.scale, rel=1e-6)
-        assert torch.equal(layer.lora_A[name].weight, ours.down) and torch.equal(layer.lora_B[name].weight, ours.up)
+        assert torch.equal(layer.lora_A[name].weight, ours.down) and torch.equal(
+            layer.lora_B[name].weight, ours.up
+        )
 
 
 FLUX = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -143,7 +180,10 @@ def test_other_models_go_through_the_pipelines_converter(given: str):
 
 def test_converter_that_refuses_is_reported_with_the_file():
     with pytest.raises(MoleKeyError, match=r"FluxPipeline\.lora_state_dict cannot read it"):
-        load_expert({"lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(1, 2)}, pipeline=diffusers.FluxPipeline)
+        load_expert(
+            {"lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(1, 2)},
+            pipeline=diffusers.FluxPipeline,
+        )
 
 
 def test_unsupported_keys_do_not_slip_through_the_converter():

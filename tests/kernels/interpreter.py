@@ -1,17 +1,20 @@
 """Triton's interpreter made right: a kernel runs on a CPU as on a GPU, or the fault is named.
 
 What is added to `triton.runtime.interpreter` (import this after TRITON_INTERPRET=1 and before the kernels):
-- bf16 multiplies values, not bit patterns; arithmetic on bf16 outside a dot is refused; tf32 dots round their operands
+- bf16 multiplies values, not bit patterns; arithmetic on bf16 outside a dot is refused; tf32 dots round their
+  operands
 - every lane must stay inside the tensors that were passed, gaps between the rows of a view included
 - masked lanes without `other` read poison (NaN, or the largest integer)
 - programs start in a shuffled order and are interleaved at every atomic, at most `resident` of them at a time
-- races between programs, with happens-before from release and acquire: a store counts as released only if a barrier lies
+- races between programs, with happens-before from release and acquire: a store counts as released only if a
+  barrier lies
   between it and the release, as on a GPU
 - a program that spins with nobody left to release it is a deadlock
 - bytes read, bytes written, distinct bytes, floating point operations of dots and atomics are counted
 
 `run(...)` is a context: `with run(seed=3, resident=2) as counts: kernel[grid](...)`.
-It leans on Triton's internals; `test_interpreter.py` runs first and shows that each check catches a planted fault.
+It leans on Triton's internals; `test_interpreter.py` runs first and shows that each check catches a planted
+fault.
 """
 
 from __future__ import annotations
@@ -68,7 +71,11 @@ def tf32(values: np.ndarray) -> np.ndarray:
     """float32 rounded to tf32's ten bits of mantissa."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     finite = (bits & 0x7F800000) != 0x7F800000
-    return np.where(finite, (bits + 0x0FFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000), bits).astype(np.uint32).view(np.float32)
+    return (
+        np.where(finite, (bits + 0x0FFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000), bits)
+        .astype(np.uint32)
+        .view(np.float32)
+    )
 
 
 _cast_impl, _fp_to_fp, _dot = Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot
@@ -120,7 +127,8 @@ def _refuse_bf16(name: str):
 # ---- memory
 
 
-# what follows a value or a mask differs between versions of Triton and means nothing here: passed on as it came
+# what follows a value or a mask differs between versions of Triton and means nothing here: passed on as it
+# came
 
 
 def _load(self, ptrs, mask, other, *rest, **named):
@@ -130,7 +138,15 @@ def _load(self, ptrs, mask, other, *rest, **named):
     if _Settings.launch is not None:
         _Settings.launch.touch(ptrs.data, mask.data, kind.itemsize, "read")
     if other is None:
-        poison = 0xFFFF if element == tl.bfloat16 else np.nan if kind.kind == "f" else True if kind.kind == "b" else np.iinfo(kind).max
+        poison = (
+            0xFFFF
+            if element == tl.bfloat16
+            else np.nan
+            if kind.kind == "f"
+            else True
+            if kind.kind == "b"
+            else np.iinfo(kind).max
+        )
         other = I.TensorHandle(np.full(ptrs.data.shape, poison, kind), element)
     return _masked_load(self, ptrs, mask, other, *rest, **named)
 
@@ -191,7 +207,9 @@ def _execute(self, *args, **kwargs):
         grid = grid + (1,) * (3 - len(grid))
         builder = I.interpreter_builder
         builder.set_grid_dim(*grid)
-        launch = Launch(grid, _tensors_of(named.values()), _Settings.counts, _Settings.seed, _Settings.resident)
+        launch = Launch(
+            grid, _tensors_of(named.values()), _Settings.counts, _Settings.seed, _Settings.resident
+        )
         _Settings.counts.launches += 1
         _Settings.counts.names.append(self.fn.__name__)
 
@@ -218,11 +236,20 @@ def _root(e: BaseException) -> BaseException:
 
 
 def _device_call(self, *args, **kwargs):
-    # as shipped, every call of a device function patches the language anew and never undoes it; inside a launch it is patched
-    return self.rewrite()(*args, **kwargs) if _Settings.launch is not None else _device_function(self, *args, **kwargs)
+    # as shipped, every call of a device function patches the language anew and never undoes it; inside a
+    # launch it is patched
+    return (
+        self.rewrite()(*args, **kwargs)
+        if _Settings.launch is not None
+        else _device_function(self, *args, **kwargs)
+    )
 
 
-_masked_load, _masked_store, _atomic_rmw = Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_rmw
+_masked_load, _masked_store, _atomic_rmw = (
+    Builder.create_masked_load,
+    Builder.create_masked_store,
+    Builder.create_atomic_rmw,
+)
 _device_function = I.InterpretedFunction.__call__
 
 

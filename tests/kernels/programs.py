@@ -1,7 +1,10 @@
-"""One kernel launch in the interpreter: its programs take turns, and every access is checked for bounds and order.
+"""One kernel launch in the interpreter: its programs take turns, and every access is checked for bounds and
+order.
 
-Happens-before is kept with vector clocks: an atomic that releases publishes what its program had stored before its last barrier, one
-that acquires takes it over. Programs run in threads of their own, one at a time; the baton changes hands at atomics, by lot.
+Happens-before is kept with vector clocks: an atomic that releases publishes what its program had stored
+before its last barrier, one
+that acquires takes it over. Programs run in threads of their own, one at a time; the baton changes hands at
+atomics, by lot.
 """
 
 from __future__ import annotations
@@ -74,7 +77,14 @@ MANY = -2
 class Launch:
     """One kernel launch: its programs, their vector clocks, and the shadows of its tensors."""
 
-    def __init__(self, grid: tuple[int, int, int], tensors: list[torch.Tensor], counts: Counts, seed: int, resident: int) -> None:
+    def __init__(
+        self,
+        grid: tuple[int, int, int],
+        tensors: list[torch.Tensor],
+        counts: Counts,
+        seed: int,
+        resident: int,
+    ) -> None:
         self.counts, self.rng = counts, random.Random(seed)
         self.programs = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
         self.rng.shuffle(self.programs)
@@ -103,7 +113,9 @@ class Launch:
                 continue
             if base not in by_storage:
                 ints = [np.full(size, -1, np.int32) for _ in range(6)]
-                by_storage[base] = _Buffer(base, np.zeros(size, bool), *ints, np.zeros(n, np.int32), np.zeros(size, bool))
+                by_storage[base] = _Buffer(
+                    base, np.zeros(size, bool), *ints, np.zeros(n, np.int32), np.zeros(size, bool)
+                )
             legal = torch.from_numpy(by_storage[base].legal)
             # as bytes: the view's strides times its element size, each element that many bytes long
             e = t.element_size()
@@ -114,7 +126,11 @@ class Launch:
     def touch(self, addresses: np.ndarray, mask: np.ndarray, nbytes: int, kind: str) -> None:
         """Check bounds and order of one access ("read", "write" or "atomic") and record it."""
         p = addresses.reshape(-1).astype(np.int64)
-        p = np.broadcast_to(p, mask.size)[mask.reshape(-1).astype(bool)] if mask.size != p.size else p[mask.reshape(-1).astype(bool)]
+        p = (
+            np.broadcast_to(p, mask.size)[mask.reshape(-1).astype(bool)]
+            if mask.size != p.size
+            else p[mask.reshape(-1).astype(bool)]
+        )
         if p.size == 0:
             return
         if kind != "atomic":
@@ -142,7 +158,9 @@ class Launch:
             self._order(b, q[:, 0], kind)
         inside += sum(int(((p >= low) & (p + nbytes <= high)).sum()) for low, high in self.ranges)
         if inside != p.size:
-            raise Bounds(f"{kind} outside every tensor, program {self.programs[self.current]}: {p.size - inside} of {p.size} lanes")
+            raise Bounds(
+                f"{kind} outside every tensor, program {self.programs[self.current]}: {p.size - inside} of {p.size} lanes"
+            )
 
     def _order(self, b: _Buffer, q: np.ndarray, kind: str) -> None:
         me = self.current
@@ -155,7 +173,9 @@ class Launch:
         def complain(word: str, who: np.ndarray, bad: np.ndarray) -> None:
             if bad.any():
                 other = self.programs[int(who[bad][0])]
-                raise Race(f"program {self.programs[me]} {kind}s what program {other} {word}, with nothing between them")
+                raise Race(
+                    f"program {self.programs[me]} {kind}s what program {other} {word}, with nothing between them"
+                )
 
         complain("wrote", b.writer[q], unordered(b.writer[q], b.writer_clock[q]))
         if kind != "atomic":
@@ -165,7 +185,9 @@ class Launch:
             if (b.reader[q] == MANY).any():
                 late = (b.last_read > mine) & (np.arange(mine.size) != me)
                 if late.any():
-                    raise Race(f"program {self.programs[me]} {kind}s what others read, with nothing between them")
+                    raise Race(
+                        f"program {self.programs[me]} {kind}s what others read, with nothing between them"
+                    )
         if kind == "read":
             many = (b.reader[q] == MANY) | ((b.reader[q] >= 0) & (b.reader[q] != me))
             b.reader[q] = np.where(many, MANY, me)
@@ -185,7 +207,9 @@ class Launch:
         self.counts.atomics += 1
         self.spins += 1
         if self.spins > SPIN_LIMIT * max(1, self.alive):
-            raise Deadlock(f"program {self.programs[self.current]} spins, {self.alive} programs running, none makes progress")
+            raise Deadlock(
+                f"program {self.programs[self.current]} spins, {self.alive} programs running, none makes progress"
+            )
         me = self.current
         places = addresses.reshape(-1)[mask.reshape(-1).astype(bool)].tolist()
         for place in places:

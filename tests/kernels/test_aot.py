@@ -1,4 +1,6 @@
-"""Ratchets on the compiled kernels, with no GPU: a few builds of the table that `python/tools/aot.py` prints."""
+"""Ratchets on the compiled kernels, with no GPU: a few builds of the table that `python/tools/aot.py`
+prints.
+"""
 
 import json
 import os
@@ -58,5 +60,9 @@ def test_the_main_loop_stays_short(rows):
 
 
 def test_a_release_comes_after_a_barrier(rows):
-    """The interpreter checks that too, on the source; here on the machine's own order: no release without a barrier before it."""
-    assert rows["persistent-fwd-both", 90]["releases"] == rows["persistent-fwd-both", 90]["ordered_releases"] > 0
+    """The interpreter checks that too, on the source; here on the machine's own order: no release without a
+    barrier before it.
+    """
+    assert (
+        rows["persistent-fwd-both", 90]["releases"] == rows["persistent-fwd-both", 90]["ordered_releases"] > 0
+    )

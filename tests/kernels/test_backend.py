@@ -37,12 +37,29 @@ def test_forward_and_backward_keep_the_contract(case):
             assert torch.allclose(a.float(), b.float(), atol=0.1, rtol=0.05), name
     dy = torch.randn(got[0].shape, generator=torch.Generator().manual_seed(3)).bfloat16()
     for need in ([True] * 9, [False] * 9, [True] + [False] * 8):
-        rest = (dy, call.x, call.weight, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.pool, *want[1:], need)
+        rest = (
+            dy,
+            call.x,
+            call.weight,
+            e.down,
+            e.up,
+            e.scale,
+            e.ranks,
+            g.gate,
+            g.phi,
+            g.pool,
+            *want[1:],
+            need,
+        )
         with run(resident=2):
             grads = backend.backward(*rest, way="persistent", tile=SMALL)
-        for name, a, b in zip("x down up scale gate phi phi_bias pool pool_bias".split(), grads, stacked.backward(*rest)):
+        for name, a, b in zip(
+            "x down up scale gate phi phi_bias pool pool_bias".split(), grads, stacked.backward(*rest)
+        ):
             assert a.shape == b.shape and (a.dtype == b.dtype or not a.numel()), name
-            assert torch.allclose(a.float(), b.float(), atol=0.1 * (1 + b.abs().max().item() if b.numel() else 1)), name
+            assert torch.allclose(
+                a.float(), b.float(), atol=0.1 * (1 + b.abs().max().item() if b.numel() else 1)
+            ), name
 
 
 def test_the_chosen_tiles_run():
@@ -73,7 +90,9 @@ def test_old_and_missing_parts_are_named(monkeypatch):
     monkeypatch.setattr(backend, "why_not_triton", lambda: "needs Triton 3.6, found 3.5.1")
     assert backend.reject(GOOD) == "needs Triton 3.6, found 3.5.1"
     monkeypatch.setattr(backend, "why_not_triton", lambda: None)
-    monkeypatch.setattr(backend, "why_not_device", lambda: "needs compute capability 8.0 (Ampere), this GPU has 7.5")
+    monkeypatch.setattr(
+        backend, "why_not_device", lambda: "needs compute capability 8.0 (Ampere), this GPU has 7.5"
+    )
     assert "this GPU has 7.5" in backend.reject(GOOD)
     monkeypatch.setattr(backend, "why_not_device", lambda: None)
     assert backend.reject(GOOD) is None
@@ -94,7 +113,9 @@ def test_ways_refuse_with_a_reason():
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
 @pytest.mark.parametrize("shape", [(8192, 640, 640), (154, 2048, 1280), (4608, 3072, 12288), (1, 8, 8)])
 def test_tiles_fit_the_shared_memory(capability, shape):
-    """Stages of x and w tiles are most of what a program needs; the limits are those of the compute capability."""
+    """Stages of x and w tiles are most of what a program needs; the limits are those of the compute
+    capability.
+    """
     M, K, N = shape
     for dtype in (torch.bfloat16, torch.float32):
         t = fitted(choose(M, K, N, 64, dtype, capability, 132), capability, True, 2)

@@ -1,4 +1,6 @@
-"""Gradients against float64 autograd through the reference: all nine, in one launch and in two, and subsets of them."""
+"""Gradients against float64 autograd through the reference: all nine, in one launch and in two, and subsets
+of them.
+"""
 
 from dataclasses import replace
 
@@ -14,7 +16,10 @@ from tests.truth import Case
 
 NAMES = ("x", "down", "up", "scale", "gate", "phi", "phi_bias", "pool", "pool_bias")
 
-CASES = [Case(T=20, K=40, N=33, gate=g) for g in ("none", "local", "pooled", "both", "constant", "mask", "onehot", "mask+both")]
+CASES = [
+    Case(T=20, K=40, N=33, gate=g)
+    for g in ("none", "local", "pooled", "both", "constant", "mask", "onehot", "mask+both")
+]
 CASES += [
     Case(T=1),
     Case(T=37, K=63, N=65),
@@ -83,7 +88,9 @@ LAUNCHES = {"x": 1, "up": 1}
 
 @pytest.mark.parametrize("wanted", SUBSETS)
 def test_only_what_is_needed(wanted):
-    """The same numbers as when all are asked for; one launch where one is enough; no base product where x wants nothing."""
+    """The same numbers as when all are asked for; one launch where one is enough; no base product where x
+    wants nothing.
+    """
     call = Case(ranks=(3, 8)).make(torch.float32)
     dy = seed_of(call)
     names = SUBSETS[wanted]

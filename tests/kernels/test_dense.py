@@ -20,7 +20,9 @@ BF16, F32 = torch.bfloat16, torch.float32
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("gate", ["mask+softmax", "top1+constant", "mask", "local"])
 def test_ranks_wider_than_a_step_and_tails_everywhere(gate, dtype, tma):
-    """K no multiple of eight (ΔW's rows are padded), N ends inside a tile, so that the last one reads the next expert's rows."""
+    """K no multiple of eight (ΔW's rows are padded), N ends inside a tile, so that the last one reads the
+    next expert's rows.
+    """
     call = Case(B=3, T=13, K=44, N=41, ranks=(20, 33, 7), gate=gate, base=False).make(dtype)
     with run(seed=1) as counts, poisoned():
         b = launch.dense(forward_of(call), replace(SMALL, tma=tma))
@@ -67,8 +69,13 @@ def test_what_it_refuses(case, save, words):
     assert refusal("dense", forward_of(Case(gate="mask+softmax").make(F32))) is None
 
 
-@pytest.mark.parametrize("capability, processors, widest", [((8, 0), 108, 64), ((8, 9), 128, 64), ((9, 0), 132, 160), ((10, 0), 148, 160)])
+@pytest.mark.parametrize(
+    "capability, processors, widest",
+    [((8, 0), 108, 64), ((8, 9), 128, 64), ((9, 0), 132, 160), ((10, 0), 148, 160)],
+)
 def test_its_tiles_leave_room_for_two_accumulators(capability, processors, widest):
     for M, N in ((8192, 320), (4608, 12288), (154, 1280)):
-        tile = for_dense(fitted(choose(M, 1280, N, 64, BF16, capability, processors), capability, False, 2), capability)
+        tile = for_dense(
+            fitted(choose(M, 1280, N, 64, BF16, capability, processors), capability, False, 2), capability
+        )
         assert tile.width <= widest

@@ -1,4 +1,6 @@
-"""Forward kernels against float64: every gate kind, awkward sizes, ranks and layouts, the low-rank part alone, any order of programs."""
+"""Forward kernels against float64: every gate kind, awkward sizes, ranks and layouts, the low-rank part
+alone, any order of programs.
+"""
 
 from dataclasses import replace
 
@@ -13,7 +15,10 @@ from tests.kernels.support import SMALL, forward_of, poisoned
 from tests.truth import Case, assert_close_to_truth
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-GATES = [Case(T=20, K=40, N=33, gate=g) for g in ("none", "local", "pooled", "both", "constant", "mask", "onehot", "mask+both")]
+GATES = [
+    Case(T=20, K=40, N=33, gate=g)
+    for g in ("none", "local", "pooled", "both", "constant", "mask", "onehot", "mask+both")
+]
 SHAPES = [
     Case(T=1),
     Case(T=17, K=63, N=65),
@@ -39,8 +44,14 @@ SHAPES = [
     Case(B=4, S=-2, gate="none", ranks=(3,)),
     Case(B=3, S=-7, gate="top1+mask", T=33, K=65, ranks=(5, 6)),
 ]
-RUNS = [(c.alone(), d) for c in GATES for d in (BF16, F32)] + [(c, BF16) for c in GATES] + [(GATES[-1].alone(), F16)]
-RUNS += [(c.alone(), BF16 if i % 2 else F32) for i, c in enumerate(SHAPES)] + [(c, F32 if i % 2 else BF16) for i, c in enumerate(SHAPES)]
+RUNS = (
+    [(c.alone(), d) for c in GATES for d in (BF16, F32)]
+    + [(c, BF16) for c in GATES]
+    + [(GATES[-1].alone(), F16)]
+)
+RUNS += [(c.alone(), BF16 if i % 2 else F32) for i, c in enumerate(SHAPES)] + [
+    (c, F32 if i % 2 else BF16) for i, c in enumerate(SHAPES)
+]
 # roundings of each way: z (and W + ΔW), y; and the base where it is a product of its own
 ROUNDINGS = {"two_pass": 2, "persistent": 2, "recompute": 2, "added": 3, "merge": 3, "dense": 2}
 # ways that take no sample gate
@@ -110,7 +121,9 @@ def test_each_expert_alone(way):
 
 @pytest.mark.parametrize("way", ["two_pass", "persistent", *NO_SAMPLE_GATE])
 def test_nan_stays_where_it_belongs(way):
-    """A NaN in one token's gate makes NaN of that token's row; a NaN in x, of its token's row, or of its sample's where gates pool."""
+    """A NaN in one token's gate makes NaN of that token's row; a NaN in x, of its token's row, or of its
+    sample's where gates pool.
+    """
     call = Case(T=20, ranks=(3, 20), gate="mask" if way in NO_SAMPLE_GATE else "mask+pooled").make(BF16)
     gate = call.gates.gate.expand(2, 20, 2).clone()
     gate[1, 7, 1] = float("nan")
@@ -127,7 +140,9 @@ def test_nan_stays_where_it_belongs(way):
 
 @pytest.mark.parametrize("case", [Case(T=40, K=32), Case(T=40, K=32, gate="local", ranks=(20, 20))], ids=str)
 def test_any_order_and_any_number_of_programs(case):
-    """Bit-equal however many programs there are and run at a time: one at a time must do, or it could hang on a busy GPU."""
+    """Bit-equal however many programs there are and run at a time: one at a time must do, or it could hang on
+    a busy GPU.
+    """
     f = forward_of(case.make(BF16))
     results = []
     for programs, resident, seed in ((1, 1, 0), (3, 1, 1), (7, 7, 2), (20, 1, 3)):
@@ -209,14 +224,18 @@ def test_the_allowance_notices_planted_faults(fault):
 
 @pytest.mark.parametrize("way", ["two_pass", "persistent"])
 def test_a_batch_of_two_is_two_batches_of_one(way):
-    """Bit for bit, each with its own experts and its own sample gate: nothing of one sample reaches the other."""
+    """Bit for bit, each with its own experts and its own sample gate: nothing of one sample reaches the
+    other.
+    """
     call = Case(T=21, K=32, S=2).make(BF16)
     with run(resident=2), poisoned():
         both = WAYS[way](forward_of(call), SMALL)
         for b in range(2):
             experts = call.experts._replace(down=call.experts.down[b : b + 1], up=call.experts.up[b : b + 1])
             gates = call.gates._replace(pool=call.gates.pool[b : b + 1])
-            one = WAYS[way](forward_of(replace(call, x=call.x[b : b + 1], experts=experts, gates=gates)), SMALL)
+            one = WAYS[way](
+                forward_of(replace(call, x=call.x[b : b + 1], experts=experts, gates=gates)), SMALL
+            )
             assert torch.equal(one.y[0], both.y[b])
 
 

@@ -1,4 +1,6 @@
-"""The interpreter's checks, each on a kernel with a planted fault; if one is not noticed, nothing below can be trusted."""
+"""The interpreter's checks, each on a kernel with a planted fault; if one is not noticed, nothing below can
+be trusted.
+"""
 
 import pytest
 import torch
@@ -42,7 +44,9 @@ def neighbour_kernel(dst, out):
 
 
 @triton.jit
-def handover_kernel(data, flag, out, TICKET: tl.constexpr, BARRIER: tl.constexpr, SEM: tl.constexpr, RAISE: tl.constexpr):
+def handover_kernel(
+    data, flag, out, TICKET: tl.constexpr, BARRIER: tl.constexpr, SEM: tl.constexpr, RAISE: tl.constexpr
+):
     """The maker of `data` raises `flag`; everyone waits for it, then reads."""
     if TICKET:
         maker = tl.atomic_add(flag + 1, 1) == 0
@@ -118,7 +122,11 @@ def test_reading_a_neighbours_store_races():
 
 
 def _handover(seed=0, resident=3, ticket=True, barrier=True, sem="release", raised=True):
-    data, flag, out = torch.zeros(16, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), torch.zeros(4, 16, dtype=torch.int32)
+    data, flag, out = (
+        torch.zeros(16, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(4, 16, dtype=torch.int32),
+    )
     with run(seed, resident) as counts:
         handover_kernel[(4,)](data, flag, out, ticket, barrier, sem, raised)
     assert torch.equal(out, torch.arange(16, dtype=torch.int32).expand(4, 16))

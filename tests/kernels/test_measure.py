@@ -15,7 +15,9 @@ from tests.kernels.interpreter import run
 
 @pytest.mark.parametrize("kind", ["none", "mole", "mask", "fixed"])
 def test_what_is_timed_is_right(kind):
-    """Every candidate of `tune`, run by Triton's interpreter on its own inputs, against the stacked backend."""
+    """Every candidate of `tune`, run by Triton's interpreter on its own inputs, against the stacked
+    backend.
+    """
     small = Problem(2, 20, 48, 40, (3, 5), 1, torch.bfloat16, "cpu", **gated(kind))
     for use in (Use(), Use(save=True), Use(backward=True)):
         use = replace(use, by_token=kind == "mask", by_sample=kind == "mask")

@@ -1,4 +1,6 @@
-"""The suite kills faults planted in the kernels' own source: a lost barrier, a relaxed flag, a lost mask, a wrong stride, a stale gate."""
+"""The suite kills faults planted in the kernels' own source: a lost barrier, a relaxed flag, a lost mask, a
+wrong stride, a stale gate.
+"""
 
 import importlib.util
 from dataclasses import replace
@@ -15,6 +17,7 @@ from tests.backends.test_backends import assert_gradient
 from tests.kernels.interpreter import Bounds, Deadlock, Race, run
 from tests.kernels.support import SMALL, forward_of, poisoned
 from tests.kernels.test_backward import NAMES, gradients, seed_of
+from tests.planting import replaced
 from tests.truth import Case, assert_close_to_truth
 
 ROOM = Path(kernels.__file__).parent
@@ -29,40 +32,84 @@ MUTANTS = {
         "tl.atomic_add(ready + i_y, 1",
         Race,
     ),
-    "a relaxed release": ("persistent", 'ready + i_y, 1, sem="release"', 'ready + i_y, 1, sem="relaxed"', Race),
+    "a relaxed release": (
+        "persistent",
+        'ready + i_y, 1, sem="release"',
+        'ready + i_y, 1, sem="relaxed"',
+        Race,
+    ),
     "a relaxed wait": ("persistent", 'ready + i, 0, sem="acquire"', 'ready + i, 0, sem="relaxed"', Race),
     "a wait for one tile too few": ("persistent", 'sem="acquire") < n_w', 'sem="acquire") < n_w - 1', Race),
     "a wait for one half of the rows": ("persistent", "tl.minimum(BM // BH, ", "tl.minimum(1, ", Race),
-    "a half counted for another row tile": ("persistent", "(i % n_th) // (BM // BH)", "(i % n_th) % n_t", (Race, Deadlock)),
+    "a half counted for another row tile": (
+        "persistent",
+        "(i % n_th) // (BM // BH)",
+        "(i % n_th) % n_t",
+        (Race, Deadlock),
+    ),
     "flags reset by the first to leave": ("persistent", "== n_p - 1:", "== 0:", Exception),
-    "a lost mask of columns": ("shrink", "mask=m_k[:, None] & m_d[None, :], other=0.0), b_h", "mask=m_k[:, None], other=0.0), b_h", WRONG),
+    "a lost mask of columns": (
+        "shrink",
+        "mask=m_k[:, None] & m_d[None, :], other=0.0), b_h",
+        "mask=m_k[:, None], other=0.0), b_h",
+        WRONG,
+    ),
     "one set for all samples": ("shrink", "down + i_s * sds", "down + 0 * sds", AssertionError),
     "a sum for a mean": ("shrink", "b_q = b_q / T", "b_q = b_q * 1.0", AssertionError),
-    "the sample's last tile not ordered": ("shrink", 'arrived + i_b, 1, sem="acq_rel"', 'arrived + i_b, 1, sem="relaxed"', Race),
+    "the sample's last tile not ordered": (
+        "shrink",
+        'arrived + i_b, 1, sem="acq_rel"',
+        'arrived + i_b, 1, sem="relaxed"',
+        Race,
+    ),
     "a sample gate forgotten": ("expand", "b_z * b_q[None, :]", "b_z * 1.0", AssertionError),
-    "up transposed by a stride": ("expand", "o_j[None, :] * sun", "o_j[None, :] * sur", (AssertionError, Bounds)),
+    "up transposed by a stride": (
+        "expand",
+        "o_j[None, :] * sun",
+        "o_j[None, :] * sur",
+        (AssertionError, Bounds),
+    ),
     "a bias dropped": ("expand", "    if BIAS:\n", "    if BIAS and N < 0:\n", AssertionError),
 }
 ROUTED = {
     "another k": ("shrink", "E, top_k, SOFTMAX)", "E, top_k + 1, SOFTMAX)", AssertionError),
     "sigmoids for a softmax": ("shrink", "E, top_k, SOFTMAX)", "E, top_k, False)", AssertionError),
-    "an assignment not looked up in the shrink": ("shrink", "assignment, ASSIGN)", "assignment, False)", AssertionError),
-    "an assignment not looked up in the expand": ("expand", "assignment, ASSIGN)", "assignment, False)", AssertionError),
+    "an assignment not looked up in the shrink": (
+        "shrink",
+        "assignment, ASSIGN)",
+        "assignment, False)",
+        AssertionError,
+    ),
+    "an assignment not looked up in the expand": (
+        "expand",
+        "assignment, ASSIGN)",
+        "assignment, False)",
+        AssertionError,
+    ),
 }
 SUMS = {
     "no barrier before the slot's release": ("gradients", BARRIER + "        is_last", "is_last", Race),
     "a slot forgotten": ("gradients", "for j in range(slots):", "for j in range(slots - 1):", AssertionError),
-    "the pooled gate's part of dh forgotten": ("gradients", "b_z + b_c[None, :]", "b_z * 1.0", AssertionError),
-    "a sample of another set": ("gradients", "if tl.load(assignment + i_b) == i_s:", "if tl.load(assignment + i_b) >= 0:", AssertionError),
+    "the pooled gate's part of dh forgotten": (
+        "gradients",
+        "b_z + b_c[None, :]",
+        "b_z * 1.0",
+        AssertionError,
+    ),
+    "a sample of another set": (
+        "gradients",
+        "if tl.load(assignment + i_b) == i_s:",
+        "if tl.load(assignment + i_b) >= 0:",
+        AssertionError,
+    ),
 }
 
 
 def mutant(tmp_path, module, old, new):
     """The module with one piece of its text replaced."""
     text = (ROOM / f"{module}.py").read_text()
-    assert old in text, f"{module} no longer has {old!r}"
     path = tmp_path / f"{module}_mutant.py"
-    path.write_text(text.replace(old, new))
+    path.write_text(replaced(text, old, new, module, anywhere=True))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)

@@ -25,7 +25,19 @@ def forward(call, way, save=True, tile=SMALL):
     e, g = call.experts, call.gates
     with run(resident=2), poisoned():
         return backend.forward(
-            call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, *g[:5], save, e.assignment, g.top_k, way=way, tile=tile
+            call.x,
+            call.weight,
+            call.bias,
+            e.down,
+            e.up,
+            e.scale,
+            e.ranks,
+            *g[:5],
+            save,
+            e.assignment,
+            g.top_k,
+            way=way,
+            tile=tile,
         )
 
 

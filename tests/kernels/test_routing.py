@@ -1,4 +1,6 @@
-"""Softmax and top-k gates by the reference's rule; sets named by an assignment, of which nothing leaks into another sample."""
+"""Softmax and top-k gates by the reference's rule; sets named by an assignment, of which nothing leaks into
+another sample.
+"""
 
 from dataclasses import replace
 
@@ -36,7 +38,9 @@ def run_way(way, call, save=False):
 
 
 # every kernel that makes the gates, and for those that share a function with another the two hardest
-TIED = [("two_pass", name) for name in LOGITS] + [(way, name) for way in (*GATED[1:], "dense") for name in ("ties", "NaN")]
+TIED = [("two_pass", name) for name in LOGITS] + [
+    (way, name) for way in (*GATED[1:], "dense") for name in ("ties", "NaN")
+]
 
 
 @pytest.mark.parametrize("way, name", TIED)
@@ -48,7 +52,11 @@ def test_ties_and_what_is_no_number(way, name):
         gates = call.gates._replace(phi=torch.zeros_like(call.gates.phi), phi_bias=row, top_k=k)
         b = run_way(way, replace(call, gates=gates))
         want = softmax_of_largest(row, k)
-        assert torch.allclose(b.token_gate, want.expand(2, 3, 5), atol=1e-6, equal_nan=True), (k, b.token_gate[0, 0], want)
+        assert torch.allclose(b.token_gate, want.expand(2, 3, 5), atol=1e-6, equal_nan=True), (
+            k,
+            b.token_gate[0, 0],
+            want,
+        )
         assert torch.equal(b.y.isnan().any(-1), torch.full((2, 3), bool(want.isnan().any())))
 
 
@@ -58,20 +66,31 @@ POOL = Case(B=5, S=-3, T=9, K=40, N=33, ranks=(5, 9))
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("gate", ["none", "softmax+pooled"])
 def test_a_sample_without_a_set_is_the_base_to_the_bit(way, gate):
-    """Even where the sets hold NaN: those that no sample takes, and the first, which a careless index of −1 would read."""
+    """Even where the sets hold NaN: those that no sample takes, and the first, which a careless index of −1
+    would read.
+    """
     call = replace(POOL, gate=gate).make(BF16)
     experts = call.experts
     sets = [t.clone() for t in (experts.down, experts.up)]
     for t in sets:
         t[0], t[2] = NAN, NAN
-    call = replace(call, experts=experts._replace(down=sets[0], up=sets[1], assignment=torch.tensor([-1, 1, -1, 1, -1])))
+    call = replace(
+        call, experts=experts._replace(down=sets[0], up=sets[1], assignment=torch.tensor([-1, 1, -1, 1, -1]))
+    )
     if call.gates.pool is not None:
         call.gates.pool[0] = NAN
     f = forward_of(call)
     if refusal(way, f) is not None:
         return
-    base = replace(call, experts=call.experts._replace(down=torch.zeros_like(sets[0]), up=torch.zeros_like(sets[1])))
-    none = replace(base, gates=base.gates._replace(pool=None if call.gates.pool is None else torch.zeros_like(call.gates.pool)))
+    base = replace(
+        call, experts=call.experts._replace(down=torch.zeros_like(sets[0]), up=torch.zeros_like(sets[1]))
+    )
+    none = replace(
+        base,
+        gates=base.gates._replace(
+            pool=None if call.gates.pool is None else torch.zeros_like(call.gates.pool)
+        ),
+    )
     y, plain = run_way(way, call).y, run_way(way, none).y
     assert torch.equal(y[::2], plain[::2]) and not torch.equal(y[1::2], plain[1::2])
     assert not y.isnan().any()
@@ -113,9 +132,13 @@ def test_all_gradients(case, dtype):
     truth, terms = call.truth_grads(dy)
     for name, t in truth.items():
         assert got[name].shape == t.shape, name
-        assert_gradient(got[name], t, dtype, max(t.norm().item(), 2 * terms if t.numel() == case.E else 0), 4, f"d{name}")
+        assert_gradient(
+            got[name], t, dtype, max(t.norm().item(), 2 * terms if t.numel() == case.E else 0), 4, f"d{name}"
+        )
     if case.S < 0:
-        unused = torch.ones(-case.S, dtype=torch.bool).index_fill_(0, call.experts.assignment.clamp_min(0), False)
+        unused = torch.ones(-case.S, dtype=torch.bool).index_fill_(
+            0, call.experts.assignment.clamp_min(0), False
+        )
         for name in ("down", "up"):
             assert not got[name][unused].any(), f"d{name} of a set that no sample took"
 
@@ -130,7 +153,9 @@ def test_the_order_of_programs_changes_no_bit():
 
 
 @pytest.mark.parametrize(
-    "shape, gate", [((2, 40), "softmax+pooled"), ((1, 40), "none"), ((2, 1), "none"), ((1, 1), "softmax+pooled")], ids=str
+    "shape, gate",
+    [((2, 40), "softmax+pooled"), ((1, 40), "none"), ((2, 1), "none"), ((1, 1), "softmax+pooled")],
+    ids=str,
 )
 def test_the_gradient_of_a_given_gate_of_any_shape(shape, gate):
     """In the same two launches; alone, without the base product."""

@@ -1,4 +1,6 @@
-"""`persistent` with tiles of h that have half the rows of a tile of y, or a quarter: the same bits, in any order of programs."""
+"""`persistent` with tiles of h that have half the rows of a tile of y, or a quarter: the same bits, in any
+order of programs.
+"""
 
 from dataclasses import replace
 
@@ -27,7 +29,9 @@ CASES = [
 
 @pytest.mark.parametrize("case, BH, tma", CASES, ids=str)
 def test_forward(case, BH, tma):
-    """Groups that end in a tile's first, last, or only part of rows; one program, and as many at once as there are tiles."""
+    """Groups that end in a tile's first, last, or only part of rows; one program, and as many at once as
+    there are tiles.
+    """
     call = case.make(BF16)
     f = forward_of(call, True)
     results = []
@@ -54,7 +58,9 @@ def test_backward():
     assert counts.launches == 2
     truth, terms = call.truth_grads(dy)
     for name, t in truth.items():
-        assert_gradient(got[name], t, F32, max(t.norm().item(), 2 * terms if t.numel() == 2 else 0), 4, f"d{name}")
+        assert_gradient(
+            got[name], t, F32, max(t.norm().item(), 2 * terms if t.numel() == 2 else 0), 4, f"d{name}"
+        )
 
 
 def test_half_as_tall_where_it_shortens_the_whole():

@@ -18,7 +18,9 @@ from mole_kernels.layers.linear import GatedLoRALinear
 
 
 def experts(K, N, ranks=(3, 2)):
-    return LayerExperts.from_factors({f"e{i}": LowRank(torch.randn(r, K), torch.randn(N, r), 0.5) for i, r in enumerate(ranks)})
+    return LayerExperts.from_factors(
+        {f"e{i}": LowRank(torch.randn(r, K), torch.randn(N, r), 0.5) for i, r in enumerate(ranks)}
+    )
 
 
 def frozen_linear(K=8, N=6):
@@ -26,7 +28,8 @@ def frozen_linear(K=8, N=6):
 
 
 @pytest.mark.parametrize(
-    "make, gated", [(frozen_linear, GatedLoRALinear), (lambda: nn.Conv2d(8, 6, 1).requires_grad_(False), GatedLoRAConv2d)]
+    "make, gated",
+    [(frozen_linear, GatedLoRALinear), (lambda: nn.Conv2d(8, 6, 1).requires_grad_(False), GatedLoRAConv2d)],
 )
 def test_there_and_back(make, gated):
     layer = make()
@@ -39,7 +42,9 @@ def test_there_and_back(make, gated):
     assert not torch.equal(layer(x), plain)
     detach(layer)
     assert type(layer) in (nn.Linear, nn.Conv2d) and set(layer.__dict__) == set(members)
-    assert list(layer.state_dict()) == list(before) and all(torch.equal(a, b) for a, b in zip(layer.state_dict().values(), before.values()))
+    assert list(layer.state_dict()) == list(before) and all(
+        torch.equal(a, b) for a, b in zip(layer.state_dict().values(), before.values())
+    )
     assert torch.equal(layer(x), plain) and len(calls) == 3
 
 
@@ -111,7 +116,9 @@ def test_deepcopy_pickle_and_dtype():
 
 def test_state_dict_round_trip():
     layer, other = (attach(frozen_linear(), experts(8, 6), MoLEGate(8, 6, 2)) for _ in range(2))
-    assert {"weight", "bias", "experts.down", "experts.up", "experts.scale", "gate.phi", "gate.head"} <= set(layer.state_dict())
+    assert {"weight", "bias", "experts.down", "experts.up", "experts.scale", "gate.phi", "gate.head"} <= set(
+        layer.state_dict()
+    )
     other.load_state_dict(layer.state_dict())
     x = torch.randn(2, 5, 8)
     assert torch.equal(other(x), layer(x))

@@ -1,4 +1,6 @@
-"""A gated convolution is the gated linear layer on the patches that its pixels see; without experts it is the convolution itself."""
+"""A gated convolution is the gated linear layer on the patches that its pixels see; without experts it is the
+convolution itself.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,14 @@ def gate_for(kind: str, conv: nn.Conv2d, experts: int = 2) -> nn.Module | None:
     return MoLEGate(k, n, experts, local=kind != "global", pooled=kind != "local", dtype=torch.float64)
 
 
-def on_patches(case: Conv, conv: nn.Conv2d, experts: LayerExperts, gate: nn.Module | None, x: Tensor, size: tuple[int, int]) -> Tensor:
+def on_patches(
+    case: Conv,
+    conv: nn.Conv2d,
+    experts: LayerExperts,
+    gate: nn.Module | None,
+    x: Tensor,
+    size: tuple[int, int],
+) -> Tensor:
     """The same experts and gates on a linear layer whose tokens are the patches."""
     linear = nn.Linear(1, 1, bias=conv.bias is not None)
     linear.in_features, linear.out_features = conv_sizes(conv)
@@ -115,7 +124,14 @@ def test_gradients_are_those_on_patches(case: Conv, kind: str):
         layer = GatedLoRAConv2d.from_conv(copy.deepcopy(conv), experts, gate) if way == "conv" else None  # type: ignore[arg-type]
         y = layer(leaf) if layer is not None else on_patches(case, conv, experts, gate, leaf, dy.shape[2:])
         y.backward(dy)
-        found.append([leaf.grad, experts.down.grad, experts.up.grad, *(p.grad for p in (gate.parameters() if gate else ()))])
+        found.append(
+            [
+                leaf.grad,
+                experts.down.grad,
+                experts.up.grad,
+                *(p.grad for p in (gate.parameters() if gate else ())),
+            ]
+        )
     assert len(found[0]) == (3 if kind == "none" else 7)
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
@@ -128,7 +144,13 @@ def test_every_sample_its_own_experts(case: Conv):
     base = conv(x)
     alone = []
     for b in range(3):
-        one = LayerExperts(experts.down[b : b + 1].clone(), experts.up[b : b + 1].clone(), experts.base_scale, experts.names, experts.ranks)
+        one = LayerExperts(
+            experts.down[b : b + 1].clone(),
+            experts.up[b : b + 1].clone(),
+            experts.base_scale,
+            experts.names,
+            experts.ranks,
+        )
         alone.append(attach(case.make(), one)(x[b : b + 1]))
     layer = attach(conv, experts)
     torch.testing.assert_close(layer(x), torch.cat(alone), rtol=1e-12, atol=1e-12)
@@ -139,8 +161,16 @@ def test_every_sample_its_own_experts(case: Conv):
     experts.route = Route()
     y = layer(x)
     torch.testing.assert_close(y[1], base[1], rtol=0, atol=0)
-    own = [LayerExperts(experts.down[i : i + 1].clone(), experts.up[i : i + 1].clone(), experts.base_scale, experts.names, experts.ranks)
-           for i in (2, 0)]  # fmt: skip
+    own = [
+        LayerExperts(
+            experts.down[i : i + 1].clone(),
+            experts.up[i : i + 1].clone(),
+            experts.base_scale,
+            experts.names,
+            experts.ranks,
+        )
+        for i in (2, 0)
+    ]
     want = [attach(case.make(), one)(x[b : b + 1]) for b, one in zip((0, 2), own)]
     torch.testing.assert_close(y[[0, 2]], torch.cat(want), rtol=1e-12, atol=1e-12)
 
@@ -169,7 +199,9 @@ def test_under_autocast_it_computes_as_the_convolution_does():
 def test_delta_is_the_convolutions_weight():
     conv, x = BY_ID["downsampler"].make(), torch.randn(1, K, 7, 7, dtype=torch.float64)
     k, n = conv_sizes(conv)
-    one = LowRank(torch.randn(2, k, dtype=torch.float64), torch.randn(n, 2, dtype=torch.float64), 0.5, conv_of(conv))
+    one = LowRank(
+        torch.randn(2, k, dtype=torch.float64), torch.randn(n, 2, dtype=torch.float64), 0.5, conv_of(conv)
+    )
     merged = copy.deepcopy(conv)
     merged.weight.add_(one.delta(torch.float64).view_as(conv.weight))
     layer = attach(conv, LayerExperts.from_factors({"e": one}))
@@ -182,7 +214,11 @@ def test_sequential_offload(first: bool):
     from accelerate import cpu_offload
 
     case = BY_ID["3x3"]
-    x, experts, gate = torch.randn(1, K, 5, 5, dtype=torch.float64), experts_for(case.make()), gate_for("both", case.make())
+    x, experts, gate = (
+        torch.randn(1, K, 5, 5, dtype=torch.float64),
+        experts_for(case.make()),
+        gate_for("both", case.make()),
+    )
     want = attach(case.make(), copy.deepcopy(experts), copy.deepcopy(gate))(x)  # type: ignore[arg-type]
     holder = nn.ModuleDict({"conv": case.make()})
     if first:

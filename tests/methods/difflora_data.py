@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from selma_pipeline import tiny_pipeline
 
 CONFIG = TrainConfig(steps=2, lr=1e-2, seed=3)
-TRAINING = IdentityTraining(CONFIG, rank=2, alpha=2.0, batch_size=2, resolution=(16, 16), multiple=2, caption="one", per_shard=2)
+TRAINING = IdentityTraining(
+    CONFIG, rank=2, alpha=2.0, batch_size=2, resolution=(16, 16), multiple=2, caption="one", per_shard=2
+)
 
 
 def write_people(root: Path, names: str = "abcde", pictures: int = 2) -> Path:
@@ -29,7 +31,9 @@ def write_people(root: Path, names: str = "abcde", pictures: int = 2) -> Path:
 
 
 def make_set(root: Path, work: Path, on_identity=None):
-    train_identities(tiny_pipeline(), root, work, TRAINING, accept=MinimumSize(16), progress=False, on_identity=on_identity)
+    train_identities(
+        tiny_pipeline(), root, work, TRAINING, accept=MinimumSize(16), progress=False, on_identity=on_identity
+    )
     return pack_shards(work)
 
 
@@ -38,5 +42,7 @@ if __name__ == "__main__":
     root, made = Path(sys.argv[1]), []
     make_set(root / "people", root / "work", lambda name, _: made.append(name))
     rank = torch.distributed.get_rank()
-    (root / f"rank{rank}.json").write_text(json.dumps({"made": made, "world": torch.distributed.get_world_size()}))
+    (root / f"rank{rank}.json").write_text(
+        json.dumps({"made": made, "world": torch.distributed.get_world_size()})
+    )
     torch.distributed.destroy_process_group()

@@ -1,4 +1,6 @@
-"""A tiny StableDiffusionPipeline of random weights, and what the launched test runs in each of its processes."""
+"""A tiny StableDiffusionPipeline of random weights, and what the launched test runs in each of its
+processes.
+"""
 
 import json
 import sys
@@ -16,17 +18,31 @@ def tiny_pipeline():
     torch.manual_seed(0)
     blocks = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
     unet = UNet2DConditionModel(
-        sample_size=8, cross_attention_dim=TEXT_WIDTH, attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",), **blocks,
-    )  # fmt: skip
+        sample_size=8,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        **blocks,
+    )
     vae = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, mid_block_add_attention=False,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        mid_block_add_attention=False,
+    )
     pipe = StableDiffusionPipeline(
-        unet=unet.eval(), vae=vae.eval(), text_encoder=build_text_encoder().eval(), tokenizer=build_tokenizer(),
-        scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        unet=unet.eval(),
+        vae=vae.eval(),
+        text_encoder=build_text_encoder().eval(),
+        tokenizer=build_tokenizer(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -41,5 +57,7 @@ if __name__ == "__main__":
     count = make_pictures(Project(root), "digits", tiny_pipeline(), settings, on_picture=made.append)
     assert count == len(made)
     rank = torch.distributed.get_rank()
-    (root / f"rank{rank}.json").write_text(json.dumps({"made": made, "world": torch.distributed.get_world_size()}))
+    (root / f"rank{rank}.json").write_text(
+        json.dumps({"made": made, "world": torch.distributed.get_world_size()})
+    )
     torch.distributed.destroy_process_group()

@@ -1,4 +1,6 @@
-"""From folders of pictures to shards: filter, one expert each and never twice, one layout, two processes as one."""
+"""From folders of pictures to shards: filter, one expert each and never twice, one layout, two processes as
+one.
+"""
 
 import json
 import os
@@ -47,10 +49,15 @@ def test_the_filter_keeps_what_can_be_read_and_is_large_enough(tmp_path):
     (tmp_path / "a" / "1.txt").write_text("said of the second")
     kept = keep_pictures(tmp_path / "a", tmp_path / "out", MinimumSize(16), "one")
     assert kept.names == ["0.png", "1.png"]
-    assert "9 pixels" in kept.left_out["small.png"] and "no picture that can be read" in kept.left_out["broken.png"]
+    assert (
+        "9 pixels" in kept.left_out["small.png"]
+        and "no picture that can be read" in kept.left_out["broken.png"]
+    )
     lines = [json.loads(line) for line in (tmp_path / "out/metadata.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == ["one", "said of the second"]
-    with pytest.raises(MoleFileError, match=r"no picture is left of this identity \(0\.png: its shorter side has 16"):
+    with pytest.raises(
+        MoleFileError, match=r"no picture is left of this identity \(0\.png: its shorter side has 16"
+    ):
         keep_pictures(tmp_path / "a", tmp_path / "none", MinimumSize(64), "one")
     assert not (tmp_path / "none").exists()
 
@@ -65,7 +72,9 @@ def test_pictures_without_a_face_are_left_out():
             return torch.ones(1, 3)
 
     accept = HasFace(Faces())
-    assert accept(Image.new("RGB", (2, 2))) is None and "none in picture 0" in accept(Image.new("RGB", (1, 1)))
+    assert accept(Image.new("RGB", (2, 2))) is None and "none in picture 0" in accept(
+        Image.new("RGB", (1, 1))
+    )
 
 
 def test_shards_hold_every_expert_exactly(made):
@@ -98,7 +107,14 @@ def test_a_restart_trains_none_twice_and_other_settings_are_refused(made):
     with pytest.raises(MoleStateError, match="rank: expected 2 as when the set began, got 3"):
         train_identities(pipe, root / "people", root / "work", replace(TRAINING, rank=3), progress=False)
     # packing is free to change, and a part of the people may be packed
-    train_identities(pipe, root / "people", root / "work", replace(TRAINING, per_shard=10), accept=MinimumSize(16), progress=False)
+    train_identities(
+        pipe,
+        root / "people",
+        root / "work",
+        replace(TRAINING, per_shard=10),
+        accept=MinimumSize(16),
+        progress=False,
+    )
     part = pack_shards(root / "work", ["e", "b"])
     assert part.names == ["e", "b"] and len(list((root / "work/shards").glob("shard*"))) == 1
     train_identities(pipe, root / "people", root / "work", TRAINING, accept=MinimumSize(16), progress=False)
@@ -111,9 +127,14 @@ def test_a_person_without_pictures_is_passed_over(tmp_path):
     seen = []
     with pytest.warns(MoleWarning, match="no picture is left .* passed over"):
         files = train_identities(
-            tiny_pipeline(), tmp_path / "people", tmp_path / "work", TRAINING, accept=MinimumSize(16), progress=False,
+            tiny_pipeline(),
+            tmp_path / "people",
+            tmp_path / "work",
+            TRAINING,
+            accept=MinimumSize(16),
+            progress=False,
             on_identity=lambda name, expert: seen.append((name, expert is None)),
-        )  # fmt: skip
+        )
     assert list(files) == ["a"] and seen == [("a", False), ("b", True)]
 
 
@@ -155,7 +176,11 @@ def test_alone_gives_the_other_processes_back():
     try:
         state.__dict__.update(num_processes=7, process_index=3)
         with alone():
-            assert (processes().num_processes, processes().process_index, processes().is_main_process) == (1, 0, True)
+            assert (processes().num_processes, processes().process_index, processes().is_main_process) == (
+                1,
+                0,
+                True,
+            )
         assert (processes().num_processes, processes().process_index) == (7, 3)
     finally:
         state.__dict__.update(before)
@@ -169,9 +194,18 @@ def test_two_processes_share_the_people_and_make_the_set_of_one(made, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options.split()]
     paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(HERE / "difflora_data.py"), str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launch, str(HERE / "difflora_data.py"), str(tmp_path)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert [rank["world"] for rank in ranks] == [2, 2] and [rank["made"] for rank in ranks] == [["a", "c", "e"], ["b", "d"]]
+    assert [rank["world"] for rank in ranks] == [2, 2] and [rank["made"] for rank in ranks] == [
+        ["a", "c", "e"],
+        ["b", "d"],
+    ]
     found = LoRADataset(tmp_path / "work/shards")
     assert found.names == data.names and torch.equal(found.vectors(), data.vectors())

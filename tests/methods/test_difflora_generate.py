@@ -1,4 +1,6 @@
-"""Pictures in, experts out: merged or not the same, straight into a patched and a served pipeline; what is wrong is named."""
+"""Pictures in, experts out: merged or not the same, straight into a patched and a served pipeline; what is
+wrong is named.
+"""
 
 import sys
 from pathlib import Path
@@ -9,7 +11,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mole_kernels.cli.app import app
-from mole_kernels.errors import MoleError, MoleFileError, MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError
+from mole_kernels.errors import (
+    MoleError,
+    MoleFileError,
+    MoleKeyError,
+    MoleShapeError,
+    MoleTypeError,
+    MoleValueError,
+)
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.io import load_expert
 from mole_kernels.methods.difflora.autoencoder import AutoencoderConfig, LoRAAutoencoder
@@ -20,7 +29,7 @@ from mole_kernels.methods.difflora.predictor import Predictor
 from mole_kernels.methods.difflora.store import save_predictor
 from mole_kernels.patching.apply import patch
 from mole_kernels.serving.serve import serve
-from tests.patching.conftest import make_expert, run_unet, tiny_unet
+from tests.tiny_models import make_expert, run_unet, tiny_unet
 
 sys.path.insert(0, str(Path(__file__).parent))
 from difflora_data import write_people
@@ -34,7 +43,9 @@ def new_predictor(model, encoders=None, rank=2):
     manifest = Manifest.of_expert(expert)
     autoencoder = LoRAAutoencoder(AutoencoderConfig(manifest.length, channels=(4, 4)))
     encoders = encoders or {"face": SmallImages(5, 4, 8), "image": SmallImages(6, 4, 16)}
-    made = Predictor.new(manifest, autoencoder, encoders, dim=8, hidden=8, depth=1, width=12, heads=2, patch=4)
+    made = Predictor.new(
+        manifest, autoencoder, encoders, dim=8, hidden=8, depth=1, width=12, heads=2, patch=4
+    )
     for p in made.denoiser.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return made.eval()
@@ -52,11 +63,17 @@ def predictor(unet):
 
 @pytest.fixture
 def pictures():
-    return {name: [Image.new("RGB", (16, 16), (60 * i, 10, 200 - 90 * i)) for i in range(n)] for name, n in (("anna", 3), ("ben", 1))}
+    return {
+        name: [Image.new("RGB", (16, 16), (60 * i, 10, 200 - 90 * i)) for i in range(n)]
+        for name, n in (("anna", 3), ("ben", 1))
+    }
 
 
 def same(a, b):
-    return all(torch.equal(a.layers[p].down, b.layers[p].down) and torch.equal(a.layers[p].up, b.layers[p].up) for p in a.layers)
+    return all(
+        torch.equal(a.layers[p].down, b.layers[p].down) and torch.equal(a.layers[p].up, b.layers[p].up)
+        for p in a.layers
+    )
 
 
 def test_applied_is_merged_and_taken_off_leaves_the_base(unet, predictor, pictures):
@@ -88,7 +105,12 @@ def test_a_persons_expert_is_theirs_alone(predictor, pictures, kind):
         torch.testing.assert_close(factor.up, bank.experts["anna"].layers[path].up, rtol=1e-3, atol=1e-5)
     # another person, another seed: another expert
     assert not same(bank.experts["anna"], bank.experts["ben"])
-    assert not same(generate(predictor, {"ben": pictures["ben"]}, sampling=Sampling(steps=3, seed=2, kind=kind)).experts["ben"], alone)
+    assert not same(
+        generate(predictor, {"ben": pictures["ben"]}, sampling=Sampling(steps=3, seed=2, kind=kind)).experts[
+            "ben"
+        ],
+        alone,
+    )
 
 
 def test_straight_into_a_batch_in_which_everyone_is_another(unet, predictor, pictures):
@@ -124,9 +146,13 @@ def test_bad_pictures_and_encoders_are_named(predictor, pictures, tmp_path, unet
             return torch.ones(len(pictures), 5 if len(pictures) < 3 else 6)
 
     other = new_predictor(unet, {"face": Faces(), "image": SmallImages(6, 4, 16)})
-    with pytest.raises(MoleShapeError, match=r"'anna', face encoder: expected features \[3,5\], got \(3, 6\)"):
+    with pytest.raises(
+        MoleShapeError, match=r"'anna', face encoder: expected features \[3,5\], got \(3, 6\)"
+    ):
         generate(other, pictures)
-    with pytest.raises(MoleValueError, match="'eve', face encoder: expected a face in every picture, got none in picture 0"):
+    with pytest.raises(
+        MoleValueError, match="'eve', face encoder: expected a face in every picture, got none in picture 0"
+    ):
         generate(other, {"eve": [Image.new("RGB", (1, 1))]})
 
 
@@ -136,7 +162,10 @@ def test_latents_that_are_not_finite_name_the_person(predictor, pictures):
         out[1:] = torch.nan
         return out
 
-    with predictor.denoiser.register_forward_hook(poison), pytest.raises(MoleValueError, match="generate, 'ben': expected finite latents"):
+    with (
+        predictor.denoiser.register_forward_hook(poison),
+        pytest.raises(MoleValueError, match="generate, 'ben': expected finite latents"),
+    ):
         generate(predictor, pictures, sampling=SAMPLING)
 
 
@@ -153,7 +182,8 @@ def test_a_layout_of_another_base_names_its_layers_before_anything_is_computed(p
     assert not calls
 
 
-# -- the command line ----------------------------------------------------------------------------------------------------------------
+# -- the command line
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def run(*words):
@@ -186,10 +216,35 @@ def test_commands_from_pictures_to_a_lora_file(tmp_path):
         "--target",
         "to_v",
     )
-    run("train-autoencoder", tmp_path / "work", tmp_path / "ae", "--steps", 2, "--channels", "4,4", "--batch", 2)
-    small = ("--face", "small:8", "--image", "small:16", "--dim", 8, "--depth", 1, "--width", 16, "--heads", 2)
+    run(
+        "train-autoencoder",
+        tmp_path / "work",
+        tmp_path / "ae",
+        "--steps",
+        2,
+        "--channels",
+        "4,4",
+        "--batch",
+        2,
+    )
+    small = (
+        "--face",
+        "small:8",
+        "--image",
+        "small:16",
+        "--dim",
+        8,
+        "--depth",
+        1,
+        "--width",
+        16,
+        "--heads",
+        2,
+    )
     run("train", tmp_path / "work", tmp_path / "ae", tmp_path / "model", "--steps", 2, *small)
-    assert "3 steps" in run("train", tmp_path / "work", tmp_path / "ae", tmp_path / "model", "--steps", 3, "--resume", *small)
+    assert "3 steps" in run(
+        "train", tmp_path / "work", tmp_path / "ae", tmp_path / "model", "--steps", 3, "--resume", *small
+    )
     out = tmp_path / "anna.safetensors"
     run("generate", tmp_path / "model", out, root / "a", "--model", "demo", "--sampling-steps", 2)
     expert = load_expert(out)
@@ -200,14 +255,25 @@ def test_commands_from_pictures_to_a_lora_file(tmp_path):
     before = out.read_bytes()
     assert "no picture that can be read" in run("generate", tmp_path / "model", out, tmp_path / "nobody")
     assert "are not in the model" in run("generate", tmp_path / "model", out, root / "a", "--model", "sd15")
-    assert "expected small, small:SIZE" in run("generate", tmp_path / "model", out, root / "a", "--face", "eyes")
+    assert "expected small, small:SIZE" in run(
+        "generate", tmp_path / "model", out, root / "a", "--face", "eyes"
+    )
     assert out.read_bytes() == before
 
 
 def test_a_saved_model_is_that_of_its_file(tmp_path, predictor, pictures):
     save_predictor(tmp_path / "model", predictor)
     pictures["ben"][0].save(tmp_path / "ben.png")
-    run("generate", tmp_path / "model", tmp_path / "ben.safetensors", tmp_path / "ben.png", "--sampling-steps", 3, "--seed", 4)
+    run(
+        "generate",
+        tmp_path / "model",
+        tmp_path / "ben.safetensors",
+        tmp_path / "ben.png",
+        "--sampling-steps",
+        3,
+        "--seed",
+        4,
+    )
     wanted = generate(predictor, {"ben": pictures["ben"]}, sampling=Sampling(steps=3, seed=4)).experts["ben"]
     found = load_expert(tmp_path / "ben.safetensors")
     for path, factor in wanted.layers.items():

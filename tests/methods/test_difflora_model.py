@@ -7,30 +7,47 @@ import json
 import pytest
 import torch
 
-from mole_kernels.errors import MoleFileError, MoleKeyError, MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.errors import (
+    MoleFileError,
+    MoleKeyError,
+    MoleShapeError,
+    MoleStateError,
+    MoleTypeError,
+    MoleValueError,
+)
 from mole_kernels.experts.lowrank import Expert, LowRank
-from mole_kernels.methods.difflora.autoencoder import AutoencoderConfig, LoRAAutoencoder, weight_preserved_loss
+from mole_kernels.methods.difflora.autoencoder import (
+    AutoencoderConfig,
+    LoRAAutoencoder,
+    weight_preserved_loss,
+)
 from mole_kernels.methods.difflora.denoiser import DenoiserConfig, DiTBlock, LoRADenoiser
 from mole_kernels.methods.difflora.diffusion import noise_schedule, sample, x0_loss
 from mole_kernels.methods.difflora.features import ClipImages, InsightFaces, MixedImageFeatures, SmallImages
 from mole_kernels.methods.difflora.manifest import Manifest
 from mole_kernels.patching.apply import patch
-from tests.patching.conftest import make_expert, run_unet, tiny_unet
+from tests.tiny_models import make_expert, run_unet, tiny_unet
 
 
 def lora(seed: int = 0) -> dict[str, torch.Tensor]:
     """Mixed ranks, a 3x3 and a 1x1 convolution, three dtypes, one empty tensor."""
     g = torch.Generator().manual_seed(seed)
     shapes = {
-        "a.down": ((4, 7), torch.float32), "a.up": ((5, 4), torch.float32), "b.down": ((16, 3, 3, 3), torch.bfloat16),
-        "b.up": ((6, 16, 1, 1), torch.float16), "none": ((0, 3), torch.float32), "alpha": ((), torch.float32),
-    }  # fmt: skip
+        "a.down": ((4, 7), torch.float32),
+        "a.up": ((5, 4), torch.float32),
+        "b.down": ((16, 3, 3, 3), torch.bfloat16),
+        "b.up": ((6, 16, 1, 1), torch.float16),
+        "none": ((0, 3), torch.float32),
+        "alpha": ((), torch.float32),
+    }
     return {
-        name: (torch.randn(shape, generator=g) * 10 ** (3 * i - 6)).to(dtype) for i, (name, (shape, dtype)) in enumerate(shapes.items())
+        name: (torch.randn(shape, generator=g) * 10 ** (3 * i - 6)).to(dtype)
+        for i, (name, (shape, dtype)) in enumerate(shapes.items())
     }
 
 
-# -- the layout ----------------------------------------------------------------------------------------------------------------------
+# -- the layout
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_flatten_and_back_is_bit_exact_scaled_or_not():
@@ -54,7 +71,9 @@ def test_an_expert_comes_back_bit_for_bit_and_fits_its_base():
     for path, factor in expert.layers.items():
         got = back.layers[path]
         assert (
-            torch.equal(got.down, factor.down) and torch.equal(got.up, factor.up) and (got.scale, got.conv) == (factor.scale, factor.conv)
+            torch.equal(got.down, factor.down)
+            and torch.equal(got.up, factor.up)
+            and (got.scale, got.conv) == (factor.scale, factor.conv)
         )
     manifest.check_base(unet)
     path = next(iter(expert.layers))
@@ -70,7 +89,11 @@ def test_an_expert_comes_back_bit_for_bit_and_fits_its_base():
     [
         (lambda t: t.pop("a.up"), MoleKeyError, r"lacks a\.up"),
         (lambda t: t.update(extra=torch.ones(1)), MoleKeyError, "has extra too"),
-        (lambda t: t.update({"a.up": torch.ones(5, 3)}), MoleShapeError, r"a\.up: expected \[5, 4\] float32, got \[5, 3\]"),
+        (
+            lambda t: t.update({"a.up": torch.ones(5, 3)}),
+            MoleShapeError,
+            r"a\.up: expected \[5, 4\] float32, got \[5, 3\]",
+        ),
         (lambda t: t.update({"a.up": torch.ones(5, 4).bfloat16()}), MoleShapeError, "got .*bfloat16"),
     ],
 )
@@ -102,10 +125,13 @@ def test_bad_layouts_and_vectors_are_named():
             Manifest.from_json(text)
     expert = Expert({"a": LowRank(torch.ones(1, 2), torch.ones(2, 1), 0.5)})
     with pytest.raises(MoleValueError, match=r"the layout's scale 0\.5, got 1"):
-        Manifest.of_expert(expert).flatten_expert(Expert({"a": LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)}))
+        Manifest.of_expert(expert).flatten_expert(
+            Expert({"a": LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)})
+        )
 
 
-# -- the autoencoder -----------------------------------------------------------------------------------------------------------------
+# -- the autoencoder
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_default_compresses_as_the_paper_says():
@@ -170,9 +196,13 @@ def test_the_loss_without_preference_is_the_mse_and_its_gradient_is_right():
     w, x = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.equal(weight_preserved_loss(x, w, 0.0), torch.nn.functional.mse_loss(x, w))
     for strength, power in ((1.0, 1.0), (3.0, 2.0)):
-        assert torch.autograd.gradcheck(lambda r, s=strength, p=power: weight_preserved_loss(r, w, s, p), (x,))
+        assert torch.autograd.gradcheck(
+            lambda r, s=strength, p=power: weight_preserved_loss(r, w, s, p), (x,)
+        )
         scale = 1 + strength * w.abs() ** power / (w.abs() ** power).mean()
-        torch.testing.assert_close(weight_preserved_loss(x, w, strength, power), (scale * (x - w) ** 2).mean())
+        torch.testing.assert_close(
+            weight_preserved_loss(x, w, strength, power), (scale * (x - w) ** 2).mean()
+        )
     with pytest.raises(MoleValueError, match="strength >= 0"):
         weight_preserved_loss(x, w, -1.0)
 
@@ -181,7 +211,9 @@ def test_noise_comes_from_the_generator_alone_and_bad_latents_are_refused():
     torch.manual_seed(0)
     model = LoRAAutoencoder(AutoencoderConfig(600, channels=(4, 4)))
     vectors = torch.randn(2, 600)
-    first, again, clean = (model(vectors, g) for g in (torch.Generator().manual_seed(3), torch.Generator().manual_seed(3), None))
+    first, again, clean = (
+        model(vectors, g) for g in (torch.Generator().manual_seed(3), torch.Generator().manual_seed(3), None)
+    )
     assert torch.equal(first, again) and not torch.equal(first, clean)
     latents = model.encode(vectors)
     latents[0, 0, 0] = torch.nan
@@ -189,7 +221,8 @@ def test_noise_comes_from_the_generator_alone_and_bad_latents_are_refused():
         model.decode(latents)
 
 
-# -- mixed image features ------------------------------------------------------------------------------------------------------------
+# -- mixed image features
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_gate_weights_sum_to_one_and_a_branch_that_is_off_gives_the_other():
@@ -219,12 +252,25 @@ def test_a_clip_model_and_the_small_encoder_read_pictures():
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
-    config = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
-                              projection_dim=12)  # fmt: skip
-    pictures = [Image.new("RGB", (20, 30), (i * 80, 10, 200)) for i in range(3)] + [Image.new("L", (16, 16), 7)]
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=12,
+    )
+    pictures = [Image.new("RGB", (20, 30), (i * 80, 10, 200)) for i in range(3)] + [
+        Image.new("L", (16, 16), 7)
+    ]
     for encoder in (ClipImages(CLIPVisionModelWithProjection(config)), SmallImages(dim=12, channels=8)):
         features = encoder(pictures)
-        assert features.shape == (4, encoder.dim) and encoder.dim == 12 and not torch.allclose(features[0], features[1])
+        assert (
+            features.shape == (4, encoder.dim)
+            and encoder.dim == 12
+            and not torch.allclose(features[0], features[1])
+        )
     with pytest.raises(MoleFileError, match="a folder with a CLIP vision model"):
         ClipImages("nowhere")
 
@@ -234,7 +280,8 @@ def test_without_its_package_the_face_encoder_says_what_to_install():
         InsightFaces("nowhere")
 
 
-# -- the denoiser --------------------------------------------------------------------------------------------------------------------
+# -- the denoiser
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_new_block_is_the_identity():
@@ -263,7 +310,9 @@ def test_the_papers_width_runs_and_any_length():
 @pytest.mark.parametrize("kind", ["ddim", "dpm"])
 def test_with_a_perfect_predictor_sampling_returns_the_target(kind):
     target = torch.randn(3, 2, 7, generator=torch.Generator().manual_seed(1))
-    got = sample(lambda x, t, c: target, noise_schedule(kind), torch.zeros(3, 4), (2, 7), steps=8, guidance=3.0)
+    got = sample(
+        lambda x, t, c: target, noise_schedule(kind), torch.zeros(3, 4), (2, 7), steps=8, guidance=3.0
+    )
     torch.testing.assert_close(got, target, rtol=1e-4, atol=1e-4)
 
 
@@ -302,7 +351,8 @@ def test_the_loss_is_that_of_the_formula_and_drops_conditions():
     assert null.norm() > 0
 
 
-# -- what comes out ------------------------------------------------------------------------------------------------------------------
+# -- what comes out
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_decoded_lora_applied_is_the_merged_one_and_taken_off_leaves_the_base():

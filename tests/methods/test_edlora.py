@@ -12,9 +12,20 @@ from mole_kernels.errors import MoleError, MoleFileError, MoleStateError, MoleTy
 from mole_kernels.methods.mix_of_show.attention_loss import AttentionLoss, grid
 from mole_kernels.methods.mix_of_show.concept import load_concept, save_concept
 from mole_kernels.methods.mix_of_show.data import concept_batches
-from mole_kernels.methods.mix_of_show.edlora import EDLoRATraining, attention_linears, paper_training, train_edlora
+from mole_kernels.methods.mix_of_show.edlora import (
+    EDLoRATraining,
+    attention_linears,
+    paper_training,
+    train_edlora,
+)
 from mole_kernels.methods.mix_of_show.prompts import encode_prompts, layered, sample, token_ids
-from mole_kernels.methods.mix_of_show.tokens import class_embedding, concept_tokens, cross_attentions, new_embeddings, text_encoders
+from mole_kernels.methods.mix_of_show.tokens import (
+    class_embedding,
+    concept_tokens,
+    cross_attentions,
+    new_embeddings,
+    text_encoders,
+)
 from mole_kernels.patching.apply import patch
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.pictures import PictureFolder
@@ -50,7 +61,12 @@ def pictures(root):
 
 
 def state(pipe):
-    return {f"{n}.{k}": v.clone() for n, m in pipe.components.items() if isinstance(m, torch.nn.Module) for k, v in m.state_dict().items()}
+    return {
+        f"{n}.{k}": v.clone()
+        for n, m in pipe.components.items()
+        if isinstance(m, torch.nn.Module)
+        for k, v in m.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -69,9 +85,19 @@ def test_layer_i_receives_text_i_from_down_over_mid_to_up(kind):
         assert (states.states[:, 0] - states.states[:, 1]).abs().max() > 0.1
         with layered(pipe.unet, states.tokens):
             hooks = [
-                m.to_k.register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0])) for path, m in layers.items()
+                m.to_k.register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0]))
+                for path, m in layers.items()
             ]
-            sample(pipe, [concept.name] * 2, tokens, "one", num_inference_steps=1, height=16, width=16, output_type="latent")
+            sample(
+                pipe,
+                [concept.name] * 2,
+                tokens,
+                "one",
+                num_inference_steps=1,
+                height=16,
+                width=16,
+                output_type="latent",
+            )
             for hook in hooks:
                 hook.remove()
         against = encode_prompts(pipe, ["one"], tokens).states
@@ -85,9 +111,13 @@ def test_layer_i_receives_text_i_from_down_over_mid_to_up(kind):
 def test_prompts_without_concepts_are_drawn_as_ever(kind):
     pipe = PIPELINES[kind]()
     options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent"}
-    want = pipe("one two", negative_prompt="three", generator=torch.Generator().manual_seed(1), **options).images
+    want = pipe(
+        "one two", negative_prompt="three", generator=torch.Generator().manual_seed(1), **options
+    ).images
     with concept_tokens(pipe, random_concept(pipe, 0).embeddings) as tokens:
-        got = sample(pipe, ["one two"], tokens, "three", generator=torch.Generator().manual_seed(1), **options).images
+        got = sample(
+            pipe, ["one two"], tokens, "three", generator=torch.Generator().manual_seed(1), **options
+        ).images
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -98,7 +128,10 @@ def test_embeddings_begin_as_the_paper_has_it():
     assert torch.equal(found["<v2>"]["text_encoder"], word.expand(4, -1))
     random = found["<v1>"]["text_encoder"]
     assert torch.equal(random, random[:1].expand(4, -1)) and 0.25 < random[0].std() < 0.75
-    assert set(new_embeddings(sdxl_pipeline(), TOKENS, torch.Generator())["<v1>"]) == {"text_encoder", "text_encoder_2"}
+    assert set(new_embeddings(sdxl_pipeline(), TOKENS, torch.Generator())["<v1>"]) == {
+        "text_encoder",
+        "text_encoder_2",
+    }
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -120,18 +153,36 @@ def test_a_concept_is_trained_and_nothing_else_changes(kind, folder, tmp_path):
     assert len(concept.expert.layers) == len(attention_linears(pipe)) and concept.expert.scales() == {1.0}
     # SDXL reads its first text encoder one layer before the last
     unread = "text_encoder.text_model.encoder.layers.1." if kind == "sdxl" else "nothing"
-    assert all(bool(layer.up.any()) != path.startswith(unread) for path, layer in concept.expert.layers.items())
+    assert all(
+        bool(layer.up.any()) != path.startswith(unread) for path, layer in concept.expert.layers.items()
+    )
     save_concept(concept, tmp_path / "v.pth")
     found = load_concept(tmp_path / "v.pth")
-    with concept_tokens(pipe, found.embeddings), patch(pipe, {"v": found.expert}, allow_large_rank=True) as handle:
+    with (
+        concept_tokens(pipe, found.embeddings),
+        patch(pipe, {"v": found.expert}, allow_large_rank=True) as handle,
+    ):
         assert len(handle.layers) == len(concept.expert.layers)
-    assert all(torch.equal(found.expert.layers[path].up, layer.up) for path, layer in concept.expert.layers.items())
-    assert all(torch.equal(found.embeddings[t][e], v) for t, own in concept.embeddings.items() for e, v in own.items())
+    assert all(
+        torch.equal(found.expert.layers[path].up, layer.up) for path, layer in concept.expert.layers.items()
+    )
+    assert all(
+        torch.equal(found.embeddings[t][e], v)
+        for t, own in concept.embeddings.items()
+        for e, v in own.items()
+    )
 
 
 def train(folder, training, tokens=TOKENS, masks=None, **run):
     pipe = sd_pipeline()
-    return train_edlora(pipe, concept_batches(pipe, pictures(folder), tokens, 3, masks=masks), tokens, training, progress=False, **run)
+    return train_edlora(
+        pipe,
+        concept_batches(pipe, pictures(folder), tokens, 3, masks=masks),
+        tokens,
+        training,
+        progress=False,
+        **run,
+    )
 
 
 def test_rates_are_each_groups_own(folder):
@@ -146,7 +197,10 @@ def test_rates_are_each_groups_own(folder):
     concept = train(folder, one, both)
     moved = concept.embeddings["<v2>"]["text_encoder"] - start["<v2>"]["text_encoder"]
     assert moved.abs().max() == pytest.approx(3e-2, rel=1e-2)
-    tops = {part: max(f.up.abs().max().item() for p, f in concept.expert.layers.items() if p.startswith(part)) for part in ("unet", "text")}
+    tops = {
+        part: max(f.up.abs().max().item() for p, f in concept.expert.layers.items() if p.startswith(part))
+        for part in ("unet", "text")
+    }
     assert tops == pytest.approx({"unet": 1e-2, "text": 5e-3}, rel=1e-2)
 
 
@@ -158,7 +212,10 @@ def test_embeddings_stand_still_once_their_norm_is_at_the_limit(folder):
     assert all(layer.up.any() for layer in held.expert.layers.values())
     # one step takes it past the limit, and there it stays
     first = train(folder, replace(TRAINING, config=replace(CONFIG, steps=1)))
-    norms = [torch.cat([v["text_encoder"].norm(dim=-1) for v in c.embeddings.values()]).mean().item() for c in (held, first, free)]
+    norms = [
+        torch.cat([v["text_encoder"].norm(dim=-1) for v in c.embeddings.values()]).mean().item()
+        for c in (held, first, free)
+    ]
     assert norms[0] < norms[1]
     stopped = train(folder, replace(TRAINING, norm_limit=(norms[0] + norms[1]) / 2))
     for token in TOKENS:
@@ -170,7 +227,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(folder, tmp_path):
     train(folder, replace(TRAINING, config=replace(CONFIG, steps=2)), run_dir=tmp_path / "run")
     again = train(folder, TRAINING, run_dir=tmp_path / "run", resume=True)
     assert torch.equal(again.embeddings["<v1>"]["text_encoder"], whole.embeddings["<v1>"]["text_encoder"])
-    assert all(torch.equal(again.expert.layers[path].up, layer.up) for path, layer in whole.expert.layers.items())
+    assert all(
+        torch.equal(again.expert.layers[path].up, layer.up) for path, layer in whole.expert.layers.items()
+    )
     with pytest.raises(MoleStateError, match="embedding_lr"):
         train(folder, replace(TRAINING, embedding_lr=1.0), run_dir=tmp_path / "run", resume=True)
 
@@ -182,13 +241,24 @@ def test_masks_noise_offset_and_attention_count(folder):
     assert torch.equal(batches.tensors["mask"][0, 0], (torch.arange(8) < 2).float().expand(8, -1))
     losses = {}
     for name, change in {
-        "plain": {}, "masked": {"masked": True}, "offset": {"noise_offset": 0.5}, "attention": {"attention": 10.0},
+        "plain": {},
+        "masked": {"masked": True},
+        "offset": {"noise_offset": 0.5},
+        "attention": {"attention": 10.0},
         "gaussian": {"init": "gaussian"},
-    }.items():  # fmt: skip
+    }.items():
         seen = []
-        train(folder, replace(TRAINING, **change), masks=folder / "masks", on_step=lambda _, loss, seen=seen: seen.append(loss))
+        train(
+            folder,
+            replace(TRAINING, **change),
+            masks=folder / "masks",
+            on_step=lambda _, loss, seen=seen: seen.append(loss),
+        )
         losses[name] = seen
-    assert len({round(found[0], 6) for found in losses.values()}) == 4 and losses["plain"][0] == losses["gaussian"][0]
+    assert (
+        len({round(found[0], 6) for found in losses.values()}) == 4
+        and losses["plain"][0] == losses["gaussian"][0]
+    )
     assert losses["plain"][1] != losses["gaussian"][1]
 
 
@@ -201,8 +271,13 @@ def test_the_attention_loss_is_what_its_formula_says():
         loss = AttentionLoss(pipe.unet, tokens)
         seen = {}
         x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-        hooks = [m.register_forward_pre_hook(lambda m, args, kwargs: seen.__setitem__(m, (args[0], kwargs["encoder_hidden_states"])),
-                                             with_kwargs=True) for m in loss.layers]  # fmt: skip
+        hooks = [
+            m.register_forward_pre_hook(
+                lambda m, args, kwargs: seen.__setitem__(m, (args[0], kwargs["encoder_hidden_states"])),
+                with_kwargs=True,
+            )
+            for m in loss.layers
+        ]
         with layered(pipe.unet, states.tokens), loss.listening():
             # hooks that were there before `layered` see all layers' states
             pipe.unet(x, 3, states.flat)
@@ -215,7 +290,9 @@ def test_the_attention_loss_is_what_its_formula_says():
         q, k = module.head_to_batch_dim(module.to_q(hidden)), module.head_to_batch_dim(module.to_k(text))
         maps = module.get_attention_scores(q, k).unflatten(0, (2, -1)).mean(1)
         side = round(maps.shape[1] ** 0.5)
-        wanted = mask.unfold(2, 8 // side, 8 // side).unfold(3, 8 // side, 8 // side).mean((-1, -2)).flatten(1)
+        wanted = (
+            mask.unfold(2, 8 // side, 8 // side).unfold(3, 8 // side, 8 // side).mean((-1, -2)).flatten(1)
+        )
         # "<a0> <b0>" after the start token, and one place later
         rows = [(maps[b, :, p], wanted[b]) for b, p in ((0, 1), (0, 2), (1, 2), (1, 3))]
         want.append(sum((a / a.max() - m).square().mean().item() for a, m in rows) / 4)
@@ -269,7 +346,13 @@ def test_bad_input_is_named(folder, tmp_path):
 def test_the_papers_rates():
     made = paper_training(100, seed=3)
     assert (made.config.lr, made.text_encoder_lr, made.embedding_lr) == (1e-4, 1e-5, 1e-3)
-    assert (made.rank, made.alpha, made.noise_offset, made.norm_limit, made.config.schedule) == (4, 1.0, 0.01, 0.55, "linear")
+    assert (made.rank, made.alpha, made.noise_offset, made.norm_limit, made.config.schedule) == (
+        4,
+        1.0,
+        0.01,
+        0.55,
+        "linear",
+    )
 
 
 def test_ids_are_those_of_each_layers_names():
@@ -279,5 +362,8 @@ def test_ids_are_those_of_each_layers_names():
         ids = token_ids(pipe, [f"one {concept.name}"], tokens)["text_encoder"]
         assert ids.shape == (1, 4, 5)
         for i in range(4):
-            assert ids[0, i, 2:4].tolist() == [tokens.ids["<a0>"]["text_encoder"][i], tokens.ids["<b0>"]["text_encoder"][i]]
+            assert ids[0, i, 2:4].tolist() == [
+                tokens.ids["<a0>"]["text_encoder"][i],
+                tokens.ids["<b0>"]["text_encoder"][i],
+            ]
         assert tokens.expand("no concept") == ["no concept"] * 4 and tokens.expand("x<a0>")[3] == "x <new3>"

@@ -1,4 +1,6 @@
-"""Gradient fusion over whole pipelines: what is summed up where, one concept alone, memory, files, and bad input."""
+"""Gradient fusion over whole pipelines: what is summed up where, one concept alone, memory, files, and bad
+input.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from mole_kernels.errors import MoleFileError, MoleKeyError, MoleShapeError, Mol
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.methods.mix_of_show.concept import load_concept, load_fusion_config, save_concept
 from mole_kernels.methods.mix_of_show.folder import load_fused, save_dense, save_fused
-from mole_kernels.methods.mix_of_show.fusion import FusionSettings, fuse_by_weights, fuse_pipeline, plan_fusion, put_into_weights
+from mole_kernels.methods.mix_of_show.fusion import (
+    FusionSettings,
+    fuse_by_weights,
+    fuse_pipeline,
+    plan_fusion,
+    put_into_weights,
+)
 from mole_kernels.methods.mix_of_show.prompts import encode_prompts, sample
 from mole_kernels.methods.mix_of_show.tokens import add_concepts, concept_tokens, cross_attentions
 from mole_kernels.patching.apply import patch
@@ -25,14 +33,23 @@ PIPELINES = {"sd": sd_pipeline, "sdxl": sdxl_pipeline}
 
 
 def draw(pipe, concept, tokens):
-    options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    options = {
+        "num_inference_steps": 2,
+        "height": 16,
+        "width": 16,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(0),
+    }
     return sample(pipe, [concept.name], tokens, None, **options).images
 
 
 @pytest.fixture(scope="module")
 def two():
     pipe = sd_pipeline()
-    concepts = [random_concept(pipe, 0, text_encoder_alpha=0.5), random_concept(pipe, 1, rank=3, unet_alpha=0.8)]
+    concepts = [
+        random_concept(pipe, 0, text_encoder_alpha=0.5),
+        random_concept(pipe, 1, rank=3, unet_alpha=0.8),
+    ]
     return pipe, concepts, fuse_pipeline(pipe, concepts, SETTINGS)
 
 
@@ -45,13 +62,18 @@ def test_one_concept_fused_draws_what_it_draws_alone(kind):
         base = draw(pipe, concept, tokens)
         with patch(pipe, {"x": concept.expert}, scales={"x": 1.0}) as handle:
             # the alphas differ by component, so set them through the factors
-            handle.swap("x", Expert({p: replace(f, scale=concept.alpha(p)) for p, f in concept.expert.layers.items()}))
+            handle.swap(
+                "x", Expert({p: replace(f, scale=concept.alpha(p)) for p, f in concept.expert.layers.items()})
+            )
             alone = draw(pipe, concept, tokens)
             states = encode_prompts(pipe, [concept.name], tokens).states
         with patch(pipe, {"x": fused.expert}, allow_large_rank=True):
             # every place up to the end token; what comes after it no layer has been asked about
             torch.testing.assert_close(
-                encode_prompts(pipe, [concept.name], tokens).states[:, :, :4], states[:, :, :4], rtol=1e-3, atol=1e-4
+                encode_prompts(pipe, [concept.name], tokens).states[:, :, :4],
+                states[:, :, :4],
+                rtol=1e-3,
+                atol=1e-4,
             )
             together = draw(pipe, concept, tokens)
     assert (alone - base).norm() > 0.02 * base.norm()
@@ -68,7 +90,9 @@ def test_alpha_zero_is_the_base_model():
 
 
 def by_hand(pipe, concepts, path):
-    """Inputs [K,rows] and wanted changes [N,rows] of one layer, from copies of the pipeline with merged weights and stored inputs."""
+    """Inputs [K,rows] and wanted changes [N,rows] of one layer, from copies of the pipeline with merged
+    weights and stored inputs.
+    """
     inputs, wanted = [], []
     with concept_tokens(pipe, {t: e for c in concepts for t, e in c.embeddings.items()}) as tokens:
         text = fuse_pipeline_text(pipe, concepts)
@@ -104,7 +128,10 @@ def fuse_pipeline_text(pipe, concepts):
 
 @pytest.mark.parametrize(
     "path",
-    ["text_encoder.encoder.layers.1.self_attn.out_proj", "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"],
+    [
+        "text_encoder.encoder.layers.1.self_attn.out_proj",
+        "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+    ],
     ids=["text", "unet"],
 )
 def test_a_layer_is_the_least_squares_solution_over_inputs_gathered_by_hand(two, path):
@@ -133,14 +160,21 @@ def test_keys_and_values_see_concept_and_end_tokens_of_their_own_layer(two):
         for concept in concepts:
             x = states[concept.name][i, 1:4].double()
             want = x @ concept.expert.layers[key].delta(torch.float64).mT * concept.unet_alpha
-            torch.testing.assert_close(x @ fused.expert.layers[key].delta(torch.float64).mT, want, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                x @ fused.expert.layers[key].delta(torch.float64).mT, want, rtol=1e-3, atol=1e-4
+            )
 
 
 def test_no_layer_is_worse_than_weight_fusion_and_ranks_add_up(two):
     _, concepts, fused = two
     assert len(fused.layers) == len(fused.expert.layers) == 40
     for row in fused.layers:
-        assert row.fused <= row.by_weights * (1 + 1e-9) and row.rank == 5 and row.directions <= row.K and row.condition >= 1
+        assert (
+            row.fused <= row.by_weights * (1 + 1e-9)
+            and row.rank == 5
+            and row.directions <= row.K
+            and row.condition >= 1
+        )
     totals = fused.totals()
     assert totals["cross-attention"]["fused"] < 1e-9 * totals["cross-attention"]["base"]
     averaged = fuse_by_weights(concepts)
@@ -157,7 +191,9 @@ def test_less_memory_means_more_passes_and_the_same_result(two):
     again = fuse_pipeline(pipe, concepts, settings, lambda *what: said.append(what))
     made = plan_fusion(pipe, concepts, settings)
     assert made.bytes <= 4 * largest < plan_fusion(pipe, concepts, SETTINGS).bytes and len(made.unet) > 1
-    assert said[0][0] == str(made) and f"{len(made.unet)} x 2 = {2 * len(made.unet)} sampling runs" in said[0][0]
+    assert (
+        said[0][0] == str(made) and f"{len(made.unet)} x 2 = {2 * len(made.unet)} sampling runs" in said[0][0]
+    )
     for path, layer in fused.expert.layers.items():
         torch.testing.assert_close(again.expert.layers[path].delta(), layer.delta(), rtol=1e-4, atol=1e-6)
     with pytest.raises(MoleValueError, match="at least"):
@@ -182,7 +218,13 @@ def test_the_folder_and_the_dense_pipeline_draw_the_same(two, tmp_path):
     _, concepts, fused = two
     save_fused(fused, tmp_path / "fused", "kohya")
     report = json.loads((tmp_path / "fused/report.json").read_text())
-    assert len(report["layers"]) == 40 and report["layers"][0].keys() >= {"base", "by_weights", "fused", "directions", "condition"}
+    assert len(report["layers"]) == 40 and report["layers"][0].keys() >= {
+        "base",
+        "by_weights",
+        "fused",
+        "directions",
+        "condition",
+    }
     config = json.loads((tmp_path / "fused/new_concept_cfg.json").read_text())
     names = config["<b0>"]["concept_token_names"]
     assert len(names) == 4 and names[0] == "<new4>" and len(config["<b0>"]["concept_token_ids"]) == 4
@@ -203,13 +245,21 @@ def test_concepts_and_the_papers_configuration_are_read(ending, tmp_path):
     pipe = sd_pipeline()
     concept = random_concept(pipe, 0)
     save_concept(concept, tmp_path / f"a.{ending}", "research" if "research" in ending else "main")
-    entry = {"lora_path": f"a.{ending}", "unet_alpha": 0.8, "text_encoder_alpha": 1, "concept_name": concept.name}
+    entry = {
+        "lora_path": f"a.{ending}",
+        "unet_alpha": 0.8,
+        "text_encoder_alpha": 1,
+        "concept_name": concept.name,
+    }
     (tmp_path / "config.json").write_text(json.dumps([entry]))
     (found,) = load_fusion_config(tmp_path / "config.json")
     assert (found.name, found.unet_alpha, found.text_encoder_alpha) == (concept.name, 0.8, 1.0)
     assert len(found.expert.layers) == len(concept.expert.layers)
     want = fuse_by_weights([replace(concept, unet_alpha=0.8)])
-    with concept_tokens(pipe, found.embeddings) as tokens, patch(pipe, {"x": fuse_by_weights([found])}) as handle:
+    with (
+        concept_tokens(pipe, found.embeddings) as tokens,
+        patch(pipe, {"x": fuse_by_weights([found])}) as handle,
+    ):
         made = draw(pipe, found, tokens)
         handle.swap("x", want)
         torch.testing.assert_close(draw(pipe, concept, tokens), made)
@@ -246,8 +296,18 @@ def test_bad_concepts_are_refused_by_name_and_change_nothing():
     nan = {p: replace(f, down=f.down * float("nan")) for p, f in second.expert.layers.items()}
     for bad, settings, error, match in (
         (replace(second, expert=Expert(other)), SETTINGS, MoleShapeError, r"<a1> <b1>.*expected down"),
-        (replace(second, expert=Expert({"unet.nowhere": LowRank(torch.ones(1, 2), torch.ones(2, 1))})), SETTINGS, MoleKeyError, "<a1>"),
-        (replace(second, name="three <b1>", embeddings=word), SETTINGS, MoleValueError, "'three'.*already has"),
+        (
+            replace(second, expert=Expert({"unet.nowhere": LowRank(torch.ones(1, 2), torch.ones(2, 1))})),
+            SETTINGS,
+            MoleKeyError,
+            "<a1>",
+        ),
+        (
+            replace(second, name="three <b1>", embeddings=word),
+            SETTINGS,
+            MoleValueError,
+            "'three'.*already has",
+        ),
         (replace(first), SETTINGS, MoleValueError, "'<a0>'.*collides"),
         (replace(second, embeddings=short), SETTINGS, MoleShapeError, r"'<a1>'.*expected \[4,12\]"),
         (second, replace(SETTINGS, templates=("three three {}",)), MoleValueError, "cuts <b"),

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError
-from mole_kernels.looking.layout import layout_over_picture
 from mole_kernels.methods.mix_of_show.adapters import parse_adapter_weights, weigh
 from mole_kernels.methods.mix_of_show.joint import joint_mask, regional_flux
 from mole_kernels.methods.mix_of_show.regions import Region, shares
-from tests.patching.conftest import tiny_flux
+from mole_kernels.reports.layout import layout_over_picture
+from tests.tiny_models import tiny_flux
 
 REGIONS = [Region("left", box=(0, 0, 1, 0.5)), Region("low", box=(0.5, 0, 1, 1))]
 
@@ -42,10 +42,14 @@ def run(flux, texts, mask, places=6, side=(2, 3)):
     ids[:, 1], ids[:, 2] = torch.arange(places) // side[1], torch.arange(places) % side[1]
     with torch.no_grad():
         return flux(
-            hidden_states=torch.randn(1, places, 4, generator=g), encoder_hidden_states=texts, timestep=torch.tensor([0.5]),
-            pooled_projections=torch.ones(1, 20), img_ids=ids, txt_ids=torch.zeros(texts.shape[1], 3),
+            hidden_states=torch.randn(1, places, 4, generator=g),
+            encoder_hidden_states=texts,
+            timestep=torch.tensor([0.5]),
+            pooled_projections=torch.ones(1, 20),
+            img_ids=ids,
+            txt_ids=torch.zeros(texts.shape[1], 3),
             joint_attention_kwargs=None if mask is None else {"attention_mask": mask},
-        ).sample  # fmt: skip
+        ).sample
 
 
 def fake_pipe(flux):
@@ -53,7 +57,9 @@ def fake_pipe(flux):
 
 
 def test_a_text_that_covers_nothing_changes_nothing_and_one_that_covers_does():
-    """Through the real transformer; the picture's tokens still see one another, so a region's text reaches the others by them."""
+    """Through the real transformer; the picture's tokens still see one another, so a region's text reaches
+    the others by them.
+    """
     flux = tiny_flux()
     g = torch.Generator().manual_seed(2)
     texts = [torch.randn(3, 24, generator=g) for _ in range(3)]
@@ -78,9 +84,17 @@ def test_a_text_that_covers_nothing_changes_nothing_and_one_that_covers_does():
     "call, error, words",
     [
         (lambda p: regional_flux(p, "x", [], height=32, width=32), MoleTypeError, "at least one"),
-        (lambda p: regional_flux(SimpleNamespace(), "x", REGIONS, height=32, width=32), MoleTypeError, "a transformer of joint"),
+        (
+            lambda p: regional_flux(SimpleNamespace(), "x", REGIONS, height=32, width=32),
+            MoleTypeError,
+            "a transformer of joint",
+        ),
         (lambda p: regional_flux(p, "x", REGIONS, height=40, width=32), MoleValueError, "multiples of 16"),
-        (lambda p: regional_flux(p, "x", REGIONS, height=32, width=32, embeds=[torch.ones(1, 2)]), MoleShapeError, "3 texts"),
+        (
+            lambda p: regional_flux(p, "x", REGIONS, height=32, width=32, embeds=[torch.ones(1, 2)]),
+            MoleShapeError,
+            "3 texts",
+        ),
     ],
 )
 def test_bad_joint_regions_are_named(call, error, words):
@@ -90,10 +104,21 @@ def test_bad_joint_regions_are_named(call, error, words):
 
 def test_adapter_weights_by_region():
     weights = parse_adapter_weights("[0, 0, 8, 4]-0.5| [4,0,8,8]-2", 8, 8)
-    assert weights == [((0, 0, 1, 0.5), 0.5), ((0.5, 0, 1, 1), 2.0)] and parse_adapter_weights(" ", 8, 8) == []
+    assert (
+        weights == [((0, 0, 1, 0.5), 0.5), ((0.5, 0, 1, 1), 2.0)] and parse_adapter_weights(" ", 8, 8) == []
+    )
     big, small = weigh([torch.ones(1, 3, 4, 4), torch.ones(2, 3, 2, 2)], weights, elsewhere=0.25)
-    assert small[0, 0].tolist() == [[0.5, 0.25], [2.0, 2.0]] and big[0, 1].tolist() == [[0.5, 0.5, 0.25, 0.25]] * 2 + [[2.0] * 4] * 2
-    for text, at in (("[0,0,8,4]", 0), ("[0,0,8,4]-x", 0), ("[0,0,8,8]-1|0,0,8,4-1", 12), ("[0,0,9,4]-1", 0), ("[0,0,8,8]-inf", 0)):
+    assert (
+        small[0, 0].tolist() == [[0.5, 0.25], [2.0, 2.0]]
+        and big[0, 1].tolist() == [[0.5, 0.5, 0.25, 0.25]] * 2 + [[2.0] * 4] * 2
+    )
+    for text, at in (
+        ("[0,0,8,4]", 0),
+        ("[0,0,8,4]-x", 0),
+        ("[0,0,8,8]-1|0,0,8,4-1", 12),
+        ("[0,0,9,4]-1", 0),
+        ("[0,0,8,8]-inf", 0),
+    ):
         with pytest.raises(MoleValueError, match=f"character {at}:"):
             parse_adapter_weights(text, 8, 8)
     with pytest.raises(MoleShapeError, match=r"\[B,C,h,w\]"):
@@ -105,6 +130,8 @@ def test_the_layout_is_drawn_for_boxes_and_masks():
     mask[2:6, 2:6] = 1
     made = layout_over_picture(torch.rand(3, 16, 24), [*REGIONS, Region("mask", mask=mask)], "the whole")
     drawn = made.axes[1]
-    assert [t.get_text() for t in drawn.get_legend().get_texts()] == ["left", "low", "mask"] and len(drawn.collections) == 3
+    assert [t.get_text() for t in drawn.get_legend().get_texts()] == ["left", "low", "mask"] and len(
+        drawn.collections
+    ) == 3
     with pytest.raises(MoleShapeError, match=r"\[3,H,W\]"):
         layout_over_picture(torch.rand(16, 24), REGIONS)

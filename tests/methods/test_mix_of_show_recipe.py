@@ -38,7 +38,7 @@ def test_pictures_show_the_concept_in_its_slot_and_colours(name):
 def test_one_seed_runs_and_goes_on(tmp_path):
     made = run.Settings(
         seeds=1, pictures=4, steps=1, batch=2, drawn=2, sampling_steps=1, fusion_steps=1, classifier_steps=1
-    )  # fmt: skip
+    )
     found = run.run_seed(0, made, tmp_path)
     assert set(found["ways"]) == set(run.WAYS) and len(found["ways"]["gradient fusion"]) == 4
     table = run.combine([found, found])

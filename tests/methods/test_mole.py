@@ -11,8 +11,8 @@ from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.gates.gate import ConstantGate, MoLEGate
 from mole_kernels.methods.mole import PRESETS, train_expert, train_gates
+from mole_kernels.modules.scan import mole_targets, sizes
 from mole_kernels.patching.apply import patch
-from mole_kernels.patching.targets import mole_targets, sizes
 from mole_kernels.training.checkpoint import list_checkpoints
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.data import TensorBatches
@@ -26,10 +26,15 @@ QUIET = {"null": NULL, "progress": False}
 def unet(dtype=torch.float32, **options):
     torch.manual_seed(0)
     config = {
-        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 12,
-        "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 12,
+        "attention_head_dim": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }  # fmt: skip
+    }
     model = UNet2DConditionModel(**(config | options)).eval()
     return model if dtype == torch.float32 else model.to(dtype)
 
@@ -41,7 +46,10 @@ def pipeline(**options):
 
 def data(seed=0, size=8):
     g = torch.Generator().manual_seed(seed)
-    return {"latents": torch.randn(9, 4, size, size, generator=g), "encoder_hidden_states": torch.randn(9, 6, 12, generator=g)}
+    return {
+        "latents": torch.randn(9, 4, size, size, generator=g),
+        "encoder_hidden_states": torch.randn(9, 6, 12, generator=g),
+    }
 
 
 def batches(seed=0, **options):
@@ -68,7 +76,11 @@ def equal(before, after):
 
 
 def expert_bits(expert):
-    return {f"{path}.{part}": getattr(layer, part) for path, layer in expert.layers.items() for part in ("down", "up")}
+    return {
+        f"{path}.{part}": getattr(layer, part)
+        for path, layer in expert.layers.items()
+        for part in ("down", "up")
+    }
 
 
 def held_out_loss(model):
@@ -76,7 +88,10 @@ def held_out_loss(model):
     latents, text = data().values()
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(77))
     with torch.no_grad():
-        losses = [denoising_loss(model, DDPMScheduler(), latents, torch.full((9,), t), noise, text) for t in range(50, 1000, 100)]
+        losses = [
+            denoising_loss(model, DDPMScheduler(), latents, torch.full((9,), t), noise, text)
+            for t in range(50, 1000, 100)
+        ]
     return torch.stack(losses).mean().item()
 
 
@@ -117,10 +132,15 @@ def test_stage_two_resumed_equals_stage_two_unbroken(tmp_path, stop):
 
 def test_stage_two_resumed_with_another_rank_name_or_data(tmp_path):
     options = {"config": CONFIG, "run_dir": tmp_path} | QUIET
-    train_expert(pipeline(), batches(), name="face", rank=3, **(options | {"config": replace(CONFIG, steps=2)}))
+    train_expert(
+        pipeline(), batches(), name="face", rank=3, **(options | {"config": replace(CONFIG, steps=2)})
+    )
     pipe = pipeline()
     before = bits(pipe.unet)
-    for change, message in (({"rank": 4}, "rank: expected '3'.* got '4'"), ({"name": "hand"}, "expert: expected 'face'.* got 'hand'")):
+    for change, message in (
+        ({"rank": 4}, "rank: expected '3'.* got '4'"),
+        ({"name": "hand"}, "expert: expected 'face'.* got 'hand'"),
+    ):
         with pytest.raises(MoleStateError, match=message):
             train_expert(pipe, batches(), **({"name": "face", "rank": 3} | options | change), resume=True)
     with pytest.raises(MoleStateError, match=r"4, 8, 8.*got.*4, 16, 16"):
@@ -139,7 +159,9 @@ def test_an_interrupted_stage_two_removes_its_patch(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_expert(pipe, batches(), name="face", rank=3, config=CONFIG, on_step=stop, run_dir=tmp_path, **QUIET)
+        train_expert(
+            pipe, batches(), name="face", rank=3, config=CONFIG, on_step=stop, run_dir=tmp_path, **QUIET
+        )
     assert equal(before, bits(pipe.unet))
 
 
@@ -153,9 +175,15 @@ def test_stage_three_changes_every_gate_and_nothing_else(kind):
         result = train_gates(handle, batches(), CONFIG, scheduler=pipe.scheduler, **QUIET)
         after = bits(pipe.unet)
         changed = {name for name in before if not torch.equal(before[name], after[name])}
-        assert changed == gates and len(gates) == len(handle.layers) * {"mole": 4, "local": 2, "global": 2, "constant": 1}[kind]
+        assert (
+            changed == gates
+            and len(gates) == len(handle.layers) * {"mole": 4, "local": 2, "global": 2, "constant": 1}[kind]
+        )
         assert len(result.losses) == 5
-        assert all(isinstance(m.gate, ConstantGate if kind == "constant" else MoLEGate) for m in handle.layers.values())
+        assert all(
+            isinstance(m.gate, ConstantGate if kind == "constant" else MoLEGate)
+            for m in handle.layers.values()
+        )
 
 
 def test_gates_lower_the_loss_and_the_maps_move():
@@ -192,7 +220,9 @@ def test_stage_three_resumed_with_other_experts_or_gates(tmp_path):
     def run(kind="mole", config=CONFIG, scales=None, **options):
         model = unet()
         with patch(model, two_experts(model, **options), kind, scales=scales) as handle:
-            train_gates(handle, batches(), config, scheduler=DDPMScheduler(), run_dir=tmp_path, resume=True, **QUIET)
+            train_gates(
+                handle, batches(), config, scheduler=DDPMScheduler(), run_dir=tmp_path, resume=True, **QUIET
+            )
 
     run(config=replace(CONFIG, steps=2))
     # ranks 3 + 2 are packed to the very shapes of 2 + 3
@@ -229,16 +259,31 @@ def test_what_the_stages_refuse():
     with pytest.raises(MoleValueError, match="null"):
         train_expert(model, batches(), name="face", rank=3, config=CONFIG, scheduler=DDPMScheduler())
     with pytest.raises(MoleValueError, match="Transformer2DModel"):
-        train_expert(torch.nn.Linear(3, 3), batches(), name="face", rank=3, config=CONFIG, scheduler=DDPMScheduler(), null=NULL)
+        train_expert(
+            torch.nn.Linear(3, 3),
+            batches(),
+            name="face",
+            rank=3,
+            config=CONFIG,
+            scheduler=DDPMScheduler(),
+            null=NULL,
+        )
     with patch(model, two_experts(model)) as handle, pytest.raises(MoleStateError, match="no gates"):
         train_gates(handle, batches(), CONFIG, scheduler=DDPMScheduler(), null=NULL)
 
 
 def test_presets_hold_the_papers_settings():
-    for name, resolution, expert_accumulation, gate_accumulation in (("sd15", 512, 4, 6), ("sdxl", 1024, 16, 12)):
+    for name, resolution, expert_accumulation, gate_accumulation in (
+        ("sd15", 512, 4, 6),
+        ("sdxl", 1024, 16, 12),
+    ):
         preset = PRESETS[name]
         face, hand = preset.experts["face"], preset.experts["hand"]
-        assert list(preset.experts) == ["face", "hand"] and preset.rank == 256 and preset.resolution == resolution
+        assert (
+            list(preset.experts) == ["face", "hand"]
+            and preset.rank == 256
+            and preset.resolution == resolution
+        )
         assert (face.alpha / preset.rank, face.config.lr, face.config.steps) == (0.25, 2e-5, 30_000)
         assert (hand.alpha / preset.rank, hand.config.lr, hand.config.steps) == (0.5, 1e-5, 60_000)
         assert (preset.gates.lr, preset.gates.steps) == (1e-5, 50_000)

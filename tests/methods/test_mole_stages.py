@@ -1,4 +1,6 @@
-"""MoLE beyond its two usual stages: stage 1, any number of experts, activations computed again, pictures as the generators make them."""
+"""MoLE beyond its two usual stages: stage 1, any number of experts, activations computed again, pictures as
+the generators make them.
+"""
 
 import sys
 from dataclasses import replace
@@ -11,8 +13,8 @@ from mole_kernels.errors import MoleStateError, MoleTypeError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.io import load_expert, save_expert
 from mole_kernels.methods.mole import PRESETS, prompts, sample, train_expert, train_gates, train_unet
+from mole_kernels.modules.scan import mole_targets, sizes
 from mole_kernels.patching.apply import patch
-from mole_kernels.patching.targets import mole_targets, sizes
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.data import TensorBatches
 
@@ -24,7 +26,10 @@ CONFIG = TrainConfig(steps=2, lr=1e-2, seed=1)
 
 def batches(xl=False):
     g = torch.Generator().manual_seed(3)
-    tensors = {"latents": torch.randn(5, 4, 8, 8, generator=g), "encoder_hidden_states": torch.randn(5, 5, 20 if xl else 12, generator=g)}
+    tensors = {
+        "latents": torch.randn(5, 4, 8, 8, generator=g),
+        "encoder_hidden_states": torch.randn(5, 5, 20 if xl else 12, generator=g),
+    }
     if xl:
         tensors |= {"text_embeds": torch.randn(5, 10, generator=g), "time_ids": torch.full((5, 6), 16.0)}
     return TensorBatches(tensors, 2)
@@ -95,7 +100,9 @@ def test_experts_and_gates_with_activations_computed_again_are_the_same(make, pr
         torch.manual_seed(0)
         with patch(pipe, {"a": expert}, "mole") as handle:
             train_gates(handle, batches(xl), config, progress=False)
-            return [layer.up for layer in expert.layers.values()] + [p.detach().clone() for p in handle.gate_parameters()]
+            return [layer.up for layer in expert.layers.values()] + [
+                p.detach().clone() for p in handle.gate_parameters()
+            ]
 
     assert all(torch.equal(a, b) for a, b in zip(run(False), run(True), strict=True))
 
@@ -107,7 +114,8 @@ def test_criterion_3_whole_model_fresh_experts_shut_gates_and_open_gates():
         base = pipe.unet(*given).sample
         shapes = {path: sizes(module) for path, module in mole_targets(pipe.unet).items()}
         with patch(pipe, ExpertBank.new(shapes, ["a", "b"], 2), "mole"):
-            # each linear layer bit for bit (tests/gates); a 1x1 convolution is a matrix product here, with roundings of its own
+            # each linear layer bit for bit (tests/gates); a 1x1 convolution is a matrix product here, with
+            # roundings of its own
             torch.testing.assert_close(pipe.unet(*given).sample, base, rtol=1e-5, atol=1e-6)
         experts = bank(pipe.unet, ["a", "b"])
         with patch(pipe, experts) as handle:
@@ -148,7 +156,9 @@ def test_criterion_7_a_kohya_file_without_alpha_has_scale_one(tmp_path):
     from safetensors.torch import load_file
 
     tensors = load_file(tmp_path / "a.safetensors")
-    assert load_expert({key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}).scales() == {1.0}
+    assert load_expert(
+        {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    ).scales() == {1.0}
 
 
 def test_criterion_8_experts_and_gate_rows_swapped_together_change_nothing(tmp_path):
@@ -171,7 +181,10 @@ def test_criterion_8_experts_and_gate_rows_swapped_together_change_nothing(tmp_p
 def test_suffixes_are_the_generators_and_off_unless_asked_for():
     assert prompts(["a", "b"], "bad") == {"prompt": ["a", "b"], "negative_prompt": ["bad", "bad"]}
     asked = prompts(["a"], "bad", suffixes=True)
-    assert asked == {"prompt": ["a best quality, 8K"], "negative_prompt": ["bad poor quality, unclear hand, bad face "]}
+    assert asked == {
+        "prompt": ["a best quality, 8K"],
+        "negative_prompt": ["bad poor quality, unclear hand, bad face "],
+    }
 
 
 def test_pictures_are_drawn_with_ddim_and_each_from_its_own_seed():
@@ -197,8 +210,20 @@ def test_pictures_are_drawn_with_ddim_and_each_from_its_own_seed():
 
 def test_presets_of_stage_one_and_of_small_machines():
     stage = PRESETS["sd15"].unet
-    assert (stage.optimiser, stage.lr, stage.steps, stage.snr_gamma, stage.accumulation) == ("lion", 2e-6, 300_000, 5.0, 4)
-    assert stage.mixed_precision == "bf16" and PRESETS["sd15"].batch_size == 4 and PRESETS["sdxl"].unet is None
+    assert (stage.optimiser, stage.lr, stage.steps, stage.snr_gamma, stage.accumulation) == (
+        "lion",
+        2e-6,
+        300_000,
+        5.0,
+        4,
+    )
+    assert (
+        stage.mixed_precision == "bf16" and PRESETS["sd15"].batch_size == 4 and PRESETS["sdxl"].unet is None
+    )
     small = PRESETS["small"]
-    assert small.expert("anything") is small.experts["expert"] and small.gates.gradient_checkpointing and small.batch_size == 1
+    assert (
+        small.expert("anything") is small.experts["expert"]
+        and small.gates.gradient_checkpointing
+        and small.batch_size == 1
+    )
     assert PRESETS["sd15"].expert("hand").alpha == 128 and PRESETS["sd15"].expert("feet").alpha == 64

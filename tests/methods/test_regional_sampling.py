@@ -1,4 +1,6 @@
-"""Regional sampling of a real UNet: against attention place by place, on guidance and batches, with experts by region, and undone."""
+"""Regional sampling of a real UNet: against attention place by place, on guidance and batches, with experts
+by region, and undone.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ import torch
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.gates.schedule import Clock, switch
-from mole_kernels.looking.layout import attention_over_picture
 from mole_kernels.methods.mix_of_show.regions import Region, grid_of, shares
 from mole_kernels.methods.mix_of_show.sampling import region_gates, regional
+from mole_kernels.modules.forward_lock import Turns
 from mole_kernels.patching.apply import patch
-from mole_kernels.patching.turns import Turns
-from tests.patching.conftest import TEXT_WIDTH, make_expert, tiny_pipeline
+from mole_kernels.reports.layout import attention_over_picture
+from tests.tiny_models import TEXT_WIDTH, make_expert, tiny_pipeline
 
 REGIONS = [Region("left", box=(0, 0, 1, 0.5)), Region("low", box=(0.5, 0.25, 1, 1))]
 SIZE = (8, 8)
@@ -31,17 +33,26 @@ def texts(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, 5, TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def draw(pipe, prompts: int = 1, each: int = 1, guidance: float = 1.0, steps: int = 2, text=None) -> torch.Tensor:
+def draw(
+    pipe, prompts: int = 1, each: int = 1, guidance: float = 1.0, steps: int = 2, text=None
+) -> torch.Tensor:
     g = torch.Generator().manual_seed(4)
     noise = torch.randn(prompts * each, 4, *SIZE, generator=g)
     return pipe(
-        prompt_embeds=texts(prompts, seed=7) if text is None else text, negative_prompt_embeds=texts(prompts, seed=8), latents=noise,
-        num_images_per_prompt=each, guidance_scale=guidance, num_inference_steps=steps, output_type="latent",
-    ).images  # fmt: skip
+        prompt_embeds=texts(prompts, seed=7) if text is None else text,
+        negative_prompt_embeds=texts(prompts, seed=8),
+        latents=noise,
+        num_images_per_prompt=each,
+        guidance_scale=guidance,
+        num_inference_steps=steps,
+        output_type="latent",
+    ).images
 
 
 class PlaceByPlace:
-    """The same by its definition: for each sample and place, a softmax over the text of each region that covers it."""
+    """The same by its definition: for each sample and place, a softmax over the text of each region that
+    covers it.
+    """
 
     def __init__(self, regions, embeds, guided, overlap="mean"):
         self.regions, self.embeds, self.guided, self.overlap = regions, embeds, guided, overlap
@@ -66,14 +77,18 @@ class PlaceByPlace:
 
 
 @pytest.mark.parametrize("overlap", ["mean", "overwrite"])
-@pytest.mark.parametrize("prompts, each, guidance", [(1, 1, 1.0), (1, 1, 5.0), (2, 2, 5.0)], ids=["plain", "guided", "batch"])
+@pytest.mark.parametrize(
+    "prompts, each, guidance", [(1, 1, 1.0), (1, 1, 5.0), (2, 2, 5.0)], ids=["plain", "guided", "batch"]
+)
 def test_a_picture_is_what_attention_place_by_place_draws(pipe, prompts, each, guidance, overlap):
     by_prompt = [REGIONS, REGIONS[::-1]][:prompts]
     embeds = texts(prompts, 2, seed=1), texts(prompts, 2, seed=2)
     slow = copy.copy(pipe)
     slow.unet = copy.deepcopy(pipe.unet)
     by_place = PlaceByPlace(by_prompt, embeds, guidance > 1, overlap)
-    slow.unet.set_attn_processor({n: by_place if ".attn2." in n else p for n, p in slow.unet.attn_processors.items()})
+    slow.unet.set_attn_processor(
+        {n: by_place if ".attn2." in n else p for n, p in slow.unet.attn_processors.items()}
+    )
     want = draw(slow, prompts, each, guidance)
     plain = draw(pipe, prompts, each, guidance)
     with regional(pipe, by_prompt, embeds=embeds, overlap=overlap):
@@ -86,7 +101,9 @@ def test_a_picture_is_what_attention_place_by_place_draws(pipe, prompts, each, g
 def test_regions_that_say_what_the_whole_says_change_nothing(pipe):
     text, negative = texts(1, seed=7), texts(1, seed=8)
     want = draw(pipe, guidance=3.0)
-    with regional(pipe, REGIONS, embeds=(text[:, None].expand(-1, 2, -1, -1), negative[:, None].expand(-1, 2, -1, -1))):
+    with regional(
+        pipe, REGIONS, embeds=(text[:, None].expand(-1, 2, -1, -1), negative[:, None].expand(-1, 2, -1, -1))
+    ):
         torch.testing.assert_close(draw(pipe, guidance=3.0), want, rtol=1e-5, atol=1e-5)
 
 
@@ -122,16 +139,26 @@ def test_a_schedule_of_experts_is_followed(pipe):
     embeds, x, text = (texts(1, 2, seed=1), texts(1, 2, seed=2)), torch.randn(1, 4, *SIZE), texts(1, seed=7)
     want = []
     for name in experts:
-        with patch(pipe, {name: experts[name]}, strict=False), regional(pipe, REGIONS, embeds=embeds), torch.no_grad():
+        with (
+            patch(pipe, {name: experts[name]}, strict=False),
+            regional(pipe, REGIONS, embeds=embeds),
+            torch.no_grad(),
+        ):
             want.append(pipe.unet(x, 3, text).sample)
-    with patch(pipe, experts, switch(clock, every=1), strict=False), regional(pipe, REGIONS, embeds=embeds), torch.no_grad():
+    with (
+        patch(pipe, experts, switch(clock, every=1), strict=False),
+        regional(pipe, REGIONS, embeds=embeds),
+        torch.no_grad(),
+    ):
         for i in range(2):
             clock.set(i)
             torch.testing.assert_close(pipe.unet(x, 3, text).sample, want[i])
 
 
 def test_each_region_has_its_own_experts(pipe):
-    """A region over everything with one expert alone is that expert alone; halves differ only where they should."""
+    """A region over everything with one expert alone is that expert alone; halves differ only where they
+    should.
+    """
     experts = {"a": make_expert(pipe.unet), "b": make_expert(pipe.unet, seed=1)}
     embeds = texts(1, 1, seed=1), texts(1, 1, seed=2)
     with patch(pipe, {"b": experts["b"]}, strict=False), regional(pipe, [Region("x")], embeds=embeds):
@@ -141,7 +168,13 @@ def test_each_region_has_its_own_experts(pipe):
     with regional(pipe, [Region("x", experts={"b": 1.0})], embeds=embeds, handle=handle):
         torch.testing.assert_close(draw(pipe, guidance=3.0), want, rtol=1e-4, atol=1e-5)
     assert torch.equal(draw(pipe, guidance=3.0), both)
-    with regional(pipe, [Region("x", box=(0, 0, 1, 0.5), experts={"a": 0.5})], embeds=embeds, handle=handle, elsewhere={"b": 2.0}):
+    with regional(
+        pipe,
+        [Region("x", box=(0, 0, 1, 0.5), experts={"a": 0.5})],
+        embeds=embeds,
+        handle=handle,
+        elsewhere={"b": 2.0},
+    ):
         # guided, as the last call was: two samples
         pipe.unet(torch.randn(2, 4, *SIZE), 3, texts(2, seed=7))
         layer = next(m for p, m in handle.layers.items() if p.endswith("attn1.to_q"))
@@ -158,8 +191,9 @@ def test_one_text_for_each_layer(pipe):
     x, text, seen = torch.randn(1, 4, *SIZE), texts(1, seed=7), []
     hooks = [
         m.to_k.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-        for n, m in pipe.unet.named_modules() if n.endswith("attn2")
-    ]  # fmt: skip
+        for n, m in pipe.unet.named_modules()
+        if n.endswith("attn2")
+    ]
     with regional(pipe, [Region("x")], embeds=per_layer), torch.no_grad():
         pipe.unet(x, 3, text)
     for hook in hooks:
@@ -186,7 +220,10 @@ def test_where_each_regions_words_were_read(pipe):
     for i, region in enumerate(REGIONS):
         inside = region.cover(*SIZE)
         assert (maps[0, i][inside] > 0).all() and maps[0, i].max() <= 1
-        outside = ~torch.nn.functional.interpolate(region.cover(4, 4)[None, None].float(), SIZE)[0, 0].bool() & ~inside
+        outside = (
+            ~torch.nn.functional.interpolate(region.cover(4, 4)[None, None].float(), SIZE)[0, 0].bool()
+            & ~inside
+        )
         assert outside.any() and not maps[0, i][outside].any()
     one = {}
     with regional(pipe, REGIONS, embeds=embeds, record=True) as state, torch.no_grad():
@@ -194,7 +231,11 @@ def test_where_each_regions_words_were_read(pipe):
         attn.to_q.register_forward_hook(lambda m, a, y: one.update(q=y.unflatten(-1, (attn.heads, -1))))
         pipe.unet(torch.randn(1, 4, *SIZE), 3, texts(1, seed=7))
         k = attn.to_k(embeds[0][0, 0]).unflatten(-1, (attn.heads, -1))
-        p = torch.softmax(torch.einsum("thd,lhd->htl", one["q"][0], k) * attn.scale, -1)[..., 1:].sum(-1).mean(0)
+        p = (
+            torch.softmax(torch.einsum("thd,lhd->htl", one["q"][0], k) * attn.scale, -1)[..., 1:]
+            .sum(-1)
+            .mean(0)
+        )
         grid = grid_of(len(p), *SIZE)
         want = p * shares(REGIONS, *grid)[1]
         total, count = state._read[grid]
@@ -217,25 +258,41 @@ def test_the_adapters_features_are_weighed_by_region(pipe):
     torch.manual_seed(0)
     parts = {n: p for n, p in pipe.components.items() if n != "image_encoder"}
     channels = list(pipe.unet.config.block_out_channels)
-    drawer = StableDiffusionAdapterPipeline(**parts, adapter=T2IAdapter(3, channels, 1, 2), requires_safety_checker=False)
+    drawer = StableDiffusionAdapterPipeline(
+        **parts, adapter=T2IAdapter(3, channels, 1, 2), requires_safety_checker=False
+    )
     drawer.set_progress_bar_config(disable=True)
     handed = []
     drawer.unet.register_forward_pre_hook(
-        lambda m, a, k: handed.append([t.clone() for t in k["down_intrablock_additional_residuals"]]), with_kwargs=True
+        lambda m, a, k: handed.append([t.clone() for t in k["down_intrablock_additional_residuals"]]),
+        with_kwargs=True,
     )
 
     def run():
         handed.clear()
         one, two = (torch.Generator().manual_seed(seed) for seed in (0, 1))
         drawer(
-            prompt_embeds=texts(1, seed=7), negative_prompt_embeds=texts(1, seed=8), image=torch.rand(1, 3, 16, 16, generator=two),
-            height=16, width=16, num_inference_steps=1, guidance_scale=3.0, output_type="latent", generator=one,
-        )  # fmt: skip
+            prompt_embeds=texts(1, seed=7),
+            negative_prompt_embeds=texts(1, seed=8),
+            image=torch.rand(1, 3, 16, 16, generator=two),
+            height=16,
+            width=16,
+            num_inference_steps=1,
+            guidance_scale=3.0,
+            output_type="latent",
+            generator=one,
+        )
         return handed[0]
 
     plain = run()
     weights = [((0.0, 0.0, 1.0, 0.5), 0.25)]
-    with regional(drawer, [Region("x")], embeds=(texts(1, 1, seed=1), texts(1, 1, seed=2)), adapter=weights, adapter_elsewhere=2.0):
+    with regional(
+        drawer,
+        [Region("x")],
+        embeds=(texts(1, 1, seed=1), texts(1, 1, seed=2)),
+        adapter=weights,
+        adapter_elsewhere=2.0,
+    ):
         weighed = run()
     assert len(plain) == len(channels) and plain[0].shape[0] == 2 and plain[0].norm() > 0
     for before, after in zip(plain, weighed):
@@ -255,20 +312,37 @@ def test_the_adapters_features_are_weighed_by_region(pipe):
         (lambda p: regional(p, [REGIONS, REGIONS[:1]]), MoleValueError, "as many regions"),
         (lambda p: regional(p, [["x"]]), MoleTypeError, "a list of regions"),
         (lambda p: regional(p, REGIONS, overlap="blend"), MoleValueError, "'mean' or 'overwrite'"),
-        (lambda p: regional(p, REGIONS, embeds=(texts(1, 3), texts(1, 2))).__enter__(), MoleShapeError, r"positive \[1,2"),
-        (lambda p: regional(p, REGIONS, handle=patch(p, {"a": make_expert(p.unet)})), MoleStateError, "no region gates"),
         (
-            lambda p: regional(p, [Region("x", experts={"zoe": 1.0})], handle=patch(p, {"a": make_expert(p.unet)}, region_gates)),
-            MoleKeyError, "'zoe'",
+            lambda p: regional(p, REGIONS, embeds=(texts(1, 3), texts(1, 2))).__enter__(),
+            MoleShapeError,
+            r"positive \[1,2",
+        ),
+        (
+            lambda p: regional(p, REGIONS, handle=patch(p, {"a": make_expert(p.unet)})),
+            MoleStateError,
+            "no region gates",
+        ),
+        (
+            lambda p: regional(
+                p,
+                [Region("x", experts={"zoe": 1.0})],
+                handle=patch(p, {"a": make_expert(p.unet)}, region_gates),
+            ),
+            MoleKeyError,
+            "'zoe'",
         ),
     ],
-)  # fmt: skip
+)
 def test_bad_calls_are_named_and_change_nothing(pipe, call, error, words):
     before = dict(pipe.unet.attn_processors)
     with pytest.raises(error, match=words):
         call(pipe)
     # of a patch that a call made itself there are the turns that forwards and changes take
-    hooks = [hook for hook in pipe.unet._forward_pre_hooks.values() if not isinstance(getattr(hook, "__self__", None), Turns)]
+    hooks = [
+        hook
+        for hook in pipe.unet._forward_pre_hooks.values()
+        if not isinstance(getattr(hook, "__self__", None), Turns)
+    ]
     assert pipe.unet.attn_processors == before and not hooks
 
 
@@ -280,5 +354,9 @@ def test_an_error_inside_restores_the_processors(pipe):
     ):
         draw(pipe)
     # of a patch that a call made itself there are the turns that forwards and changes take
-    hooks = [hook for hook in pipe.unet._forward_pre_hooks.values() if not isinstance(getattr(hook, "__self__", None), Turns)]
+    hooks = [
+        hook
+        for hook in pipe.unet._forward_pre_hooks.values()
+        if not isinstance(getattr(hook, "__self__", None), Turns)
+    ]
     assert pipe.unet.attn_processors == before and not hooks

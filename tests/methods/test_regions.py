@@ -18,7 +18,11 @@ def test_the_papers_string():
         ".5e0", "3"
     )
     first, second, third = parse_regions(text, 512, 256)
-    assert (first.prompt, first.negative, first.box) == ("a <potter1>, near the castle", "low quality", (0, 0, 0.5, 0.5))
+    assert (first.prompt, first.negative, first.box) == (
+        "a <potter1>, near the castle",
+        "low quality",
+        (0, 0, 0.5, 0.5),
+    )
     assert (second.prompt, second.negative, second.box) == ("a cat", "", (0, 0, 1, 1))
     assert third.box == (1.5 / 512, 2 / 256, 1.0, 3 / 256)
 
@@ -56,10 +60,18 @@ def test_no_string_does_anything_but_parse_or_be_refused(text):
 
 
 def test_the_json_form():
-    held = [{"prompt": "a", "negative": "b", "box": [0, 0.25, 1, 0.5], "experts": {"anna": 0.8}}, {"prompt": "c"}]
+    held = [
+        {"prompt": "a", "negative": "b", "box": [0, 0.25, 1, 0.5], "experts": {"anna": 0.8}},
+        {"prompt": "c"},
+    ]
     for source in (held, json.dumps(held)):
         first, second = read_regions(source)
-        assert (first.prompt, first.negative, first.box, first.experts) == ("a", "b", (0, 0.25, 1, 0.5), {"anna": 0.8})
+        assert (first.prompt, first.negative, first.box, first.experts) == (
+            "a",
+            "b",
+            (0, 0.25, 1, 0.5),
+            {"anna": 0.8},
+        )
         assert (second.box, second.experts) == ((0, 0, 1, 1), None)
 
 
@@ -116,9 +128,11 @@ def test_masks_of_any_size_cover_by_half():
 
 def test_shares_by_a_loop_over_places():
     regions = [
-        Region("a", box=(0, 0, 0.5, 0.75)), Region("b", box=(0.25, 0.25, 1, 1)), Region("c", box=(0.25, 0.25, 0.5, 0.5)),
+        Region("a", box=(0, 0, 0.5, 0.75)),
+        Region("b", box=(0.25, 0.25, 1, 1)),
+        Region("c", box=(0.25, 0.25, 0.5, 0.5)),
         Region("thin", box=(0, 0, 0.1, 1)),
-    ]  # fmt: skip
+    ]
     for overlap in ("mean", "overwrite"):
         table = shares(regions, 4, 8, overlap=overlap)
         for y in range(4):

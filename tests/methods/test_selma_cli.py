@@ -37,7 +37,9 @@ def given(tmp_path):
         "low": ["one two blank", "blank zero three", "four blank one"],
         "high": ["five six blank", "blank nine seven", "eight blank six"],
     }
-    (tmp_path / "skills.json").write_text(json.dumps({name: {"seeds": lines} for name, lines in seeds.items()}))
+    (tmp_path / "skills.json").write_text(
+        json.dumps({name: {"seeds": lines} for name, lines in seeds.items()})
+    )
     (tmp_path / "low.txt").write_text("zero zero one\ntwo two blank\none two blank\nblank blank four\n")
     (tmp_path / "high.txt").write_text("nine nine five\nsix blank blank\nseven seven eight\n")
     return tmp_path
@@ -50,22 +52,46 @@ def test_every_stage_from_prompts_to_figures(cli, given):
     assert cli("pictures", work, "--model", "demo", "--steps", 1, "--batch", 2, "--skill", "low")[0] == 0
     code, out, err = cli("pictures", work, "--model", "demo", "--steps", 1, "--batch", 2)
     assert code == 0 and "0 made by this process now" in out and "2 made by this process now" in out
-    settings = "--model demo --steps 1 --rank 2 --resolution 24x72 --no-flip --accumulation 1 --batch 2".split()
+    settings = (
+        "--model demo --steps 1 --rank 2 --resolution 24x72 --no-flip --accumulation 1 --batch 2".split()
+    )
     assert cli("train", work, *settings)[0] == 0
     code, out, err = cli("merge", work)
     assert code == 0 and "2 experts with weight 1/2 each, delta_mean, ranks 4" in out
     assert load_expert(work / "merged.safetensors").ranks() == {4}
     code, out, err = cli("status", work)
-    assert code == 0 and "2 prompts" in out and "2 pictures" in out and "1 steps" in out and "merged: yes" in out
-    assert [row["text"] for row in read_lines(work / "low/pictures/metadata.jsonl")] == Project(work).prompts("low")
+    assert (
+        code == 0 and "2 prompts" in out and "2 pictures" in out and "1 steps" in out and "merged: yes" in out
+    )
+    assert [row["text"] for row in read_lines(work / "low/pictures/metadata.jsonl")] == Project(work).prompts(
+        "low"
+    )
 
-    questions = [{"caption": "one two three", "question": f"{word}?", "answer": word, "choices": ["yes", "no"]} for word in ("yes", "no")]
+    questions = [
+        {"caption": "one two three", "question": f"{word}?", "answer": word, "choices": ["yes", "no"]}
+        for word in ("yes", "no")
+    ]
     (given / "tifa.json").write_text(json.dumps(questions))
     drawn = given / "drawn"
-    assert cli("draw", given / "tifa.json", drawn, "--model", "demo", "--steps", 1, "--expert", work / "merged.safetensors")[0] == 0
+    assert (
+        cli(
+            "draw",
+            given / "tifa.json",
+            drawn,
+            "--model",
+            "demo",
+            "--steps",
+            1,
+            "--expert",
+            work / "merged.safetensors",
+        )[0]
+        == 0
+    )
     for part in vilt():
         part.save_pretrained(given / "vqa")
-    code, out, err = cli("evaluate", given / "tifa.json", drawn, "--vqa", given / "vqa", "--out", given / "figures.json")
+    code, out, err = cli(
+        "evaluate", given / "tifa.json", drawn, "--vqa", given / "vqa", "--out", given / "figures.json"
+    )
     assert code == 0, err
     figures = json.loads((given / "figures.json").read_text())
     assert figures["pictures"] == 1 and figures["questions"] == 2 and figures["score"] in (0.0, 0.5, 1.0)
@@ -96,4 +122,6 @@ def test_what_a_user_gets_wrong(cli, given):
 
 def test_help_names_every_stage(cli):
     code, out, _ = cli("--help")
-    assert code == 0 and all(name in out for name in ("prompts", "pictures", "train", "merge", "draw", "evaluate", "status"))
+    assert code == 0 and all(
+        name in out for name in ("prompts", "pictures", "train", "merge", "draw", "evaluate", "status")
+    )

@@ -20,7 +20,9 @@ SETTINGS = PromptSettings(count=6, more=3, attempts=3, wait=0.0)
 
 
 class Server:
-    """Answers the k-th POST with plan[k] (status, body, headers), or with three new prompts where the plan has nothing."""
+    """Answers the k-th POST with plan[k] (status, body, headers), or with three new prompts where the plan
+    has nothing.
+    """
 
     def __init__(self):
         self.plan, self.seen = {}, []
@@ -62,7 +64,11 @@ def send(handler, status, body, headers=()):
 
 
 def chat(text, finish="stop"):
-    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish, "text": text}]}
+    return {
+        "choices": [
+            {"message": {"role": "assistant", "content": text}, "finish_reason": finish, "text": text}
+        ]
+    }
 
 
 @pytest.fixture
@@ -83,7 +89,11 @@ def test_a_chat_endpoint_writes_prompts(server, tmp_path):
     assert len(found) == 6 and len(server.seen) == 2
     path, headers, body = server.seen[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
-    assert (body["model"], body["temperature"], [m["role"] for m in body["messages"]]) == ("tiny", 0.7, ["user"])
+    assert (body["model"], body["temperature"], [m["role"] for m in body["messages"]]) == (
+        "tiny",
+        0.7,
+        ["user"],
+    )
     assert "1. " in body["messages"][0]["content"] and server.seen[0][2]["seed"] != server.seen[1][2]["seed"]
     assert not any(b"secret" in p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
 
@@ -172,7 +182,9 @@ def test_a_server_that_is_not_there():
         EndpointText("http://127.0.0.1:9/v1", "tiny", timeout=1.0).write("more", 0, 1)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host/v1", "file:///etc", "http://me:pass@host/v1", "http://"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://host/v1", "file:///etc", "http://me:pass@host/v1", "http://"]
+)
 def test_addresses_that_are_none(url):
     with pytest.raises(MoleValueError, match="url") as caught:
         EndpointText(url, "tiny")

@@ -23,7 +23,10 @@ CASES = {
     "a leaf": ({"2": "no"}, [1, 0, 1, 1, 1, 1]),
     "a parent rules out its child": ({"1": "no"}, [0, 0, 1, 1, 1, 1]),
     "one of two parents is enough": ({"4": "no"}, [1, 1, 1, 0, 0, 0]),
-    "a grandparent rules out, whatever lies between": ({"3": "no", "5": "yes", "6": "yes"}, [1, 1, 0, 1, 0, 0]),
+    "a grandparent rules out, whatever lies between": (
+        {"3": "no", "5": "yes", "6": "yes"},
+        [1, 1, 0, 1, 0, 0],
+    ),
     "what is neither yes nor no is wrong": ({"1": "perhaps"}, [0, 0, 1, 1, 1, 1]),
     "nothing": (dict.fromkeys("123456", "no"), [0, 0, 0, 0, 0, 0]),
 }
@@ -37,7 +40,10 @@ def test_the_parent_rule(said, scores):
 
 def test_children_before_parents_in_the_file_change_nothing():
     backwards = Tree(DSG.prompt, tuple(reversed(DSG.questions)))
-    assert ask(backwards, lambda q: "no" if q.id == "3" else "yes").scores == ask(DSG, lambda q: "no" if q.id == "3" else "yes").scores
+    assert (
+        ask(backwards, lambda q: "no" if q.id == "3" else "yes").scores
+        == ask(DSG, lambda q: "no" if q.id == "3" else "yes").scores
+    )
 
 
 def test_questions_that_are_ruled_out_are_not_put():
@@ -47,7 +53,9 @@ def test_questions_that_are_ruled_out_are_not_put():
 
 
 def test_figures_over_pictures():
-    one = Tree("one", (Question("1", "?", category="object"), Question("2", "?", parents=("1",), category="colour")))
+    one = Tree(
+        "one", (Question("1", "?", category="object"), Question("2", "?", parents=("1",), category="colour"))
+    )
     two = Tree("two", (Question("1", "?", "three", ("two", "three"), category="count"),))
     found = [ask(one, lambda q: "no"), ask(two, lambda q: "Three."), ask(two, lambda q: "seven")]
     summary = summarise(found)
@@ -60,11 +68,17 @@ def test_figures_over_pictures():
 @pytest.mark.parametrize(
     "said, choices, means",
     [
-        ("Yes, there is one.", ("yes", "no"), "yes"), ("  NO!", ("yes", "no"), "no"), ("nothing", ("yes", "no"), "nothing"),
-        ("yesterday", ("yes", "no"), "yesterday"), ("the red  bus", ("red bus", "red"), "red bus"), ("A Cat", (), "cat"),
-        ("red bus stop", ("red", "red bus"), "red bus stop"), ("two", ("two", "two dogs"), "two"), ("c++", ("c++", "c"), "c++"),
+        ("Yes, there is one.", ("yes", "no"), "yes"),
+        ("  NO!", ("yes", "no"), "no"),
+        ("nothing", ("yes", "no"), "nothing"),
+        ("yesterday", ("yes", "no"), "yesterday"),
+        ("the red  bus", ("red bus", "red"), "red bus"),
+        ("A Cat", (), "cat"),
+        ("red bus stop", ("red", "red bus"), "red bus stop"),
+        ("two", ("two", "two dogs"), "two"),
+        ("c++", ("c++", "c"), "c++"),
     ],
-)  # fmt: skip
+)
 def test_what_an_answer_means(said, choices, means):
     assert closest(said, choices) == means
 
@@ -84,23 +98,57 @@ def test_trees_that_are_none():
 def test_dsg_and_tifa_files(tmp_path):
     path = tmp_path / "dsg.csv"
     head = "item_id,text,category_broad,proposition_id,dependency,question_natural_language\n"
-    path.write_text(head + 'a,"two cats, one hat",entity,1,0,Are there cats?\na,"two cats, one hat",other,2,"1, 3",Is it on?\n'
-                    'a,"two cats, one hat",entity,3,,Is there a hat?\nb,a dog,entity,1,0,Is there a dog?\n')  # fmt: skip
+    path.write_text(
+        head
+        + 'a,"two cats, one hat",entity,1,0,Are there cats?\na,"two cats, one hat",other,2,"1, 3",Is it on?\n'
+        'a,"two cats, one hat",entity,3,,Is there a hat?\nb,a dog,entity,1,0,Is there a dog?\n'
+    )
     cats, dog = load_questions(path)
-    assert (cats.prompt, dog.prompt) == ("two cats, one hat", "a dog") and [q.id for q in cats.questions][-1] == "2"
-    assert cats.questions[-1].parents == ("1", "3") and cats.questions[-1].category == "other" and dog.questions[0].parents == ()
+    assert (cats.prompt, dog.prompt) == ("two cats, one hat", "a dog") and [q.id for q in cats.questions][
+        -1
+    ] == "2"
+    assert (
+        cats.questions[-1].parents == ("1", "3")
+        and cats.questions[-1].category == "other"
+        and dog.questions[0].parents == ()
+    )
     tifa = tmp_path / "tifa.json"
-    entry = {"caption": "a dog", "question": "what animal?", "answer": "dog", "choices": ["cat", "dog"], "element_type": "animal"}
-    tifa.write_text(json.dumps([entry, entry | {"question": "is there a dog?", "answer": "yes", "choices": ["yes", "no"]}]))
+    entry = {
+        "caption": "a dog",
+        "question": "what animal?",
+        "answer": "dog",
+        "choices": ["cat", "dog"],
+        "element_type": "animal",
+    }
+    tifa.write_text(
+        json.dumps(
+            [entry, entry | {"question": "is there a dog?", "answer": "yes", "choices": ["yes", "no"]}]
+        )
+    )
     (one,) = load_questions(tifa)
     assert [(q.text, q.answer, q.choices) for q in one.questions] == [
-        ("what animal?", "dog", ("cat", "dog")), ("is there a dog?", "yes", ("yes", "no"))
-    ]  # fmt: skip
-    for content in ("", "item_id,text\n1,2\n", head, head + "a,b\n", head + "a,b,c,1,0,\n", head + "a,x,c,1,0,q?\na,y,c,2,0,q?\n"):
+        ("what animal?", "dog", ("cat", "dog")),
+        ("is there a dog?", "yes", ("yes", "no")),
+    ]
+    for content in (
+        "",
+        "item_id,text\n1,2\n",
+        head,
+        head + "a,b\n",
+        head + "a,b,c,1,0,\n",
+        head + "a,x,c,1,0,q?\na,y,c,2,0,q?\n",
+    ):
         path.write_text(content)
         with pytest.raises(MoleFileError, match=r"dsg\.csv"):
             load_dsg(path)
-    for content in ("", "{}", "[]", "[1]", json.dumps([entry | {"choices": "yes"}]), json.dumps([entry | {"answer": ""}])):
+    for content in (
+        "",
+        "{}",
+        "[]",
+        "[1]",
+        json.dumps([entry | {"choices": "yes"}]),
+        json.dumps([entry | {"answer": ""}]),
+    ):
         tifa.write_text(content)
         with pytest.raises(MoleFileError, match=r"tifa\.json"):
             load_tifa(tifa)
@@ -126,12 +174,17 @@ class Colours:
 def pictures(tmp_path):
     for k, colour in enumerate([(255, 0, 0), (0, 255, 0), (255, 0, 0)]):
         Image.new("RGB", (2, 2), colour).save(tmp_path / f"{k:06d}.png")
-    rows = [{"file_name": f"{k:06d}.png", "text": text} for k, text in enumerate(["red", "green", "green thing"])]
+    rows = [
+        {"file_name": f"{k:06d}.png", "text": text} for k, text in enumerate(["red", "green", "green thing"])
+    ]
     write_lines(tmp_path / "metadata.jsonl", rows)
     return tmp_path
 
 
-TREES = [tree("red", {"1": "is it red?"}), tree("green thing", {"1": "is it green?", "2": "a thing?"}, {"2": ["1"]})]
+TREES = [
+    tree("red", {"1": "is it red?"}),
+    tree("green thing", {"1": "is it green?", "2": "a thing?"}, {"2": ["1"]}),
+]
 
 
 def test_an_evaluation_goes_on_with_the_answers_it_has(pictures):
@@ -141,7 +194,12 @@ def test_an_evaluation_goes_on_with_the_answers_it_has(pictures):
     assert len(read_lines(file)) == 1
     again = Colours()
     summary, found = evaluate(pictures, TREES, again, answers_file=file)
-    assert again.asked == 1 and summary.score == 0.5 and [one.score for one in found] == [1.0, 0.0] and summary.ruled_out == 1
+    assert (
+        again.asked == 1
+        and summary.score == 0.5
+        and [one.score for one in found] == [1.0, 0.0]
+        and summary.ruled_out == 1
+    )
     done = Colours()
     assert evaluate(pictures, TREES, done, answers_file=file)[0] == summary and done.asked == 0
     other = Colours()
@@ -171,7 +229,14 @@ def tokenizer():
     return BertTokenizer(vocab={word: k for k, word in enumerate(words)}), len(words)
 
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32, "patch_size": 16}
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 32,
+    "patch_size": 16,
+}
 
 
 def vilt():
@@ -180,7 +245,13 @@ def vilt():
     words, size = tokenizer()
     torch.manual_seed(0)
     labels = dict(enumerate(["yes", "red", "no"]))
-    config = ViltConfig(**SMALL, vocab_size=size, max_position_embeddings=40, id2label=labels, label2id={v: k for k, v in labels.items()})
+    config = ViltConfig(
+        **SMALL,
+        vocab_size=size,
+        max_position_embeddings=40,
+        id2label=labels,
+        label2id={v: k for k, v in labels.items()},
+    )
     images = ViltImageProcessorPil(size={"shortest_edge": 32}, size_divisor=16)
     return ViltForQuestionAnswering(config), ViltProcessor(image_processor=images, tokenizer=words)
 
@@ -194,10 +265,19 @@ def test_a_model_that_classifies_answers(tmp_path):
     image = Image.new("RGB", (40, 32), (255, 0, 0))
     for answerer in (TransformersVQA(model, processor), loaded):
         with torch.no_grad():
-            logits = answerer.model(**processor(images=image, text="is it red ?", return_tensors="pt")).logits[0].tolist()
-        assert answerer.answer(image, "is it red ?", ("no", "yes")) == ("yes" if logits[0] > logits[2] else "no")
+            logits = (
+                answerer.model(**processor(images=image, text="is it red ?", return_tensors="pt"))
+                .logits[0]
+                .tolist()
+            )
+        assert answerer.answer(image, "is it red ?", ("no", "yes")) == (
+            "yes" if logits[0] > logits[2] else "no"
+        )
         assert answerer.answer(image, "is it red ?", ("no",)) == "no"
-        assert answerer.answer(image, "is it red ?", ()) == ["yes", "red", "no"][max(range(3), key=logits.__getitem__)]
+        assert (
+            answerer.answer(image, "is it red ?", ())
+            == ["yes", "red", "no"][max(range(3), key=logits.__getitem__)]
+        )
         assert answerer.answer(image, "is it red ? " * 40, ("blue",)) in ("yes", "red", "no")
     with pytest.raises(MoleFileError, match="no question answering model"):
         TransformersVQA.load(str(tmp_path / "none"))
@@ -208,9 +288,21 @@ def test_a_model_that_writes_answers():
 
     words, size = tokenizer()
     torch.manual_seed(0)
-    text = {"vocab_size": size, "hidden_size": 16, "encoder_hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "intermediate_size": 16, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}  # fmt: skip
+    text = {
+        "vocab_size": size,
+        "hidden_size": 16,
+        "encoder_hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "sep_token_id": 3,
+        "pad_token_id": 0,
+    }
     model = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=SMALL, projection_dim=16))
-    processor = BlipProcessor(image_processor=BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer=words)
+    processor = BlipProcessor(
+        image_processor=BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer=words
+    )
     said = TransformersVQA(model, processor).answer(Image.new("RGB", (32, 32)), "is it red ?", ("yes", "no"))
     assert isinstance(said, str) and set(normal(said).split()) <= {"is", "it", "red", "?", "yes", "no"}

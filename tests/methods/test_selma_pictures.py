@@ -50,7 +50,9 @@ def pixels(root):
 
 
 class Painter:
-    """Stands for a pipeline where only what is asked of it matters; pictures of one colour, drawn from each generator."""
+    """Stands for a pipeline where only what is asked of it matters; pictures of one colour, drawn from each
+    generator.
+    """
 
     def __init__(self, stop_at=None, colour=None, flag=()):
         self.calls, self.stop_at, self.colour, self.flag = [], stop_at, colour, flag
@@ -61,26 +63,36 @@ class Painter:
         self.calls.append(list(prompt))
         values = [self.colour or tuple(torch.randint(1, 256, (3,), generator=g).tolist()) for g in generator]
         return SimpleNamespace(
-            images=[Image.new("RGB", (4, 4), value) for value in values], nsfw_content_detected=[text in self.flag for text in prompt]
+            images=[Image.new("RGB", (4, 4), value) for value in values],
+            nsfw_content_detected=[text in self.flag for text in prompt],
         )
 
 
 def test_pictures_metadata_and_seeds(whole):
     folder = whole / "digits/pictures"
     rows = read_lines(folder / "metadata.jsonl")
-    assert [row["file_name"] for row in rows] == [f"{k:06d}.png" for k in range(6)] and [row["text"] for row in rows] == PROMPTS
-    assert [row["seed"] for row in rows] == [seed_of(7, k) for k in range(6)] and len({row["seed"] for row in rows}) == 6
+    assert [row["file_name"] for row in rows] == [f"{k:06d}.png" for k in range(6)] and [
+        row["text"] for row in rows
+    ] == PROMPTS
+    assert [row["seed"] for row in rows] == [seed_of(7, k) for k in range(6)] and len(
+        {row["seed"] for row in rows}
+    ) == 6
     assert sorted(p.name for p in folder.iterdir()) == [*(row["file_name"] for row in rows), "metadata.jsonl"]
     for row in rows:
         with Image.open(folder / row["file_name"]) as image:
-            assert image.size == (16, 16) and (image.info["prompt"], image.info["seed"]) == (row["text"], str(row["seed"]))
+            assert image.size == (16, 16) and (image.info["prompt"], image.info["seed"]) == (
+                row["text"],
+                str(row["seed"]),
+            )
     assert len(set(pixels(whole).values())) == 6
     assert Project(whole).noted("pictures", "digits") == {"pictures": 6, "flagged": 0}
 
 
 def test_a_picture_can_be_made_again_from_its_seed_alone(whole, pipe):
     row = read_lines(whole / "digits/pictures/metadata.jsonl")[3]
-    image = pipe(row["text"], generator=torch.Generator().manual_seed(row["seed"]), num_inference_steps=2).images[0]
+    image = pipe(
+        row["text"], generator=torch.Generator().manual_seed(row["seed"]), num_inference_steps=2
+    ).images[0]
     kept = Image.open(whole / "digits/pictures" / row["file_name"])
     # a batch of two rounds otherwise than one
     assert max(abs(a - b) for a, b in zip(image.tobytes(), kept.tobytes())) <= 1
@@ -97,10 +109,19 @@ def test_two_processes_make_each_picture_once(whole, tmp_path, pipe):
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options.split()]
     paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(HERE / "selma_pipeline.py"), str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launch, str(HERE / "selma_pipeline.py"), str(tmp_path)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert [rank["world"] for rank in ranks] == [2, 2] and sorted(len(rank["made"]) for rank in ranks) == [2, 3]
+    assert [rank["world"] for rank in ranks] == [2, 2] and sorted(len(rank["made"]) for rank in ranks) == [
+        2,
+        3,
+    ]
     assert sorted(ranks[0]["made"] + ranks[1]["made"]) == [0, 2, 3, 4, 5]
     assert (folder / "metadata.jsonl").read_bytes() == (whole / "digits/pictures/metadata.jsonl").read_bytes()
     for name, kept in pixels(whole).items():
@@ -116,12 +137,19 @@ def test_a_restart_makes_only_what_is_missing(tmp_path):
     # as a kill leaves it
     (tmp_path / "cut/.000002.png.0123.tmp").write_bytes(b"half")
     painter = Painter()
-    assert draw(painter, PROMPTS, tmp_path / "cut", settings, on_picture=made.append) == 4 and made == [2, 3, 4, 5]
+    assert draw(painter, PROMPTS, tmp_path / "cut", settings, on_picture=made.append) == 4 and made == [
+        2,
+        3,
+        4,
+        5,
+    ]
     assert painter.calls == [PROMPTS[2:4], PROMPTS[4:6]]
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "cut")]
     assert files[0] == files[1]
     again = Painter()
-    assert draw(again, [*PROMPTS, "ten more"], tmp_path / "cut", replace(settings, batch=5)) == 1 and again.calls == [["ten more"]]
+    assert draw(
+        again, [*PROMPTS, "ten more"], tmp_path / "cut", replace(settings, batch=5)
+    ) == 1 and again.calls == [["ten more"]]
     assert len(read_lines(tmp_path / "cut/metadata.jsonl")) == 7
 
 
@@ -135,7 +163,9 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
     with pytest.raises(MoleFileError, match=r"000002\.png.*No space left"):
         draw(Painter(), PROMPTS, tmp_path)
     monkeypatch.undo()
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["000000.png", "000001.png"] and not list(tmp_path.glob(".*.tmp"))
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["000000.png", "000001.png"] and not list(
+        tmp_path.glob(".*.tmp")
+    )
     assert draw(Painter(), PROMPTS, tmp_path) == 4
 
 
@@ -186,7 +216,11 @@ def test_what_the_stage_refuses(tmp_path):
         draw(lambda latents: None, PROMPTS, tmp_path)
     with pytest.raises(MoleStateError, match="expected 1 pictures"):
         draw(
-            type("None_", (Painter,), {"__call__": lambda self, prompt, generator, output_type: SimpleNamespace(images=[])})(),
+            type(
+                "None_",
+                (Painter,),
+                {"__call__": lambda self, prompt, generator, output_type: SimpleNamespace(images=[])},
+            )(),
             PROMPTS,
             tmp_path,
         )

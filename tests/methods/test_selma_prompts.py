@@ -39,7 +39,8 @@ class Writer:
         return "\n".join(f"{4 + i}. word{number}x{i} only{number}x{i}" for i in range(4))
 
 
-# -- likeness -------------------------------------------------------------------------------------------------------------------------
+# -- likeness
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_duplicate_is_rejected_and_a_disjoint_prompt_kept():
@@ -66,7 +67,11 @@ def test_order_counts_and_the_shortcut_changes_no_verdict():
     assert Likeness(["a b c d e"]).clash("e d c b a") is None
     g = torch.Generator().manual_seed(0)
     scorer = RougeScorer(["rougeL"])
-    texts = [" ".join("abcd"[k] for k in torch.randint(0, 4, (n,), generator=g)) for n in (3, 4, 5, 6, 7) for _ in range(8)]
+    texts = [
+        " ".join("abcd"[k] for k in torch.randint(0, 4, (n,), generator=g))
+        for n in (3, 4, 5, 6, 7)
+        for _ in range(8)
+    ]
     for one in texts:
         for two in texts:
             score = scorer.score(one, two)["rougeL"].fmeasure
@@ -79,7 +84,8 @@ def test_prompts_without_latin_letters_are_compared_too():
     assert Likeness(["красный мяч на снегу"]).clash("синяя чашка на столе") is None
 
 
-# -- answers --------------------------------------------------------------------------------------------------------------------------
+# -- answers
+# --------------------------------------------------------------------------------------------------------------------------
 
 ANSWERS = {
     "plain": ("4. a cat\n5. a dog", ["a cat", "a dog"]),
@@ -113,10 +119,15 @@ def test_a_prompt_that_is_too_long_is_none():
 
 def test_a_request_shows_what_it_is_given_and_counts_on():
     text = request_text(SKILL, ["one fish", "two fish", "no fish"], 20)
-    assert "1. one fish\n2. two fish\n3. no fish" in text and "from 4 to 23" in text and "things of one colour" in text
+    assert (
+        "1. one fish\n2. two fish\n3. no fish" in text
+        and "from 4 to 23" in text
+        and "things of one colour" in text
+    )
 
 
-# -- the stage ------------------------------------------------------------------------------------------------------------------------
+# -- the stage
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_exact_counts_and_three_of_the_accepted_in_each_request(tmp_path):
@@ -135,13 +146,18 @@ def test_exact_counts_and_three_of_the_accepted_in_each_request(tmp_path):
 
 
 def test_what_is_like_a_seed_or_an_accepted_prompt_is_recorded_with_its_reason(tmp_path):
-    writer = Writer({0: "4. A red ball\n5. a quick brown fox jumps high\n6. a quick brown fox jumps high!\n7. seven tall ships"})
+    writer = Writer(
+        {
+            0: "4. A red ball\n5. a quick brown fox jumps high\n6. a quick brown fox jumps high!\n7. seven tall ships"
+        }
+    )
     found = write_prompts(Project(tmp_path), SKILL, writer, replace(SMALL, count=2))
     assert found == ["a quick brown fox jumps high", "seven tall ships"]
     (row,) = read_lines(tmp_path / "colours/requests.jsonl")
     assert [(r["prompt"], r["like"], r["rouge_l"]) for r in row["rejected"]] == [
-        ("A red ball", "a red ball", 1.0), ("a quick brown fox jumps high!", "a quick brown fox jumps high", 1.0)
-    ]  # fmt: skip
+        ("A red ball", "a red ball", 1.0),
+        ("a quick brown fox jumps high!", "a quick brown fox jumps high", 1.0),
+    ]
 
 
 @pytest.mark.parametrize("broken", [KeyboardInterrupt(), MemoryError()], ids=["ctrl-c", "memory"])
@@ -149,7 +165,10 @@ def test_a_restart_repeats_nothing_and_ends_where_an_unbroken_run_does(tmp_path,
     whole = write_prompts(Project(tmp_path / "whole"), SKILL, Writer(), SMALL)
     with pytest.raises(type(broken)):
         write_prompts(Project(tmp_path / "cut"), SKILL, Writer({2: broken}), SMALL)
-    assert len(read_lines(tmp_path / "cut/colours/requests.jsonl")) == 2 and not (tmp_path / "cut/colours/prompts.jsonl").exists()
+    assert (
+        len(read_lines(tmp_path / "cut/colours/requests.jsonl")) == 2
+        and not (tmp_path / "cut/colours/prompts.jsonl").exists()
+    )
     writer = Writer()
     assert write_prompts(Project(tmp_path / "cut"), SKILL, writer, SMALL) == whole
     assert [number for number, _ in writer.asked] == [2]
@@ -166,10 +185,17 @@ def test_nonsense_is_tried_again_with_other_seeds_then_said_with_progress_kept(t
     slow.wait = 7.0
     writer = Writer({0: "I cannot", 1: slow})
     write_prompts(project, SKILL, writer, replace(SMALL, count=4, wait=1.0), sleep=waits.append)
-    assert waits == [1.0, 7.0] and [number for number, _ in writer.asked] == [0, 0, 0] and len(set(writer.seeds)) == 3
+    assert (
+        waits == [1.0, 7.0]
+        and [number for number, _ in writer.asked] == [0, 0, 0]
+        and len(set(writer.seeds)) == 3
+    )
     assert read_lines(tmp_path / "colours/requests.jsonl")[0]["attempts"] == 3
     useless = Writer(dict.fromkeys(range(9), "no list here"))
-    with pytest.raises(MoleStateError, match=r"request 2: no usable answer in 3 attempts.*\n.*4 prompts accepted so far are kept"):
+    with pytest.raises(
+        MoleStateError,
+        match=r"request 2: no usable answer in 3 attempts.*\n.*4 prompts accepted so far are kept",
+    ):
         write_prompts(project, SKILL, useless, replace(SMALL, wait=1.0), sleep=waits.append)
     assert waits[2:] == [1.0, 2.0] and len(useless.asked) == 3
     assert len(write_prompts(project, SKILL, Writer(), SMALL)) == 10
@@ -215,7 +241,8 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
     assert len(write_prompts(project, SKILL, Writer(), SMALL)) == 10
 
 
-# -- skills, files, models ------------------------------------------------------------------------------------------------------------
+# -- skills, files, models
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_papers_skills_have_three_seeds_each_that_are_unlike():
@@ -225,7 +252,10 @@ def test_the_papers_skills_have_three_seeds_each_that_are_unlike():
             assert Likeness(skill.seeds[:k]).clash(seed) is None
 
 
-@pytest.mark.parametrize("name, seeds", [("", "abc"), ("../up", "abc"), ("a", ()), ("a", "aab"), ("a", ("x", "y", " ")), ("a", None)])
+@pytest.mark.parametrize(
+    "name, seeds",
+    [("", "abc"), ("../up", "abc"), ("a", ()), ("a", "aab"), ("a", ("x", "y", " ")), ("a", None)],
+)
 def test_skills_that_are_none(name, seeds):
     with pytest.raises(MoleValueError, match=r"Skill|skill"):
         Skill(name, seeds if seeds is None else tuple(seeds))
@@ -233,9 +263,17 @@ def test_skills_that_are_none(name, seeds):
 
 def test_skills_of_a_file(tmp_path):
     path = tmp_path / "skills.json"
-    path.write_text(json.dumps({"b": {"seeds": ["x y", "y z", "z x"], "about": "letters"}, "a": {"seeds": ["1 a", "2 b", "3 c"]}}))
+    path.write_text(
+        json.dumps(
+            {"b": {"seeds": ["x y", "y z", "z x"], "about": "letters"}, "a": {"seeds": ["1 a", "2 b", "3 c"]}}
+        )
+    )
     assert list(load_skills(path)) == ["b", "a"] and load_skills(path)["b"].about == "letters"
-    for bad, error in (("{", MoleFileError), ("[]", MoleFileError), ('{"a": {"seeds": ["x"]}}', MoleValueError)):
+    for bad, error in (
+        ("{", MoleFileError),
+        ("[]", MoleFileError),
+        ('{"a": {"seeds": ["x"]}}', MoleValueError),
+    ):
         path.write_text(bad)
         with pytest.raises(error):
             load_skills(path)
@@ -245,11 +283,16 @@ def test_skills_of_a_file(tmp_path):
 
 def test_a_file_as_writer(tmp_path):
     path = tmp_path / "lines.txt"
-    path.write_text("\ufeffa red ball\n\nsilver moon above hills\n2 cats\nsilver moon above hills\ntall ships at sea\n", "utf-8")
+    path.write_text(
+        "\ufeffa red ball\n\nsilver moon above hills\n2 cats\nsilver moon above hills\ntall ships at sea\n",
+        "utf-8",
+    )
     project = Project(tmp_path / "run")
     assert write_prompts(project, SKILL, FileText(path, batch=2), replace(SMALL, count=3)) == [
-        "silver moon above hills", "2 cats", "tall ships at sea"
-    ]  # fmt: skip
+        "silver moon above hills",
+        "2 cats",
+        "tall ships at sea",
+    ]
     with pytest.raises(MoleStateError, match="all its 5 prompts have been read"):
         write_prompts(project, SKILL, FileText(path, batch=2), replace(SMALL, count=4))
     assert len(project.prompts("colours")) == 3
@@ -266,7 +309,11 @@ def test_another_writer_may_take_over_and_a_file_begins_at_its_first_line(tmp_pa
     write_prompts(project, SKILL, Writer(), replace(SMALL, count=4))
     found = write_prompts(project, SKILL, FileText(path, batch=2), replace(SMALL, count=7))
     assert found[4:] == ["silver moon above hills", "two cats", "tall ships at sea"]
-    assert [row["by"] for row in read_lines(tmp_path / "run/colours/requests.jsonl")] == ["writer", "file lines.txt", "file lines.txt"]
+    assert [row["by"] for row in read_lines(tmp_path / "run/colours/requests.jsonl")] == [
+        "writer",
+        "file lines.txt",
+        "file lines.txt",
+    ]
 
 
 def test_a_local_model_as_writer(tmp_path):
@@ -278,7 +325,15 @@ def test_a_local_model_as_writer(tmp_path):
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<s>", unk_token="?")
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(vocabulary), n_positions=256, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=len(vocabulary),
+        n_positions=256,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     writer = LocalText.load(str(tmp_path / "model"), device="cpu", max_new_tokens=12)
@@ -297,7 +352,13 @@ def test_manifests_that_are_none(tmp_path):
     project = Project(tmp_path)
     with pytest.raises(MoleStateError, match="holds no skills yet"):
         project.choose()
-    for content in ("", "[]", "{}", '{"format": "other"}', "\ud800".encode("utf-8", "surrogatepass").decode("latin1")):
+    for content in (
+        "",
+        "[]",
+        "{}",
+        '{"format": "other"}',
+        "\ud800".encode("utf-8", "surrogatepass").decode("latin1"),
+    ):
         (tmp_path / "manifest.json").write_text(content, "latin1")
         with pytest.raises(MoleFileError, match="manifest"):
             project.skills()

@@ -1,4 +1,6 @@
-"""Stages 3 and 4: experts from folders of pictures, base untouched, resumed as unbroken; the merge is 1/T exactly."""
+"""Stages 3 and 4: experts from folders of pictures, base untouched, resumed as unbroken; the merge is 1/T
+exactly.
+"""
 
 import sys
 from dataclasses import replace
@@ -16,7 +18,14 @@ from mole_kernels.methods.selma.merging import merge_skills, patch_unmerged, sav
 from mole_kernels.methods.selma.pictures import PictureSettings, make_pictures
 from mole_kernels.methods.selma.project import Project, read_lines, write_lines
 from mole_kernels.methods.selma.skills import Skill
-from mole_kernels.methods.selma.train import PRESETS, MirroredFolder, SkillTraining, attention_targets, join_pictures, train_skill
+from mole_kernels.methods.selma.train import (
+    PRESETS,
+    MirroredFolder,
+    SkillTraining,
+    attention_targets,
+    join_pictures,
+    train_skill,
+)
 from mole_kernels.patching.apply import patch
 from mole_kernels.training.config import TrainConfig
 
@@ -73,7 +82,11 @@ def same(one, two):
 
 
 def factors(expert):
-    return {f"{path}.{part}": getattr(layer, part) for path, layer in expert.layers.items() for part in ("down", "up")}
+    return {
+        f"{path}.{part}": getattr(layer, part)
+        for path, layer in expert.layers.items()
+        for part in ("down", "up")
+    }
 
 
 def output(pipe):
@@ -105,10 +118,14 @@ def test_a_run_broken_off_goes_on_and_ends_as_an_unbroken_one(trained, project, 
         train_skill(project, "low", pipe, TRAINING, progress=False, on_step=stop)
     assert same(before, bits(pipe.unet)) and not project.expert_file("low").exists()
     steps = []
-    resumed = train_skill(project, "low", pipe, TRAINING, progress=False, on_step=lambda step, loss: steps.append(step))
+    resumed = train_skill(
+        project, "low", pipe, TRAINING, progress=False, on_step=lambda step, loss: steps.append(step)
+    )
     assert steps == [3, 4] and same(factors(resumed), factors(load_expert(trained.expert_file("low"))))
     # trained already: read, not trained again
-    again = train_skill(project, "low", pipe, TRAINING, progress=False, on_step=lambda step, loss: steps.append(step))
+    again = train_skill(
+        project, "low", pipe, TRAINING, progress=False, on_step=lambda step, loss: steps.append(step)
+    )
     assert len(steps) == 2 and same(factors(again), factors(resumed))
     longer = replace(TRAINING, config=replace(CONFIG, steps=5))
     train_skill(project, "low", pipe, longer, progress=False, on_step=lambda step, loss: steps.append(step))
@@ -152,7 +169,11 @@ def test_flipped_pictures_are_pixels_exchanged_not_latents(tmp_path):
     image.save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a gradient")
     folder = MirroredFolder(tmp_path, 4, multiple=2)
-    assert len(folder) == 2 and torch.equal(folder.pixels(1), folder.pixels(0).flip(-1)) and not torch.equal(*map(folder.pixels, (0, 1)))
+    assert (
+        len(folder) == 2
+        and torch.equal(folder.pixels(1), folder.pixels(0).flip(-1))
+        and not torch.equal(*map(folder.pixels, (0, 1)))
+    )
     assert folder[0].digest != folder[1].digest and folder[0].caption == folder[1].caption
     assert torch.equal(folder.time_ids(0), folder.time_ids(1))
 
@@ -161,14 +182,20 @@ def test_joint_training_sees_the_pictures_of_all_skills_once(project, pipe):
     for _ in range(2):
         join_pictures(project, ["low", "high"])
     folder = MirroredFolder(project.pictures_folder("joint"), 16, multiple=2)
-    assert sorted({p.caption for p in folder.pictures}) == sorted(PROMPTS["low"] + PROMPTS["high"]) and len(folder) == 12
-    expert = train_skill(project, "joint", pipe, replace(TRAINING, config=replace(CONFIG, steps=1)), progress=False)
+    assert (
+        sorted({p.caption for p in folder.pictures}) == sorted(PROMPTS["low"] + PROMPTS["high"])
+        and len(folder) == 12
+    )
+    expert = train_skill(
+        project, "joint", pipe, replace(TRAINING, config=replace(CONFIG, steps=1)), progress=False
+    )
     assert expert.ranks() == {3} and list(project.skills()) == ["low", "high"]
     with pytest.raises(MoleStateError, match="have no pictures"):
         join_pictures(project, ["none"])
 
 
-# -- the merge ------------------------------------------------------------------------------------------------------------------------
+# -- the merge
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def experts(T, rank=2, seed=0):
@@ -220,9 +247,18 @@ def test_diffusers_reads_the_merged_file_and_agrees(trained):
 
 
 def test_presets_hold_the_papers_settings():
-    for name, steps, images, resolution, every in (("sd", 5000, 64, 512, 500), ("sdxl", 10_000, 32, 1024, 2000)):
+    for name, steps, images, resolution, every in (
+        ("sd", 5000, 64, 512, 500),
+        ("sdxl", 10_000, 32, 1024, 2000),
+    ):
         preset = PRESETS[name]
         config = preset.config
         assert (preset.rank, preset.alpha, preset.resolution, preset.flip) == (128, 128.0, resolution, True)
-        assert (config.steps, config.lr, config.schedule, config.optimiser, config.seed) == (steps, 3e-4, "constant", "adamw", 42)
+        assert (config.steps, config.lr, config.schedule, config.optimiser, config.seed) == (
+            steps,
+            3e-4,
+            "constant",
+            "adamw",
+            42,
+        )
         assert preset.batch_size * config.accumulation == images and config.checkpoint_every == every

@@ -1,10 +1,13 @@
-"""One vocabulary of faults for every backend: what is planted, and where. The table is docs/kernels/mutants.md."""
+"""One vocabulary of faults for every backend: what is planted, and where. The table is
+docs/kernels/mutants.md.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# the first ten are those that every suite for this operator must kill; the others are what such kernels get wrong in practice
+# the first ten are those that every suite for this operator must kill; the others are what such kernels get
+# wrong in practice
 FAULTS = {
     "scale": "a scale 5 % off",
     "swapped": "two experts swapped",

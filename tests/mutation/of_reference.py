@@ -1,22 +1,41 @@
-# ruff: noqa: E501
-"""Faults in the formula itself, which the truth shares: the other backends disagree, or a test that states a result by hand.
+"""Faults in the formula itself, which the truth shares: the other backends disagree, or a test that states a
+result by hand.
 
-Those of the backward lie in the reference backend alone: its gradients are written out, the truth's are autograd's.
+Those of the backward lie in the reference backend alone: its gradients are written out, the truth's are
+autograd's.
 """
 
 from tests.mutation.faults import Planted
 
-FORMULA, BACKEND, SETS = "mole_kernels/reference.py", "mole_kernels/backends/reference.py", "mole_kernels/backends/sets.py"
+FORMULA, BACKEND, SETS = (
+    "mole_kernels/reference.py",
+    "mole_kernels/backends/reference.py",
+    "mole_kernels/backends/sets.py",
+)
 SHRINK, EXPAND = "h = x @ experts.down[:, span].mT", "(h @ experts.up[:, :, span].mT)"
-LOCAL, GIVEN, POOLED = "o = o * local[..., e : e + 1]", "o = o * gates.gate[..., e : e + 1]", "o = o * pooled[:, None]"
+LOCAL, GIVEN, POOLED = (
+    "o = o * local[..., e : e + 1]",
+    "o = o * gates.gate[..., e : e + 1]",
+    "o = o * pooled[:, None]",
+)
 DECIDED = "return torch.sigmoid(logit if gates.pool_bias is None else logit + gates.pool_bias[e].to(h.dtype))"
 
 MUTANTS = [
     Planted("scale", FORMULA, "o = experts.scale[e].to(x.dtype)", "o = 1.05 * experts.scale[e].to(x.dtype)"),
     Planted("swapped", FORMULA, LOCAL, "o = o * local.roll(1, -1)[..., e : e + 1]"),
     Planted("tail", FORMULA, SHRINK, "h = x[..., :-1] @ experts.down[:, span, :-1].mT"),
-    Planted("row", FORMULA, LOCAL, "o = o * torch.where(torch.arange(x.shape[1])[:, None] == 0, local.roll(1, 1), local)[..., e : e + 1]"),
-    Planted("zero", FORMULA, "    return y, local, ", "    y = y * (torch.arange(y.numel()).view(y.shape) != y.numel() // 2)\n    return y, local, "),
+    Planted(
+        "row",
+        FORMULA,
+        LOCAL,
+        "o = o * torch.where(torch.arange(x.shape[1])[:, None] == 0, local.roll(1, 1), local)[..., e : e + 1]",
+    ),
+    Planted(
+        "zero",
+        FORMULA,
+        "    return y, local, ",
+        "    y = y * (torch.arange(y.numel()).view(y.shape) != y.numel() // 2)\n    return y, local, ",
+    ),
     Planted(
         "stale",
         FORMULA,
@@ -38,7 +57,25 @@ MUTANTS = [
     Planted("top_k", FORMULA, "order[..., :k]", "order[..., : k + 1]"),
     Planted("assigned", FORMULA, "experts.assignment >= 0", "experts.assignment >= -1"),
     Planted("nan", FORMULA, "y = y + o", "y = y + o.nan_to_num()"),
-    Planted("saved", BACKEND, "upw[:, :, span], hw[..., span]", "upw[:, :, span], hw.roll(1, 0)[..., span]", backward=True),
-    Planted("logit", BACKEND, "dlogit = through - local * (through.sum(-1, keepdim=True) if top_k else through)", "dlogit = through", backward=True),
-    Planted("pooled", BACKEND, "dh = dh + (dq[:, None] * pool[:, span].to(wide))[:, None] / max(T, 1)", "pass", backward=True),
-]  # fmt: skip
+    Planted(
+        "saved",
+        BACKEND,
+        "upw[:, :, span], hw[..., span]",
+        "upw[:, :, span], hw.roll(1, 0)[..., span]",
+        backward=True,
+    ),
+    Planted(
+        "logit",
+        BACKEND,
+        "dlogit = through - local * (through.sum(-1, keepdim=True) if top_k else through)",
+        "dlogit = through",
+        backward=True,
+    ),
+    Planted(
+        "pooled",
+        BACKEND,
+        "dh = dh + (dq[:, None] * pool[:, span].to(wide))[:, None] / max(T, 1)",
+        "pass",
+        backward=True,
+    ),
+]

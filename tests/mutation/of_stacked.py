@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Faults in the stacked backend, plain torch."""
 
 from tests.mutation.faults import Planted
@@ -9,10 +8,22 @@ LAST = "    kept = h.contiguous() if save else x.new_empty(0)\n    gates ="
 DECIDED = "return torch.sigmoid(logit if pool_bias is None else logit + pool_bias.to(dtype))"
 
 MUTANTS = [
-    Planted("scale", FILE, "gamma = scale.to(dtype)[None, None]", "gamma = 1.05 * scale.to(dtype)[None, None]"),
+    Planted(
+        "scale", FILE, "gamma = scale.to(dtype)[None, None]", "gamma = 1.05 * scale.to(dtype)[None, None]"
+    ),
     Planted("swapped", FILE, GAMMA_TOKEN, "gamma = gamma * token_gate.roll(1, -1)\n"),
-    Planted("tail", FILE, "    h, logits = _shrink(x, down, phi)", "    h, logits = _shrink(x[..., :-1], down[..., :-1], None if phi is None else phi[:, :-1])"),
-    Planted("row", FILE, GAMMA_TOKEN, "gamma = gamma * torch.where(torch.arange(token_gate.shape[1])[:, None] == 0, token_gate.roll(1, 1), token_gate)\n"),
+    Planted(
+        "tail",
+        FILE,
+        "    h, logits = _shrink(x, down, phi)",
+        "    h, logits = _shrink(x[..., :-1], down[..., :-1], None if phi is None else phi[:, :-1])",
+    ),
+    Planted(
+        "row",
+        FILE,
+        GAMMA_TOKEN,
+        "gamma = gamma * torch.where(torch.arange(token_gate.shape[1])[:, None] == 0, token_gate.roll(1, 1), token_gate)\n",
+    ),
     Planted("zero", FILE, LAST, "    y.view(-1)[y.numel() // 2 : y.numel() // 2 + 1] = 0\n" + LAST),
     Planted(
         "stale",
@@ -23,19 +34,55 @@ MUTANTS = [
         + ")",
     ),
     Planted("stride", FILE, "    _add_product(y, z, up)", "    _add_product(y, z, up[:1])"),
-    Planted("bias", FILE, "y = F.linear(x, weight, bias).contiguous()", "y = F.linear(x, weight).contiguous()"),
+    Planted(
+        "bias", FILE, "y = F.linear(x, weight, bias).contiguous()", "y = F.linear(x, weight).contiguous()"
+    ),
     Planted("fp8", FILE, GAMMA_TOKEN, "gamma = gamma * token_gate.to(torch.float8_e4m3fn).to(dtype)\n"),
-    Planted("transposed", FILE, "    _add_product(y, z, up)", "    _add_product(y, z, up.reshape(up.shape[0], up.shape[2], up.shape[1]).mT)"),
+    Planted(
+        "transposed",
+        FILE,
+        "    _add_product(y, z, up)",
+        "    _add_product(y, z, up.reshape(up.shape[0], up.shape[2], up.shape[1]).mT)",
+    ),
     Planted("neighbour", FILE, GAMMA_SAMPLE, "gamma * sample_gate.roll(1, 0)[:, None]\n"),
-    Planted("mask", FILE, "        gamma = gamma * gate.to(dtype)", "        gamma = gamma * gate.to(dtype).roll(1, 1)"),
+    Planted(
+        "mask",
+        FILE,
+        "        gamma = gamma * gate.to(dtype)",
+        "        gamma = gamma * gate.to(dtype).roll(1, 1)",
+    ),
     Planted("mixed", FILE, "    _add_product(y, z, up)", "    _add_product(y, z, up.roll(ranks[0], -1))"),
-    Planted("sixteen", FILE, "    token_gate = sample_gate = None\n    h, logits = _shrink(x, down, phi)", "    token_gate = sample_gate = None\n    h, logits = _shrink(x, down, phi)\n    h = h.half().to(h.dtype)"),
-    Planted("mean", FILE, "mean = h.sum(1, dtype=dtype) / max(h.shape[1], 1)", "mean = h.sum(1, dtype=dtype)"),
+    Planted(
+        "sixteen",
+        FILE,
+        "    token_gate = sample_gate = None\n    h, logits = _shrink(x, down, phi)",
+        "    token_gate = sample_gate = None\n    h, logits = _shrink(x, down, phi)\n    h = h.half().to(h.dtype)",
+    ),
+    Planted(
+        "mean", FILE, "mean = h.sum(1, dtype=dtype) / max(h.shape[1], 1)", "mean = h.sum(1, dtype=dtype)"
+    ),
     Planted("forgotten", FILE, "return gamma if sample_gate is None else " + GAMMA_SAMPLE, "return gamma\n"),
     Planted("top_k", FILE, "softmax_of_largest(logits, top_k)", "softmax_of_largest(logits, top_k + 1)"),
-    Planted("assigned", SETS, "assignment >= 0).view(-1, *[1] * (sets.dim()", "assignment >= -1).view(-1, *[1] * (sets.dim()"),
+    Planted(
+        "assigned",
+        SETS,
+        "assignment >= 0).view(-1, *[1] * (sets.dim()",
+        "assignment >= -1).view(-1, *[1] * (sets.dim()",
+    ),
     Planted("nan", FILE, "    z = (h * widen(", "    z = (h.nan_to_num() * widen("),
-    Planted("saved", FILE, "dup = _reduce_product(dy, (h * wide)", "dup = _reduce_product(dy, (h.roll(1, 0) * wide)", backward=True),
-    Planted("logit", FILE, "dlogit = through - local * (through.sum(-1, keepdim=True) if top_k else through)", "dlogit = through", backward=True),
+    Planted(
+        "saved",
+        FILE,
+        "dup = _reduce_product(dy, (h * wide)",
+        "dup = _reduce_product(dy, (h.roll(1, 0) * wide)",
+        backward=True,
+    ),
+    Planted(
+        "logit",
+        FILE,
+        "dlogit = through - local * (through.sum(-1, keepdim=True) if top_k else through)",
+        "dlogit = through",
+        backward=True,
+    ),
     Planted("pooled", FILE, "dh = dh + (wide_dq * pool.to(dtype) / T)[:, None]", "pass", backward=True),
-]  # fmt: skip
+]

@@ -1,5 +1,6 @@
-# ruff: noqa: E501
-"""Faults in the Triton kernels' own source, in the interpreter: those of tests/kernels/test_mutants.py by fault, and those it lacks."""
+"""Faults in the Triton kernels' own source, in the interpreter: those of tests/kernels/test_mutants.py by
+fault, and those it lacks.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +35,45 @@ FIRST_ROW = TOKEN + (
 
 MUTANTS = [
     Planted("scale", SHRINK, STORE_Z, "(b_h * b_g * 1.05).to(z.dtype.element_ty)"),
-    Planted("swapped", SHRINK, "b_g = column_gates(b_l, o_c,", "b_g = column_gates(b_l, tl.where(o_c < 0, o_c, E - 1 - o_c),"),
+    Planted(
+        "swapped",
+        SHRINK,
+        "b_g = column_gates(b_l, o_c,",
+        "b_g = column_gates(b_l, tl.where(o_c < 0, o_c, E - 1 - o_c),",
+    ),
     Planted("tail", SHRINK, "for k in range(0, K, BK):", "for k in range(0, K - K % BK, BK):"),
     Planted("row", SHRINK, TOKEN, FIRST_ROW),
-    Planted("zero", EXPAND, STORE_Y, "tl.store(p_y, tl.where((o_i[:, None] == 3) & (n_0 + o_j[None, :] == 5) & (i == 0), 0.0, b_y).to(y.dtype.element_ty)"),
+    Planted(
+        "zero",
+        EXPAND,
+        STORE_Y,
+        "tl.store(p_y, tl.where((o_i[:, None] == 3) & (n_0 + o_j[None, :] == 5) & (i == 0), 0.0, b_y).to(y.dtype.element_ty)",
+    ),
     Planted("fp8", SHRINK, STORE_Z, f"(b_h * {FP8}).to(z.dtype.element_ty)"),
     Planted("neighbour", EXPAND, "b_q = tl.load(q + i_b * E + o_c,", "b_q = tl.load(q + o_c,"),
     Planted("mixed", EXPAND, UP, "(o_j[None, :] * sun + ((o_r + R // 2) % R)[:, None] * sur)"),
-    Planted("sixteen", SHRINK, "    o_mr = o_i[:, None] * R", "    b_h = b_h.to(tl.float16).to(tl.float32)\n    o_mr = o_i[:, None] * R"),
+    Planted(
+        "sixteen",
+        SHRINK,
+        "    o_mr = o_i[:, None] * R",
+        "    b_h = b_h.to(tl.float16).to(tl.float32)\n    o_mr = o_i[:, None] * R",
+    ),
     Planted("nan", SHRINK, STORE_Z, "tl.where(b_h == b_h, b_h * b_g, 0.0).to(z.dtype.element_ty)"),
-    Planted("saved", GRADIENTS, "b_z = tl.load(h + m_0 * R + o_i", "b_z = tl.load(h + m_0 % T * R + o_i", backward=True),
-    Planted("logit", GRADIENTS, "n_r, M, K, E, sxb, sxt, sxk, sgb, sgt, sge, SOFTMAX,", "n_r, M, K, E, sxb, sxt, sxk, sgb, sgt, sge, True,", backward=True),
-]  # fmt: skip
+    Planted(
+        "saved",
+        GRADIENTS,
+        "b_z = tl.load(h + m_0 * R + o_i",
+        "b_z = tl.load(h + m_0 % T * R + o_i",
+        backward=True,
+    ),
+    Planted(
+        "logit",
+        GRADIENTS,
+        "n_r, M, K, E, sxb, sxt, sxk, sgb, sgt, sge, SOFTMAX,",
+        "n_r, M, K, E, sxb, sxt, sxk, sgb, sgt, sge, True,",
+        backward=True,
+    ),
+]
 # fault -> names of tests/kernels/test_mutants.py, where they are planted and killed
 ELSEWHERE = {
     "stale": ("the sample's last tile not ordered",),
@@ -56,10 +84,19 @@ ELSEWHERE = {
     "mean": ("a sum for a mean",),
     "forgotten": ("a sample gate forgotten",),
     "top_k": ("another k", "sigmoids for a softmax"),
-    "assigned": ("an assignment not looked up in the shrink", "an assignment not looked up in the expand", "a sample of another set"),
+    "assigned": (
+        "an assignment not looked up in the shrink",
+        "an assignment not looked up in the expand",
+        "a sample of another set",
+    ),
     "pooled": ("the pooled gate's part of dh forgotten",),
     "parts": ("a wait for one half of the rows", "a half counted for another row tile", "a slot forgotten"),
-    "flag": ("a relaxed release", "a relaxed wait", "a wait for one tile too few", "flags reset by the first to leave"),
+    "flag": (
+        "a relaxed release",
+        "a relaxed wait",
+        "a wait for one tile too few",
+        "flags reset by the first to leave",
+    ),
     "barrier": ("no barrier before the row's release", "no barrier before the slot's release"),
 }
 NAMED = {**there.MUTANTS, **there.ROUTED, **there.SUMS}
@@ -77,7 +114,9 @@ def module_of(m: Planted, folder: Path) -> ModuleType:
 
 
 def judge(fault: str) -> None:
-    """The rules of tests/kernels on a case that the fault can show in; raises AssertionError where they notice it."""
+    """The rules of tests/kernels on a case that the fault can show in; raises AssertionError where they
+    notice it.
+    """
     if fault == "nan":
         return judge_nan()
     dtype = torch.float32 if fault == "sixteen" else torch.bfloat16

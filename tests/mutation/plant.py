@@ -1,4 +1,6 @@
-"""Plants a fault into a Python module of the package: its functions are made anew from changed source, wherever they are held."""
+"""Plants a fault into a Python module of the package: its functions are made anew from changed source,
+wherever they are held.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from tests.mutation.faults import Planted
+from tests.planting import replaced
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,14 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def changed(planted: Planted) -> str:
     """The source with the fault in it. Raises ValueError where it does not hold `old` exactly once."""
     text = (ROOT / planted.file).read_text()
-    if text.count(planted.old) != 1 or planted.old == planted.new:
-        raise ValueError(f"{planted.fault}: {planted.file} holds this {text.count(planted.old)} times, expected once:\n{planted.old}")
-    return text.replace(planted.old, planted.new)
+    return replaced(text, planted.old, planted.new, f"{planted.fault}: {planted.file}")
 
 
 @contextmanager
 def planted_in(planted: Planted) -> Iterator[None]:
-    """As if the module had been imported with the fault: every module that holds one of its functions gets the new one."""
+    """As if the module had been imported with the fault: every module that holds one of its functions gets
+    the new one.
+    """
     name = planted.file.removesuffix(".py").replace("/", ".")
     module = sys.modules[name]
     made: dict[str, Any] = {**{k: v for k, v in vars(module).items() if k.startswith("__")}}

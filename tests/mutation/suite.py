@@ -17,7 +17,10 @@ Check = tuple[str, Callable[[], None]]
 
 def forwards(backend: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Check]:
     for dtype in dtypes:
-        yield f"test_small_integers_are_exact[{dtype}]", partial(test_backends.test_small_integers_are_exact, backend, dtype)
+        yield (
+            f"test_small_integers_are_exact[{dtype}]",
+            partial(test_backends.test_small_integers_are_exact, backend, dtype),
+        )
         for case in CASES:
             yield f"test_forward[{case}-{dtype}]", partial(test_backends.test_forward, case, backend, dtype)
     yield "test_each_expert_alone", partial(test_backends.test_each_expert_alone, backend)
@@ -33,10 +36,15 @@ def forwards(backend: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator
 def backwards(backend: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Check]:
     for dtype in dtypes:
         for case in CASES:
-            yield f"test_gradients[{case}-{dtype}]", partial(test_backends.test_gradients, case, backend, dtype)
+            yield (
+                f"test_gradients[{case}-{dtype}]",
+                partial(test_backends.test_gradients, case, backend, dtype),
+            )
 
 
-def noticed(backends: tuple[str, ...], backward: bool, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
+def noticed(
+    backends: tuple[str, ...], backward: bool, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> str | None:
     """The first test that fails, None where all pass."""
     for backend in backends:
         there, back = forwards(backend, dtypes), backwards(backend, dtypes)

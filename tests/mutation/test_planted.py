@@ -1,4 +1,6 @@
-"""The suite notices every planted fault, in every backend. The table of them is docs/kernels/mutants.md; CUDA's run in `make mutants`."""
+"""The suite notices every planted fault, in every backend. The table of them is docs/kernels/mutants.md;
+CUDA's run in `make mutants`.
+"""
 
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from tests.mutation.plant import changed, planted_in
 from tests.native import scratch
 
 TABLE = Path(__file__).resolve().parents[2] / "docs/kernels/mutants.md"
-# those that every suite for this operator must kill; the rules must see them in sixteen bits too, where errors are a thousand times larger
+# those that every suite for this operator must kill; the rules must see them in sixteen bits too, where
+# errors are a thousand times larger
 FIRST_TEN = tuple(FAULTS)[:10]
 BF16 = (torch.bfloat16,)
 
@@ -36,7 +39,10 @@ def one_thread():
 @pytest.mark.parametrize("m", of_reference.MUTANTS, ids=str)
 def test_in_the_formula(m):
     with planted_in(m):
-        assert suite.noticed(("reference",) if m.backward else ("stacked", "reference", "cpu"), m.backward) is not None
+        assert (
+            suite.noticed(("reference",) if m.backward else ("stacked", "reference", "cpu"), m.backward)
+            is not None
+        )
 
 
 @pytest.mark.parametrize("m", of_stacked.MUTANTS, ids=str)
@@ -83,12 +89,24 @@ def test_in_bfloat16_alone(fault, library):
 
 
 def test_every_fault_has_its_place_in_every_backend_or_a_reason():
-    rooms = {"reference": of_reference, "stacked": of_stacked, "cpu": of_cpu, "triton": of_triton, "cuda": of_cuda}
+    rooms = {
+        "reference": of_reference,
+        "stacked": of_stacked,
+        "cpu": of_cpu,
+        "triton": of_triton,
+        "cuda": of_cuda,
+    }
     for backend in BACKENDS:
-        planted = set(of_cuda.FAULT_OF.values()) if backend == "cuda" else {m.fault for m in rooms[backend].MUTANTS}
+        planted = (
+            set(of_cuda.FAULT_OF.values()) if backend == "cuda" else {m.fault for m in rooms[backend].MUTANTS}
+        )
         here = planted | set(getattr(rooms[backend], "ELSEWHERE", {}))
         absent = {fault for fault, where in ABSENT if where == backend}
-        assert here | absent == set(FAULTS) and not here & absent, (backend, set(FAULTS) - here - absent, here & absent)
+        assert here | absent == set(FAULTS) and not here & absent, (
+            backend,
+            set(FAULTS) - here - absent,
+            here & absent,
+        )
     assert {name for names in of_triton.ELSEWHERE.values() for name in names} <= set(of_triton.NAMED)
     assert {name for names in of_cuda.ELSEWHERE.values() for name in names} <= {m.name for m in IN_CUDA}
     for m in of_reference.MUTANTS + of_stacked.MUTANTS + of_triton.MUTANTS:

@@ -1,9 +1,11 @@
-"""clang-tidy over the native code that a CPU runs: the CPU operator, the emulator, the host side of the CUDA library.
+"""clang-tidy over the native code that a CPU runs: the CPU operator, the emulator, the host side of the CUDA
+library.
 
     python -m tests.native.analysed                   # exit 1 where it says anything
     python -m tests.native.analysed --only forward
 
-Which checks are on, and why those that are off are off, is in .clang-tidy; a single line is excused by `NOLINT(check): reason` behind it.
+Which checks are on, and why those that are off are off, is in .clang-tidy; a single line is excused by
+`NOLINT(check): reason` behind it.
 """
 
 from __future__ import annotations
@@ -42,10 +44,19 @@ def units() -> list[tuple[Path, list[str]]]:
     shared = [f"-I{ROOT / 'csrc'}", f"-DTORCH_TARGET_VERSION={build.TARGET_VERSION}", "-std=c++17", "-w"]
     variants = build.isa_variants(platform.machine())
     has = [f"-DMOLE_HAS_{isa.upper()}=1" for isa in variants]
-    found = [(p, [*shared, *torch, *has]) for p in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if p.name != "kernels.cpp"]
+    found = [
+        (p, [*shared, *torch, *has])
+        for p in sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+        if p.name != "kernels.cpp"
+    ]
     found.append((ROOT / "csrc/bindings.cpp", [*shared, *torch, *has]))
     for isa, flags in variants.items():
-        found.append((ROOT / "csrc/cpu/kernels.cpp", [*shared, *flags, f"-DMOLE_ISA={isa}", f"-DMOLE_ISA_{isa.upper()}=1"]))
+        found.append(
+            (
+                ROOT / "csrc/cpu/kernels.cpp",
+                [*shared, *flags, f"-DMOLE_ISA={isa}", f"-DMOLE_ISA_{isa.upper()}=1"],
+            )
+        )
     emulator = ["-std=c++20", "-DMOLE_EMULATE", f"-I{ROOT}", "-w"]
     found += [(p, emulator) for p in sorted((ROOT / "csrc/emulator").glob("*.cpp"))]
     if cuda := cuda_include():
@@ -78,7 +89,9 @@ def main() -> int:
         lines = said(program, source, arguments)
         count += len([line for line in lines if ": warning:" in line or ": error:" in line])
         isa = next((a.partition("=")[2] for a in arguments if a.startswith("-DMOLE_ISA=")), "")
-        print(f"{source.relative_to(ROOT)} {isa}: {'clean' if not lines else ''}", *lines, sep="\n", flush=True)
+        print(
+            f"{source.relative_to(ROOT)} {isa}: {'clean' if not lines else ''}", *lines, sep="\n", flush=True
+        )
     print(f"{count} findings")
     return 1 if count else 0
 

@@ -1,11 +1,14 @@
-"""The CPU operator under AddressSanitizer and UndefinedBehaviorSanitizer: odd sizes by every instruction set of this CPU, all of the
+"""The CPU operator under AddressSanitizer and UndefinedBehaviorSanitizer: odd sizes by every instruction set
+of this CPU, all of the
 operator's tests by the best of them; before that a planted overrun, which must be reported.
 
     python -m tests.native.sanitized                  # builds into build/, runs, exit 1 at the first finding
     python -m tests.native.sanitized --only avx2 -k assignment
 
-The library is compiled anew with the sanitizers; torch and Python are as they are, but their allocations go through AddressSanitizer,
-so a read beside a tensor is found. As a pytest plugin (`-p tests.native.sanitized`) it puts that library in the place of the usual one.
+The library is compiled anew with the sanitizers; torch and Python are as they are, but their allocations go
+through AddressSanitizer,
+so a read beside a tensor is found. As a pytest plugin (`-p tests.native.sanitized`) it puts that library in
+the place of the usual one.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import sys
 from pathlib import Path
 
 from tests.native import scratch
+from tests.planting import replaced
 
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=vptr"
@@ -34,10 +38,17 @@ def build() -> Path:
 
 
 def preloaded() -> str:
-    """The runtimes that must come before everything else in a process whose program was not compiled with them."""
+    """The runtimes that must come before everything else in a process whose program was not compiled with
+    them.
+    """
     cxx = scratch.the_build().find_toolchain(os.environ).cxx
     names = ("libasan.so", "libubsan.so", "libstdc++.so")
-    found = [subprocess.run([cxx, f"-print-file-name={n}"], capture_output=True, text=True, check=True).stdout.strip() for n in names]
+    found = [
+        subprocess.run(
+            [cxx, f"-print-file-name={n}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for n in names
+    ]
     return " ".join(found)
 
 
@@ -74,7 +85,20 @@ def run(library: Path, instruction_set: str, tests: tuple[str, ...], k: str = ""
     """pytest's status (77: this CPU has no such instruction set) and what it said."""
     chosen = f"{LEFT_OUT} and ({k})" if k else LEFT_OUT
     # nothing is captured: a report is the last thing the process says
-    command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-p", "tests.native.sanitized", *tests, "-k", chosen]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "tests.native.sanitized",
+        *tests,
+        "-k",
+        chosen,
+    ]
     env = environment(library, instruction_set)
     done = subprocess.run(command, cwd=scratch.ROOT, env=env, capture_output=True, text=True, check=False)
     return done.returncode, (done.stdout + done.stderr).strip().splitlines()
@@ -82,10 +106,15 @@ def run(library: Path, instruction_set: str, tests: tuple[str, ...], k: str = ""
 
 def notices_an_overrun() -> bool:
     """One element past the end of y: without this, silence would say nothing."""
-    path, old, new = "csrc/cpu/microkernel.h", "for (int64_t i = 0; i < n; ++i) {", "for (int64_t i = 0; i <= n; ++i) {"
+    path, old, new = (
+        "csrc/cpu/microkernel.h",
+        "for (int64_t i = 0; i < n; ++i) {",
+        "for (int64_t i = 0; i <= n; ++i) {",
+    )
     text = (scratch.ROOT / path).read_text()
-    assert text.count(old) == 1, path
-    status, said = run(scratch.library("overrun", {path: text.replace(old, new)}, FLAGS, SANITIZERS), "base", EDGES)
+    status, said = run(
+        scratch.library("overrun", {path: replaced(text, old, new, path)}, FLAGS, SANITIZERS), "base", EDGES
+    )
     return status != 0 and any("AddressSanitizer: heap-buffer-overflow" in line for line in said)
 
 
@@ -100,7 +129,9 @@ def main() -> int:
             return 1
         print("a planted overrun is reported", flush=True)
     library, best = build(), True
-    for name in [options.only] if options.only else SETS if platform.machine() in ("x86_64", "AMD64") else ("base",):
+    for name in (
+        [options.only] if options.only else SETS if platform.machine() in ("x86_64", "AMD64") else ("base",)
+    ):
         status, said = run(library, name, TESTS if best else EDGES, options.k)
         if status == 77:
             print(f"{name:11} not on this CPU")

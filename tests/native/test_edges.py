@@ -1,4 +1,6 @@
-"""Odd sizes in memory of exactly their size, strides that touch its ends: what an address sanitizer would object to (`make sanitize`)."""
+"""Odd sizes in memory of exactly their size, strides that touch its ends: what an address sanitizer would
+object to (`make sanitize`).
+"""
 
 import itertools
 
@@ -9,7 +11,9 @@ from mole_kernels.backends import cpu
 from mole_kernels.functional import gated_lora_linear
 from tests.truth import Case, assert_close_to_truth
 
-pytestmark = pytest.mark.skipif(cpu.reject(Case().problem(torch.float32)) is not None, reason="no compiled library")
+pytestmark = pytest.mark.skipif(
+    cpu.reject(Case().problem(torch.float32)) is not None, reason="no compiled library"
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # on both sides of a vector, a panel, a tile and a block of rows, of K and of what is summed at once
 SIZES = [
@@ -31,7 +35,10 @@ SIZES = [
 @pytest.mark.parametrize("case", SIZES, ids=lambda c: f"cpu-{c}")
 def test_forward_and_every_gradient_at_the_edges(case, dtype):
     call = case.make(dtype)
-    leaves = {name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, t in call.tensors().items()}
+    leaves = {
+        name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for name, t in call.tensors().items()
+    }
     run = call.with_tensors(leaves)
     y = gated_lora_linear(run.x, run.weight, run.bias, run.experts, run.gates, backend="cpu")
     if dtype != torch.float64:
@@ -57,4 +64,6 @@ def test_cpu_views_that_end_with_their_memory(dtype):
     weight = at_the_end(call.weight.mT).mT
     want = gated_lora_linear(call.x, call.weight, call.bias, call.experts, call.gates, backend="cpu")
     got = gated_lora_linear(at_the_end(call.x), weight, at_the_end(call.bias), e, call.gates, backend="cpu")
-    assert_close_to_truth(got, call.truth(), dtype, 4) if dtype != torch.float64 else torch.testing.assert_close(got, want)
+    assert_close_to_truth(
+        got, call.truth(), dtype, 4
+    ) if dtype != torch.float64 else torch.testing.assert_close(got, want)

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from mole_kernels.backends import select as selection
-from mole_kernels.errors import MoleBackendError, MoleError, MoleShapeError, MoleStateError, MoleTypeError, MoleValueError, MoleWarning
+from mole_kernels.errors import (
+    MoleBackendError,
+    MoleError,
+    MoleShapeError,
+    MoleStateError,
+    MoleTypeError,
+    MoleValueError,
+    MoleWarning,
+)
 from mole_kernels.functional import gated_lora_linear
 from mole_kernels.operands import Experts, Gates
 from tests.truth import Case
@@ -20,7 +28,12 @@ def call(x=None, weight=None, bias=None, gates=None, backend="auto", **experts):
     x = good.x if x is None else x
     weight = good.weight if weight is None else weight
     return gated_lora_linear(
-        x, weight, good.bias if bias is None else bias, good.experts._replace(**experts), gates or Gates(), backend=backend
+        x,
+        weight,
+        good.bias if bias is None else bias,
+        good.experts._replace(**experts),
+        gates or Gates(),
+        backend=backend,
     )
 
 
@@ -33,22 +46,62 @@ BAD = {
         r"gate broadcastable to \[B,T,E\] = \[2, 5, 2\].*got \(2, 5, 3\)",
     ),
     "52-gate-dims": (dict(gates=Gates(gate=torch.ones(2))), MoleShapeError, "three dimensions"),
-    "52-gate-dtype": (dict(gates=Gates(gate=torch.ones(1, 1, 2, dtype=torch.int64))), MoleTypeError, "gate of a floating dtype"),
-    "52-gate-device": (dict(gates=Gates(gate=torch.ones(1, 1, 2, device="meta"))), MoleTypeError, "gate on x's device cpu"),
+    "52-gate-dtype": (
+        dict(gates=Gates(gate=torch.ones(1, 1, 2, dtype=torch.int64))),
+        MoleTypeError,
+        "gate of a floating dtype",
+    ),
+    "52-gate-device": (
+        dict(gates=Gates(gate=torch.ones(1, 1, 2, device="meta"))),
+        MoleTypeError,
+        "gate on x's device cpu",
+    ),
     "52-phi-shape": (dict(gates=Gates(phi=torch.ones(2, 7))), MoleShapeError, r"phi \[E,K\] = \[2, 6\]"),
     "52-pool-shape": (dict(gates=Gates(pool=torch.ones(1, 4))), MoleShapeError, r"pool \[S,R\] = \[1, 5\]"),
-    "top-k-negative": (dict(gates=Gates(phi=torch.ones(2, 6), top_k=-1)), MoleValueError, "top_k = 0, or k ≥ 1 with phi"),
+    "top-k-negative": (
+        dict(gates=Gates(phi=torch.ones(2, 6), top_k=-1)),
+        MoleValueError,
+        "top_k = 0, or k ≥ 1 with phi",
+    ),
     "top-k-without-phi": (dict(gates=Gates(top_k=1)), MoleValueError, "with phi"),
-    "assignment-shape": (dict(assignment=torch.zeros(3, dtype=torch.int64)), MoleShapeError, r"assignment \[B\] = \[2\]"),
-    "assignment-dtype": (dict(assignment=torch.zeros(2, dtype=torch.int32)), MoleTypeError, "assignment int64"),
+    "assignment-shape": (
+        dict(assignment=torch.zeros(3, dtype=torch.int64)),
+        MoleShapeError,
+        r"assignment \[B\] = \[2\]",
+    ),
+    "assignment-dtype": (
+        dict(assignment=torch.zeros(2, dtype=torch.int32)),
+        MoleTypeError,
+        "assignment int64",
+    ),
     "assignment-outside": (dict(assignment=torch.tensor([0, 1])), MoleValueError, "1 for sample 1"),
     "assignment-below": (dict(assignment=torch.tensor([-2, 0])), MoleValueError, "-2 for sample 0"),
     "52-bias-alone": (dict(gates=Gates(pool_bias=torch.ones(2))), MoleValueError, "pool_bias without pool"),
-    "55-integer-x": (dict(x=torch.ones(2, 5, 6, dtype=torch.int64)), MoleTypeError, "floating dtype, got torch.int64"),
-    "55-complex-x": (dict(x=torch.ones(2, 5, 6, dtype=torch.complex64)), MoleTypeError, "floating dtype, got torch.complex64"),
-    "56-last-dimension": (dict(x=torch.ones(2, 5, 7)), MoleShapeError, r"weight \[N,K\] with K = 7 .*got \(4, 6\)"),
-    "60-other-device": (dict(x=torch.ones(2, 5, 6, device="meta")), MoleTypeError, "weight on x's device meta"),
-    "61-two-dtypes": (dict(x=torch.ones(2, 5, 6, dtype=torch.float16)), MoleTypeError, "one dtype, x has torch.float16, got torch.float32"),
+    "55-integer-x": (
+        dict(x=torch.ones(2, 5, 6, dtype=torch.int64)),
+        MoleTypeError,
+        "floating dtype, got torch.int64",
+    ),
+    "55-complex-x": (
+        dict(x=torch.ones(2, 5, 6, dtype=torch.complex64)),
+        MoleTypeError,
+        "floating dtype, got torch.complex64",
+    ),
+    "56-last-dimension": (
+        dict(x=torch.ones(2, 5, 7)),
+        MoleShapeError,
+        r"weight \[N,K\] with K = 7 .*got \(4, 6\)",
+    ),
+    "60-other-device": (
+        dict(x=torch.ones(2, 5, 6, device="meta")),
+        MoleTypeError,
+        "weight on x's device meta",
+    ),
+    "61-two-dtypes": (
+        dict(x=torch.ones(2, 5, 6, dtype=torch.float16)),
+        MoleTypeError,
+        "one dtype, x has torch.float16, got torch.float32",
+    ),
     "bias-shape": (dict(bias=torch.ones(5)), MoleShapeError, r"bias \[N\] = \[4\]"),
     "down-transposed": (dict(down=torch.ones(1, 6, 5)), MoleShapeError, "stored \\[R,K\\]"),
     "up-transposed": (dict(up=torch.ones(1, 5, 4)), MoleShapeError, "up-projections are stored \\[N,R\\]"),
@@ -63,7 +116,9 @@ def test_bad_argument(name):
     arguments, error, words = BAD[name]
     with pytest.raises(error, match=words) as caught:
         call(**arguments)
-    assert isinstance(caught.value, MoleError) and str(caught.value).startswith(("gated_lora_linear", "backend"))
+    assert isinstance(caught.value, MoleError) and str(caught.value).startswith(
+        ("gated_lora_linear", "backend")
+    )
 
 
 def test_53_nan_gates_touch_only_their_tokens():
@@ -106,7 +161,9 @@ def test_59_offsets_past_two_to_the_31(backend):
         pytest.skip(reason)
     good = case.make(torch.bfloat16)
     y = gated_lora_linear(x, good.weight, good.bias, good.experts, good.gates, backend=backend)
-    near = gated_lora_linear(x.contiguous(), good.weight, good.bias, good.experts, good.gates, backend=backend)
+    near = gated_lora_linear(
+        x.contiguous(), good.weight, good.bias, good.experts, good.gates, backend=backend
+    )
     torch.testing.assert_close(y, near, rtol=2**-7, atol=2**-7)
 
 
@@ -143,6 +200,10 @@ def test_refusals_are_kept_warned_once_and_listed(monkeypatch):
 def test_experts_are_named_tuples_that_print():
     good = CASE.make(torch.float32)
     assert isinstance(good.experts, Experts) and "T" in str(CASE)
-    assert str(CASE.problem(torch.float32)) == "x [2,5,6] → 4, ranks 2,3, S=1, gates token+sample, float32, cpu"
+    assert (
+        str(CASE.problem(torch.float32)) == "x [2,5,6] → 4, ranks 2,3, S=1, gates token+sample, float32, cpu"
+    )
     problem = CASE.problem(torch.float32)
-    assert problem.flops() == 2 * 10 * (6 * 4 + 7 * 6 + 5 * 4) and problem.bytes() == 4 * (10 * 10 + 24 + 5 * 10 + 12)
+    assert problem.flops() == 2 * 10 * (6 * 4 + 7 * 6 + 5 * 4) and problem.bytes() == 4 * (
+        10 * 10 + 24 + 5 * 10 + 12
+    )

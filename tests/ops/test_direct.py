@@ -1,4 +1,6 @@
-"""The way past the dispatcher: the same numbers, taken only where nobody watches, and no check skipped that could now fail."""
+"""The way past the dispatcher: the same numbers, taken only where nobody watches, and no check skipped that
+could now fail.
+"""
 
 import copy
 import gc
@@ -12,7 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mole_kernels import functional
 from mole_kernels.backends.select import BACKENDS
-from mole_kernels.errors import MoleBackendError, MoleError, MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.errors import (
+    MoleBackendError,
+    MoleError,
+    MoleShapeError,
+    MoleStateError,
+    MoleTypeError,
+    MoleValueError,
+)
 from mole_kernels.functional import gated_lora_linear, gated_lora_linear_with_gates
 from mole_kernels.gates.gate import MoLEGate, collapsed
 from mole_kernels.layers.linear import GatedLoRALinear
@@ -26,13 +35,17 @@ CASE = Case(B=3, T=5, K=6, N=7, ranks=(2, 3), S=-2, gate="top1+pooled")
 def through_the_dispatcher(call, **kwargs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(direct, "unobserved", lambda tensors: False)
-        return gated_lora_linear_with_gates(call.x, call.weight, call.bias, call.experts, call.gates, **kwargs)
+        return gated_lora_linear_with_gates(
+            call.x, call.weight, call.bias, call.experts, call.gates, **kwargs
+        )
 
 
 def straight(call, **kwargs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional.schema, "forward_op", None)
-        return gated_lora_linear_with_gates(call.x, call.weight, call.bias, call.experts, call.gates, **kwargs)
+        return gated_lora_linear_with_gates(
+            call.x, call.weight, call.bias, call.experts, call.gates, **kwargs
+        )
 
 
 @pytest.mark.parametrize("case", [CASE, Case(T=4, S=2), Case(T=0), Case(gate="none", bias=False)], ids=str)
@@ -104,7 +117,9 @@ def test_subclasses_tracers_and_profilers_see_the_operator():
     assert any("gated_lora_fwd" in name for name in Own.seen)
     call = Case(T=3, gate="local").make(torch.float32)
     assert "mole.gated_lora_fwd" in make_fx(lambda x: run(call, x))(call.x).code
-    assert "mole::gated_lora_fwd" in str(torch.jit.trace(lambda x: run(call, x), call.x, check_trace=False).inlined_graph)
+    assert "mole::gated_lora_fwd" in str(
+        torch.jit.trace(lambda x: run(call, x), call.x, check_trace=False).inlined_graph
+    )
     x = call.x.clone().requires_grad_()
     outside = run(call, x)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -118,7 +133,9 @@ def test_function_transforms_and_dual_numbers_go_by_the_operator():
     call = Case(B=1, T=3, gate="local").make(torch.float32)
     x = torch.randn(4, 1, 3, 64)
     # torch runs an operator without a batching rule sample by sample
-    torch.testing.assert_close(torch.func.vmap(lambda x: run(call, x))(x), torch.stack([run(call, one) for one in x]))
+    torch.testing.assert_close(
+        torch.func.vmap(lambda x: run(call, x))(x), torch.stack([run(call, one) for one in x])
+    )
     assert direct.unobserved((call.x, None, nn.Parameter(call.x)))
     with torch.autograd.forward_ad.dual_level():
         assert not direct.unobserved((call.x,))
@@ -135,7 +152,9 @@ def test_a_gradient_of_a_gradient_is_as_impossible_as_through_the_operator(backe
         call = case.make(torch.float64)
         call = call.with_tensors({**call.tensors(), "x": call.x.clone().requires_grad_()})
         try:
-            dx = torch.autograd.grad(way(call, backend=backend)[0].square().sum(), call.x, create_graph=True)[0]
+            dx = torch.autograd.grad(way(call, backend=backend)[0].square().sum(), call.x, create_graph=True)[
+                0
+            ]
             results.append(torch.autograd.grad(dx.sum(), call.x, allow_unused=True)[0])
         except RuntimeError as error:
             results.append(str(error).split("\n")[0][:60])
@@ -145,7 +164,9 @@ def test_a_gradient_of_a_gradient_is_as_impossible_as_through_the_operator(backe
 
 def layer_of(dtype=torch.float32):
     torch.manual_seed(0)
-    return GatedLoRALinear.from_linear(nn.Linear(16, 24), experts_of((4, 3), 16, 24, dtype), MoLEGate(16, 24, 2)).requires_grad_(False)
+    return GatedLoRALinear.from_linear(
+        nn.Linear(16, 24), experts_of((4, 3), 16, 24, dtype), MoLEGate(16, 24, 2)
+    ).requires_grad_(False)
 
 
 WRONG = {
@@ -247,7 +268,11 @@ def test_the_pooled_gate_follows_casts_swaps_and_inference_mode():
 @pytest.mark.parametrize("ranks, sets", [((3, 3), 1), ((2, 4, 1), 1), ((2, 2), 3), ((1, 3), 2)], ids=str)
 def test_the_pooled_gate_is_its_formula_and_has_its_gradient(ranks, sets):
     make = {"dtype": torch.float64, "requires_grad": True}
-    up, scale, head = torch.randn(sets, 6, sum(ranks), **make), torch.randn(len(ranks), **make), torch.randn(len(ranks), 6, **make)
+    up, scale, head = (
+        torch.randn(sets, 6, sum(ranks), **make),
+        torch.randn(len(ranks), **make),
+        torch.randn(len(ranks), 6, **make),
+    )
     owner = [e for e, r in enumerate(ranks) for _ in range(r)]
     truth = torch.einsum("snr,rn,r->sr", up, head[owner], scale[owner])
     torch.testing.assert_close(collapsed(up, scale, head, ranks), truth)

@@ -1,4 +1,6 @@
-"""The op as compilers and autograd see it: opcheck, gradcheck, compile without breaks or recompiles, autocast, checkpointing."""
+"""The op as compilers and autograd see it: opcheck, gradcheck, compile without breaks or recompiles,
+autocast, checkpointing.
+"""
 
 import pytest
 import torch
@@ -26,9 +28,23 @@ SMALL = [
 def op_args(call, save, backend="auto"):
     e, g = call.experts, call.gates
     return (
-        call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias, save,
-        e.assignment, g.top_k, backend,
-    )  # fmt: skip
+        call.x,
+        call.weight,
+        call.bias,
+        e.down,
+        e.up,
+        e.scale,
+        e.ranks,
+        g.gate,
+        g.phi,
+        g.phi_bias,
+        g.pool,
+        g.pool_bias,
+        save,
+        e.assignment,
+        g.top_k,
+        backend,
+    )
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
@@ -36,7 +52,9 @@ def op_args(call, save, backend="auto"):
 def test_opcheck(case, grad):
     call = case.make(torch.float32)
     if grad:
-        call = call.with_tensors({name: t.detach().clone().requires_grad_() for name, t in call.tensors().items()})
+        call = call.with_tensors(
+            {name: t.detach().clone().requires_grad_() for name, t in call.tensors().items()}
+        )
     torch.library.opcheck(torch.ops.mole.gated_lora_fwd.default, op_args(call, save=grad))
 
 
@@ -77,7 +95,9 @@ def mixture(local=True, pooled=True, gate=None):
     torch.manual_seed(0)
     base = nn.Linear(16, 24)
     return GatedLoRALinear.from_linear(
-        base, experts_of((4, 3), 16, 24, torch.float32), gate or MoLEGate(16, 24, 2, local=local, pooled=pooled)
+        base,
+        experts_of((4, 3), 16, 24, torch.float32),
+        gate or MoLEGate(16, 24, 2, local=local, pooled=pooled),
     )
 
 
@@ -110,7 +130,9 @@ def test_fake_and_meta_tensors_say_the_shape():
     assert layer(torch.empty(2, 5, 16, device="meta")).shape == (2, 5, 24)
 
 
-@pytest.mark.parametrize("shape", [(16,), (7, 16), (2, 5, 16), (2, 3, 4, 16), (0, 5, 16), (2, 0, 16), (0, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(16,), (7, 16), (2, 5, 16), (2, 3, 4, 16), (0, 5, 16), (2, 0, 16), (0, 16)], ids=str
+)
 def test_any_leading_dimensions(shape):
     layer = mixture(pooled=False)
     x = torch.randn(*shape)

@@ -1,4 +1,6 @@
-"""What two ranks do on a CPU: each function compares what the ranks have together with one process that has it all, and returns nothing."""
+"""What two ranks do on a CPU: each function compares what the ranks have together with one process that has
+it all, and returns nothing.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def expert(seed: int, rank: int = RANK) -> Expert:
     g = torch.Generator().manual_seed(seed)
     sizes = {"0.first": (K, HIDDEN), "0.second": (HIDDEN, N)}
     return Expert(
-        {path: LowRank(torch.randn(rank, k, generator=g), torch.randn(n, rank, generator=g), 0.5) for path, (k, n) in sizes.items()}
+        {
+            path: LowRank(torch.randn(rank, k, generator=g), torch.randn(n, rank, generator=g), 0.5)
+            for path, (k, n) in sizes.items()
+        }
     )
 
 
@@ -58,11 +63,14 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-# -- FSDP2 -------------------------------------------------------------------------------------------------------------------------------
+# -- FSDP2
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def fsdp(rank: int) -> None:
-    """Experts and gates trained on a frozen, sharded base: after each step what one process on the whole batch has."""
+    """Experts and gates trained on a frozen, sharded base: after each step what one process on the whole
+    batch has.
+    """
     from torch.distributed.fsdp import fully_shard
 
     one, many = net(), net()
@@ -121,7 +129,9 @@ def fsdp_loads(rank: int) -> None:
 
 
 def fsdp_first(rank: int) -> None:
-    """Patched after sharding, experts would get no gradients of the other ranks: refused, and so is undoing a layer's own shard."""
+    """Patched after sharding, experts would get no gradients of the other ranks: refused, and so is undoing a
+    layer's own shard.
+    """
     from torch.distributed.fsdp import fully_shard
 
     model = net()
@@ -139,11 +149,14 @@ def fsdp_first(rank: int) -> None:
         close(model(x), want)
 
 
-# -- tensor parallel ---------------------------------------------------------------------------------------------------------------------
+# -- tensor parallel
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def tensor_parallel(rank: int) -> None:
-    """Columns then rows, gates that see every feature; forward, input gradient and expert gradients as in one process, on every rank."""
+    """Columns then rows, gates that see every feature; forward, input gradient and expert gradients as in one
+    process, on every rank.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -176,14 +189,19 @@ def tensor_parallel(rank: int) -> None:
             close(many(x), base)
     late = net()
     patched(late)
-    refused(MoleStateError, "parallelize_module first, then patch", lambda: parallelize_module(late, mesh, styles))
+    refused(
+        MoleStateError, "parallelize_module first, then patch", lambda: parallelize_module(late, mesh, styles)
+    )
 
 
-# -- context parallel --------------------------------------------------------------------------------------------------------------------
+# -- context parallel
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def split_tokens(rank: int) -> None:
-    """Each rank has some of the tokens, not equally many: gates per sample look at all; gradients add up to those of one process."""
+    """Each rank has some of the tokens, not equally many: gates per sample look at all; gradients add up to
+    those of one process.
+    """
     x = draw(2, 7, K)
     cut = [slice(0, 5), slice(5, 7)][rank]
     for gates in ("mole", "global", "local", "softmax"):
@@ -208,7 +226,8 @@ def split_tokens(rank: int) -> None:
                 assert not torch.allclose(many(x[:, cut]), results[0][0][:, cut], rtol=1e-3)
 
 
-# -- the ranks ---------------------------------------------------------------------------------------------------------------------------
+# -- the ranks
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def refused(error: type[Exception], words: str, act: Callable[[], Any]) -> None:
@@ -224,7 +243,9 @@ WORKS = {work.__name__: work for work in (fsdp, fsdp_loads, fsdp_first, tensor_p
 
 
 def run(rank: int, folder: str) -> None:
-    """Every work in turn, in both ranks; what went wrong goes into <folder>/<work>.<rank>, an empty file where nothing did."""
+    """Every work in turn, in both ranks; what went wrong goes into <folder>/<work>.<rank>, an empty file
+    where nothing did.
+    """
     torch.set_num_threads(1)
     os.environ.setdefault("MASTER_ADDR", "localhost")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)

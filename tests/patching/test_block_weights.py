@@ -6,7 +6,7 @@ from torch import nn
 
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.patching.apply import patch
-from tests.patching.conftest import Mlp, make_expert, run_unet, tiny_unet
+from tests.tiny_models import Mlp, make_expert, run_unet, tiny_unet
 
 BLOCKS = [
     {"down": 0.25, "mid": 0.5, "up": 2.0},
@@ -16,7 +16,9 @@ BLOCKS = [
 
 
 def by_diffusers(unet: nn.Module, blocks: object, paths) -> dict[str, float]:
-    """scaling[adapter] of every layer after PEFT has loaded an adapter onto the same paths and diffusers has set its weights."""
+    """scaling[adapter] of every layer after PEFT has loaded an adapter onto the same paths and diffusers has
+    set its weights.
+    """
     from peft import LoraConfig
 
     unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=list(paths)), "a")

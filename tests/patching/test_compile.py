@@ -1,4 +1,6 @@
-"""Patched models inside torch.compile: one graph each, and nothing that a user changes between calls makes another (docs/compile.md)."""
+"""Patched models inside torch.compile: one graph each, and nothing that a user changes between calls makes
+another (docs/compile.md).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from mole_kernels.gates.block import BlockRouting
 from mole_kernels.gates.gate import ConstantGate, MaskGate, SampleGate
 from mole_kernels.gates.schedule import Clock, switch
 from mole_kernels.gates.softmax import ClusterGate, GivenGate
-from tests.patching.conftest import make_expert, run_flux, run_unet, tiny_flux, tiny_unet
+from tests.tiny_models import make_expert, run_flux, run_unet, tiny_flux, tiny_unet
 
 B, T, K, N, E = 2, 6, 8, 12, 2
 
@@ -44,7 +46,12 @@ class TransformerBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm1, self.first, self.second, self.mix = nn.LayerNorm(K), nn.Linear(K, N), nn.Linear(N, K, bias=False), nn.Conv2d(K, K, 1)
+        self.norm1, self.first, self.second, self.mix = (
+            nn.LayerNorm(K),
+            nn.Linear(K, N),
+            nn.Linear(N, K, bias=False),
+            nn.Conv2d(K, K, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = x + self.second(torch.tanh(self.first(self.norm1(x))))
@@ -85,22 +92,37 @@ CLOCK = Clock(4)
 GATES: dict[str, tuple[Callable[[Any], Any], Callable[[Any, int], None]]] = {
     "constant values": (lambda m: lambda p, l, e: ConstantGate(E), each(lambda g, i: g.value.fill_(0.1 * i))),
     "learned constants": (lambda m: "constant", each(write_parameters)),
-    "token masks": (lambda m: lambda p, l, e: MaskGate(torch.ones(T, E)), each(lambda g, i: g.set(draw(T, E, seed=i)))),
-    "rows by sample": (lambda m: lambda p, l, e: SampleGate(torch.ones(B, E)), each(lambda g, i: g.set(draw(B, E, seed=i)))),
+    "token masks": (
+        lambda m: lambda p, l, e: MaskGate(torch.ones(T, E)),
+        each(lambda g, i: g.set(draw(T, E, seed=i))),
+    ),
+    "rows by sample": (
+        lambda m: lambda p, l, e: SampleGate(torch.ones(B, E)),
+        each(lambda g, i: g.set(draw(B, E, seed=i))),
+    ),
     "given gates": (lambda m: lambda p, l, e: GivenGate(E), each(lambda g, i: g.set(draw(1, 1, E, seed=i)))),
     "clusters": (
-        lambda m: lambda p, l, e: ClusterGate(draw(4, 4), E, universal=False), each(lambda g, i: g.assign(torch.tensor([i]))),
+        lambda m: lambda p, l, e: ClusterGate(draw(4, 4), E, universal=False),
+        each(lambda g, i: g.assign(torch.tensor([i]))),
     ),
     "schedule": (lambda m: switch(CLOCK, every=1), lambda handle, i: CLOCK.set(i % 4)),
     "softmax weights": (lambda m: "top-1", each(write_parameters)),
     "mole weights": (lambda m: "mole", each(write_parameters)),
-    "block routers": (lambda m: BlockRouting(m), lambda handle, i: write_parameters(handle.layers["0.first"].gate.router, i)),
-}  # fmt: skip
+    "block routers": (
+        lambda m: BlockRouting(m),
+        lambda handle, i: write_parameters(handle.layers["0.first"].gate.router, i),
+    ),
+}
 
 
-def check_changes(run: Callable[[Any], Tensor], model: Any, compiled: Any, counted: Counted, change: Callable[[int], object]) -> None:
-    """Compile once; then after each of three changes the compiled model says what the eager one says, out of the same graphs."""
-    # eagerly first: block routers fill their table of what was said, which a graph made before that would ask about
+def check_changes(
+    run: Callable[[Any], Tensor], model: Any, compiled: Any, counted: Counted, change: Callable[[int], object]
+) -> None:
+    """Compile once; then after each of three changes the compiled model says what the eager one says, out of
+    the same graphs.
+    """
+    # eagerly first: block routers fill their table of what was said, which a graph made before that would ask
+    # about
     seen = [run(model)]
     torch.testing.assert_close(run(compiled), seen[0], rtol=1e-4, atol=1e-5)
     first = counted.graphs
@@ -124,7 +146,13 @@ def test_gate_changes_recompile_nothing(name: str):
     model, counted = block(), Counted()
     CLOCK.set(0)
     handle = mk.patch(model, experts(model), make(model))
-    check_changes(run_block, model, torch.compile(model, fullgraph=True, backend=counted), counted, lambda i: change(handle, i))
+    check_changes(
+        run_block,
+        model,
+        torch.compile(model, fullgraph=True, backend=counted),
+        counted,
+        lambda i: change(handle, i),
+    )
     assert counted.graphs == 1
 
 
@@ -134,9 +162,10 @@ def test_scales_swaps_gates_and_schedule_in_one_graph(backend: str):
     handle = mk.patch(model, experts(model), switch(clock, every=1))
     compiled = torch.compile(model, fullgraph=True, backend=counted)
     steps = {
-        1: lambda: handle.set_scales({"a": 0.3}), 2: lambda: handle.swap("a", make_expert(model, rank=3, seed=8)),
+        1: lambda: handle.set_scales({"a": 0.3}),
+        2: lambda: handle.swap("a", make_expert(model, rank=3, seed=8)),
         3: lambda: handle.swap("a", make_expert(model, rank=1, seed=9)),
-    }  # fmt: skip
+    }
     check_changes(run_block, model, compiled, counted, lambda i: steps[i]())
     check_changes(run_block, model, compiled, counted, lambda i: clock.set(i))
     assert counted.graphs == 1 and "gated_lora_fwd" in counted.codes[0]
@@ -180,9 +209,10 @@ def test_marked_dynamic_shapes_are_one_graph(gates: str | None):
 
 def change_expert(model: Any, handle: Any) -> Callable[[int], object]:
     steps = {
-        1: lambda: handle.set_scales({"a": 0.3}), 2: lambda: handle.swap("a", make_expert(model, rank=3, seed=8)),
+        1: lambda: handle.set_scales({"a": 0.3}),
+        2: lambda: handle.swap("a", make_expert(model, rank=3, seed=8)),
         3: lambda: handle.set_scales({"a": 2.0, "b": -1.0}),
-    }  # fmt: skip
+    }
     return lambda i: steps[i]()
 
 
@@ -203,14 +233,22 @@ def test_unet_in_one_graph_at_every_batch_and_height():
 
     check_changes(lambda m: run(m, 2, 8), unet, compiled, counted, change_expert(unet, handle))
     for batch, height in ((3, 8), (2, 12), (4, 16)):
-        torch.testing.assert_close(run(compiled, batch, height), run(unet, batch, height), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            run(compiled, batch, height), run(unet, batch, height), rtol=1e-4, atol=1e-5
+        )
     assert counted.graphs == 1
 
 
 def test_flux_in_one_graph():
     flux, counted = tiny_flux(), Counted()
     handle = mk.patch(flux, experts(flux), "mole")
-    check_changes(run_flux, flux, torch.compile(flux, fullgraph=True, backend=counted), counted, change_expert(flux, handle))
+    check_changes(
+        run_flux,
+        flux,
+        torch.compile(flux, fullgraph=True, backend=counted),
+        counted,
+        change_expert(flux, handle),
+    )
     assert counted.graphs == 1
 
 
@@ -233,9 +271,13 @@ def test_repeated_blocks(family: str):
 
 
 def test_assignments_recompile_nothing():
-    """The blocks are compiled, as `compile_repeated_blocks` does: the assignment is made at the root, in plain Python."""
+    """The blocks are compiled, as `compile_repeated_blocks` does: the assignment is made at the root, in
+    plain Python.
+    """
     model, counted = block(), Counted()
-    served = mk.serve(model, {name: make_expert(model, seed=seed) for seed, name in enumerate(("anna", "ben", "carl"))})
+    served = mk.serve(
+        model, {name: make_expert(model, seed=seed) for seed, name in enumerate(("anna", "ben", "carl"))}
+    )
     batches = [["anna", "ben"], ["carl", "anna"], [None, "ben"], ["ben", "ben"]]
     want = []
     for batch in batches:

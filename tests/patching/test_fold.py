@@ -1,4 +1,6 @@
-"""Folding: merged is unmerged, unfolding restores, and a gate that varies is refused; SELMA's criteria 1 and 5."""
+"""Folding: merged is unmerged, unfolding restores, and a gate that varies is refused; SELMA's criteria 1 and
+5.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from mole_kernels.gates.gate import ConstantGate, MaskGate
 from mole_kernels.patching import fold as fold_module
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.fold import reject
-from tests.patching.conftest import Mlp, State, make_expert, run_unet, tiny_unet
 from tests.patching.test_plan import PATHS, gate_file
+from tests.tiny_models import Mlp, State, make_expert, run_unet, tiny_unet
 
 
 @pytest.fixture
@@ -30,7 +32,11 @@ def output(model, x):
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if name.endswith("weight")}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if name.endswith("weight")
+    }
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
@@ -80,13 +86,19 @@ def test_recomputing_restores_within_two_roundings(dtype: torch.dtype, mlp, expe
         name = f"{path}.weight"
         then, inside, now = (found[name].double() for found in (before, folded, weights(model)))
         # 16 bits round twice on the way, through float32; float16 has subnormals
-        allowed = half * (inside.abs() + now.abs()) * (1 + 1e-3) + 2 * torch.finfo(dtype).smallest_normal * half
+        allowed = (
+            half * (inside.abs() + now.abs()) * (1 + 1e-3) + 2 * torch.finfo(dtype).smallest_normal * half
+        )
         assert ((now - then).abs() <= allowed).all()
         assert not torch.equal(inside, then)
 
 
 def test_constant_gates_fold(mlp, experts, x):
-    made = {"first": ConstantGate(2, [0.25, 0.5]), "second": ConstantGate(1, 2.0), "mix": ConstantGate(2, learned=True)}
+    made = {
+        "first": ConstantGate(2, [0.25, 0.5]),
+        "second": ConstantGate(1, 2.0),
+        "mix": ConstantGate(2, learned=True),
+    }
     handle = patch(mlp, experts, lambda path, module, layer: made[path])
     unmerged = output(mlp, x)
     handle.fold()
@@ -132,7 +144,9 @@ def test_a_tied_weight_is_refused(experts, x):
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=lambda e: type(e).__name__)
-def test_a_failure_half_way_takes_everything_back(keep: bool, error: BaseException, mlp, experts, x, monkeypatch):
+def test_a_failure_half_way_takes_everything_back(
+    keep: bool, error: BaseException, mlp, experts, x, monkeypatch
+):
     handle = patch(mlp, experts)
     before, said, made = weights(mlp), output(mlp, x), []
 

@@ -10,7 +10,7 @@ import torch
 
 from mole_kernels.errors import MoleStateError
 from mole_kernels.patching.apply import patch
-from tests.patching.conftest import State, make_expert, run_flux, run_unet
+from tests.tiny_models import State, make_expert, run_flux, run_unet
 
 MODELS = {"unet": run_unet, "flux": run_flux}
 
@@ -74,7 +74,9 @@ def test_a_pipeline_is_guarded(pipeline):
     pipeline.fuse_qkv_projections()
 
 
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_guarded_too(unet, make_copy):
     patch(unet, {"a": make_expert(unet)})
     with pytest.raises(MoleStateError):

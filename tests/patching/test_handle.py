@@ -9,7 +9,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, MoleTypeError, MoleValueError, MoleWarning
+from mole_kernels.errors import (
+    MoleKeyError,
+    MoleShapeError,
+    MoleStateError,
+    MoleTypeError,
+    MoleValueError,
+    MoleWarning,
+)
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.gates.gate import MaskGate
@@ -17,8 +24,8 @@ from mole_kernels.io.gates import load_gates
 from mole_kernels.patching import swap as swap_module
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.handle import Handle
-from tests.patching.conftest import Mlp, State, make_expert, run_unet
 from tests.patching.test_plan import PATHS, gate_file
+from tests.tiny_models import Mlp, State, make_expert, run_unet
 
 
 @pytest.fixture
@@ -44,7 +51,8 @@ def fresh_output(experts, x, **kw):
     return output(model, x)
 
 
-# -- scales --------------------------------------------------------------------------------------------------------------------------
+# -- scales
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
@@ -61,7 +69,9 @@ def test_set_scales_is_a_fresh_patch_with_those_scales(mlp, handle, experts, x, 
 
 
 def test_zero_scales_give_the_base(unet):
-    linear = [path for path, layer in unet.named_modules() if isinstance(layer, nn.Linear) and "attentions" in path]
+    linear = [
+        path for path, layer in unet.named_modules() if isinstance(layer, nn.Linear) and "attentions" in path
+    ]
     base = run_unet(unet)
     handle = patch(unet, {"a": make_expert(unet, linear), "b": make_expert(unet, linear, seed=1)}, "mole")
     assert not torch.equal(run_unet(unet), base)
@@ -84,7 +94,11 @@ class _Allocations(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        known = {
+            t.untyped_storage().data_ptr()
+            for t in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         made = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
         self.names += [str(func) for t in made if t.untyped_storage().data_ptr() not in known]
@@ -120,7 +134,8 @@ def test_bad_scales_change_nothing(mlp, handle, x, scales, error, words):
     assert torch.equal(output(mlp, x), before)
 
 
-# -- swap ----------------------------------------------------------------------------------------------------------------------------
+# -- swap
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
@@ -133,7 +148,9 @@ def test_a_swap_is_a_fresh_patch(mlp, handle, experts, x, rank):
     want = fresh_output({**experts, "a": new}, x, scales={"a": 0.7, "b": 0.4})
     torch.testing.assert_close(output(mlp, x), want, rtol=1e-5, atol=1e-6)
     # up to the packed rank nothing is reallocated, so nothing recompiles
-    assert all((layer.experts.down is parameters[path]) == (rank <= 3) for path, layer in handle.layers.items())
+    assert all(
+        (layer.experts.down is parameters[path]) == (rank <= 3) for path, layer in handle.layers.items()
+    )
     handle.set_scales({"a": 0.2})
     want = fresh_output({**experts, "a": new}, x, scales={"a": 0.2, "b": 0.4})
     torch.testing.assert_close(output(mlp, x), want, rtol=1e-5, atol=1e-6)
@@ -148,7 +165,10 @@ def test_a_swap_to_an_expert_of_fewer_layers(mlp, handle, experts, x):
     new = make_expert(mlp, ["first"], rank=3, seed=7)
     handle.swap("a", new)
     # its gates stay, but it adds nothing where it has no factors
-    silent = {path: LowRank(f.down, torch.zeros_like(f.up), f.scale, f.conv) for path, f in experts["a"].layers.items()}
+    silent = {
+        path: LowRank(f.down, torch.zeros_like(f.up), f.scale, f.conv)
+        for path, f in experts["a"].layers.items()
+    }
     want = fresh_output({**experts, "a": Expert({**silent, **new.layers})}, x)
     torch.testing.assert_close(output(mlp, x), want, rtol=1e-5, atol=1e-6)
     assert list(handle.bank().experts["a"].layers) == ["first"]
@@ -162,7 +182,9 @@ def test_bad_swaps_change_nothing(mlp, handle, experts, x):
         handle.swap("a", misfit)
     with pytest.raises(MoleValueError, match="one of the experts a, b, got 'c'"):
         handle.swap("c", good)
-    with pytest.raises(MoleKeyError, match="1 of its 3 layers do not hold the expert it is to replace: second"):
+    with pytest.raises(
+        MoleKeyError, match="1 of its 3 layers do not hold the expert it is to replace: second"
+    ):
         handle.swap("b", good)
     with pytest.raises(MoleKeyError, match="none of its 1 layers holds"):
         handle.swap("b", make_expert(mlp, ["second"]), strict=False)
@@ -175,7 +197,9 @@ def test_bad_swaps_change_nothing(mlp, handle, experts, x):
 
 
 @pytest.mark.parametrize("rank", [2, 5], ids=["in-place", "repacked"])
-@pytest.mark.parametrize("fault", [RuntimeError("no"), KeyboardInterrupt()], ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("no"), KeyboardInterrupt()], ids=lambda fault: type(fault).__name__
+)
 def test_a_swap_that_fails_half_way_changes_nothing(mlp, handle, x, monkeypatch, fault, rank):
     before = State(mlp, lambda: output(mlp, x))
     calls = []
@@ -193,7 +217,9 @@ def test_a_swap_that_fails_half_way_changes_nothing(mlp, handle, x, monkeypatch,
 
     if rank == 2:
         stage = swap_module._stage
-        monkeypatch.setattr(swap_module, "_stage", lambda *args: tuple(t.as_subclass(Failing) for t in stage(*args)))
+        monkeypatch.setattr(
+            swap_module, "_stage", lambda *args: tuple(t.as_subclass(Failing) for t in stage(*args))
+        )
     else:
         set_module = type(mlp.second).__setattr__
 
@@ -213,7 +239,8 @@ def test_a_swap_that_fails_half_way_changes_nothing(mlp, handle, x, monkeypatch,
     handle.remove()
 
 
-# -- gate maps -----------------------------------------------------------------------------------------------------------------------
+# -- gate maps
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_gate_maps_are_what_the_gates_said(mlp, handle, x):
@@ -225,7 +252,11 @@ def test_gate_maps_are_what_the_gates_said(mlp, handle, x):
     tensors = gate_file(mlp_like(mlp)).layers["first"]
     want = torch.sigmoid(x @ tensors.phi.T + tensors.phi_bias)
     torch.testing.assert_close(maps["first"].token, want)
-    assert maps["first"].sample.shape == (2, 2) and maps["first"].names == ("a", "b") and maps["first"].given is None
+    assert (
+        maps["first"].sample.shape == (2, 2)
+        and maps["first"].names == ("a", "b")
+        and maps["first"].given is None
+    )
     assert maps["second"].names == ("a",) and maps["second"].token.shape == (2, 6, 1)
 
 
@@ -235,14 +266,23 @@ def mlp_like(_: nn.Module) -> Mlp:
 
 def test_gate_maps_of_gates_given_and_absent(mlp, experts, x):
     mask = torch.rand(6, 2)
-    handle = patch(mlp, experts, lambda path, module, layer: MaskGate(mask[:, : len(layer.names)]) if path == "first" else None)
+    handle = patch(
+        mlp,
+        experts,
+        lambda path, module, layer: MaskGate(mask[:, : len(layer.names)]) if path == "first" else None,
+    )
     output(mlp, x)
     maps = handle.gate_maps()
-    assert torch.equal(maps["first"].given, mask[None]) and maps["first"].token is None and maps["first"].sample is None
+    assert (
+        torch.equal(maps["first"].given, mask[None])
+        and maps["first"].token is None
+        and maps["first"].sample is None
+    )
     assert maps["mix"][:2] == (None, None) and maps["mix"].given is None
 
 
-# -- on, off, parameters, files --------------------------------------------------------------------------------------------------------
+# -- on, off, parameters, files
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_disabled_is_the_base_bit_for_bit(unet):
@@ -328,7 +368,9 @@ def test_official_gate_files_go_out_and_in(unet, tmp_path):
         assert again.names == ("hand", "face")
         torch.testing.assert_close(run_unet(unet), want)
     wrong = {"left": experts["hand"], "right": experts["face"]}
-    with pytest.raises(MoleKeyError, match="expected gates for the experts left, right, got gates for face, hand"):
+    with pytest.raises(
+        MoleKeyError, match="expected gates for the experts left, right, got gates for face, hand"
+    ):
         patch(unet, wrong, tmp_path / "moe.safetensors")
 
 

@@ -1,4 +1,6 @@
-"""Patched models under what people use to save memory: offloading, casting, checkpointing; and their copies (docs/memory.md)."""
+"""Patched models under what people use to save memory: offloading, casting, checkpointing; and their copies
+(docs/memory.md).
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,14 @@ import mole_kernels as mk
 from mole_kernels.errors import MoleStateError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.block import BlockRouting
-from mole_kernels.patching.targets import sizes
-from tests.patching.conftest import Mlp, State, make_expert, run_flux, run_unet, tiny_flux, tiny_unet
+from mole_kernels.modules.scan import sizes
+from tests.tiny_models import Mlp, State, make_expert, run_flux, run_unet, tiny_flux, tiny_unet
 
 CPU = torch.device("cpu")
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor]]] = {
-    "unet": (tiny_unet, run_unet), "flux": (tiny_flux, run_flux),
-}  # fmt: skip
+    "unet": (tiny_unet, run_unet),
+    "flux": (tiny_flux, run_flux),
+}
 PATHS = ("first", "second", "mix")
 
 
@@ -76,9 +79,12 @@ def groups_of(level: str) -> Callable[[nn.Module], Callable[[], None]]:
 
 
 OFFLOADS = {
-    "sequential": sequential, "sequential-buffers": sequential_with_buffers, "model": whole_model,
-    "group-block": groups_of("block_level"), "group-leaf": groups_of("leaf_level"),
-}  # fmt: skip
+    "sequential": sequential,
+    "sequential-buffers": sequential_with_buffers,
+    "model": whole_model,
+    "group-block": groups_of("block_level"),
+    "group-leaf": groups_of("leaf_level"),
+}
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
@@ -243,7 +249,9 @@ def test_routers_of_whole_blocks_are_offloaded_with_them(offload):
 
 
 class Elsewhere:
-    """A second device as far as a CPU can pretend one: what comes to it is a copy, what leaves it is spoiled behind."""
+    """A second device as far as a CPU can pretend one: what comes to it is a copy, what leaves it is spoiled
+    behind.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from diffusers.hooks.group_offloading import ModuleGroup
@@ -303,7 +311,8 @@ def test_a_model_whose_groups_lie_on_the_disk_is_refused(tmp_path):
     assert torch.equal(run_unet(unet), base)
 
 
-# -- casting ---------------------------------------------------------------------------------------------------------------------------
+# -- casting
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16], ids=["fp8", "bf16"])
@@ -363,12 +372,17 @@ def run_as(model: nn.Module, dtype: torch.dtype) -> Tensor:
         if type(model).__name__.startswith("UNet"):
             return model(draw(1, 4, 8, 6), torch.tensor([3]), draw(1, 5, 12)).sample
         return model(
-            hidden_states=draw(1, 6, 4), encoder_hidden_states=draw(1, 3, 24), pooled_projections=draw(1, 20),
-            timestep=torch.tensor([0.5], dtype=dtype), img_ids=torch.zeros(6, 3), txt_ids=torch.zeros(3, 3),
-        ).sample  # fmt: skip
+            hidden_states=draw(1, 6, 4),
+            encoder_hidden_states=draw(1, 3, 24),
+            pooled_projections=draw(1, 20),
+            timestep=torch.tensor([0.5], dtype=dtype),
+            img_ids=torch.zeros(6, 3),
+            txt_ids=torch.zeros(3, 3),
+        ).sample
 
 
-# -- training ---------------------------------------------------------------------------------------------------------------------------
+# -- training
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def gradients(model: nn.Module, handle: Any, kind: str) -> list[Tensor]:
@@ -377,13 +391,18 @@ def gradients(model: nn.Module, handle: Any, kind: str) -> list[Tensor]:
     g = torch.Generator().manual_seed(1)
     with torch.enable_grad():
         if kind == "unet":
-            y = model(torch.randn(2, 4, 8, 6, generator=g), torch.tensor([3, 3]), torch.randn(2, 5, 12, generator=g)).sample
+            y = model(
+                torch.randn(2, 4, 8, 6, generator=g), torch.tensor([3, 3]), torch.randn(2, 5, 12, generator=g)
+            ).sample
         else:
             y = model(
-                hidden_states=torch.randn(1, 6, 4, generator=g), encoder_hidden_states=torch.randn(1, 3, 24, generator=g),
-                pooled_projections=torch.randn(1, 20, generator=g), timestep=torch.tensor([0.5]), img_ids=torch.zeros(6, 3),
+                hidden_states=torch.randn(1, 6, 4, generator=g),
+                encoder_hidden_states=torch.randn(1, 3, 24, generator=g),
+                pooled_projections=torch.randn(1, 20, generator=g),
+                timestep=torch.tensor([0.5]),
+                img_ids=torch.zeros(6, 3),
                 txt_ids=torch.zeros(3, 3),
-            ).sample  # fmt: skip
+            ).sample
         y.square().sum().backward()
     assert all(p.grad is not None for p in parameters) and any(p.grad.abs().sum() > 0 for p in parameters)
     return [p.grad.clone() for p in parameters]
@@ -412,7 +431,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, reentrant):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-# -- copies -----------------------------------------------------------------------------------------------------------------------------
+# -- copies
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def through_a_file(model: Any) -> Any:
@@ -422,7 +442,11 @@ def through_a_file(model: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save": through_a_file}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": through_a_file,
+}
 
 
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)

@@ -1,4 +1,6 @@
-"""What else every model has: PEFT layers accelerated, offload, training, every sample its own expert, save and load, compiled, fold."""
+"""What else every model has: PEFT layers accelerated, offload, training, every sample its own expert, save
+and load, compiled, fold.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ import torch
 from torch import nn
 
 import mole_kernels as mk
+from mole_kernels.modules.scan import scan
 from mole_kernels.patching.apply import patch
-from mole_kernels.patching.targets import scan
 from mole_kernels.serving.serve import serve
-from tests.patching.conftest import State, make_expert
+from tests.denoisers import DENOISERS, ENCODERS, Model
 from tests.patching.test_compile import Counted
-from tests.patching.zoo import DENOISERS, ENCODERS, Model
+from tests.tiny_models import State, make_expert
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -44,11 +46,15 @@ def attention(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_accelerated_peft_layers(case: Model):
-    """Two adapters of PEFT's own, one negative weight among theirs: the accelerated model says what PEFT says."""
+    """Two adapters of PEFT's own, one negative weight among theirs: the accelerated model says what PEFT
+    says.
+    """
     peft = pytest.importorskip("peft")
     model = case.make()
     for name, rank in (("a", 4), ("b", 2)):
-        config = peft.LoraConfig(r=rank, lora_alpha=3, target_modules=attention(case.make()), init_lora_weights=False)
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=3, target_modules=attention(case.make()), init_lora_weights=False
+        )
         model = peft.inject_adapter_in_model(config, model, name)
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
@@ -68,7 +74,9 @@ def test_accelerated_peft_layers(case: Model):
 
 @pytest.mark.parametrize("case", DENOISERS, ids=str)
 def test_sequential_offload(case: Model):
-    """accelerate keeps every tensor on meta between calls; the answer stays, and so does the model afterwards."""
+    """accelerate keeps every tensor on meta between calls; the answer stays, and so does the model
+    afterwards.
+    """
     from accelerate import cpu_offload
     from accelerate.hooks import remove_hook_from_submodules
 
@@ -101,7 +109,9 @@ def test_experts_and_gates_learn(case: Model):
     assert len(heard) >= 0.75 * len(grads)
     assert all(torch.isfinite(grad).all() for grad in heard.values())
     # the last block's text query, whose output no one reads
-    assert {path for path, grad in heard.items() if not grad.any()} <= {path for path in heard if path.endswith("1.attn.add_q_proj")}
+    assert {path for path, grad in heard.items() if not grad.any()} <= {
+        path for path in heard if path.endswith("1.attn.add_q_proj")
+    }
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     gates = [p.grad for p in handle.gate_parameters()]
     assert any(grad is not None and grad.any() for grad in gates)
@@ -130,7 +140,9 @@ def test_saved_and_patched_again(case: Model, tmp_path: Path):
     """Experts and gates of every layer, convolutions too, through the single file."""
     model = case.make()
     every = list(scan(model).layers)
-    with patch(model, {"a": make_expert(model, every), "b": make_expert(model, every[::3], seed=1)}, "mole") as handle:
+    with patch(
+        model, {"a": make_expert(model, every), "b": make_expert(model, every[::3], seed=1)}, "mole"
+    ) as handle:
         want = case.run(model)
         handle.save(tmp_path / "mixture.safetensors")
     with patch(model, tmp_path / "mixture.safetensors"):
@@ -141,7 +153,10 @@ BLOCKS = {str(case): case for case in DENOISERS if case.cls != "SD3Transformer2D
 
 
 # SD3 names no blocks that repeat; sd15 and flux1 are in test_compile.py
-@pytest.mark.parametrize("name", ["wan", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "flux2", "qwen-image", "z-image"))])
+@pytest.mark.parametrize(
+    "name",
+    ["wan", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "flux2", "qwen-image", "z-image"))],
+)
 def test_repeated_blocks_compile_once(name: str):
     """`compile_repeated_blocks(fullgraph=True)`: other scales make no other graph."""
     case = BLOCKS[name]

@@ -1,4 +1,6 @@
-"""Every popular model, its text encoders and any module of the user's: patched it computes the summed LoRAs, removed it is as it was."""
+"""Every popular model, its text encoders and any module of the user's: patched it computes the summed LoRAs,
+removed it is as it was.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ from torch import nn
 from mole_kernels.errors import MoleKeyError
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.layers.conv import conv_of
+from mole_kernels.modules.scan import mole_targets, scan, sizes
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.plan import plan
-from mole_kernels.patching.targets import mole_targets, scan, sizes
-from tests.patching.conftest import State, make_expert
-from tests.patching.zoo import DENOISERS, ENCODERS, FULL, TARGETS, Model, full_size, pipeline_of, randn
+from tests.denoisers import DENOISERS, ENCODERS, FULL, TARGETS, Model, full_size, pipeline_of, randn
+from tests.tiny_models import State, make_expert
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -63,7 +65,10 @@ def test_gates_of_every_kind_run(case: Model):
     """Gates by token and by sample see what each model's layers are given: two dimensions, three, images."""
     model = case.make()
     base = case.run(model)
-    experts = {"a": make_expert(model, list(scan(model).layers)), "b": make_expert(model, list(scan(model).layers), seed=1)}
+    experts = {
+        "a": make_expert(model, list(scan(model).layers)),
+        "b": make_expert(model, list(scan(model).layers), seed=1),
+    }
     with patch(model, experts, "mole") as handle:
         gated = case.run(model)
         maps = handle.gate_maps()
@@ -81,9 +86,17 @@ def test_a_pipeline_with_its_text_encoders(case: Model):
     part = "unet" if hasattr(pipe, "unet") else "transformer"
     model = getattr(pipe, part)
     found = list(scan(pipe).layers)
-    assert {path.split(".")[0] for path in found} == {name for name in pipe.components if name == part or "text_encoder" in name}
+    assert {path.split(".")[0] for path in found} == {
+        name for name in pipe.components if name == part or "text_encoder" in name
+    }
     expert = make_expert(pipe, found)
-    inner = Expert({path.removeprefix(f"{part}."): layer for path, layer in expert.layers.items() if path.startswith(f"{part}.")})
+    inner = Expert(
+        {
+            path.removeprefix(f"{part}."): layer
+            for path, layer in expert.layers.items()
+            if path.startswith(f"{part}.")
+        }
+    )
     want = case.run(merged(model, {"e": inner}, {}))
     state = State(model, lambda: case.run(model))
     handle = patch(pipe, {"e": expert})
@@ -110,21 +123,38 @@ def test_the_linear_layers_of_the_full_model(name: str):
     found = scan(full_size(name))
     assert not found.skipped
     linear = {path: m for path, m in found.layers.items() if isinstance(m, nn.Linear)}
-    assert Counter((pattern(path), m.in_features, m.out_features, m.bias is not None) for path, m in linear.items()) == said
+    assert (
+        Counter(
+            (pattern(path), m.in_features, m.out_features, m.bias is not None) for path, m in linear.items()
+        )
+        == said
+    )
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_usual_targets_of_the_full_model(name: str):
-    """The count of layers that LoRAs of this model have; a plan finds every one, by dotted and by flat name."""
+    """The count of layers that LoRAs of this model have; a plan finds every one, by dotted and by flat
+    name.
+    """
     model = full_size(name)
     endings, count = TARGETS[name]
-    paths = [p for p, m in scan(model).layers.items() if isinstance(m, nn.Linear) and p.endswith(tuple(f".{e}" for e in endings))]
+    paths = [
+        p
+        for p, m in scan(model).layers.items()
+        if isinstance(m, nn.Linear) and p.endswith(tuple(f".{e}" for e in endings))
+    ]
     assert len(paths) == count
     layers = {}
     for path in paths:
         N, K = sizes(model.get_submodule(path))
         layers[path] = LowRank(torch.empty(4, K, device="meta"), torch.empty(N, 4, device="meta"))
-    made = plan(model, {"dotted": Expert(layers), "flat": Expert({p.replace(".", "_"): layer for p, layer in layers.items()})})
+    made = plan(
+        model,
+        {
+            "dotted": Expert(layers),
+            "flat": Expert({p.replace(".", "_"): layer for p, layer in layers.items()}),
+        },
+    )
     assert len(made.layers) == count and made.names == ("dotted", "flat") and not made.unmatched["flat"]
 
 
@@ -139,7 +169,9 @@ class Own(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.blocks = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Sequential(nn.Linear(8, 8, bias=False), nn.GELU())})
+        self.blocks = nn.ModuleDict(
+            {"a": nn.Linear(8, 8), "b": nn.Sequential(nn.Linear(8, 8, bias=False), nn.GELU())}
+        )
         self.shared = self.blocks["a"]
 
     def forward(self, x):
@@ -169,14 +201,21 @@ def test_locon_files_are_kept_and_applied(tmp_path: Path):
     case = BY_ID["sd15"]
     unet = case.make()
     paths = [p for p, m in scan(unet).layers.items() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    assert {"conv_in", "down_blocks.0.downsamplers.0.conv", "up_blocks.0.upsamplers.0.conv", "mid_block.resnets.0.conv1"} <= set(paths)
+    assert {
+        "conv_in",
+        "down_blocks.0.downsamplers.0.conv",
+        "up_blocks.0.upsamplers.0.conv",
+        "mid_block.resnets.0.conv1",
+    } <= set(paths)
     expert = make_expert(unet, paths)
     want = case.run(merged(unet, {"e": expert}, {}))
     for dialect in ("diffusers", "kohya"):
         prefixed = Expert({f"unet.{path}": layer for path, layer in expert.layers.items()})
         save_expert(prefixed, tmp_path / f"{dialect}.safetensors", dialect)  # type: ignore[arg-type]
         found = load_expert(tmp_path / f"{dialect}.safetensors")
-        assert {layer.conv for layer in found.layers.values()} == {(3, 3)} and set(found.layers) == set(prefixed.layers)
+        assert {layer.conv for layer in found.layers.values()} == {(3, 3)} and set(found.layers) == set(
+            prefixed.layers
+        )
         with patch(unet, {"e": found}) as handle:
             got = case.run(unet)
             handle.save(tmp_path / "own.safetensors")
@@ -197,12 +236,18 @@ def test_diffusers_loads_our_locon_files_and_agrees(tmp_path: Path):
 
     pipe = pipeline_of(BY_ID["sd15"])
     expert = locon(pipe.unet)
-    save_expert(Expert({f"unet.{path}": layer for path, layer in expert.layers.items()}), tmp_path / "x.safetensors", "kohya")
+    save_expert(
+        Expert({f"unet.{path}": layer for path, layer in expert.layers.items()}),
+        tmp_path / "x.safetensors",
+        "kohya",
+    )
     pipe.load_lora_weights(str(tmp_path), weight_name="x.safetensors", adapter_name="a")
     found = {path: m for path, m in pipe.unet.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert set(found) == set(expert.layers)
     for path, m in found.items():
-        torch.testing.assert_close(m.get_delta_weight("a").flatten(1).double(), expert.layers[path].delta(torch.float64), msg=path)
+        torch.testing.assert_close(
+            m.get_delta_weight("a").flatten(1).double(), expert.layers[path].delta(torch.float64), msg=path
+        )
 
 
 @pytest.mark.parametrize("mode", ["cat", "svd"])
@@ -219,11 +264,15 @@ def test_locon_experts_merge_compress_swap_and_are_served(mode: str, tmp_path: P
     one, two = locon(unet), locon(unet, seed=1)
     both = case.run(merged(unet, {"a": one, "b": two}, {}))
     together = merge({"a": one, "b": two}, {"a": 1.0, "b": 1.0}, mode=mode, rank=4 if mode == "svd" else None)
-    assert {p: layer.kernel for p, layer in together.layers.items()} == {p: layer.kernel for p, layer in one.layers.items()}
+    assert {p: layer.kernel for p, layer in together.layers.items()} == {
+        p: layer.kernel for p, layer in one.layers.items()
+    }
     with patch(unet, {"m": together}, allow_large_rank=True):
         assert (case.run(unet) - both).norm() <= 1e-5 * both.norm()
     small, _ = compress(together, rank=4)
-    assert {p: layer.conv for p, layer in small.layers.items()} == {p: layer.conv for p, layer in one.layers.items()}
+    assert {p: layer.conv for p, layer in small.layers.items()} == {
+        p: layer.conv for p, layer in one.layers.items()
+    }
     alone = case.run(merged(unet, {"b": two}, {}))
     handle = patch(unet, {"a": one})
     handle.swap("a", two)
@@ -233,11 +282,16 @@ def test_locon_experts_merge_compress_swap_and_are_served(mode: str, tmp_path: P
     with serve(unet, {"a": one, "b": two}) as served:
         served.assign(["b", None])
         got = case.run(unet)
-    assert (got[0] - alone[0]).norm() <= 1e-6 * alone[0].norm() and (got[1] - base[1]).norm() <= 1e-6 * base[1].norm()
+    assert (got[0] - alone[0]).norm() <= 1e-6 * alone[0].norm() and (got[1] - base[1]).norm() <= 1e-6 * base[
+        1
+    ].norm()
     save_expert(one, tmp_path / "one.safetensors")
     with open_experts(tmp_path / "one.safetensors") as found:
         (lazy,) = found.values()
-        assert all(torch.equal(lazy.layers[p].down, layer.down) and lazy.layers[p].conv == layer.conv for p, layer in one.layers.items())
+        assert all(
+            torch.equal(lazy.layers[p].down, layer.down) and lazy.layers[p].conv == layer.conv
+            for p, layer in one.layers.items()
+        )
 
 
 def test_a_convolution_of_another_kernel_is_named():
@@ -245,7 +299,10 @@ def test_a_convolution_of_another_kernel_is_named():
     conv = unet.get_submodule("conv_in")
     state = State(unet, lambda: torch.zeros(0))
     one = LowRank(torch.zeros(2, 4 * 25), torch.zeros(8, 2), 1.0, (5, 5))
-    with pytest.raises(Exception, match="conv_in: expected factors of a 3x3 convolution, conv_in is one, got factors of a 5x5") as caught:
+    with pytest.raises(
+        Exception,
+        match="conv_in: expected factors of a 3x3 convolution, conv_in is one, got factors of a 5x5",
+    ) as caught:
         patch(unet, {"e": Expert({"conv_in": one})})
     assert type(caught.value).__name__ == "MoleShapeError" and conv_of(conv) == (3, 3)
     state.assert_unchanged()
@@ -253,13 +310,34 @@ def test_a_convolution_of_another_kernel_is_named():
 
 # words that files of each family are known by -> layers of such a file
 FAMILIES: dict[str, tuple[str, list[str]]] = {
-    "flux": ("FLUX", ["transformer.single_transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"]),
+    "flux": (
+        "FLUX",
+        ["transformer.single_transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"],
+    ),
     "flux-kohya": ("FLUX", ["unet.double_blocks_0_img_attn_qkv", "unet.single_blocks_3_linear1"]),
-    "flux2": ("FLUX.2", ["transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", "transformer.transformer_blocks.0.attn.to_q"]),
-    "qwen": ("Qwen-Image", ["transformer.transformer_blocks.0.img_mlp.net.2", "transformer.transformer_blocks.0.attn.to_q"]),
+    "flux2": (
+        "FLUX.2",
+        [
+            "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+            "transformer.transformer_blocks.0.attn.to_q",
+        ],
+    ),
+    "qwen": (
+        "Qwen-Image",
+        ["transformer.transformer_blocks.0.img_mlp.net.2", "transformer.transformer_blocks.0.attn.to_q"],
+    ),
     "wan": ("Wan", ["transformer.blocks.0.attn1.to_q", "transformer.blocks.0.ffn.net.2"]),
-    "z-image": ("Z-Image", ["transformer.layers.0.attention.to_q", "transformer.noise_refiner.0.attention.to_q"]),
-    "sd3": ("SD3", ["transformer.transformer_blocks.0.attn.add_q_proj", "transformer.transformer_blocks.0.ff_context.net.2"]),
+    "z-image": (
+        "Z-Image",
+        ["transformer.layers.0.attention.to_q", "transformer.noise_refiner.0.attention.to_q"],
+    ),
+    "sd3": (
+        "SD3",
+        [
+            "transformer.transformer_blocks.0.attn.add_q_proj",
+            "transformer.transformer_blocks.0.ff_context.net.2",
+        ],
+    ),
     "sdxl": ("SDXL UNet", ["unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"]),
 }
 NAMED = {
@@ -287,7 +365,13 @@ def test_an_expert_of_another_family_is_named(here: str, family: str):
     word, layers = FAMILIES[family]
     model = BY_ID[here].make()
     state = State(model, lambda: torch.zeros(0))
-    expert = Expert({path: LowRank(torch.zeros(1, 2048), torch.zeros(8, 1)) for path in layers}, source="other.safetensors")
-    with pytest.raises(MoleKeyError, match=rf"(?s)other\.safetensors.*these look like keys of a {word}.*this {type(model).__name__} is a"):
+    expert = Expert(
+        {path: LowRank(torch.zeros(1, 2048), torch.zeros(8, 1)) for path in layers},
+        source="other.safetensors",
+    )
+    with pytest.raises(
+        MoleKeyError,
+        match=rf"(?s)other\.safetensors.*these look like keys of a {word}.*this {type(model).__name__} is a",
+    ):
         patch(model, {"e": expert})
     state.assert_unchanged()

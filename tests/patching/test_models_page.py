@@ -1,4 +1,6 @@
-"""docs/models.md: every cell of the table of models and features names tests that exist, and every letter is used."""
+"""docs/models.md: every cell of the table of models and features names tests that exist, and every letter is
+used.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def table() -> list[tuple[str, str, list[str]]]:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     header, body = rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
     return [
-        (row[0], feature, [] if cell == "–" else cell.split(" ")) for row in body for feature, cell in zip(header[1:], row[1:], strict=True)
+        (row[0], feature, [] if cell == "–" else cell.split(" "))
+        for row in body
+        for feature, cell in zip(header[1:], row[1:], strict=True)
     ]
 
 
@@ -53,7 +57,9 @@ def test_every_cell_names_a_test():
         for entry in entries:
             file, function, parameter = resolved(entry)
             assert function in functions(file), f"{model}, {feature}: {file} has no {function}"
-            assert bool(parameter) <= ("parametrize" in functions(file)[function] or "fixture" in (ROOT / file).read_text()), entry
+            assert bool(parameter) <= (
+                "parametrize" in functions(file)[function] or "fixture" in (ROOT / file).read_text()
+            ), entry
 
 
 def test_every_letter_is_used_and_is_a_test():

@@ -11,7 +11,8 @@ import torch.multiprocessing
 from tests.patching import parallel_ranks
 
 pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this torch has no gloo",
 )
 
 

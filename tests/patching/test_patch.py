@@ -1,4 +1,6 @@
-"""Patching computes the mixture, touches nothing else, and is undone bit for bit, whatever goes wrong on the way."""
+"""Patching computes the mixture, touches nothing else, and is undone bit for bit, whatever goes wrong on the
+way.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +22,28 @@ from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.gates.gate import ConstantGate, MoLEGate
 from mole_kernels.io.gates import GateFile, GateTensors
 from mole_kernels.layers.attach import detach
+from mole_kernels.modules.scan import mole_targets, sizes
 from mole_kernels.patching import apply as apply_module
 from mole_kernels.patching.apply import apply, patch
 from mole_kernels.patching.plan import plan
-from mole_kernels.patching.targets import mole_targets, sizes
-from tests.patching.conftest import Mlp, State, make_expert, run_unet
 from tests.patching.test_plan import PATHS, gate_file
+from tests.tiny_models import Mlp, State, make_expert, run_unet
 
 ROOT = Path(__file__).parents[2]
 GATES = ["none", "local", "global", "both"]
 
 
 def mixture(
-    layer: nn.Module, x: Tensor, factors: dict[str, LowRank], gates: GateTensors | None, names: tuple[str, ...], weights: dict
+    layer: nn.Module,
+    x: Tensor,
+    factors: dict[str, LowRank],
+    gates: GateTensors | None,
+    names: tuple[str, ...],
+    weights: dict,
 ) -> Tensor:
-    """The paper's formula in float64, expert by expert, with the expert outputs pooled as its code does. x [B,T,K]."""
+    """The paper's formula in float64, expert by expert, with the expert outputs pooled as its code does. x
+    [B,T,K].
+    """
     weight = layer.weight.detach().double().flatten(1)
     y = x @ weight.T + (0 if layer.bias is None else layer.bias.detach().double())
     for name, factor in factors.items():
@@ -44,7 +53,12 @@ def mixture(
         if gates is not None and gates.phi is not None:
             gate = gate * torch.sigmoid(x @ gates.phi[row].double() + gates.phi_bias[row].double())[..., None]
         if gates is not None and gates.head is not None:
-            gate = gate * torch.sigmoid(out.mean(1) @ gates.head[row].double() + gates.head_bias[row].double())[:, None, None]
+            gate = (
+                gate
+                * torch.sigmoid(out.mean(1) @ gates.head[row].double() + gates.head_bias[row].double())[
+                    :, None, None
+                ]
+            )
         y = y + out * gate
     return y
 
@@ -53,7 +67,9 @@ def truth(model: Mlp, x: Tensor, experts: dict[str, Expert], file: GateFile | No
     def layer(path: str, x: Tensor) -> Tensor:
         factors = {name: expert.layers[path] for name, expert in experts.items() if path in expert.layers}
         names = file.expert_names if file is not None else tuple(factors)
-        return mixture(model.get_submodule(path), x, factors, file.layers[path] if file else None, names, weights)
+        return mixture(
+            model.get_submodule(path), x, factors, file.layers[path] if file else None, names, weights
+        )
 
     y = layer("second", torch.tanh(layer("first", x.double())))
     return layer("mix", y).mT.unflatten(2, (2, -1))
@@ -86,7 +102,11 @@ def test_experts_take_the_layers_dtype(mlp, x, dtype):
     want = truth(mlp.to(dtype), x.to(dtype), experts, None, {})
     patch(mlp, experts)
     got = mlp(x.to(dtype))
-    assert got.dtype == dtype and mlp.first.experts.down.dtype == dtype and mlp.first.experts.scale.dtype == torch.float32
+    assert (
+        got.dtype == dtype
+        and mlp.first.experts.down.dtype == dtype
+        and mlp.first.experts.scale.dtype == torch.float32
+    )
     allowed = {torch.float64: 1e-7, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     assert (got.double() - want).norm() <= allowed * want.norm()
 
@@ -95,7 +115,9 @@ def test_42_values_that_half_precision_cannot_hold(mlp):
     mlp.half()
     state = State(mlp, lambda: torch.zeros(0))
     factor = LowRank(torch.full((1, 6), 7e4), torch.ones(10, 1))
-    with pytest.raises(MoleValueError, match="expert 'e', layer first: its values do not fit the layer's float16"):
+    with pytest.raises(
+        MoleValueError, match="expert 'e', layer first: its values do not fit the layer's float16"
+    ):
         patch(mlp, {"e": Expert({"first": factor})})
     state.assert_unchanged()
 
@@ -138,13 +160,24 @@ def test_the_base_is_frozen_and_only_it(mlp, x):
     mlp.second.weight.requires_grad_(False)
     outside = nn.Sequential(mlp, nn.Flatten(2), nn.Linear(6, 2))
     handle = patch(outside, {"a": make_expert(outside, ["0.first", "0.second"])}, "mole")
-    assert not any(p.requires_grad for layer in handle.layers.values() for p in (layer.weight, layer.bias) if p is not None)
+    assert not any(
+        p.requires_grad
+        for layer in handle.layers.values()
+        for p in (layer.weight, layer.bias)
+        if p is not None
+    )
     assert mlp.mix.weight.requires_grad
-    assert all(p.requires_grad for p in handle.gate_parameters()) and not any(p.requires_grad for p in handle.expert_parameters())
+    assert all(p.requires_grad for p in handle.gate_parameters()) and not any(
+        p.requires_grad for p in handle.expert_parameters()
+    )
     outside(x).sum().backward()
     assert all(p.grad is not None for p in handle.gate_parameters())
     handle.remove()
-    assert mlp.first.weight.requires_grad and mlp.first.bias.requires_grad and not mlp.second.weight.requires_grad
+    assert (
+        mlp.first.weight.requires_grad
+        and mlp.first.bias.requires_grad
+        and not mlp.second.weight.requires_grad
+    )
 
 
 def test_fresh_gates_by_word_and_by_callable(mlp):
@@ -152,7 +185,10 @@ def test_fresh_gates_by_word_and_by_callable(mlp):
     for word, local, pooled in (("mole", True, True), ("local", True, False), ("global", False, True)):
         with patch(mlp, experts, word) as handle:
             for layer in handle.layers.values():
-                assert isinstance(layer.gate, MoLEGate) and (layer.gate.phi is not None, layer.gate.head is not None) == (local, pooled)
+                assert isinstance(layer.gate, MoLEGate) and (
+                    layer.gate.phi is not None,
+                    layer.gate.head is not None,
+                ) == (local, pooled)
             rows = mlp.first.gate.phi if local else mlp.first.gate.head
             assert rows.shape[0] == 2
     with patch(mlp, experts, "constant"):
@@ -165,12 +201,18 @@ def test_fresh_gates_by_word_and_by_callable(mlp):
 
     with patch(mlp, experts, maker):
         assert mlp.first.gate.value.tolist() == [0.5, 0.5] and mlp.second.gate is None
-    assert seen == [("first", mlp.first, ("a", "b")), ("second", mlp.second, ("a",)), ("mix", mlp.mix, ("a",))]
+    assert seen == [
+        ("first", mlp.first, ("a", "b")),
+        ("second", mlp.second, ("a",)),
+        ("mix", mlp.mix, ("a",)),
+    ]
 
 
 def test_a_pipeline_is_patched_by_component(pipeline):
     # transformers 4 has "text_model." before it
-    path, layer = next((n, m) for n, m in pipeline.text_encoder.named_modules() if n.endswith("encoder.layers.0.mlp.fc1"))
+    path, layer = next(
+        (n, m) for n, m in pipeline.text_encoder.named_modules() if n.endswith("encoder.layers.0.mlp.fc1")
+    )
     expert = make_expert(pipeline, ["unet.mid_block.attentions.0.proj_in", f"text_encoder.{path}"])
     handle = patch(pipeline, {"e": expert})
     assert handle.layers[f"text_encoder.{path}"] is layer and layer.experts.names == ("e",)
@@ -205,14 +247,17 @@ def test_a_meta_model_is_patched_with_real_experts():
         assert torch.equal(model(x), source(x))
 
 
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies_of_a_patched_model_work(unet, make_copy):
     patch(unet, {"a": make_expert(unet)}, "mole")
     want = run_unet(unet)
     assert torch.equal(run_unet(make_copy(unet)), want)
 
 
-# -- when something goes wrong ---------------------------------------------------------------------------------------------------------
+# -- when something goes wrong
+# ---------------------------------------------------------------------------------------------------------
 
 FAULTS = [RuntimeError("no"), MemoryError(), KeyboardInterrupt(), torch.OutOfMemoryError("full")]
 
@@ -225,11 +270,20 @@ def test_67_68_a_fault_half_way_changes_nothing(mlp, x, monkeypatch, fault, plac
 
 @pytest.mark.parametrize("place", ["attach", "guards"])
 def test_67_a_fault_half_way_through_a_unet(unet, monkeypatch, place):
-    check_fault(unet, lambda: run_unet(unet), monkeypatch, KeyboardInterrupt(), place, at=1 if place == "guards" else 20)
+    check_fault(
+        unet,
+        lambda: run_unet(unet),
+        monkeypatch,
+        KeyboardInterrupt(),
+        place,
+        at=1 if place == "guards" else 20,
+    )
 
 
 def check_fault(model: nn.Module, run, monkeypatch, fault: BaseException, place: str, at: int) -> None:
-    """Patch with `fault` raised by call `at` of one step (after that call's work, for "late"), then patch for good."""
+    """Patch with `fault` raised by call `at` of one step (after that call's work, for "late"), then patch for
+    good.
+    """
     state = State(model, run)
     owner, name = {
         "pack": (apply_module, "pack"),
@@ -310,7 +364,14 @@ def test_65_remove_twice(mlp, x):
     state = State(mlp, lambda: mlp(x))
     handle = patch(mlp, {"a": make_expert(mlp, PATHS)})
     handle.remove()
-    for call in (handle.remove, handle.disable, handle.gate_maps, handle.bank, lambda: handle.set_scales({"a": 1.0}), handle.__enter__):
+    for call in (
+        handle.remove,
+        handle.disable,
+        handle.gate_maps,
+        handle.bank,
+        lambda: handle.set_scales({"a": 1.0}),
+        handle.__enter__,
+    ):
         with pytest.raises(MoleStateError, match="removed already"):
             call()
     state.assert_unchanged()
@@ -329,14 +390,19 @@ def test_66_remove_while_another_handle_holds_the_layer(mlp, x):
 
 def test_two_handles_on_different_layers_are_independent(mlp, x):
     state = State(mlp, lambda: mlp(x))
-    first, second = patch(mlp, {"a": make_expert(mlp, ["first"])}), patch(mlp, {"b": make_expert(mlp, ["second"], seed=1)})
+    first, second = (
+        patch(mlp, {"a": make_expert(mlp, ["first"])}),
+        patch(mlp, {"b": make_expert(mlp, ["second"], seed=1)}),
+    )
     first.remove()
     assert mlp.second.experts.names == ("b",)
     second.remove()
     state.assert_unchanged()
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("no"), KeyboardInterrupt()], ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("no"), KeyboardInterrupt()], ids=lambda fault: type(fault).__name__
+)
 def test_a_removal_that_fails_leaves_the_patch_whole(mlp, x, monkeypatch, fault):
     from mole_kernels.patching import handle as handle_module
 
@@ -379,11 +445,13 @@ def test_a_hook_that_captured_the_patched_forward_is_named(mlp, x):
     handle.remove()
 
 
-# -- from outside ----------------------------------------------------------------------------------------------------------------------
+# -- from outside
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "first", ["mk.plan", "mk.patch", "import mole_kernels.patching.targets", "from mole_kernels.patching import apply"]
+    "first",
+    ["mk.plan", "mk.patch", "import mole_kernels.modules.scan", "from mole_kernels.patching import apply"],
 )
 def test_the_function_is_callable_whatever_was_imported_first(first):
     program = (
@@ -394,7 +462,9 @@ def test_the_function_is_callable_whatever_was_imported_first(first):
         "mk.plan(model, bank)\n"
         "print(mk.patch(model, bank))"
     )
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
     assert out.stdout.strip() == "Handle(1 layers, experts a)", out.stderr
 
 

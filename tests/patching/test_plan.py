@@ -1,4 +1,6 @@
-"""Files meet layers by any of their spellings, or say why not; every size is checked before anything happens."""
+"""Files meet layers by any of their spellings, or say why not; every size is checked before anything
+happens.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +10,35 @@ import pytest
 import torch
 from torch import nn
 
-from mole_kernels.errors import MoleFileError, MoleKeyError, MoleShapeError, MoleStateError, MoleTypeError, MoleValueError, MoleWarning
+from mole_kernels.errors import (
+    MoleFileError,
+    MoleKeyError,
+    MoleShapeError,
+    MoleStateError,
+    MoleTypeError,
+    MoleValueError,
+    MoleWarning,
+)
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert, LowRank, flatten
 from mole_kernels.io.gates import GateFile, GateTensors
+from mole_kernels.modules.scan import mole_targets, scan
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.plan import plan
-from mole_kernels.patching.targets import mole_targets, scan
-from tests.patching.conftest import make_expert
+from tests.tiny_models import make_expert
 
 PATHS = ["first", "second", "mix"]
 
 
 def test_layers_experts_and_order(mlp):
-    made = plan(mlp, {"b": make_expert(mlp, ["mix", "first"]), "a": make_expert(mlp, ["first"], rank=3, seed=1)})
+    made = plan(
+        mlp, {"b": make_expert(mlp, ["mix", "first"]), "a": make_expert(mlp, ["first"], rank=3, seed=1)}
+    )
     assert made.names == ("b", "a")
-    assert {path: list(layer.factors) for path, layer in made.layers.items()} == {"first": ["b", "a"], "mix": ["b"]}
+    assert {path: list(layer.factors) for path, layer in made.layers.items()} == {
+        "first": ["b", "a"],
+        "mix": ["b"],
+    }
     assert made.layers["first"].module is mlp.first and made.layers["first"].factors["a"].rank == 3
     assert not made.skipped and made.unmatched == {"b": [], "a": []}
 
@@ -58,29 +73,49 @@ def test_text_encoders_of_old_and_new_transformers(pipeline, level):
 
 def test_state_dicts_are_read(unet):
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    tensors = {f"unet.{path}.lora_A.weight": torch.randn(2, 16), f"unet.{path}.lora_B.weight": torch.randn(16, 2)}
+    tensors = {
+        f"unet.{path}.lora_A.weight": torch.randn(2, 16),
+        f"unet.{path}.lora_B.weight": torch.randn(16, 2),
+    }
     assert list(plan(unet, {"e": tensors}).layers) == [path]
 
 
 def test_31_no_key_matches_is_always_an_error(unet):
-    keys = {f"transformer.single_transformer_blocks.{i}.attn.to_q": LowRank(torch.zeros(2, 8), torch.zeros(8, 2)) for i in range(5)}
+    keys = {
+        f"transformer.single_transformer_blocks.{i}.attn.to_q": LowRank(torch.zeros(2, 8), torch.zeros(8, 2))
+        for i in range(5)
+    }
     for strict in (True, False):
         with pytest.raises(MoleKeyError, match="none of its 5 layers") as error:
             plan(unet, {"e": Expert(keys, source="flux.safetensors")}, strict=strict)
         message = str(error.value)
-        assert "flux.safetensors" in message and "single_transformer_blocks.0.attn.to_q" in message and "and 2 more" in message
-        assert "FLUX.1 transformer" in message and "UNet2DConditionModel" in message and "Stable Diffusion" in message
+        assert (
+            "flux.safetensors" in message
+            and "single_transformer_blocks.0.attn.to_q" in message
+            and "and 2 more" in message
+        )
+        assert (
+            "FLUX.1 transformer" in message
+            and "UNet2DConditionModel" in message
+            and "Stable Diffusion" in message
+        )
 
 
 def test_31_sdxl_and_sd1_are_told_apart_by_width(unet):
-    keys = {"down_blocks.9.attentions.0.transformer_blocks.1.attn2.to_k": LowRank(torch.zeros(2, 2048), torch.zeros(640, 2))}
+    keys = {
+        "down_blocks.9.attentions.0.transformer_blocks.1.attn2.to_k": LowRank(
+            torch.zeros(2, 2048), torch.zeros(640, 2)
+        )
+    }
     with pytest.raises(MoleKeyError, match="look like keys of a SDXL UNet"):
         plan(unet, {"e": Expert(keys)})
 
 
 def test_32_some_keys_unmatched(mlp):
     expert = make_expert(mlp, ["first", "second"], rename=lambda path: path.replace("second", "secend"))
-    with pytest.raises(MoleKeyError, match=r"1 of the 2 layers .* meet no layer: secend \(nearest: second\)") as error:
+    with pytest.raises(
+        MoleKeyError, match=r"1 of the 2 layers .* meet no layer: secend \(nearest: second\)"
+    ) as error:
         plan(mlp, {"e": expert})
     assert "strict=False" in error.value.hint
     with pytest.warns(MoleWarning, match="secend"):
@@ -101,9 +136,20 @@ def test_a_key_of_an_unpatchable_layer_is_an_error_with_the_reason():
         def forward(self, x):
             return super().forward(x)
 
-    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "own": Own(4, 4), "conv": nn.Conv2d(4, 4, 3, groups=2), "norm": nn.LayerNorm(4)})
+    model = nn.ModuleDict(
+        {
+            "plain": nn.Linear(4, 4),
+            "own": Own(4, 4),
+            "conv": nn.Conv2d(4, 4, 3, groups=2),
+            "norm": nn.LayerNorm(4),
+        }
+    )
     factor = LowRank(torch.zeros(1, 4), torch.zeros(4, 1))
-    for name, reason in (("own", "Own has a forward of its own"), ("conv", "3x3 convolution of 2 groups"), ("norm", "LayerNorm")):
+    for name, reason in (
+        ("own", "Own has a forward of its own"),
+        ("conv", "3x3 convolution of 2 groups"),
+        ("norm", "LayerNorm"),
+    ):
         experts = {"e": Expert({"plain": factor, name: factor})}
         with pytest.raises(MoleKeyError, match=f"{name}: .*{reason}"):
             plan(model, experts)
@@ -119,7 +165,9 @@ def test_a_key_of_an_unpatchable_layer_is_an_error_with_the_reason():
 def test_36_sizes_that_do_not_fit(mlp, side):
     K, N = {"in": (7, 10), "out": (6, 9), "transposed": (10, 6)}[side]
     expert = Expert({"first": LowRank(torch.zeros(2, K), torch.zeros(N, 2))}, source="wrong.safetensors")
-    with pytest.raises(MoleShapeError, match=r"wrong.safetensors.*first: expected down \[R,6\] and up \[10,R\]") as error:
+    with pytest.raises(
+        MoleShapeError, match=r"wrong.safetensors.*first: expected down \[R,6\] and up \[10,R\]"
+    ) as error:
         plan(mlp, {"e": expert})
     assert f"down [2, {K}]" in str(error.value)
 
@@ -127,7 +175,13 @@ def test_36_sizes_that_do_not_fit(mlp, side):
 def test_40_rank_above_the_layers_size(mlp):
     with pytest.raises(MoleShapeError, match=r"rank of at most min\(K, N\) = 6 .*, got 7"):
         plan(mlp, {"e": make_expert(mlp, ["first"], rank=7)})
-    assert plan(mlp, {"e": make_expert(mlp, ["first"], rank=7)}, allow_large_rank=True).layers["first"].factors["e"].rank == 7
+    assert (
+        plan(mlp, {"e": make_expert(mlp, ["first"], rank=7)}, allow_large_rank=True)
+        .layers["first"]
+        .factors["e"]
+        .rank
+        == 7
+    )
     assert plan(mlp, {"e": make_expert(mlp, ["first"], rank=6)}).layers
 
 
@@ -172,7 +226,12 @@ def test_54_names(mlp):
     assert plan(mlp, [("b", expert), ("a", expert)]).names == ("b", "a")
 
 
-WRONG_EXPERTS = {"int": 3, "value": {"e": 3}, "tensors": {"first.lora_A.weight": torch.zeros(2, 6)}, "list": ["x.safetensors"]}
+WRONG_EXPERTS = {
+    "int": 3,
+    "value": {"e": 3},
+    "tensors": {"first.lora_A.weight": torch.zeros(2, 6)},
+    "list": ["x.safetensors"],
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG_EXPERTS.values(), ids=WRONG_EXPERTS)
@@ -195,7 +254,8 @@ def test_64_patched_layers_name_their_experts(mlp):
     assert list(plan(mlp, {"c": make_expert(mlp, ["second"])}).layers) == ["second"]
 
 
-# -- gates ---------------------------------------------------------------------------------------------------------------------------
+# -- gates
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def gate_file(model, names=("a", "b"), paths=PATHS, seed=5) -> GateFile:
@@ -223,7 +283,10 @@ def test_gates_cover_the_layers(mlp, two):
 def test_52_gates_of_other_layers(mlp, two):
     fewer, more = gate_file(mlp, paths=["first"]), gate_file(mlp)
     more = replace(more, layers={**more.layers, "fourth": more.layers["first"]})
-    for file, word in ((fewer, "2 patched layers have no gates in it: second, mix"), (more, "1 of its layers are not patched: fourth")):
+    for file, word in (
+        (fewer, "2 patched layers have no gates in it: second, mix"),
+        (more, "1 of its layers are not patched: fourth"),
+    ):
         with pytest.raises(MoleKeyError, match=word):
             plan(mlp, two, file)
         with pytest.warns(MoleWarning, match=word):
@@ -262,7 +325,8 @@ def test_52_gates_of_the_wrong_type(mlp, two, wrong):
         plan(mlp, two, wrong)
 
 
-# -- targets -------------------------------------------------------------------------------------------------------------------------
+# -- targets
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_targets_narrow_the_plan(unet):
@@ -273,7 +337,9 @@ def test_targets_narrow_the_plan(unet):
     by_call = plan(unet, {"e": expert}, targets=lambda path, module: path.endswith("attn2.to_k"))
     assert list(by_call.layers) == list(by_ending.layers)
     assert len(plan(unet, {"e": expert}, targets=mole_targets(unet)).layers) == 48
-    assert list(plan(unet, {"e": expert}, targets=["unet.mid_block.attentions.0.proj_in"]).layers) == ["mid_block.attentions.0.proj_in"]
+    assert list(plan(unet, {"e": expert}, targets=["unet.mid_block.attentions.0.proj_in"]).layers) == [
+        "mid_block.attentions.0.proj_in"
+    ]
 
 
 def test_targets_that_name_nothing(mlp):

@@ -13,7 +13,7 @@ from torch import Tensor
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.handle import Handle
-from tests.patching.conftest import Mlp, State, make_expert
+from tests.tiny_models import Mlp, State, make_expert
 
 PATHS = ("first", "second", "mix")
 
@@ -47,11 +47,13 @@ def patched(ground: Ground) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """`id` begins with the number; a refusal has `error` and `words`, anything else checks itself in `act` and says its `outcome`.
+    """`id` begins with the number; a refusal has `error` and `words`, anything else checks itself in `act`
+    and says its `outcome`.
 
     says     the bad input, in words
     act      does it; or
-    source   makes the bad file or tensors in the ground's folder; they are then given to `patch` and to `Handle.swap`
+    source   makes the bad file or tensors in the ground's folder; they are then given to `patch` and to
+             `Handle.swap`
     prepare  done to the ground before its state is taken down
     deeper   tests elsewhere that go further into the same case
     """

@@ -53,8 +53,18 @@ OPERATOR = [
 ]
 
 
-def refused(id: str, act, error: type[BaseException], *words: str, deeper: str = "", prepare=lambda g: None) -> Case:
-    return Case(id, SAYS[int(id[:2])], act=act, error=error, words=words, deeper=(deeper,) if deeper else (), prepare=prepare)
+def refused(
+    id: str, act, error: type[BaseException], *words: str, deeper: str = "", prepare=lambda g: None
+) -> Case:
+    return Case(
+        id,
+        SAYS[int(id[:2])],
+        act=act,
+        error=error,
+        words=words,
+        deeper=(deeper,) if deeper else (),
+        prepare=prepare,
+    )
 
 
 def allowed(id: str, act, outcome: str, *deeper: str, prepare=lambda g: None) -> Case:
@@ -72,7 +82,9 @@ def constant(value: float):
 
 
 def nan_gates(g: Ground) -> None:
-    handle = patch(g.model, {"a": g.expert()}, lambda path, *_: ConstantGate(1, math.nan) if path == "mix" else None)
+    handle = patch(
+        g.model, {"a": g.expert()}, lambda path, *_: ConstantGate(1, math.nan) if path == "mix" else None
+    )
     assert g.forward().isnan().all()
     handle.remove()
     gate = torch.ones(2, 5, 2)
@@ -121,7 +133,9 @@ def far_apart(g: Ground) -> None:
     x = storage.as_strided((1, 3, 6), (1, step, 1))
     x.copy_(torch.randn(1, 3, 6))
     good = Problem(B=1, T=3, K=6, N=4, ranks=(2, 3)).make(torch.bfloat16)
-    far, near = (gated_lora_linear(t, good.weight, good.bias, good.experts, good.gates) for t in (x, x.contiguous()))
+    far, near = (
+        gated_lora_linear(t, good.weight, good.bias, good.experts, good.gates) for t in (x, x.contiguous())
+    )
     torch.testing.assert_close(far, near, rtol=2**-7, atol=2**-7)
 
 
@@ -131,7 +145,9 @@ def bf16(g: Ground) -> None:
 
 
 def passed_over(g: Ground) -> None:
-    g.monkeypatch.setattr(selection, "BACKENDS", {"cpu": there.Refusing(), "stacked": selection.BACKENDS["stacked"]})
+    g.monkeypatch.setattr(
+        selection, "BACKENDS", {"cpu": there.Refusing(), "stacked": selection.BACKENDS["stacked"]}
+    )
     g.monkeypatch.setattr(selection, "refusals", type(selection.refusals)())
     g.monkeypatch.setattr(selection, "_warned", set(), raising=False)
     problem = there.CASE.problem(torch.float32)
@@ -155,14 +171,30 @@ def top_2_of_one(g: Ground) -> None:
 
 def top_k_of_all(g: Ground) -> None:
     good = there.CASE.make(torch.float32)
-    y = [gated_lora_linear(good.x, good.weight, good.bias, good.experts, Gates(phi=good.gates.phi, top_k=k)) for k in (2, 9)]
+    y = [
+        gated_lora_linear(good.x, good.weight, good.bias, good.experts, Gates(phi=good.gates.phi, top_k=k))
+        for k in (2, 9)
+    ]
     assert torch.equal(*y)
 
 
 CASES = [
-    refused("51-none", lambda g: patch(g.model, {}), MoleValueError, "at least one expert", deeper=PLAN + "test_51_no_experts"),
+    refused(
+        "51-none",
+        lambda g: patch(g.model, {}),
+        MoleValueError,
+        "at least one expert",
+        deeper=PLAN + "test_51_no_experts",
+    ),
     refused("51-empty-list", lambda g: patch(g.model, []), MoleValueError, "at least one expert"),
-    refused("52-gate-file", wrong_gates, MoleShapeError, "first", "phi [E,K]", deeper=PLAN + "test_52_gates_of_other_sizes"),
+    refused(
+        "52-gate-file",
+        wrong_gates,
+        MoleShapeError,
+        "first",
+        "phi [E,K]",
+        deeper=PLAN + "test_52_gates_of_other_sizes",
+    ),
     refused(
         "52-gate-type",
         lambda g: patch(g.model, {"a": g.expert()}, 3),
@@ -172,19 +204,49 @@ CASES = [
         deeper=PLAN + "test_52_gates_of_the_wrong_type",
     ),
     allowed(
-        "53-nan", nan_gates, "allowed: NaN reaches the tokens of that gate and no others", OPS + "test_53_nan_gates_touch_only_their_tokens"
+        "53-nan",
+        nan_gates,
+        "allowed: NaN reaches the tokens of that gate and no others",
+        OPS + "test_53_nan_gates_touch_only_their_tokens",
     ),
-    allowed("53-sum", gates_of_seven, "allowed: gates are factors, not shares", OPS + "test_53_gates_need_not_sum_to_one"),
-    refused("54-dotted", lambda g: patch(g.model, {"a.b": g.expert()}), MoleValueError, "expert name", deeper=PLAN + "test_54_names"),
+    allowed(
+        "53-sum",
+        gates_of_seven,
+        "allowed: gates are factors, not shares",
+        OPS + "test_53_gates_need_not_sum_to_one",
+    ),
+    refused(
+        "54-dotted",
+        lambda g: patch(g.model, {"a.b": g.expert()}),
+        MoleValueError,
+        "expert name",
+        deeper=PLAN + "test_54_names",
+    ),
     refused("54-twice", names_twice, MoleValueError, "names that differ, got a twice"),
     refused("54-bank", lambda g: ExpertBank({"": g.expert()}), MoleValueError, "expert name"),
-    refused("55-integer", lambda g: g.model(g.x.long()), MoleTypeError, "floating dtype, got torch.int64", prepare=patched),
     refused(
-        "55-complex", lambda g: g.model(g.x.to(torch.complex64)), MoleTypeError, "floating dtype, got torch.complex64", prepare=patched
+        "55-integer",
+        lambda g: g.model(g.x.long()),
+        MoleTypeError,
+        "floating dtype, got torch.int64",
+        prepare=patched,
+    ),
+    refused(
+        "55-complex",
+        lambda g: g.model(g.x.to(torch.complex64)),
+        MoleTypeError,
+        "floating dtype, got torch.complex64",
+        prepare=patched,
     ),
     refused("56-wide", lambda g: g.model(torch.ones(2, 6, 7)), MoleShapeError, "K = 7", prepare=patched),
     allowed("57-strided", non_contiguous, "right result", OPS + "test_57_non_contiguous_x", prepare=patched),
-    allowed("58-none", zero_tokens, "empty result, working backward", OPS + "test_58_zero_tokens_forward_and_backward", prepare=patched),
+    allowed(
+        "58-none",
+        zero_tokens,
+        "empty result, working backward",
+        OPS + "test_58_zero_tokens_forward_and_backward",
+        prepare=patched,
+    ),
     allowed(
         "59-far",
         far_apart,
@@ -193,9 +255,19 @@ CASES = [
         "tests/kernels/test_forward.py::test_offsets_past_two_to_the_31",
         "tests/backends/test_cpu_extension.py::test_offsets_past_two_to_the_31",
     ),
-    refused("60-meta", lambda g: g.model(g.x.to("meta")), MoleTypeError, "weight on x's device meta", prepare=patched),
     refused(
-        "61-two-dtypes", lambda g: g.model(g.x.half()), MoleTypeError, "one dtype, x has torch.float16, got torch.bfloat16", prepare=bf16
+        "60-meta",
+        lambda g: g.model(g.x.to("meta")),
+        MoleTypeError,
+        "weight on x's device meta",
+        prepare=patched,
+    ),
+    refused(
+        "61-two-dtypes",
+        lambda g: g.model(g.x.half()),
+        MoleTypeError,
+        "one dtype, x has torch.float16, got torch.bfloat16",
+        prepare=bf16,
     ),
     allowed(
         "62-passed-over",
@@ -204,7 +276,12 @@ CASES = [
         OPS + "test_refusals_are_kept_warned_once_and_listed",
         "tests/kernels/test_backend.py::test_old_and_missing_parts_are_named",
     ),
-    refused("63-gate", lambda g: SoftmaxGate(6, 3, top_k=4), MoleValueError, "top_k between 1 and the 3 experts, got 4"),
+    refused(
+        "63-gate",
+        lambda g: SoftmaxGate(6, 3, top_k=4),
+        MoleValueError,
+        "top_k between 1 and the 3 experts, got 4",
+    ),
     allowed("63-word", top_2_of_one, "of one expert, all: its gate is 1"),
     allowed("63-operator", top_k_of_all, "the operator takes it as a softmax over all experts"),
     *OPERATOR,

@@ -102,11 +102,17 @@ def good_file(folder: Path, name: str = "good.safetensors", metadata: dict[str, 
 
 
 def metadata_is_escaped(g: Ground) -> None:
-    evil = {"title": "\x1b]0;owned\x07<script>alert(1)</script>", "\x1b[2J": "{{7*7}}", "__import__('os')": "x" * 10_000}
+    evil = {
+        "title": "\x1b]0;owned\x07<script>alert(1)</script>",
+        "\x1b[2J": "{{7*7}}",
+        "__import__('os')": "x" * 10_000,
+    }
     path = good_file(g.folder, metadata=evil)
     found = read_header(path).metadata
     assert found == evil
-    assert all(text.isprintable() and len(text) <= 120 for item in printable_metadata(found).items() for text in item)
+    assert all(
+        text.isprintable() and len(text) <= 120 for item in printable_metadata(found).items() for text in item
+    )
     patch(g.model, {"a": path}).remove()
 
 
@@ -152,7 +158,10 @@ def replaced_while_loading(g: Ground) -> None:
 def overwritten_while_loading(g: Ground) -> Path:
     path = good_file(g.folder)
     content, times = path.read_bytes(), iter(range(1, 10))
-    there.during_read(g.monkeypatch, lambda: (path.write_bytes(content[:-4] + b"\0" * 4), os.utime(path, ns=(0, next(times)))))
+    there.during_read(
+        g.monkeypatch,
+        lambda: (path.write_bytes(content[:-4] + b"\0" * 4), os.utime(path, ns=(0, next(times)))),
+    )
     return path
 
 
@@ -167,17 +176,39 @@ def index_naming(name: str):
 
 
 def refused(id: str, says: str, source, *words: str, deeper: str = "") -> Case:
-    return Case(id, says, source=source, error=MoleFileError, words=words, deeper=(HERE + deeper,) if deeper else ())
+    return Case(
+        id, says, source=source, error=MoleFileError, words=words, deeper=(HERE + deeper,) if deeper else ()
+    )
 
 
 FILES = [
-    refused("05-header-over-100MB", SAYS[5], long_header(101 * 2**20), "at most 16,777,216", deeper="test_long_header_is_refused_unread"),
-    refused("06-header-over-16MB", SAYS[6], long_header(2**24 + 1), "at most 16,777,216", deeper="test_long_header_is_refused_unread"),
-    refused("12-zip-polyglot", SAYS[12], polyglot, "bytes follow the last tensor", deeper="test_12_zip_polyglot"),
     refused(
-        "21-tensors", SAYS[21], lambda g: write(g.folder, there.million(1_000_000)), "header", deeper="test_tensor_bomb_is_refused_unparsed"
+        "05-header-over-100MB",
+        SAYS[5],
+        long_header(101 * 2**20),
+        "at most 16,777,216",
+        deeper="test_long_header_is_refused_unread",
     ),
-    refused("21-under-16MB", SAYS[21], lambda g: write(g.folder, there.million(250_000)), "at most 20,000 tensors"),
+    refused(
+        "06-header-over-16MB",
+        SAYS[6],
+        long_header(2**24 + 1),
+        "at most 16,777,216",
+        deeper="test_long_header_is_refused_unread",
+    ),
+    refused(
+        "12-zip-polyglot", SAYS[12], polyglot, "bytes follow the last tensor", deeper="test_12_zip_polyglot"
+    ),
+    refused(
+        "21-tensors",
+        SAYS[21],
+        lambda g: write(g.folder, there.million(1_000_000)),
+        "header",
+        deeper="test_tensor_bomb_is_refused_unparsed",
+    ),
+    refused(
+        "21-under-16MB", SAYS[21], lambda g: write(g.folder, there.million(250_000)), "at most 20,000 tensors"
+    ),
     Case(
         "23-escapes-in-metadata",
         "terminal escapes, HTML or code in metadata",
@@ -192,7 +223,13 @@ FILES = [
         "a pickle or a zip",
         deeper="test_24_pickle_under_a_false_name",
     ),
-    refused("24-torch-zip", "a pickle named `.safetensors`", torch_zip, "a pickle or a zip", deeper="test_24_torch_zip_under_a_false_name"),
+    refused(
+        "24-torch-zip",
+        "a pickle named `.safetensors`",
+        torch_zip,
+        "a pickle or a zip",
+        deeper="test_24_torch_zip_under_a_false_name",
+    ),
     *(
         refused(
             f"25{suffix.replace('.', '-')}",
@@ -204,7 +241,13 @@ FILES = [
         )
         for suffix in (".pt", ".pth", ".bin", ".ckpt")
     ),
-    refused("26-fifo", "a folder, FIFO or device", fifo, "a FIFO, socket or device", deeper="test_26_folder_fifo_and_device_do_not_block"),
+    refused(
+        "26-fifo",
+        "a folder, FIFO or device",
+        fifo,
+        "a FIFO, socket or device",
+        deeper="test_26_folder_fifo_and_device_do_not_block",
+    ),
     refused("26-folder", "a folder, FIFO or device", folder_as_file, "got a folder"),
     refused("26-device", "a folder, FIFO or device", lambda g: "/dev/zero", "a FIFO, socket or device"),
     Case(
@@ -216,7 +259,11 @@ FILES = [
         deeper=(HERE + "test_27_path_out_of_the_folder",),
     ),
     Case(
-        "27-link", "`../` or a link out of the given folder", act=symlink_outside, error=MoleFileError, words=("lies outside the folder",)
+        "27-link",
+        "`../` or a link out of the given folder",
+        act=symlink_outside,
+        error=MoleFileError,
+        words=("lies outside the folder",),
     ),
     refused(
         "28-missing",
@@ -247,7 +294,12 @@ FILES = [
         "a file beside the index",
         deeper="test_30_index_naming_an_outside_path",
     ),
-    refused("30-index-absolute", "an index naming an outside path", index_naming("/etc/passwd"), "a file beside the index"),
+    refused(
+        "30-index-absolute",
+        "an index naming an outside path",
+        index_naming("/etc/passwd"),
+        "a file beside the index",
+    ),
 ]
 
 CASES = BROKEN + FILES

@@ -42,7 +42,14 @@ SAYS = {
 
 def wrong(case: there.Wrong) -> Case:
     deeper = (KEYS + "test_wrong_tensors_are_refused_by_name",)
-    return Case(case.id, SAYS[int(case.id[:2])], source=lambda g: case.tensors, error=case.error, words=case.words, deeper=deeper)
+    return Case(
+        case.id,
+        SAYS[int(case.id[:2])],
+        source=lambda g: case.tensors,
+        error=case.error,
+        words=case.words,
+        deeper=deeper,
+    )
 
 
 WRONG = [wrong(case) for case in there.CASES if case.id[:2].isdigit()]
@@ -60,7 +67,9 @@ def overflowing(g: Ground) -> dict[str, Tensor]:
 
 
 def alpha_zero(g: Ground) -> None:
-    tensors = {f"lora_unet_first.{half}.weight": t for half, t in zip(("lora_down", "lora_up"), factors().values())}
+    tensors = {
+        f"lora_unet_first.{half}.weight": t for half, t in zip(("lora_down", "lora_up"), factors().values())
+    }
     before = g.forward()
     with pytest.warns(MoleWarning, match="alpha is 0 on 1 layers"):
         handle = patch(g.model, {"a": tensors | {"lora_unet_first.alpha": torch.tensor(0.0)}})
@@ -75,7 +84,9 @@ def unaligned(g: Ground) -> None:
     for (key, tensor), begin in zip(tensors.items(), (1, 25)):
         header[key] = entry(tuple(tensor.shape), begin, begin + 4 * tensor.numel())
     found, _ = read_tensors(write(g.folder, raw(header, data)), keys=list(tensors))
-    assert all(found[key].data_ptr() % 16 == 0 and torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    assert all(
+        found[key].data_ptr() % 16 == 0 and torch.equal(found[key], tensor) for key, tensor in tensors.items()
+    )
     patch(g.model, {"a": found}).remove()
 
 
@@ -85,8 +96,18 @@ def good_passes_silently(g: Ground) -> None:
         patch(g.model, {"a": factors()}).remove()
 
 
-def source(id: str, make, error: type[BaseException], *words: str, deeper: str = "", prepare=lambda g: None) -> Case:
-    return Case(id, SAYS[int(id[:2])], source=make, error=error, words=words, prepare=prepare, deeper=(deeper,) if deeper else ())
+def source(
+    id: str, make, error: type[BaseException], *words: str, deeper: str = "", prepare=lambda g: None
+) -> Case:
+    return Case(
+        id,
+        SAYS[int(id[:2])],
+        source=make,
+        error=error,
+        words=words,
+        prepare=prepare,
+        deeper=(deeper,) if deeper else (),
+    )
 
 
 def half(g: Ground) -> None:
@@ -110,9 +131,20 @@ KEY_CASES = [
         "secend",
         deeper=PLAN + "test_32_some_keys_unmatched",
     ),
-    Case("32-not-strict", SAYS[32], act=unmatched_listed, outcome="with `strict=False` a `MoleWarning`, and listed in `plan.unmatched`"),
+    Case(
+        "32-not-strict",
+        SAYS[32],
+        act=unmatched_listed,
+        outcome="with `strict=False` a `MoleWarning`, and listed in `plan.unmatched`",
+    ),
     source(
-        "36-in", lambda g: factors(K=7), MoleShapeError, "first", "down [R,6]", "down [2, 7]", deeper=PLAN + "test_36_sizes_that_do_not_fit"
+        "36-in",
+        lambda g: factors(K=7),
+        MoleShapeError,
+        "first",
+        "down [R,6]",
+        "down [2, 7]",
+        deeper=PLAN + "test_36_sizes_that_do_not_fit",
     ),
     source("36-out", lambda g: factors(N=9), MoleShapeError, "first", "up [10,R]", "up [9, 2]"),
     source(

@@ -13,7 +13,7 @@ from mole_kernels.errors import MoleKeyError, MoleValueError
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.functional import gated_lora_linear
 from mole_kernels.patching.apply import patch
-from tests.patching.peft_models import K, draw, twins
+from tests.peft_models import K, draw, twins
 from tests.robustness import of_arguments, of_states
 from tests.robustness.cases import Case, Ground, patched
 from tests.robustness.of_files import factors
@@ -45,12 +45,22 @@ def right(*problems: Problem):
             call = problem.alone().make(torch.float32)
             y = gated_lora_linear(call.x, call.weight, call.bias, call.experts, call.gates)
             wide = problem.alone().make(torch.float32)
-            experts = wide.experts._replace(down=wide.experts.down.double(), up=wide.experts.up.double(), scale=wide.experts.scale.double())
-            gates = wide.gates._replace(**{name: t.double() for name, t in wide.gates._asdict().items() if isinstance(t, Tensor)})
+            experts = wide.experts._replace(
+                down=wide.experts.down.double(),
+                up=wide.experts.up.double(),
+                scale=wide.experts.scale.double(),
+            )
+            gates = wide.gates._replace(
+                **{name: t.double() for name, t in wide.gates._asdict().items() if isinstance(t, Tensor)}
+            )
             bias = None if wide.bias is None else wide.bias.double()
-            truth = gated_lora_linear(wide.x.double(), wide.weight.double(), bias, experts, gates, backend="reference")
+            truth = gated_lora_linear(
+                wide.x.double(), wide.weight.double(), bias, experts, gates, backend="reference"
+            )
             # √(sum of products) roundings, and a little for the gates
-            torch.testing.assert_close(y.double(), truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()), msg=str(problem))
+            torch.testing.assert_close(
+                y.double(), truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()), msg=str(problem)
+            )
 
     return act
 
@@ -58,7 +68,9 @@ def right(*problems: Problem):
 def every_row(g: Ground) -> None:
     """257 rows at once are 257 rows one at a time."""
     call = Problem(B=1, T=257, K=48, N=40, ranks=(5, 3), gate="local").make(torch.float32)
-    run = partial(gated_lora_linear, weight=call.weight, bias=call.bias, experts=call.experts, gates=call.gates)
+    run = partial(
+        gated_lora_linear, weight=call.weight, bias=call.bias, experts=call.experts, gates=call.gates
+    )
     together = run(call.x)
     alone = torch.cat([run(call.x[:, t : t + 1]) for t in range(257)], 1)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
@@ -79,7 +91,10 @@ def skewed(g: Ground) -> None:
 
 def some_layers_each(g: Ground) -> None:
     whole = g.expert()
-    parts = {"a": Expert({"first": whole.layers["first"]}), "b": Expert({"mix": whole.layers["mix"], "second": whole.layers["second"]})}
+    parts = {
+        "a": Expert({"first": whole.layers["first"]}),
+        "b": Expert({"mix": whole.layers["mix"], "second": whole.layers["second"]}),
+    }
     handle = patch(g.model, {"whole": whole})
     want = g.forward()
     handle.remove()
@@ -119,7 +134,9 @@ def autocast(g: Ground) -> None:
         with torch.autocast("cpu", dtype):
             loss = g.model(g.x).float().square().mean()
         loss.backward()
-        assert all(p.grad is not None and p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in parameters)
+        assert all(
+            p.grad is not None and p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in parameters
+        )
         handle.remove()
         g.model.zero_grad(set_to_none=True)
 
@@ -160,7 +177,9 @@ def rescaled(g: Ground) -> None:
 
 
 def folded_nan(g: Ground) -> None:
-    """An expert made in memory is the caller's own and may hold NaN; folding it into the weights is refused."""
+    """An expert made in memory is the caller's own and may hold NaN; folding it into the weights is
+    refused.
+    """
     nan = LowRank(torch.full((2, 6), float("nan")), torch.ones(10, 2))
     handle = patch(g.model, {"a": Expert({"first": nan})})
     held = [parameter.clone() for parameter in g.model.parameters()]
@@ -176,7 +195,14 @@ def nan_factors(g: Ground) -> dict[str, Tensor]:
 
 
 def peer(number: int, act, outcome: str, *deeper: str, prepare=lambda g: None) -> Case:
-    return Case(f"P{number:02d}-{act.__name__.replace('_', '-')}", SAYS[number], act=act, outcome=outcome, deeper=deeper, prepare=prepare)
+    return Case(
+        f"P{number:02d}-{act.__name__.replace('_', '-')}",
+        SAYS[number],
+        act=act,
+        outcome=outcome,
+        deeper=deeper,
+        prepare=prepare,
+    )
 
 
 def named(name: str, act):
@@ -184,7 +210,10 @@ def named(name: str, act):
     return act
 
 
-WIDTHS = [Problem(T=5, K=K, N=N, ranks=(2,), gate="none") for K, N in ((1, 1), (3, 7), (97, 1001), (1000, 33), (2570, 9))]
+WIDTHS = [
+    Problem(T=5, K=K, N=N, ranks=(2,), gate="none")
+    for K, N in ((1, 1), (3, 7), (97, 1001), (1000, 33), (2570, 9))
+]
 SMALL = [Problem(T=9, ranks=(rank,), gate="local") for rank in (1, 2, 3, 4, 5, 6, 7, 31, 32, 33)]
 KERNELS = "tests/kernels/test_forward.py::"
 CASES = [
@@ -195,14 +224,21 @@ CASES = [
         KERNELS + "test_offsets_past_two_to_the_31",
         "tests/backends/test_cpu_extension.py::test_offsets_past_two_to_the_31",
     ),
-    peer(2, named("widths", right(*WIDTHS)), "right at any width, 1 and primes included", "tests/kernels/test_widths.py::test_forward"),
+    peer(
+        2,
+        named("widths", right(*WIDTHS)),
+        "right at any width, 1 and primes included",
+        "tests/kernels/test_widths.py::test_forward",
+    ),
     peer(
         3,
         named("ranks_130_and_200", right(Problem(T=5, K=256, N=256, ranks=(130, 200)))),
         "right",
         "tests/backends/test_backends.py::test_forward",
     ),
-    peer(4, every_row, "every row is what it is alone", KERNELS + "test_a_batch_of_two_is_two_batches_of_one"),
+    peer(
+        4, every_row, "every row is what it is alone", KERNELS + "test_a_batch_of_two_is_two_batches_of_one"
+    ),
     peer(
         5,
         skewed,
@@ -210,14 +246,24 @@ CASES = [
         "tests/kernels/test_routing.py::test_an_assignment_is_a_gather",
         "tests/kernels/test_interpreter.py::test_a_wait_that_nobody_ends_is_a_deadlock",
     ),
-    peer(6, named("small_ranks", right(*SMALL)), "right at ranks 1 to 7 and 31 to 33", KERNELS + "test_forward"),
+    peer(
+        6, named("small_ranks", right(*SMALL)), "right at ranks 1 to 7 and 31 to 33", KERNELS + "test_forward"
+    ),
     peer(
         7,
-        named("ranks_96_and_128", right(Problem(T=5, K=160, N=160, ranks=(96,)), Problem(T=5, K=160, N=160, ranks=(128, 96)))),
+        named(
+            "ranks_96_and_128",
+            right(Problem(T=5, K=160, N=160, ranks=(96,)), Problem(T=5, K=160, N=160, ranks=(128, 96))),
+        ),
         "right",
         KERNELS + "test_forward",
     ),
-    peer(8, some_layers_each, "each layer holds the experts that name it", "tests/patching/test_plan.py::test_layers_experts_and_order"),
+    peer(
+        8,
+        some_layers_each,
+        "each layer holds the experts that name it",
+        "tests/patching/test_plan.py::test_layers_experts_and_order",
+    ),
     Case(
         "P09-zero-keys",
         SAYS[9],
@@ -235,15 +281,24 @@ CASES = [
         words=("12 NaN and 0 Inf",),
         deeper=("tests/patching/test_fold.py::test_overflow_is_refused",),
     ),
-    Case("P11-fold", SAYS[11], act=folded_nan, error=MoleValueError, words=("fold, layer first", "would hold NaN")),
+    Case(
+        "P11-fold",
+        SAYS[11],
+        act=folded_nan,
+        error=MoleValueError,
+        words=("fold, layer first", "would hold NaN"),
+    ),
     peer(
-        12, autocast, "finite gradients in each parameter's own dtype, in bf16 and fp16", "tests/patching/test_accelerate.py::test_autocast"
+        12,
+        autocast,
+        "finite gradients in each parameter's own dtype, in bf16 and fp16",
+        "tests/peft/test_accelerate.py::test_autocast",
     ),
     peer(
         13,
         dropout,
         "with dropout in training PEFT's own forward runs: the same input gradient, bit for bit",
-        "tests/patching/test_accelerate_aside.py::test_dropout_only_counts_in_training",
+        "tests/peft/test_accelerate_aside.py::test_dropout_only_counts_in_training",
     ),
     peer(14, rescaled, "scales are tensors: nothing recompiles", prepare=patched_and_marked),
 ]

@@ -18,12 +18,16 @@ from mole_kernels.layers.attach import detach
 from mole_kernels.patching import apply as apply_module
 from mole_kernels.patching.apply import patch
 from mole_kernels.training.checkpoint import list_checkpoints
-from tests.patching.conftest import State, run_unet, tiny_unet
 from tests.robustness.cases import Case, Ground, patched
 from tests.robustness.of_files import factors
+from tests.tiny_models import State, run_unet, tiny_unet
 from tests.truth import Case as Problem
 
-PATCH, FIT, GUARDS = "tests/patching/test_patch.py::", "tests/training/test_fit.py::", "tests/patching/test_guards.py::"
+PATCH, FIT, GUARDS = (
+    "tests/patching/test_patch.py::",
+    "tests/training/test_fit.py::",
+    "tests/patching/test_guards.py::",
+)
 
 
 def remove_twice(g: Ground) -> None:
@@ -165,7 +169,9 @@ def two_threads(g: Ground) -> None:
 
 
 def swapped_during_a_forward(g: Ground) -> None:
-    """The swap comes between two layers: each layer's output is wholly that of the old or of the new expert."""
+    """The swap comes between two layers: each layer's output is wholly that of the old or of the new
+    expert.
+    """
     old, new = g.expert(), g.expert(7)
     seen: dict[str, torch.Tensor] = {}
     handle = patch(g.model, {"a": old})
@@ -176,7 +182,9 @@ def swapped_during_a_forward(g: Ground) -> None:
 
     with torch.no_grad():
         hook = g.model.first.register_forward_hook(swap)
-        second = g.model.second.register_forward_hook(lambda module, args, y: seen.update(second=y, x=args[0]))
+        second = g.model.second.register_forward_hook(
+            lambda module, args, y: seen.update(second=y, x=args[0])
+        )
         g.model(g.x)
         hook.remove()
         second.remove()
@@ -273,9 +281,19 @@ CASES = [
         "an exception at layer k of n",
         act=fault_at("attach", 2, KeyboardInterrupt()),
         error=KeyboardInterrupt,
-        deeper=(PATCH + "test_67_68_a_fault_half_way_changes_nothing", PATCH + "test_67_a_fault_half_way_through_a_unet", SWEEP),
+        deeper=(
+            PATCH + "test_67_68_a_fault_half_way_changes_nothing",
+            PATCH + "test_67_a_fault_half_way_through_a_unet",
+            SWEEP,
+        ),
     ),
-    Case("67-gates", "an exception at layer k of n", act=fault_at("make_gate", 3, RuntimeError("no")), error=RuntimeError, words=("no",)),
+    Case(
+        "67-gates",
+        "an exception at layer k of n",
+        act=fault_at("make_gate", 3, RuntimeError("no")),
+        error=RuntimeError,
+        words=("no",),
+    ),
     Case(
         "68-pack",
         "out of memory half-way",
@@ -284,7 +302,13 @@ CASES = [
         words=("full",),
         deeper=(PATCH + "test_67_68_a_fault_half_way_changes_nothing", SWEEP),
     ),
-    Case("68-host", "out of memory half-way", act=fault_at("attach", 3, MemoryError("full")), error=MemoryError, words=("full",)),
+    Case(
+        "68-host",
+        "out of memory half-way",
+        act=fault_at("attach", 3, MemoryError("full")),
+        error=MemoryError,
+        words=("full",),
+    ),
     Case(
         "69-offload",
         "offload hooks present",
@@ -292,7 +316,7 @@ CASES = [
         outcome="kept and honoured: the same answer, weights back on meta afterwards",
         deeper=(
             PATCH + "test_69_accelerates_offload_goes_on_under_a_patch",
-            "tests/patching/test_accelerate_diffusers.py::test_sequential_offload",
+            "tests/peft/test_accelerate_diffusers.py::test_sequential_offload",
         ),
     ),
     Case(
@@ -301,7 +325,9 @@ CASES = [
         act=compiled,
         prepare=mark_compiled,
         outcome="patched inside its wrapper, computes the mixture; after `remove` the base's bits",
-        deeper=("tests/patching/test_accelerate_compile.py::test_acceleration_reaches_a_compiled_model_and_leaves_it",),
+        deeper=(
+            "tests/peft/test_accelerate_compile.py::test_acceleration_reaches_a_compiled_model_and_leaves_it",
+        ),
     ),
     Case(
         "71-tied",
@@ -319,12 +345,17 @@ CASES = [
         error=MoleKeyError,
         words=("first", "stored as Parameter, int8"),
     ),
-    Case("73-threads", "two threads with different gates", act=two_threads, outcome="each thread gets its own answer, bit for bit"),
+    Case(
+        "73-threads",
+        "two threads with different gates",
+        act=two_threads,
+        outcome="each thread gets its own answer, bit for bit",
+    ),
     Case(
         "74-swap",
         "a swap during a forward",
         act=swapped_during_a_forward,
-        deeper=("tests/patching/test_threads.py::test_a_forward_is_wholly_before_or_wholly_after_a_swap",),
+        deeper=("tests/modules/test_threads.py::test_a_forward_is_wholly_before_or_wholly_after_a_swap",),
         outcome="from another thread the whole forward is before it or after it; from a hook inside, each layer is old or new",
     ),
     Case(
@@ -343,7 +374,12 @@ CASES = [
         words=("No space left on device",),
         deeper=SAVES,
     ),
-    Case("76-ctrl-c", "Ctrl-C or a full disk during save", act=save_stopped_by(KeyboardInterrupt()), error=KeyboardInterrupt),
+    Case(
+        "76-ctrl-c",
+        "Ctrl-C or a full disk during save",
+        act=save_stopped_by(KeyboardInterrupt()),
+        error=KeyboardInterrupt,
+    ),
     Case(
         "77-fuse",
         "`fuse_qkv_projections()` after patching",

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "robustness.md"
 NUMBERS = [f"{n:02d}" for n in range(1, 78)] + [f"P{n:02d}" for n in range(1, len(of_peers.SAYS) + 1)]
 CASES = sorted(
-    [*of_files.CASES, *of_keys.CASES, *of_arguments.CASES, *of_states.CASES, *of_peers.CASES], key=lambda case: NUMBERS.index(case.number)
+    [*of_files.CASES, *of_keys.CASES, *of_arguments.CASES, *of_states.CASES, *of_peers.CASES],
+    key=lambda case: NUMBERS.index(case.number),
 )
 
 
@@ -31,7 +32,11 @@ def row(case: Case, outcome: str) -> str:
     """| number | bad input | what happens | tests |"""
     same = [other for other in CASES if other.number == case.number]
     nodes = dict.fromkeys(node for other in same for node in other.deeper)
-    tests = f"`{case.id}`" + (f" and {len(same) - 1} more" if len(same) > 1 else "") + "".join(f", `{short(node)}`" for node in nodes)
+    tests = (
+        f"`{case.id}`"
+        + (f" and {len(same) - 1} more" if len(same) > 1 else "")
+        + "".join(f", `{short(node)}`" for node in nodes)
+    )
     return f"| {case.number} | {case.says} | {cell(outcome)} | {tests} |"
 
 
@@ -50,7 +55,9 @@ def written() -> tuple[str, ...]:
 
 @functools.cache
 def functions(path: Path) -> frozenset[str]:
-    return frozenset(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+    return frozenset(
+        node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
+    )
 
 
 def exists(node: str) -> bool:

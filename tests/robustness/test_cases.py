@@ -24,7 +24,9 @@ def test_bad_input(case: Case, tmp_path, monkeypatch: pytest.MonkeyPatch):
     assert outcome
     if case in table.shown():
         told = table.row(case, outcome) in table.written()
-        assert told, f"docs/robustness.md says something else than {outcome!r}; make robustness writes it anew"
+        assert told, (
+            f"docs/robustness.md says something else than {outcome!r}; make robustness writes it anew"
+        )
 
 
 def test_every_number_has_a_test():

@@ -32,7 +32,10 @@ LAYERS = [f"unet.mid_block.attentions.{i}.proj_in" for i in range(3)]
 
 def expert(seed: int = 0) -> Expert:
     generator = torch.Generator().manual_seed(seed)
-    draw = {path: (torch.randn(4, 256, generator=generator), torch.randn(256, 4, generator=generator)) for path in LAYERS}
+    draw = {
+        path: (torch.randn(4, 256, generator=generator), torch.randn(256, 4, generator=generator))
+        for path in LAYERS
+    }
     return Expert({path: LowRank(down, up, 0.5) for path, (down, up) in draw.items()})
 
 
@@ -67,7 +70,9 @@ WRITERS: dict[str, Callable[[Path, Path], object]] = {
     "compress-file": lambda path, tmp: compress_file(tmp / "in.safetensors", path, rank=3),
     "compressed": lambda path, tmp: save_expert(compress(expert(), rank=3)[0], path),
     "mix-of-show": lambda path, tmp: save_mix_of_show(expert(), {}, path),
-    "mix-of-show-large": lambda path, tmp: save_mix_of_show(expert(), {"text_encoder": {"<a>": torch.zeros(16, 7680)}}, path),
+    "mix-of-show-large": lambda path, tmp: save_mix_of_show(
+        expert(), {"text_encoder": {"<a>": torch.zeros(16, 7680)}}, path
+    ),
 }
 
 
@@ -163,13 +168,18 @@ def test_76_kill_9_while_files_are_merged(after: float, tmp_path: Path):
     found = load_expert(out)
     assert all(torch.equal(found.layers[path].delta(), layer.delta()) for path, layer in want.layers.items())
     assert all(
-        torch.equal(load_expert(path).layers[LAYERS[0]].down, expert(seed).layers[LAYERS[0]].down) for seed, path in enumerate(inputs)
+        torch.equal(load_expert(path).layers[LAYERS[0]].down, expert(seed).layers[LAYERS[0]].down)
+        for seed, path in enumerate(inputs)
     )
 
 
 @pytest.mark.parametrize("after", MOMENTS)
 def test_76_kill_9_while_checkpoints_are_saved(after: float, tmp_path: Path):
-    killed(lambda i: save_checkpoint(tmp_path, checkpoint(i), keep_last=2), after, lambda: len(list_checkpoints(tmp_path)) == 2)
+    killed(
+        lambda i: save_checkpoint(tmp_path, checkpoint(i), keep_last=2),
+        after,
+        lambda: len(list_checkpoints(tmp_path)) == 2,
+    )
     last = load_latest(tmp_path)
     assert last is not None and last.step == list_checkpoints(tmp_path)[-1][0] >= 2
     assert last.weights["w"].eq(last.step).all() and last.optimiser["m"].eq(last.step).all()

@@ -1,4 +1,6 @@
-"""76: kill -9 at every system call of a piece of work: what was there before loads, whole, and the work can be done again."""
+"""76: kill -9 at every system call of a piece of work: what was there before loads, whole, and the work can
+be done again.
+"""
 
 from __future__ import annotations
 
@@ -46,16 +48,26 @@ STEPS = {"training": 3}
 
 def expert(seed: int, rank: int = 2) -> Expert:
     generator = torch.Generator().manual_seed(seed)
-    return Expert({"unet.x.to_q": LowRank(torch.randn(rank, 6, generator=generator), torch.randn(4, rank, generator=generator), 0.5)})
+    return Expert(
+        {
+            "unet.x.to_q": LowRank(
+                torch.randn(rank, 6, generator=generator), torch.randn(4, rank, generator=generator), 0.5
+            )
+        }
+    )
 
 
 def plain(found: Expert) -> dict[str, Any]:
-    return {path: (layer.down.tolist(), layer.up.tolist(), layer.scale) for path, layer in found.layers.items()}
+    return {
+        path: (layer.down.tolist(), layer.up.tolist(), layer.scale) for path, layer in found.layers.items()
+    }
 
 
 @dataclass(frozen=True)
 class Work:
-    """`before` lays the folder out, `work` is killed in the middle, `found` reads what is there (None: nothing yet)."""
+    """`before` lays the folder out, `work` is killed in the middle, `found` reads what is there (None:
+    nothing yet).
+    """
 
     before: Callable[[Path], object]
     work: Callable[[Path], object]
@@ -113,7 +125,10 @@ def two_skills(path: Path) -> None:
     for seed, name in enumerate(("colours", "owls")):
         project.folder(name).mkdir(parents=True, exist_ok=True)
         save_expert(expert(seed), project.expert_file(name))
-    atomic_save({"unet.x.to_q.lora_A.weight": torch.ones(1, 6), "unet.x.to_q.lora_B.weight": torch.ones(4, 1)}, project.merged_file)
+    atomic_save(
+        {"unet.x.to_q.lora_A.weight": torch.ones(1, 6), "unet.x.to_q.lora_B.weight": torch.ones(4, 1)},
+        project.merged_file,
+    )
 
 
 def merge_skills(path: Path) -> None:
@@ -159,7 +174,9 @@ def of_fusion(path: Path) -> Any:
     row = plain(load_expert(at(fusions.EXPERT)))
     embedding = fusions.load_embeddings(at(fusions.EMBEDDINGS))["<a>"]["text_encoder"]
     seed = int(embedding[0, 0])
-    assert row == plain(expert(seed)) and json.loads(at(fusions.REPORT).read_text())["totals"] == {"seed": seed}
+    assert row == plain(expert(seed)) and json.loads(at(fusions.REPORT).read_text())["totals"] == {
+        "seed": seed
+    }
     assert json.loads(at(fusions.CONFIG).read_text()) == [f"<a> of {seed}"]
     return seed
 
@@ -195,15 +212,23 @@ WORKS = {
     ),
     "merge": Work(
         two_files,
-        lambda path: merge_files([path / "0.safetensors", path / "1.safetensors"], path / "merged.safetensors"),
+        lambda path: merge_files(
+            [path / "0.safetensors", path / "1.safetensors"], path / "merged.safetensors"
+        ),
         lambda path: plain(load_expert(path / "merged.safetensors")),
     ),
     "training": Work(lambda path: None, train, of_run),
     "shards": Work(four_people, lambda path: pack_shards(path), of_shards),
     "pictures-cache": Work(lambda path: cache(path, "a"), lambda path: cache(path, "abc"), of_cache),
-    "selma-prompts": Work(lambda path: None, lambda path: write_prompts(Project(path), SKILL, Answers(), SIX), of_prompts),
+    "selma-prompts": Work(
+        lambda path: None, lambda path: write_prompts(Project(path), SKILL, Answers(), SIX), of_prompts
+    ),
     "selma-merge": Work(two_skills, merge_skills, lambda path: plain(load_expert(Project(path).merged_file))),
-    "fusion": Work(lambda path: fusions.save_fused(Fused(1), path), lambda path: fusions.save_fused(Fused(2), path), of_fusion),
+    "fusion": Work(
+        lambda path: fusions.save_fused(Fused(1), path),
+        lambda path: fusions.save_fused(Fused(2), path),
+        of_fusion,
+    ),
 }
 
 
@@ -274,7 +299,12 @@ def tmpfs(path: Path) -> bool:
     path.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
         return False
-    return subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(path)], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(path)], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 def test_76_a_disk_that_is_full_leaves_the_old_file_and_says_so(tmp_path: Path):
@@ -298,7 +328,9 @@ def test_76_a_disk_that_is_full_leaves_the_old_file_and_says_so(tmp_path: Path):
 @pytest.mark.parametrize("name", [name for name in WORKS if name != "pictures-cache"])
 @pytest.mark.parametrize("room", [60, 300])
 def test_76_no_room_while_it_works(name: str, room: int, tmp_path: Path):
-    """RLIMIT_FSIZE: the work stops with the cause in its message, what was there is whole, and with room again it goes on."""
+    """RLIMIT_FSIZE: the work stops with the cause in its message, what was there is whole, and with room
+    again it goes on.
+    """
     work = WORKS[name]
     if not ALL_PROMPTS:
         (tmp_path / "all").mkdir()
@@ -310,7 +342,10 @@ def test_76_no_room_while_it_works(name: str, room: int, tmp_path: Path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(MoleError, match=r"(?i)file too large|no space|could not be written"), warnings.catch_warnings():
+        with (
+            pytest.raises(MoleError, match=r"(?i)file too large|no space|could not be written"),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", MoleWarning)
             work.work(place)
     finally:

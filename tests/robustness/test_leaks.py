@@ -1,4 +1,6 @@
-"""Nothing is left behind: memory, objects, caches and open files after many cycles (docs/memory.md has the figures of `make endurance`)."""
+"""Nothing is left behind: memory, objects, caches and open files after many cycles (docs/memory.md has the
+figures of `make endurance`).
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from mole_kernels import functional
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.gates.block import BlockRouting
 from mole_kernels.serving.serve import Served
-from tests.patching.conftest import Mlp, make_expert
-from tests.patching.peft_models import make as make_peft
+from tests.peft_models import make as make_peft
+from tests.tiny_models import Mlp, make_expert
 
 # `make endurance` asks for 1000
 CYCLES = int(os.environ.get("MOLE_ENDURANCE_CYCLES", "100"))
@@ -67,12 +69,17 @@ def module_caches() -> Iterator[tuple[str, Any]]:
 
 
 def sizes_of_caches() -> dict[str, int]:
-    return {name: one.cache_info().currsize if isinstance(one, _lru_cache_wrapper) else len(one) for name, one in module_caches()}
+    return {
+        name: one.cache_info().currsize if isinstance(one, _lru_cache_wrapper) else len(one)
+        for name, one in module_caches()
+    }
 
 
 @torch.no_grad()
 def cycle_of_a_patch(folder: Any) -> Callable[[], None]:
-    """Load, patch, run, swap in place and repacked, scale, copy, remove; now and then a call that fails half-way."""
+    """Load, patch, run, swap in place and repacked, scale, copy, remove; now and then a call that fails
+    half-way.
+    """
     model, x = Mlp(), torch.randn(2, 6, 6)
     bank = str(folder / "bank.safetensors")
     ExpertBank({"a": make_expert(model, PATHS), "b": make_expert(model, PATHS, seed=1)}).save(bank)
@@ -103,14 +110,18 @@ def cycle_of_a_patch(folder: Any) -> Callable[[], None]:
 
 def cycle_of_training(folder: Any) -> Callable[[], None]:
     """Fresh experts, a step with gradients, off again; routers of whole blocks among them."""
-    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)))
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    )
     x = torch.randn(2, 3, 6)
 
     def cycle() -> None:
         routing = BlockRouting(model, is_block=lambda path, module: isinstance(module, nn.Sequential))
         for gates in (routing, "mole"):
             with mk.patch(
-                model, {"a": make_expert(model, ["0.0", "1.0"]), "b": make_expert(model, ["0.0", "1.0"], seed=1)}, gates
+                model,
+                {"a": make_expert(model, ["0.0", "1.0"]), "b": make_expert(model, ["0.0", "1.0"], seed=1)},
+                gates,
             ) as handle:
                 parameters = handle.train_experts() + handle.train_gates()
                 model(x).square().sum().backward()
@@ -167,7 +178,9 @@ def cycle_of_shapes(folder: Any) -> Callable[[], None]:
     @torch.no_grad()
     def cycle() -> None:
         i = next(count)
-        with mk.patch(nn.Sequential(model), {"a": make_expert(nn.Sequential(model), ["0"], rank=1 + i % 5)}) as handle:
+        with mk.patch(
+            nn.Sequential(model), {"a": make_expert(nn.Sequential(model), ["0"], rank=1 + i % 5)}
+        ) as handle:
             handle.layers["0"](torch.randn(1, 1 + i % 4, 6))
 
     return cycle
@@ -186,12 +199,20 @@ def test_many_cycles_leave_nothing_behind(work, tmp_path, capsys):
     for _ in range(CYCLES):
         cycle()
     after = Footprint.now()
-    grown = {name: (caches.get(name, 0), size) for name, size in sizes_of_caches().items() if size > caches.get(name, 0)}
+    grown = {
+        name: (caches.get(name, 0), size)
+        for name, size in sizes_of_caches().items()
+        if size > caches.get(name, 0)
+    }
     if "MOLE_ENDURANCE_CYCLES" in os.environ:
         name, rss = work.__name__.removeprefix("cycle_of_"), (after.resident - before.resident) / 1e3
         counts = [f"{now - then:+}" for now, then in zip(after[1:], before[1:])]
         with capsys.disabled():
-            print("\n|", " | ".join([name, str(CYCLES), f"{before.resident / 1e6:.0f}", f"{rss:+.0f}", *counts]), "|")
+            print(
+                "\n|",
+                " | ".join([name, str(CYCLES), f"{before.resident / 1e6:.0f}", f"{rss:+.0f}", *counts]),
+                "|",
+            )
     assert not grown, "caches that grow"
     assert after.files == before.files
     assert after.tensors <= before.tensors
@@ -201,10 +222,28 @@ def test_many_cycles_leave_nothing_behind(work, tmp_path, capsys):
 
 
 def test_every_cache_has_an_end():
-    """Each lru_cache is bounded; the dictionaries that grow with what is called are known by name, and bounded in their code."""
+    """Each lru_cache is bounded; the dictionaries that grow with what is called are known by name, and
+    bounded in their code.
+    """
     import pkgutil
 
-    for package in ("patching", "serving", "backends", "dispatch", "kernels", "ops", "gates", "experts", "layers", "io", "files"):
+    for package in (
+        "modules",
+        "peft",
+        "grouping",
+        "text_cache",
+        "patching",
+        "serving",
+        "backends",
+        "dispatch",
+        "kernels",
+        "ops",
+        "gates",
+        "experts",
+        "layers",
+        "io",
+        "files",
+    ):
         path = [os.path.join(next(iter(mk.__path__)), package)]
         for found in pkgutil.iter_modules(path, f"mole_kernels.{package}."):
             if not found.ispkg:
@@ -215,9 +254,12 @@ def test_every_cache_has_an_end():
     counters = {name for name, one in module_caches() if type(one).__name__ == "Counter"}
     # counted by reason or backend: as many as there are words in the code
     assert counters <= {
-        "mole_kernels.backends.select.refusals", "mole_kernels.patching.status.accelerated", "mole_kernels.patching.status.fallbacks",
-        "mole_kernels.patching.peft_forward.accelerated", "mole_kernels.patching.peft_forward.fallbacks",
-    }  # fmt: skip
+        "mole_kernels.backends.select.refusals",
+        "mole_kernels.peft.status.accelerated",
+        "mole_kernels.peft.status.fallbacks",
+        "mole_kernels.peft.forward.accelerated",
+        "mole_kernels.peft.forward.fallbacks",
+    }
 
 
 def test_what_is_known_of_calls_is_forgotten_in_the_end(monkeypatch):
@@ -254,7 +296,11 @@ def test_a_model_dies_when_its_owner_lets_go(removed):
         mk.patch(model, {"a": make_expert(model, PATHS)}, "mole")
         with torch.no_grad():
             model(torch.randn(1, 6, 6))
-    parts = [weakref.ref(model), *(weakref.ref(module) for module in model.modules()), *(weakref.ref(p) for p in model.parameters())]
+    parts = [
+        weakref.ref(model),
+        *(weakref.ref(module) for module in model.modules()),
+        *(weakref.ref(p) for p in model.parameters()),
+    ]
     del model
     gc.collect()
     assert not [part() for part in parts if part() is not None]
@@ -269,7 +315,9 @@ def test_experts_die_when_they_are_removed_or_replaced():
     handle.swap("a", make_expert(model, PATHS, rank=4, seed=2))
     gc.collect()
     assert not [one() for one in old if one() is not None]
-    held = [weakref.ref(layer.experts) for layer in handle.layers.values()] + [weakref.ref(layer.gate) for layer in handle.layers.values()]
+    held = [weakref.ref(layer.experts) for layer in handle.layers.values()] + [
+        weakref.ref(layer.gate) for layer in handle.layers.values()
+    ]
     handle.remove()
     del handle
     gc.collect()

@@ -1,1 +1,1 @@
-from tests.patching.conftest import pipeline, unet  # noqa: F401
+from tests.tiny_models import pipeline, unet  # noqa: F401

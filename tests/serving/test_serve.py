@@ -12,25 +12,37 @@ from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.patching.apply import patch
 from mole_kernels.serving.layout import ALIGN, Layout
 from mole_kernels.serving.serve import serve
-from tests.patching.conftest import State, make_expert, run_unet, tiny_unet
+from tests.tiny_models import State, make_expert, run_unet, tiny_unet
 
 NAMES = ("anna", "ben", "carl")
 
 
 def people(model, ranks=(2, 3, 1), **kw) -> dict[str, Expert]:
-    return {name: make_expert(model, rank=rank, seed=10 + i, **kw) for i, (name, rank) in enumerate(zip(NAMES, ranks))}
+    return {
+        name: make_expert(model, rank=rank, seed=10 + i, **kw)
+        for i, (name, rank) in enumerate(zip(NAMES, ranks))
+    }
 
 
-def draw(pipe, prompts: int, each: int = 1, guidance: float = 4.0, which: slice = slice(None)) -> torch.Tensor:
-    """Latents [prompts·each,…] after three steps; `which` picks prompts, with the noise they have in the whole batch."""
+def draw(
+    pipe, prompts: int, each: int = 1, guidance: float = 4.0, which: slice = slice(None)
+) -> torch.Tensor:
+    """Latents [prompts·each,…] after three steps; `which` picks prompts, with the noise they have in the
+    whole batch.
+    """
     g = torch.Generator().manual_seed(5)
     text, negative = torch.randn(prompts, 5, 12, generator=g), torch.randn(prompts, 5, 12, generator=g)
     noise = torch.randn(prompts, each, 4, 8, 6, generator=g)
     pipe.set_progress_bar_config(disable=True)
     return pipe(
-        prompt_embeds=text[which], negative_prompt_embeds=negative[which], num_images_per_prompt=each, guidance_scale=guidance,
-        latents=noise[which].flatten(0, 1), num_inference_steps=3, output_type="latent",
-    ).images  # fmt: skip
+        prompt_embeds=text[which],
+        negative_prompt_embeds=negative[which],
+        num_images_per_prompt=each,
+        guidance_scale=guidance,
+        latents=noise[which].flatten(0, 1),
+        num_inference_steps=3,
+        output_type="latent",
+    ).images
 
 
 @pytest.mark.parametrize("each", [1, 2], ids=["one-picture", "two-pictures"])
@@ -181,10 +193,18 @@ def test_another_assignment_recompiles_nothing(unet, fullgraph):
     [
         (lambda s, u: s.assign(["anna", "zoe"]), MoleKeyError, "'zoe' for sample 1"),
         (lambda s, u: s.assign("anna"), MoleValueError, "in a list"),
-        (lambda s, u: (s.assign(["anna", "ben"]), run_unet(u, batch=3)), MoleShapeError, "multiple of the 2 prompts"),
+        (
+            lambda s, u: (s.assign(["anna", "ben"]), run_unet(u, batch=3)),
+            MoleShapeError,
+            "multiple of the 2 prompts",
+        ),
         (lambda s, u: s.drop("zoe"), MoleKeyError, "'zoe'"),
         (lambda s, u: s.add("zoe", make_expert(u, rank=4)), MoleShapeError, "at most the pool's 3, got 4"),
-        (lambda s, u: s.add("zoe", Expert({"nowhere": LowRank(torch.ones(1, 2), torch.ones(2, 1))})), MoleKeyError, "nowhere"),
+        (
+            lambda s, u: s.add("zoe", Expert({"nowhere": LowRank(torch.ones(1, 2), torch.ones(2, 1))})),
+            MoleKeyError,
+            "nowhere",
+        ),
     ],
 )
 def test_bad_calls_name_what_is_wrong_and_change_nothing(unet, call, error, words):
@@ -211,13 +231,16 @@ def test_the_layout_is_aligned_and_holds_every_factor_exactly():
     layout = Layout.of(sizes, 3)
     g = torch.Generator().manual_seed(0)
     factors = {
-        p: LowRank(torch.randn(r, K, generator=g), torch.randn(N, r, generator=g), 1.0) for (p, (N, K)), r in zip(sizes.items(), (3, 2))
+        p: LowRank(torch.randn(r, K, generator=g), torch.randn(N, r, generator=g), 1.0)
+        for (p, (N, K)), r in zip(sizes.items(), (3, 2))
     }
     vector = torch.full((layout.size,), torch.nan)
     layout.flatten("x", factors, vector)
     assert all(place.down % ALIGN == 0 and place.up % ALIGN == 0 for place in layout.places.values())
     for path, factor in factors.items():
         down, up = layout.views(vector[None], path)
-        assert torch.equal(down[0, : factor.rank], factor.down) and torch.equal(up[0, :, : factor.rank], factor.up)
+        assert torch.equal(down[0, : factor.rank], factor.down) and torch.equal(
+            up[0, :, : factor.rank], factor.up
+        )
         assert not down[0, factor.rank :].any() and not up[0, :, factor.rank :].any()
     assert not vector.isnan().any()

@@ -1,4 +1,6 @@
-"""Run by test_launch under `accelerate launch`, and by test_scale to be killed: short runs, and their weights where the tests find them."""
+"""Run by test_launch under `accelerate launch`, and by test_scale to be killed: short runs, and their weights
+where the tests find them.
+"""
 
 import sys
 from pathlib import Path
@@ -17,18 +19,31 @@ def model_and_batches():
 
 
 def noisy_loss(model, batch, generator):
-    return (model(batch["x"] + torch.randn(batch["x"].shape, generator=generator)) - batch["x"]).square().mean()
+    return (
+        (model(batch["x"] + torch.randn(batch["x"].shape, generator=generator)) - batch["x"]).square().mean()
+    )
 
 
 def train(folder: Path, accumulation: int, stop: int, resume: bool, every=2):
     model, batches = model_and_batches()
     config = TrainConfig(steps=stop, lr=1e-2, accumulation=accumulation, checkpoint_every=every)
-    result = fit(model, model[2].parameters(), batches, config, loss_fn=noisy_loss, run_dir=folder, resume=resume, progress=False)
+    result = fit(
+        model,
+        model[2].parameters(),
+        batches,
+        config,
+        loss_fn=noisy_loss,
+        run_dir=folder,
+        resume=resume,
+        progress=False,
+    )
     return model, result
 
 
 def experts_and_gates(pictures: Path, cache: Path, accumulation: int):
-    """Stages 2 and 3 of MoLE on a folder of pictures: (an expert's factors, gates, losses) of two steps each."""
+    """Stages 2 and 3 of MoLE on a folder of pictures: (an expert's factors, gates, losses) of two steps
+    each.
+    """
     from pipelines import sd_pipeline
 
     from mole_kernels.methods.mole import train_expert, train_gates
@@ -37,7 +52,9 @@ def experts_and_gates(pictures: Path, cache: Path, accumulation: int):
     from mole_kernels.training.pictures import PictureFolder
 
     pipe = sd_pipeline()
-    batches = picture_batches(pipe, PictureFolder(pictures, (16, 16), multiple=8), 2, cache=cache, progress=False)
+    batches = picture_batches(
+        pipe, PictureFolder(pictures, (16, 16), multiple=8), 2, cache=cache, progress=False
+    )
     config = TrainConfig(steps=2, lr=1e-2, accumulation=accumulation, snr_gamma=5.0)
     options = {"null": batches.null, "progress": False}
     expert = train_expert(pipe, batches, name="face", rank=2, config=config, **options)
@@ -57,6 +74,11 @@ if __name__ == "__main__":
     model, result = train(out / "run", 1, 5, resume=True)
     rank = torch.distributed.get_rank()
     mole = experts_and_gates(out / "set", out / "cache", 1)
-    found = {"weights": model.state_dict(), "losses": result.losses, "world": torch.distributed.get_world_size(), "mole": mole}
+    found = {
+        "weights": model.state_dict(),
+        "losses": result.losses,
+        "world": torch.distributed.get_world_size(),
+        "mole": mole,
+    }
     torch.save(found, out / f"{rank}.pt")
     torch.distributed.destroy_process_group()

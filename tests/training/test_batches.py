@@ -47,7 +47,9 @@ def test_a_restored_stream_goes_on_with_the_very_next_batch(kind, taken):
 def test_processes_share_the_batches_out():
     whole = draws(BatchStream(batches()), 6)
     for process in range(2):
-        for (number, batch), (wanted, right) in zip(draws(BatchStream(batches(), process, 2), 3), whole[process::2]):
+        for (number, batch), (wanted, right) in zip(
+            draws(BatchStream(batches(), process, 2), 3), whole[process::2]
+        ):
             assert number == wanted and torch.equal(batch["latents"], right["latents"])
 
 
@@ -57,7 +59,11 @@ def test_other_data_on_resume_is_refused():
 
     stream = BatchStream(batches())
     stream.draw()
-    for other, what in ((batches(n=11), "samples"), (batches(batch_size=2), "batch_size"), (batches(seed=1), "seed")):
+    for other, what in (
+        (batches(n=11), "samples"),
+        (batches(batch_size=2), "batch_size"),
+        (batches(seed=1), "seed"),
+    ):
         with pytest.raises(MoleStateError, match=what):
             BatchStream(other).restore(stream.state())
     with pytest.raises(MoleStateError, match="counted"):
@@ -93,5 +99,8 @@ def test_sources_that_cannot_be():
 
 
 def test_counted_generators_differ_by_every_part_of_their_path():
-    first = [torch.randn(4, generator=counted_generator(*path)).tolist() for path in ((0, 1), (0, 2), (1, 1), (0, "a", 1), (0, 1))]
+    first = [
+        torch.randn(4, generator=counted_generator(*path)).tolist()
+        for path in ((0, 1), (0, 2), (1, 1), (0, "a", 1), (0, 1))
+    ]
     assert first[0] == first[4] and len({tuple(x) for x in first}) == 4

@@ -1,4 +1,6 @@
-"""Latents and text states kept on the disk: what they are, when they are made anew, and the batches made of them."""
+"""Latents and text states kept on the disk: what they are, when they are made anew, and the batches made of
+them.
+"""
 
 import os
 import sys
@@ -23,7 +25,15 @@ from mole_kernels.training.pictures import PictureFolder
 sys.path.insert(0, str(Path(__file__).parent))
 from pipelines import sd_pipeline, sdxl_pipeline
 
-SIZES = {"a": (16, 16), "b": (16, 16), "c": (16, 48), "d": (16, 48), "e": (16, 16), "f": (48, 16), "g": (16, 16)}
+SIZES = {
+    "a": (16, 16),
+    "b": (16, 16),
+    "c": (16, 48),
+    "d": (16, 48),
+    "e": (16, 16),
+    "f": (48, 16),
+    "g": (16, 16),
+}
 WORDS = dict(zip(SIZES, ["one blank two", "three", "four", "one blank two", "five", "six", "seven"]))
 
 
@@ -85,9 +95,13 @@ def test_batches_hold_what_the_pipeline_itself_makes(root, tmp_path, make_pipe, 
             latents = pipe.vae.encode(pixels).latent_dist.mean * 0.5
             torch.testing.assert_close(batch["latents"][row], latents[0])
             caption = WORDS[name[0]]
-            made = pipe.encode_prompt(caption, "cpu", 1, False) if make_pipe is sd_pipeline else pipe.encode_prompt(
-                caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-            )  # fmt: skip
+            made = (
+                pipe.encode_prompt(caption, "cpu", 1, False)
+                if make_pipe is sd_pipeline
+                else pipe.encode_prompt(
+                    caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+                )
+            )
             torch.testing.assert_close(batch["encoder_hidden_states"][row], made[0][0])
             if make_pipe is sdxl_pipeline:
                 torch.testing.assert_close(batch["text_embeds"][row], made[2][0])
@@ -100,10 +114,16 @@ def test_batches_hold_what_the_pipeline_itself_makes(root, tmp_path, make_pipe, 
 def test_every_epoch_has_every_picture_once_and_one_bucket_a_batch(root):
     found = batches(sd_pipeline(), root)
     assert found.per_epoch == 4
-    epochs = [[name for n in range(4 * e, 4 * e + 4) for name in found.describe(n).split(", ")] for e in range(3)]
+    epochs = [
+        [name for n in range(4 * e, 4 * e + 4) for name in found.describe(n).split(", ")] for e in range(3)
+    ]
     assert all(sorted(epoch) == [f"{name}.png" for name in SIZES] for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert names(batches(sd_pipeline(), root), 12) == names(found, 12) != names(batches(sd_pipeline(), root, seed=1), 12)
+    assert (
+        names(batches(sd_pipeline(), root), 12)
+        == names(found, 12)
+        != names(batches(sd_pipeline(), root, seed=1), 12)
+    )
     shapes = {tuple(found.batch(n)["latents"].shape[2:]) for n in range(4)}
     assert shapes == {(8, 8), (4, 12), (12, 4)}
     stream = iter(found)
@@ -119,7 +139,9 @@ def test_what_is_there_is_not_made_again(root, tmp_path, monkeypatch):
     assert calls == [7, 6]
     again = batches(pipe, root, cache=tmp_path / "cache")
     assert calls == [7, 6] and again.size.missing == 0
-    assert all(torch.equal(first.batch(n)[key], again.batch(n)[key]) for n in range(4) for key in first.batch(n))
+    assert all(
+        torch.equal(first.batch(n)[key], again.batch(n)[key]) for n in range(4) for key in first.batch(n)
+    )
     # one picture changes, one gets a known caption, one is renamed: one is encoded anew
     Image.new("RGB", (16, 16), (1, 2, 3)).save(root / "a.png")
     (root / "b.txt").write_text("seven")
@@ -127,7 +149,8 @@ def test_what_is_there_is_not_made_again(root, tmp_path, monkeypatch):
         (root / f"g{ending}").rename(root / f"z{ending}")
     batches(pipe, root, cache=tmp_path / "cache")
     assert calls == [8, 6]
-    # another VAE leaves the captions as they are, another text encoder the latents; another dtype is another cache
+    # another VAE leaves the captions as they are, another text encoder the latents; another dtype is another
+    # cache
     with torch.no_grad():
         pipe.vae.encoder.conv_in.bias += 1
     batches(pipe, root, cache=tmp_path / "cache")
@@ -144,16 +167,25 @@ def test_what_is_there_is_not_made_again(root, tmp_path, monkeypatch):
 def test_the_size_is_known_before_and_right(root, tmp_path, dtype):
     told = []
     found = batches(
-        sd_pipeline(), root, cache=tmp_path / "cache", dtype=dtype, on_size=lambda size: told.append((size, (tmp_path / "cache").exists()))
+        sd_pipeline(),
+        root,
+        cache=tmp_path / "cache",
+        dtype=dtype,
+        on_size=lambda size: told.append((size, (tmp_path / "cache").exists())),
     )
     assert told == [(found.size, False)]
     shards = sorted((tmp_path / "cache").rglob("*.safetensors"))
     data = {"latents": 0, "texts": 0}
     for path in shards:
         with SafetensorsFile(path) as file:
-            data[path.parent.name.split("-")[0]] += sum(entry.end - entry.begin for entry in file.header.entries.values())
+            data[path.parent.name.split("-")[0]] += sum(
+                entry.end - entry.begin for entry in file.header.entries.values()
+            )
     assert (data["latents"], data["texts"]) == (found.size.latents, found.size.texts)
-    assert found.size.latents == 4 * (4 * 64 + 3 * 48) * dtype.itemsize and found.size.texts == 6 * 5 * 12 * dtype.itemsize
+    assert (
+        found.size.latents == 4 * (4 * 64 + 3 * 48) * dtype.itemsize
+        and found.size.texts == 6 * 5 * 12 * dtype.itemsize
+    )
     on_disk = sum(path.stat().st_size for path in shards)
     assert 0.8 * found.size.total < on_disk <= found.size.total == found.size.missing
 
@@ -218,8 +250,14 @@ def test_samples_of_the_posterior_belong_to_their_picture(root):
         # random weights leave next to no spread
         pipe.vae.quant_conv.bias[4:] = 0.0
     mean, one = batches(pipe, root), batches(pipe, root, posterior="sample")
-    again, other = batches(pipe, root, posterior="sample", encode_batch=1), batches(pipe, root, posterior="sample", seed=1)
-    latents = [source._latents.get(cached.latent_id(source.folder[0]))["latents"] for source in (mean, one, again, other)]
+    again, other = (
+        batches(pipe, root, posterior="sample", encode_batch=1),
+        batches(pipe, root, posterior="sample", seed=1),
+    )
+    latents = [
+        source._latents.get(cached.latent_id(source.folder[0]))["latents"]
+        for source in (mean, one, again, other)
+    ]
     torch.testing.assert_close(latents[1], latents[2])
     assert (latents[0] - latents[1]).abs().max() > 0.1 and (latents[1] - latents[3]).abs().max() > 0.1
 
@@ -229,7 +267,16 @@ def loss_after(pipe, source, steps, run_dir=None, resume=False):
     unet = pipe.unet
     config = TrainConfig(steps=steps, lr=1e-2, checkpoint_every=1, cond_dropout=0.2)
     loss = DenoisingLoss(pipe.scheduler, source.null, config.cond_dropout)
-    return fit(unet, [unet.conv_in.weight], source, config, loss_fn=loss, run_dir=run_dir, resume=resume, progress=False).losses
+    return fit(
+        unet,
+        [unet.conv_in.weight],
+        source,
+        config,
+        loss_fn=loss,
+        run_dir=run_dir,
+        resume=resume,
+        progress=False,
+    ).losses
 
 
 @pytest.mark.parametrize("make_pipe", [sd_pipeline, sdxl_pipeline])
@@ -293,7 +340,9 @@ def test_a_loss_that_is_not_finite_names_the_pictures(root):
         return model.weight.sum() * (float("nan") if batch["latents"].shape[-1] == 12 else 1.0)
 
     wide = next(n for n in range(4) if "c.png" in source.describe(n))
-    with pytest.raises(MoleStateError, match=rf"step {wide + 1}: the loss is nan \(batch {wide}: [cd]\.png, [cd]\.png\)"):
+    with pytest.raises(
+        MoleStateError, match=rf"step {wide + 1}: the loss is nan \(batch {wide}: [cd]\.png, [cd]\.png\)"
+    ):
         fit(model, [model.weight], source, TrainConfig(steps=4), loss_fn=loss_fn, progress=False)
 
 

@@ -10,7 +10,9 @@ from mole_kernels.training.loss import DenoisingLoss, denoising_error, denoising
 
 
 class Recorder(torch.nn.Module):
-    """Stands where a UNet stands: predicts a fixed linear function of what it is given, and remembers that."""
+    """Stands where a UNet stands: predicts a fixed linear function of what it is given, and remembers
+    that.
+    """
 
     def __init__(self):
         super().__init__()
@@ -69,7 +71,10 @@ def test_mask_counts_its_pixels_only():
     mask[1, 0, 2, 3], mask[4, 0, 0, 1] = 1, 1
     loss = denoising_loss(Recorder(), scheduler, latents, t, noise, text, mask=mask)
     torch.testing.assert_close(loss, torch.cat([error[1, :, 2, 3], error[4, :, 0, 1]]).mean())
-    assert denoising_loss(Recorder(), scheduler, latents, t, noise, text, mask=torch.zeros(5, 1, 3, 5)).item() == 0
+    assert (
+        denoising_loss(Recorder(), scheduler, latents, t, noise, text, mask=torch.zeros(5, 1, 3, 5)).item()
+        == 0
+    )
     with pytest.raises(MoleShapeError, match="mask"):
         denoising_loss(Recorder(), scheduler, latents, t, noise, text, mask=torch.zeros(5, 3, 5))
 
@@ -79,7 +84,9 @@ def test_conditions_are_dropped_at_the_rate_asked_for():
     text, null = torch.randn(400, 2, 3, generator=g), torch.randn(2, 3, generator=g)
     added = {"text_embeds": torch.ones(400, 3), "time_ids": torch.ones(400, 6)}
     batch = {"latents": torch.zeros(400, 4, 2, 2), "encoder_hidden_states": text} | added
-    loss = DenoisingLoss(DDPMScheduler(), {"encoder_hidden_states": null, "text_embeds": torch.zeros(3)}, cond_dropout=0.25)
+    loss = DenoisingLoss(
+        DDPMScheduler(), {"encoder_hidden_states": null, "text_embeds": torch.zeros(3)}, cond_dropout=0.25
+    )
     unet = Recorder()
     loss(unet, batch, counted_generator(0, 1))
     dropped = (unet.seen["text"] == null).all((1, 2))

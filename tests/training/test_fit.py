@@ -37,7 +37,9 @@ def data():
 
 
 def noisy_loss(model, batch, generator):
-    return (model(batch["x"] + torch.randn(batch["x"].shape, generator=generator)) - batch["x"]).square().mean()
+    return (
+        (model(batch["x"] + torch.randn(batch["x"].shape, generator=generator)) - batch["x"]).square().mean()
+    )
 
 
 def run(config=BASE, model=None, batches=None, trained=(2, 3), **options):
@@ -80,7 +82,9 @@ def test_one_step_is_adamw_on_the_mean_of_its_batches():
 
     ours, result = run(config, batches=batches, loss_fn=loss_fn)
     theirs = toy()
-    optimiser = torch.optim.AdamW([*theirs[2].parameters(), *theirs[3].parameters()], lr=config.lr, weight_decay=0.1)
+    optimiser = torch.optim.AdamW(
+        [*theirs[2].parameters(), *theirs[3].parameters()], lr=config.lr, weight_decay=0.1
+    )
     losses = [loss_fn(theirs, batch, None) for batch in batches]
     (sum(losses) / 2).backward()
     optimiser.step()
@@ -134,7 +138,9 @@ def test_resume_equals_a_run_without_a_break_bit_for_bit(tmp_path, stop, options
 
 
 def test_a_loss_scaler_may_skip_a_step_and_is_resumed(tmp_path, monkeypatch):
-    """accelerate makes a scaler on a GPU only (fp16); torch's own, put in its place, does the same on a CPU."""
+    """accelerate makes a scaler on a GPU only (fp16); torch's own, put in its place, does the same on a
+    CPU.
+    """
 
     class Scaling(Accelerator):
         def __init__(self, **options):
@@ -150,7 +156,13 @@ def test_a_loss_scaler_may_skip_a_step_and_is_resumed(tmp_path, monkeypatch):
         return noisy_loss(model, batch, generator) * (1e35 if len(calls) == 2 else 1.0)
 
     model = toy()
-    run(replace(config, steps=3), model=model, run_dir=tmp_path, loss_fn=overflowing, on_step=lambda *_: seen.append(snapshot(model)))
+    run(
+        replace(config, steps=3),
+        model=model,
+        run_dir=tmp_path,
+        loss_fn=overflowing,
+        on_step=lambda *_: seen.append(snapshot(model)),
+    )
     changed = [not all(torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(seen)]
     assert changed == [False, True]
     assert load_latest(tmp_path).scaler["scale"] == 2.0**15
@@ -325,7 +337,9 @@ def test_mixed_precision_of_one_run_does_not_bind_the_next():
 def test_progress_lines_where_there_is_no_terminal(capfd):
     run(replace(BASE, log_every=4), progress=True)
     lines = [line for line in capfd.readouterr().err.splitlines() if "it/s" in line]
-    assert [line.split()[1] for line in lines] == ["4/7", "7/7"] and all("loss" in line and "left" in line for line in lines)
+    assert [line.split()[1] for line in lines] == ["4/7", "7/7"] and all(
+        "loss" in line and "left" in line for line in lines
+    )
     run(progress=False)
     assert capfd.readouterr().err == ""
 

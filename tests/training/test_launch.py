@@ -27,7 +27,13 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options.split()]
     paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(HERE / "launched.py"), str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launch, str(HERE / "launched.py"), str(tmp_path)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert ranks[0]["world"] == 2 and ranks[0]["losses"] == ranks[1]["losses"]

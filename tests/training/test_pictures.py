@@ -23,7 +23,9 @@ def picture(path: Path, size=(32, 32), colour=(255, 0, 0), mode="RGB", caption=N
 
 def metadata(root: Path, *lines: object):
     root.mkdir(parents=True, exist_ok=True)
-    (root / "metadata.jsonl").write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    (root / "metadata.jsonl").write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    )
 
 
 def folder(root, resolution=32, multiple=8, **options):
@@ -31,12 +33,27 @@ def folder(root, resolution=32, multiple=8, **options):
 
 
 def test_captions_from_metadata_and_from_texts_in_the_order_of_names(tmp_path):
-    for name, caption in (("c.png", None), ("b.jpg", "from the text"), ("sub/a.webp", None), ("a.png", "text loses")):
+    for name, caption in (
+        ("c.png", None),
+        ("b.jpg", "from the text"),
+        ("sub/a.webp", None),
+        ("a.png", "text loses"),
+    ):
         picture(tmp_path / name, caption=caption)
-    metadata(tmp_path, {"file_name": "c.png", "text": " a sea "}, "", {"file_name": "a.png", "text": "metadata wins", "more": 3})
+    metadata(
+        tmp_path,
+        {"file_name": "c.png", "text": " a sea "},
+        "",
+        {"file_name": "a.png", "text": "metadata wins", "more": 3},
+    )
     metadata(tmp_path / "sub", {"file_name": "a.webp", "text": "below"})
     found = folder(tmp_path)
-    captions = [("a.png", "metadata wins"), ("b.jpg", "from the text"), ("c.png", "a sea"), ("sub/a.webp", "below")]
+    captions = [
+        ("a.png", "metadata wins"),
+        ("b.jpg", "from the text"),
+        ("c.png", "a sea"),
+        ("sub/a.webp", "below"),
+    ]
     assert [(p.name, p.caption) for p in found] == captions
     assert found.skipped == {} and len(found) == 4 and len({p.digest for p in found}) == 3
     metadata(tmp_path / "sub", {"file_name": "a.webp", "caption": "another column"})
@@ -61,7 +78,9 @@ def test_buckets_hold_the_area_and_every_side_is_a_multiple():
     # nothing was lost to rounding down: one more row would pass the area
     assert all((h + 64) * w > 512 * 512 or (w + 64) * h > 512 * 512 for h, w in found)
     assert nearest((300, 300), found) == (512, 512)
-    assert nearest((1000, 1900), found) == (384, 640) and nearest((100, 5000), found) == nearest((1, 2), found)
+    assert nearest((1000, 1900), found) == (384, 640) and nearest((100, 5000), found) == nearest(
+        (1, 2), found
+    )
     with pytest.raises(MoleValueError, match="multiple of 64"):
         make_buckets(500)
 
@@ -86,12 +105,17 @@ def test_pixels_are_cut_from_the_middle_of_a_scaled_picture(tmp_path):
     assert torch.equal(pixels[:, :, 4:12], torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 16, 8))
     assert square.time_ids(0).tolist() == [16, 48, 0, 16, 16, 16]
     wide = folder(tmp_path, (16, 48))
-    assert wide.pixels(0).shape == (3, 16, 48) and wide.pixels(0)[0].amin() == -1 and wide.pixels(0)[0].amax() == 1
+    assert (
+        wide.pixels(0).shape == (3, 16, 48)
+        and wide.pixels(0)[0].amin() == -1
+        and wide.pixels(0)[0].amax() == 1
+    )
     assert folder(tmp_path, buckets=[(32, 16), (16, 32)]).counts() == {(16, 32): 1}
 
 
 @pytest.mark.parametrize(
-    "mode, colour, wanted", [("L", 255, 1.0), ("RGBA", (0, 0, 0, 0), 1.0), ("P", 0, None), ("CMYK", (0, 0, 0, 0), 1.0)]
+    "mode, colour, wanted",
+    [("L", 255, 1.0), ("RGBA", (0, 0, 0, 0), 1.0), ("P", 0, None), ("CMYK", (0, 0, 0, 0), 1.0)],
 )
 def test_other_modes_become_rgb_and_transparent_becomes_white(tmp_path, mode, colour, wanted):
     picture(tmp_path / f"x.{'jpg' if mode == 'CMYK' else 'png'}", mode=mode, colour=colour, caption="x")
@@ -183,7 +207,9 @@ def test_bad_entries_are_named_and_refused_or_left_out(tmp_path, bad):
     root = tmp_path / "set"
     picture(root / "good.png", caption="good")
     bad.make(root)
-    with pytest.raises(MoleFileError, match=f"1 of its entries cannot be trained on: {bad.what}(.|\n)*on_bad='skip'"):
+    with pytest.raises(
+        MoleFileError, match=f"1 of its entries cannot be trained on: {bad.what}(.|\n)*on_bad='skip'"
+    ):
         folder(root)
     with pytest.warns(MoleWarning, match=f"1 entries left out: {bad.what}"):
         found = folder(root, on_bad="skip")
@@ -196,7 +222,10 @@ def test_folders_without_pictures(tmp_path):
     with pytest.raises(MoleFileError, match="holds no picture with a caption"):
         folder(tmp_path)
     picture(tmp_path / "x.png")
-    with pytest.warns(MoleWarning, match="has no caption"), pytest.raises(MoleFileError, match="holds no picture"):
+    with (
+        pytest.warns(MoleWarning, match="has no caption"),
+        pytest.raises(MoleFileError, match="holds no picture"),
+    ):
         folder(tmp_path, on_bad="skip")
 
 

@@ -48,13 +48,23 @@ def test_lion_is_its_papers_algorithm():
     assert optimiser.step(lambda: torch.tensor(3.0)).item() == 3.0
 
 
-@pytest.mark.parametrize("options", [{"optimiser": "lion", "betas": (0.9, 0.99)}, {"optimiser": "lion", "ema_decay": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"optimiser": "lion", "betas": (0.9, 0.99)}, {"optimiser": "lion", "ema_decay": 0.9}], ids=str
+)
 def test_lion_resumes_bit_for_bit(tmp_path, options):
     config = TrainConfig(steps=5, lr=1e-3, checkpoint_every=1, weight_decay=0.1, **options)
 
     def run(steps, **more):
         model, batches = launched.model_and_batches()
-        fit(model, model[2].parameters(), batches, replace(config, steps=steps), loss_fn=launched.noisy_loss, progress=False, **more)
+        fit(
+            model,
+            model[2].parameters(),
+            batches,
+            replace(config, steps=steps),
+            loss_fn=launched.noisy_loss,
+            progress=False,
+            **more,
+        )
         return model.state_dict()
 
     whole = run(5)
@@ -65,9 +75,20 @@ def test_lion_resumes_bit_for_bit(tmp_path, options):
 
 def unet_run(pipe, config, **options):
     g = torch.Generator().manual_seed(3)
-    tensors = {"latents": torch.randn(4, 4, 8, 8, generator=g), "encoder_hidden_states": torch.randn(4, 5, 12, generator=g)}
+    tensors = {
+        "latents": torch.randn(4, 4, 8, 8, generator=g),
+        "encoder_hidden_states": torch.randn(4, 5, 12, generator=g),
+    }
     parameters = [p for name, p in pipe.unet.named_parameters() if "attentions" in name]
-    return fit(pipe.unet, parameters, TensorBatches(tensors, 2), config, loss_fn=DenoisingLoss(pipe.scheduler), progress=False, **options)
+    return fit(
+        pipe.unet,
+        parameters,
+        TensorBatches(tensors, 2),
+        config,
+        loss_fn=DenoisingLoss(pipe.scheduler),
+        progress=False,
+        **options,
+    )
 
 
 class Kept:
@@ -110,7 +131,9 @@ def test_checkpointed_activations_give_the_same_steps_with_less_kept(precision):
 def test_no_expert_output_is_kept_for_the_backward(train_experts):
     """x, and of the experts h [B,T,R] and gates [B,T,E], [B,E]: nothing of size [B,T,N]."""
     B, T, K, N, ranks = 2, 64, 48, 80, (3, 5)
-    experts = LayerExperts(torch.randn(1, 8, K), torch.randn(1, N, 8), torch.ones(2), ("a", "b"), ranks).requires_grad_(train_experts)
+    experts = LayerExperts(
+        torch.randn(1, 8, K), torch.randn(1, N, 8), torch.ones(2), ("a", "b"), ranks
+    ).requires_grad_(train_experts)
     base = nn.Linear(K, N).requires_grad_(False)
     layer = GatedLoRALinear.from_linear(base, experts, MoLEGate(K, N, 2))
     x, kept = torch.randn(B, T, K, requires_grad=True), {}
@@ -133,11 +156,22 @@ def test_checkpointing_may_change_on_resume_and_needs_a_model_that_can(tmp_path)
     config = TrainConfig(steps=3, lr=1e-2, checkpoint_every=1)
     whole = unet_run(sd_pipeline(), config)
     unet_run(sd_pipeline(), replace(config, steps=1), run_dir=tmp_path)
-    resumed = unet_run(sd_pipeline(), replace(config, gradient_checkpointing=True), run_dir=tmp_path, resume=True)
+    resumed = unet_run(
+        sd_pipeline(), replace(config, gradient_checkpointing=True), run_dir=tmp_path, resume=True
+    )
     assert resumed.losses == whole.losses
     model, batches = launched.model_and_batches()
-    with pytest.raises(MoleTypeError, match="gradient_checkpointing: expected a model with enable_gradient_checkpointing"):
-        fit(model, model.parameters(), batches, replace(config, gradient_checkpointing=True), loss_fn=launched.noisy_loss, progress=False)
+    with pytest.raises(
+        MoleTypeError, match="gradient_checkpointing: expected a model with enable_gradient_checkpointing"
+    ):
+        fit(
+            model,
+            model.parameters(),
+            batches,
+            replace(config, gradient_checkpointing=True),
+            loss_fn=launched.noisy_loss,
+            progress=False,
+        )
     with pytest.raises(MoleValueError, match="gradient_checkpointing: expected True or False"):
         replace(config, gradient_checkpointing="yes")
 
@@ -151,8 +185,12 @@ def test_tensorboard_holds_loss_rate_and_speed_of_each_step(tmp_path):
     found = events.EventAccumulator(str(next(tmp_path.rglob("events*")).parent))
     found.Reload()
     steps = [(event.step, event.value) for event in found.Scalars("loss")]
-    assert [step for step, _ in steps] == [1, 2, 3, 4] and [value for _, value in steps] == pytest.approx(result.losses)
-    assert [event.value for event in found.Scalars("learning_rate")] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2])
+    assert [step for step, _ in steps] == [1, 2, 3, 4] and [value for _, value in steps] == pytest.approx(
+        result.losses
+    )
+    assert [event.value for event in found.Scalars("learning_rate")] == pytest.approx(
+        [5e-3, 1e-2, 1e-2, 1e-2]
+    )
     assert all(event.value > 0 for event in found.Scalars("samples_per_second"))
 
 
@@ -161,7 +199,16 @@ def test_trackers_that_cannot_be(tmp_path, monkeypatch):
 
     def run(*trackers, **options):
         config = TrainConfig(steps=1)
-        fit(model, model.parameters(), batches, config, loss_fn=launched.noisy_loss, progress=False, trackers=trackers, **options)
+        fit(
+            model,
+            model.parameters(),
+            batches,
+            config,
+            loss_fn=launched.noisy_loss,
+            progress=False,
+            trackers=trackers,
+            **options,
+        )
 
     with pytest.raises(MoleValueError, match="trackers: expected a run_dir"):
         run("tensorboard")
@@ -180,11 +227,17 @@ def test_trackers_that_cannot_be(tmp_path, monkeypatch):
 
 
 def test_killed_at_any_moment_the_last_good_checkpoint_is_there(tmp_path):
-    """kill -9 while a child writes checkpoints as fast as it can; what it left is whole, and a resume goes on as if nothing had been."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])}
+    """kill -9 while a child writes checkpoints as fast as it can; what it left is whole, and a resume goes on
+    as if nothing had been.
+    """
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    }
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         env.pop(key, None)
-    child = subprocess.Popen([sys.executable, str(HERE / "launched.py"), str(tmp_path), "endless"], env=env, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, str(HERE / "launched.py"), str(tmp_path), "endless"], env=env, stderr=subprocess.PIPE
+    )
     try:
         until = time.monotonic() + 120
         while len(list_checkpoints(tmp_path / "run")) < 2 or list_checkpoints(tmp_path / "run")[-1][0] < 20:

@@ -6,7 +6,8 @@
 
 namespace mole {
 
-// rank of this CTA in its cluster, and how many there are. PTX ISA "Special Registers: %cluster_ctarank, %cluster_nctarank"
+// rank of this CTA in its cluster, and how many there are. PTX ISA "Special Registers: %cluster_ctarank,
+// %cluster_nctarank"
 MOLE_DEVICE uint32_t cluster_rank() {
 #ifdef MOLE_EMULATE
   return emu::cluster_rank();
@@ -27,7 +28,8 @@ MOLE_DEVICE uint32_t cluster_size() {
 #endif
 }
 
-// every thread of every CTA of the cluster arrives, then waits; orders their accesses. PTX ISA "barrier.cluster" (.release, .acquire)
+// every thread of every CTA of the cluster arrives, then waits; orders their accesses. PTX ISA
+// "barrier.cluster" (.release, .acquire)
 MOLE_DEVICE void cluster_arrive() {
 #ifdef MOLE_EMULATE
   emu::cluster_arrive(emu::kRelease);
@@ -36,7 +38,8 @@ MOLE_DEVICE void cluster_arrive() {
 #endif
 }
 
-// arrive without ordering anything: enough after fence_mbarrier_init. PTX ISA "barrier.cluster.arrive" (.relaxed)
+// arrive without ordering anything: enough after fence_mbarrier_init. PTX ISA "barrier.cluster.arrive"
+// (.relaxed)
 MOLE_DEVICE void cluster_arrive_relaxed() {
 #ifdef MOLE_EMULATE
   emu::cluster_arrive(emu::kRelaxed);
@@ -64,12 +67,15 @@ MOLE_DEVICE uint32_t cluster_map(const void* p, uint32_t rank) {
   return emu::cluster_map(p, rank);
 #else
   uint32_t a;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(a) : "r"(uint32_t(__cvta_generic_to_shared(p))), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(a)
+               : "r"(uint32_t(__cvta_generic_to_shared(p))), "r"(rank));
   return a;
 #endif
 }
 
-// ordinary stores into a peer's shared memory (generic proxy: fence_proxy_async before a wgmma reads them). PTX ISA "st" (.shared::cluster)
+// ordinary stores into a peer's shared memory (generic proxy: fence_proxy_async before a wgmma reads them).
+// PTX ISA "st" (.shared::cluster)
 MOLE_DEVICE void st_cluster(uint32_t address, uint32_t v) {
 #ifdef MOLE_EMULATE
   emu::st_cluster(address, &v, sizeof v);
@@ -90,7 +96,9 @@ MOLE_DEVICE void st_cluster(uint32_t address, uint4 v) {
 #ifdef MOLE_EMULATE
   emu::st_cluster(address, &v, sizeof v);
 #else
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
 #endif
 }
 
@@ -126,19 +134,25 @@ MOLE_DEVICE uint4 ld_cluster_16(uint32_t address) {
   return v;
 #else
   uint4 v;
-  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
   return v;
 #endif
 }
 
-// a store that arrives later and then counts its bytes (4, 8, 16) at `bar`, a barrier of the same CTA as `address` (both from
-// cluster_map). PTX ISA "Data Movement and Conversion Instructions: st.async" (generic proxy, as an ordinary store)
+// a store that arrives later and then counts its bytes (4, 8, 16) at `bar`, a barrier of the same CTA as
+// `address` (both from cluster_map). PTX ISA "Data Movement and Conversion Instructions: st.async" (generic
+// proxy, as an ordinary store)
 MOLE_DEVICE void st_async(uint32_t address, uint32_t v, uint32_t bar) {
 #ifdef MOLE_EMULATE
   emu::st_async(address, &v, sizeof v, bar);
 #else
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(address), "r"(v), "r"(bar)
-               : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(address), "r"(v),
+      "r"(bar)
+      : "memory");
 #endif
 }
 
@@ -146,9 +160,11 @@ MOLE_DEVICE void st_async(uint32_t address, uint2 v, uint32_t bar) {
 #ifdef MOLE_EMULATE
   emu::st_async(address, &v, sizeof v, bar);
 #else
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(address), "r"(v.x), "r"(v.y),
-               "r"(bar)
-               : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(
+          address),
+      "r"(v.x), "r"(v.y), "r"(bar)
+      : "memory");
 #endif
 }
 
@@ -156,9 +172,11 @@ MOLE_DEVICE void st_async(uint32_t address, uint4 v, uint32_t bar) {
 #ifdef MOLE_EMULATE
   emu::st_async(address, &v, sizeof v, bar);
 #else
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address), "r"(v.x),
-               "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar)
-               : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          address),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar)
+      : "memory");
 #endif
 }
 

@@ -1,7 +1,9 @@
-// Which world this is: nvcc (PTX bodies), or the emulator (MOLE_EMULATE: software bodies on a CPU, for tests).
+// Which world this is: nvcc (PTX bodies), or the emulator (MOLE_EMULATE: software bodies on a CPU, for
+// tests).
 //
-// Every header of this folder holds one part of the vocabulary that kernels are written in. Each function names its section of
-// the PTX ISA and has two bodies of the same meaning: kernels are compiled from the same source in both worlds.
+// Every header of this folder holds one part of the vocabulary that kernels are written in. Each function
+// names its section of the PTX ISA and has two bodies of the same meaning: kernels are compiled from the same
+// source in both worlds.
 #pragma once
 
 #include <cstddef>

@@ -1,8 +1,9 @@
 // mbarrier: a barrier in shared memory that counts arrivals and bytes of asynchronous copies.
 // PTX ISA "Parallel Synchronization and Communication Instructions: mbarrier".
 //
-// A barrier is 8 bytes of shared memory, 8-byte aligned. Its phase ends when `count` arrivals have come and all expected bytes
-// are there. A wait names the parity of the phase it waits for: 0 for the first. On a fresh barrier a wait for parity 1 passes.
+// A barrier is 8 bytes of shared memory, 8-byte aligned. Its phase ends when `count` arrivals have come and
+// all expected bytes are there. A wait names the parity of the phase it waits for: 0 for the first. On a
+// fresh barrier a wait for parity 1 passes.
 #pragma once
 
 #include "config.h"
@@ -14,7 +15,9 @@ MOLE_DEVICE void mbarrier_init(uint64_t* bar, uint32_t count) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_init(bar, count);
 #else
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(count) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(uint32_t(__cvta_generic_to_shared(bar))),
+               "r"(count)
+               : "memory");
 #endif
 }
 
@@ -23,12 +26,13 @@ MOLE_DEVICE void mbarrier_invalidate(uint64_t* bar) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_invalidate(bar);
 #else
-  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(uint32_t(__cvta_generic_to_shared(bar))) : "memory");
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(uint32_t(__cvta_generic_to_shared(bar)))
+               : "memory");
 #endif
 }
 
-// makes this thread's mbarrier_init visible to TMA and to the cluster; then __syncthreads or a cluster barrier.
-// PTX ISA "membar / fence" (fence.mbarrier_init)
+// makes this thread's mbarrier_init visible to TMA and to the cluster; then __syncthreads or a cluster
+// barrier. PTX ISA "membar / fence" (fence.mbarrier_init)
 MOLE_DEVICE void fence_mbarrier_init() {
 #ifdef MOLE_EMULATE
   emu::fence_mbarrier_init();
@@ -42,7 +46,8 @@ MOLE_DEVICE void mbarrier_arrive(uint64_t* bar) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_arrive(bar, 1);
 #else
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(uint32_t(__cvta_generic_to_shared(bar))) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(uint32_t(__cvta_generic_to_shared(bar)))
+               : "memory");
 #endif
 }
 
@@ -51,7 +56,9 @@ MOLE_DEVICE void mbarrier_expect_tx(uint64_t* bar, uint32_t bytes) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_expect_tx(bar, bytes);
 #else
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(bytes)
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(
+                   uint32_t(__cvta_generic_to_shared(bar))),
+               "r"(bytes)
                : "memory");
 #endif
 }
@@ -61,27 +68,31 @@ MOLE_DEVICE void mbarrier_arrive_expect_tx(uint64_t* bar, uint32_t bytes) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_arrive_expect_tx(bar, bytes);
 #else
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(uint32_t(__cvta_generic_to_shared(bar))),
+      "r"(bytes)
+      : "memory");
 #endif
 }
 
-// has the phase of this parity ended? May wait a while before it says no. PTX ISA "mbarrier.test_wait / mbarrier.try_wait"
+// has the phase of this parity ended? May wait a while before it says no. PTX ISA "mbarrier.test_wait /
+// mbarrier.try_wait"
 MOLE_DEVICE bool mbarrier_try_wait(uint64_t* bar, uint32_t parity) {
 #ifdef MOLE_EMULATE
   return emu::mbarrier_try_wait(bar, parity, emu::kCtaScope);
 #else
   uint32_t done;
-  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-               : "=r"(done)
-               : "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(parity)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(done)
+      : "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(parity)
+      : "memory");
   return done != 0;
 #endif
 }
 
-// wait for the end of the phase of this parity; what was done before its arrivals, and the copies it counted, are visible then.
-// For arrivals of this CTA and for TMA. PTX ISA "mbarrier.try_wait" (.acquire.cta)
+// wait for the end of the phase of this parity; what was done before its arrivals, and the copies it counted,
+// are visible then. For arrivals of this CTA and for TMA. PTX ISA "mbarrier.try_wait" (.acquire.cta)
 MOLE_DEVICE void mbarrier_wait(uint64_t* bar, uint32_t parity) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_wait(bar, parity, emu::kCtaScope);
@@ -91,25 +102,28 @@ MOLE_DEVICE void mbarrier_wait(uint64_t* bar, uint32_t parity) {
 #endif
 }
 
-// the same where arrivals come from other CTAs of the cluster and announce ordinary accesses (st_cluster, reads of shared memory
-// that a peer will overwrite). PTX ISA "mbarrier.try_wait" (.acquire.cluster)
+// the same where arrivals come from other CTAs of the cluster and announce ordinary accesses (st_cluster,
+// reads of shared memory that a peer will overwrite). PTX ISA "mbarrier.try_wait" (.acquire.cluster)
 MOLE_DEVICE void mbarrier_wait_cluster(uint64_t* bar, uint32_t parity) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_wait(bar, parity, emu::kClusterScope);
 #else
   uint32_t done;
   do {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-                 : "=r"(done)
-                 : "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(parity)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 "
+        "%0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(uint32_t(__cvta_generic_to_shared(bar))), "r"(parity)
+        : "memory");
   } while (!done);
 #endif
 }
 
-// the same where peers' arrivals say that they have read shared memory which asynchronous copies issued next will overwrite, and
-// nothing else: a multicast pipeline's free stages. The wait of .cta scope: .cluster's also empties the L1 cache (CCTL.IVALL in
-// SASS), for ordinary data that this use does not have. PTX ISA "mbarrier.try_wait"
+// the same where peers' arrivals say that they have read shared memory which asynchronous copies issued next
+// will overwrite, and nothing else: a multicast pipeline's free stages. The wait of .cta scope: .cluster's
+// also empties the L1 cache (CCTL.IVALL in SASS), for ordinary data that this use does not have. PTX ISA
+// "mbarrier.try_wait"
 MOLE_DEVICE void mbarrier_wait_freed(uint64_t* bar, uint32_t parity) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_wait(bar, parity, emu::kFreed);
@@ -119,38 +133,45 @@ MOLE_DEVICE void mbarrier_wait_freed(uint64_t* bar, uint32_t parity) {
 #endif
 }
 
-// one arrival at the barrier of CTA `rank` that lies where `bar` lies here. PTX ISA "mbarrier.arrive" (.release.cluster, .shared::cluster)
+// one arrival at the barrier of CTA `rank` that lies where `bar` lies here. PTX ISA "mbarrier.arrive"
+// (.release.cluster, .shared::cluster)
 MOLE_DEVICE void mbarrier_arrive_remote(uint64_t* bar, uint32_t rank) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_arrive_remote(bar, rank);
 #else
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(uint32_t(__cvta_generic_to_shared(bar))),
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(
+          uint32_t(__cvta_generic_to_shared(bar))),
       "r"(rank)
       : "memory");
 #endif
 }
 
-// expect `bytes` at the barrier of CTA `rank`, then one arrival there. PTX ISA "mbarrier.arrive" (.expect_tx, .shared::cluster)
+// expect `bytes` at the barrier of CTA `rank`, then one arrival there. PTX ISA "mbarrier.arrive" (.expect_tx,
+// .shared::cluster)
 MOLE_DEVICE void mbarrier_arrive_expect_tx_remote(uint64_t* bar, uint32_t rank, uint32_t bytes) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_arrive_expect_tx_remote(bar, rank, bytes);
 #else
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [remote], %2;\n}\n" ::"r"(uint32_t(__cvta_generic_to_shared(bar))),
+      "mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [remote], %2;\n}\n" ::"r"(
+          uint32_t(__cvta_generic_to_shared(bar))),
       "r"(rank), "r"(bytes)
       : "memory");
 #endif
 }
 
-// one arrival (of those the count names) once all earlier cp.async of this thread are done. PTX ISA "cp.async.mbarrier.arrive" (.noinc)
+// one arrival (of those the count names) once all earlier cp.async of this thread are done. PTX ISA
+// "cp.async.mbarrier.arrive" (.noinc)
 MOLE_DEVICE void mbarrier_arrive_after_cp_async(uint64_t* bar) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_arrive_after_cp_async(bar);
 #else
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(uint32_t(__cvta_generic_to_shared(bar))) : "memory");
+  asm volatile(
+      "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(uint32_t(__cvta_generic_to_shared(bar)))
+      : "memory");
 #endif
 }
 

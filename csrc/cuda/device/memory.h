@@ -1,13 +1,15 @@
 // Fences, atomics with their memory order, and global accesses that say how they cache.
-// Scope is .gpu throughout: these are for flags and counters between CTAs. PTX ISA "Memory Consistency Model".
+// Scope is .gpu throughout: these are for flags and counters between CTAs. PTX ISA "Memory Consistency
+// Model".
 #pragma once
 
 #include "config.h"
 
 namespace mole {
 
-// earlier ordinary accesses of this thread become visible to later asynchronous ones (TMA, wgmma) of threads that synchronise
-// with it. By the writing threads, before the barrier. PTX ISA "membar / fence" (fence.proxy.async), "Async proxy"
+// earlier ordinary accesses of this thread become visible to later asynchronous ones (TMA, wgmma) of threads
+// that synchronise with it. By the writing threads, before the barrier. PTX ISA "membar / fence"
+// (fence.proxy.async), "Async proxy"
 MOLE_DEVICE void fence_proxy_async() {
 #ifdef MOLE_EMULATE
   emu::fence_proxy_async(emu::kShared | emu::kGlobal);
@@ -34,7 +36,8 @@ MOLE_DEVICE void fence_proxy_async_global() {
 #endif
 }
 
-// earlier accesses before later ones, for threads of the whole GPU. PTX ISA "membar / fence" (fence.acq_rel.gpu)
+// earlier accesses before later ones, for threads of the whole GPU. PTX ISA "membar / fence"
+// (fence.acq_rel.gpu)
 MOLE_DEVICE void fence_acq_rel_gpu() {
 #ifdef MOLE_EMULATE
   emu::thread_fence();
@@ -143,7 +146,10 @@ MOLE_DEVICE uint32_t atomic_cas_acq_rel(uint32_t* p, uint32_t expected, uint32_t
   return emu::atomic_cas(p, expected, desired, emu::kAcqRel);
 #else
   uint32_t old;
-  asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], %2, %3;" : "=r"(old) : "l"(p), "r"(expected), "r"(desired) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], %2, %3;"
+               : "=r"(old)
+               : "l"(p), "r"(expected), "r"(desired)
+               : "memory");
   return old;
 #endif
 }
@@ -154,7 +160,9 @@ MOLE_DEVICE uint4 load16_readonly(const void* p) {
   return emu::load16(p);
 #else
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
   return v;
 #endif
 }

@@ -6,9 +6,9 @@
 namespace mole {
 
 // d += a b for a 16×16, b 16×8 (column-major), d 16×8 float; every lane of the warp calls.
-// With g = lane/4, q = lane%4: a[0] row g, columns 2q, 2q+1; a[1] row g+8; a[2] row g, columns 2q+8…; a[3] row g+8, columns 2q+8…;
-// b[0] rows 2q, 2q+1 of column g, b[1] rows 2q+8…; d[0..1] row g, columns 2q, 2q+1, d[2..3] row g+8.
-// PTX ISA "Warp Level Matrix Multiply-Accumulate: mma.m16n8k16"
+// With g = lane/4, q = lane%4: a[0] row g, columns 2q, 2q+1; a[1] row g+8; a[2] row g, columns 2q+8…; a[3]
+// row g+8, columns 2q+8…; b[0] rows 2q, 2q+1 of column g, b[1] rows 2q+8…; d[0..1] row g, columns 2q, 2q+1,
+// d[2..3] row g+8. PTX ISA "Warp Level Matrix Multiply-Accumulate: mma.m16n8k16"
 template <class T>
 MOLE_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
@@ -35,8 +35,8 @@ MOLE_MMA_16816(fp16, "f16")
 #undef MOLE_MMA_16816
 #endif
 
-// four 8×8 matrices of 16-bit elements: lane l gives the address (16-byte aligned) of row l%8 of matrix l/8; r[i] holds row lane/4,
-// columns 2(lane%4), 2(lane%4)+1 of matrix i. PTX ISA "ldmatrix"
+// four 8×8 matrices of 16-bit elements: lane l gives the address (16-byte aligned) of row l%8 of matrix l/8;
+// r[i] holds row lane/4, columns 2(lane%4), 2(lane%4)+1 of matrix i. PTX ISA "ldmatrix"
 MOLE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 #ifdef MOLE_EMULATE
   emu::ldmatrix(r, 4, row, false);
@@ -83,13 +83,14 @@ MOLE_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
 #endif
 }
 
-// 16 bytes global -> shared, later; only the first `valid` (0…16) are read, the rest is zero. Both addresses 16-byte aligned.
-// PTX ISA "cp.async" (.cg)
+// 16 bytes global -> shared, later; only the first `valid` (0…16) are read, the rest is zero. Both addresses
+// 16-byte aligned. PTX ISA "cp.async" (.cg)
 MOLE_DEVICE void cp_async_16(void* dst, const void* src, int valid = 16) {
 #ifdef MOLE_EMULATE
   emu::cp_async_16(dst, src, valid);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(dst))), "l"(src), "r"(valid)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(dst))),
+               "l"(src), "r"(valid)
                : "memory");
 #endif
 }
@@ -119,8 +120,9 @@ MOLE_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
 #ifdef MOLE_EMULATE
   emu::stmatrix(row, r, 4, false);
 #else
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(uint32_t(__cvta_generic_to_shared(row))), "r"(r[0]),
-               "r"(r[1]), "r"(r[2]), "r"(r[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   uint32_t(__cvta_generic_to_shared(row))),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 #endif
 }
@@ -129,7 +131,8 @@ MOLE_DEVICE void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
 #ifdef MOLE_EMULATE
   emu::stmatrix(row, r, 4, true);
 #else
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(uint32_t(__cvta_generic_to_shared(row))),
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   uint32_t(__cvta_generic_to_shared(row))),
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 #endif

@@ -1,6 +1,7 @@
 // Threads, warps, shared memory addresses, named barriers, register budgets, dependent launches.
 //
-// As in CUDA, in both worlds: threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync,
+// As in CUDA, in both worlds: threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __syncwarp, __shfl_sync,
+// __shfl_xor_sync,
 // __shfl_down_sync, __ballot_sync, __any_sync, __all_sync, __threadfence, __nanosleep.
 #pragma once
 
@@ -8,8 +9,8 @@
 
 namespace mole {
 
-// dynamic shared memory of this CTA, 1024-byte aligned (what a 128-byte swizzle wants). There is no static shared memory:
-// the emulator could not tell one CTA's from another's.
+// dynamic shared memory of this CTA, 1024-byte aligned (what a 128-byte swizzle wants). There is no static
+// shared memory: the emulator could not tell one CTA's from another's.
 MOLE_DEVICE unsigned char* dynamic_smem() {
 #ifdef MOLE_EMULATE
   return emu::dynamic_smem();
@@ -33,7 +34,8 @@ MOLE_DEVICE int lane_id() { return int(threadIdx.x & 31u); }
 // index of this warp in its CTA, uniform to the compiler. The CTA is one-dimensional. Every lane must call.
 MOLE_DEVICE int warp_id() { return __shfl_sync(0xffffffffu, int(threadIdx.x >> 5), 0); }
 
-// true in exactly one lane of the warp, which one is the hardware's choice; every lane must call. PTX ISA "elect.sync"
+// true in exactly one lane of the warp, which one is the hardware's choice; every lane must call. PTX ISA
+// "elect.sync"
 MOLE_DEVICE bool elect_one() {
 #ifdef MOLE_EMULATE
   return emu::elect_one();
@@ -44,8 +46,8 @@ MOLE_DEVICE bool elect_one() {
 #endif
 }
 
-// wait until `threads` threads (a multiple of 32) have come to barrier `id` (1…15; 0 is __syncthreads) by sync or arrive;
-// orders their memory accesses. PTX ISA "barrier{.cta}" (bar.sync)
+// wait until `threads` threads (a multiple of 32) have come to barrier `id` (1…15; 0 is __syncthreads) by
+// sync or arrive; orders their memory accesses. PTX ISA "barrier{.cta}" (bar.sync)
 MOLE_DEVICE void named_barrier_sync(int id, int threads) {
 #ifdef MOLE_EMULATE
   emu::named_barrier_sync(id, threads);
@@ -54,7 +56,8 @@ MOLE_DEVICE void named_barrier_sync(int id, int threads) {
 #endif
 }
 
-// come to barrier `id` and go on; orders this thread's earlier accesses before those of the threads that sync. PTX ISA "bar.arrive"
+// come to barrier `id` and go on; orders this thread's earlier accesses before those of the threads that
+// sync. PTX ISA "bar.arrive"
 MOLE_DEVICE void named_barrier_arrive(int id, int threads) {
 #ifdef MOLE_EMULATE
   emu::named_barrier_arrive(id, threads);
@@ -63,8 +66,8 @@ MOLE_DEVICE void named_barrier_arrive(int id, int threads) {
 #endif
 }
 
-// give registers back to the CTA's pool, down to N each (multiple of 8, 24…256). Every warp of the warpgroup calls.
-// PTX ISA "Miscellaneous Instructions: setmaxnreg". Kernel needs __launch_bounds__(threads, 1).
+// give registers back to the CTA's pool, down to N each (multiple of 8, 24…256). Every warp of the warpgroup
+// calls. PTX ISA "Miscellaneous Instructions: setmaxnreg". Kernel needs __launch_bounds__(threads, 1).
 template <int N>
 MOLE_DEVICE void registers_decrease() {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256, "setmaxnreg takes a multiple of 8 from 24 to 256");
@@ -86,7 +89,8 @@ MOLE_DEVICE void registers_increase() {
 #endif
 }
 
-// wait for the kernels this one depends on (programmatic dependent launch). PTX ISA "Parallel Synchronization … : griddepcontrol"
+// wait for the kernels this one depends on (programmatic dependent launch). PTX ISA "Parallel Synchronization
+// … : griddepcontrol"
 MOLE_DEVICE void griddep_wait() {
 #ifdef MOLE_EMULATE
   emu::griddep_wait();

@@ -58,7 +58,8 @@ MOLE_DEVICE fp16 from_float<fp16>(float f) {
 #endif
 }
 
-// two values in one register, `low` in the low half (the element of lower index). PTX ISA "cvt" (cvt.rn.bf16x2.f32, cvt.rn.f16x2.f32)
+// two values in one register, `low` in the low half (the element of lower index). PTX ISA "cvt"
+// (cvt.rn.bf16x2.f32, cvt.rn.f16x2.f32)
 template <class T>
 MOLE_DEVICE uint32_t pack2(float low, float high);
 

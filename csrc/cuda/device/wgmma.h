@@ -1,20 +1,23 @@
-// wgmma: the warpgroup's asynchronous product, d[64×n] += a[64×16] b[16×n], 16-bit operands, float accumulators.
-// PTX ISA "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Operation: wgmma.mma_async".
+// wgmma: the warpgroup's asynchronous product, d[64×n] += a[64×16] b[16×n], 16-bit operands, float
+// accumulators. PTX ISA "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Operation: wgmma.mma_async".
 //
-// Every thread of a warpgroup (128 threads, the first a multiple of 128) calls, with the same descriptors. Order of use:
+// Every thread of a warpgroup (128 threads, the first a multiple of 128) calls, with the same descriptors.
+// Order of use:
 //     wgmma_fence(d);  wgmma<T>(d, a, b) …;  wgmma_commit();  wgmma_wait<0>();  wgmma_hold(d);  … read d
-// Between the first wgmma and the wait the accumulators are the hardware's: not to be read or written. Shared memory that a product
-// in flight reads must not be written. Operands written by ordinary stores need fence_proxy_async_shared first; TMA's do not.
+// Between the first wgmma and the wait the accumulators are the hardware's: not to be read or written. Shared
+// memory that a product in flight reads must not be written. Operands written by ordinary stores need
+// fence_proxy_async_shared first; TMA's do not.
 //
-// Fragments, warp w of the warpgroup, g = lane/4, q = lane%4: d[4j + i] is row 16w + g + 8(i/2), column 8j + 2q + i%2.
-// a (from registers) is laid out as mma_m16n8k16's: see mma.h.
+// Fragments, warp w of the warpgroup, g = lane/4, q = lane%4: d[4j + i] is row 16w + g + 8(i/2), column 8j +
+// 2q + i%2. a (from registers) is laid out as mma_m16n8k16's: see mma.h.
 #pragma once
 
 #include "types.h"
 
 namespace mole {
 
-// how 16-byte pieces are permuted in shared memory; the values are the descriptor's and match the tensor map's swizzle of that width
+// how 16-byte pieces are permuted in shared memory; the values are the descriptor's and match the tensor
+// map's swizzle of that width
 enum class Swizzle : uint32_t { None = 0, B128 = 1, B64 = 2, B32 = 3 };
 
 // which index of an operand runs fastest in shared memory: K, or M (of A) / N (of B)
@@ -25,20 +28,24 @@ MOLE_HOST_DEVICE constexpr uint32_t swizzle_bytes(Swizzle s) {
   return s == Swizzle::B128 ? 128u : s == Swizzle::B64 ? 64u : s == Swizzle::B32 ? 32u : 16u;
 }
 
-// where byte `offset` of an unswizzled tile lies in the swizzled one (the tile starts at a multiple of 8·swizzle_bytes).
-// PTX ISA "Swizzling Modes"
+// where byte `offset` of an unswizzled tile lies in the swizzled one (the tile starts at a multiple of
+// 8·swizzle_bytes). PTX ISA "Swizzling Modes"
 template <Swizzle S>
 MOLE_HOST_DEVICE constexpr uint32_t swizzled(uint32_t offset) {
   return S == Swizzle::None ? offset : offset ^ (((offset >> 7) & (swizzle_bytes(S) / 16 - 1)) << 4);
 }
 
-// matrix descriptor. PTX ISA "Asynchronous warpgroup-level matrix shared memory layout: Matrix Descriptor", "Strides".
-//   K-major, swizzled: rows of swizzle_bytes, eight to a group; stride_bytes from one group of eight rows to the next (8·swizzle_bytes
+// matrix descriptor. PTX ISA "Asynchronous warpgroup-level matrix shared memory layout: Matrix Descriptor",
+// "Strides".
+//   K-major, swizzled: rows of swizzle_bytes, eight to a group; stride_bytes from one group of eight rows to
+//   the next (8·swizzle_bytes
 //     where dense), leading_bytes ignored. Step along K inside a row: add bytes>>4 to the descriptor.
-//   K-major, unswizzled: 8 rows × 16 bytes in a run of 128; leading_bytes to the next 8 columns of K, stride_bytes to the next 8 rows.
-//   MN-major, swizzled: rows (one per k) of swizzle_bytes along M or N; stride_bytes to the next 8 of k, leading_bytes to the next
+//   K-major, unswizzled: 8 rows × 16 bytes in a run of 128; leading_bytes to the next 8 columns of K,
+//   stride_bytes to the next 8 rows. MN-major, swizzled: rows (one per k) of swizzle_bytes along M or N;
+//   stride_bytes to the next 8 of k, leading_bytes to the next
 //     swizzle_bytes of M or N.
-//   MN-major, unswizzled: 8 (k) × 16 bytes (8 of M or N) in a run of 128; stride_bytes to the next 8 of M or N, leading_bytes to the
+//   MN-major, unswizzled: 8 (k) × 16 bytes (8 of M or N) in a run of 128; stride_bytes to the next 8 of M or
+//   N, leading_bytes to the
 //     next 8 of k.
 template <Swizzle S>
 MOLE_DEVICE uint64_t wgmma_descriptor(const void* p, uint32_t leading_bytes, uint32_t stride_bytes) {
@@ -52,7 +59,9 @@ MOLE_DEVICE uint64_t wgmma_descriptor(const void* p, uint32_t leading_bytes, uin
 }
 
 // the commonest: K-major, 64 elements of K to a row of 128 swizzled bytes, dense
-MOLE_DEVICE uint64_t wgmma_descriptor_k128(const void* p) { return wgmma_descriptor<Swizzle::B128>(p, 16, 1024); }
+MOLE_DEVICE uint64_t wgmma_descriptor_k128(const void* p) {
+  return wgmma_descriptor<Swizzle::B128>(p, 16, 1024);
+}
 
 // a descriptor `bytes` further on (a multiple of 16)
 MOLE_DEVICE uint64_t wgmma_advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
@@ -68,8 +77,8 @@ MOLE_DEVICE void wgmma_hold(float (&d)[REGS]) {
 #endif
 }
 
-// before the first wgmma, and whenever registers it uses were written by anything but a wgmma of the same shape.
-// PTX ISA "wgmma.fence"
+// before the first wgmma, and whenever registers it uses were written by anything but a wgmma of the same
+// shape. PTX ISA "wgmma.fence"
 MOLE_DEVICE void wgmma_fence() {
 #ifdef MOLE_EMULATE
   emu::wgmma_fence();
@@ -92,7 +101,8 @@ MOLE_DEVICE void wgmma_commit() {
 #endif
 }
 
-// all but the last N groups are done: accumulators may be read, operands overwritten. PTX ISA "wgmma.wait_group"
+// all but the last N groups are done: accumulators may be read, operands overwritten. PTX ISA
+// "wgmma.wait_group"
 template <int N>
 MOLE_DEVICE void wgmma_wait() {
 #ifdef MOLE_EMULATE
@@ -123,7 +133,8 @@ MOLE_DEVICE void wgmma(float (&d)[REGS], const uint32_t (&a)[4], uint64_t b, boo
 template <int N, class T, int TA, int TB>
 struct WgmmaShape;
 
-// operands come first in the asm's numbering, so their places depend on n: 4 registers in each step of 8 columns
+// operands come first in the asm's numbering, so their places depend on n: 4 registers in each step of 8
+// columns
 #define MOLE_R1 "%0, %1, %2, %3"
 #define MOLE_R2 MOLE_R1 ", %4, %5, %6, %7"
 #define MOLE_R3 MOLE_R2 ", %8, %9, %10, %11"
@@ -190,24 +201,32 @@ struct WgmmaShape;
 #define MOLE_D31 MOLE_D30, MOLE_D(120)
 #define MOLE_D32 MOLE_D31, MOLE_D(124)
 
-#define MOLE_WGMMA(N, CPP, PTX, S, I0, I1, I2, I3, I4, I5, I6)                                                              \
-  template <int TA, int TB>                                                                                                    \
-  struct WgmmaShape<N, CPP, TA, TB> {                                                                                          \
-    static __device__ __forceinline__ void shared(float(&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {                  \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX \
-                   " {" MOLE_R##S "}, %" #I0 ", %" #I1 ", p, 1, 1, %" #I3 ", %" #I4 ";\n}\n"                                           \
-                   : MOLE_D##S                                                                                                 \
-                   : "l"(a), "l"(b), "r"(accumulate), "n"(TA), "n"(TB));                                                       \
-    }                                                                                                                          \
-    static __device__ __forceinline__ void registers(float(&d)[N / 2], const uint32_t(&a)[4], uint64_t b, int accumulate) {    \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX \
-                   " {" MOLE_R##S "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", p, 1, 1, %" #I6 ";\n}\n"                     \
-                   : MOLE_D##S                                                                                                 \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TB));                            \
-    }                                                                                                                          \
+#define MOLE_WGMMA(N, CPP, PTX, S, I0, I1, I2, I3, I4, I5, I6)                                             \
+  template <int TA, int TB>                                                                                \
+  struct WgmmaShape<N, CPP, TA, TB> {                                                                      \
+    static __device__ __forceinline__ void shared(float (&d)[N / 2],                                       \
+                                                  uint64_t a,                                              \
+                                                  uint64_t b,                                              \
+                                                  int accumulate) {                                        \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N   \
+                   "k16.f32." PTX "." PTX " {" MOLE_R##S "}, %" #I0 ", %" #I1 ", p, 1, 1, %" #I3 ", %" #I4 \
+                                                         ";\n}\n"                                          \
+                   : MOLE_D##S                                                                             \
+                   : "l"(a), "l"(b), "r"(accumulate), "n"(TA), "n"(TB));                                   \
+    }                                                                                                      \
+    static __device__ __forceinline__ void registers(float (&d)[N / 2],                                    \
+                                                     const uint32_t (&a)[4],                               \
+                                                     uint64_t b,                                           \
+                                                     int accumulate) {                                     \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N   \
+                   "k16.f32." PTX "." PTX " {" MOLE_R##S "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3         \
+                                                         "}, %" #I4 ", p, 1, 1, %" #I6 ";\n}\n"            \
+                   : MOLE_D##S                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TB));        \
+    }                                                                                                      \
   };
-#define MOLE_WGMMA_BOTH(N, S, I0, I1, I2, I3, I4, I5, I6)          \
-  MOLE_WGMMA(N, bf16, "bf16", S, I0, I1, I2, I3, I4, I5, I6)       \
+#define MOLE_WGMMA_BOTH(N, S, I0, I1, I2, I3, I4, I5, I6)    \
+  MOLE_WGMMA(N, bf16, "bf16", S, I0, I1, I2, I3, I4, I5, I6) \
   MOLE_WGMMA(N, fp16, "f16", S, I0, I1, I2, I3, I4, I5, I6)
 
 MOLE_WGMMA_BOTH(8, 1, 4, 5, 6, 7, 8, 9, 10)
@@ -246,17 +265,20 @@ MOLE_WGMMA_BOTH(256, 32, 128, 129, 130, 131, 132, 133, 134)
 #undef MOLE_WGMMA_BOTH
 #undef MOLE_WGMMA
 
-// d += a b with both operands in shared memory; n = 2·REGS, a multiple of 8 up to 256. accumulate = false overwrites d.
+// d += a b with both operands in shared memory; n = 2·REGS, a multiple of 8 up to 256. accumulate = false
+// overwrites d.
 template <class T, Major A = Major::K, Major B = Major::K, int REGS>
 MOLE_DEVICE void wgmma(float (&d)[REGS], uint64_t a, uint64_t b, bool accumulate = true) {
-  static_assert(REGS % 4 == 0 && REGS >= 4 && REGS <= 128, "wgmma: n = 2·REGS is a multiple of 8 from 8 to 256");
+  static_assert(REGS % 4 == 0 && REGS >= 4 && REGS <= 128,
+                "wgmma: n = 2·REGS is a multiple of 8 from 8 to 256");
   WgmmaShape<2 * REGS, T, int(A), int(B)>::shared(d, a, b, accumulate);
 }
 
 // d += a b with a in registers (16 rows of each warp)
 template <class T, Major B = Major::K, int REGS>
 MOLE_DEVICE void wgmma(float (&d)[REGS], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
-  static_assert(REGS % 4 == 0 && REGS >= 4 && REGS <= 128, "wgmma: n = 2·REGS is a multiple of 8 from 8 to 256");
+  static_assert(REGS % 4 == 0 && REGS >= 4 && REGS <= 128,
+                "wgmma: n = 2·REGS is a multiple of 8 from 8 to 256");
   WgmmaShape<2 * REGS, T, 0, int(B)>::registers(d, a, b, accumulate);
 }
 

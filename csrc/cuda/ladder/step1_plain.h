@@ -1,7 +1,8 @@
-// Step 1, a plain product y = x Wᵀ: one tile of y for each CTA, TMA into a ring of stages, wgmma, stores straight from registers.
+// Step 1, a plain product y = x Wᵀ: one tile of y for each CTA, TMA into a ring of stages, wgmma, stores
+// straight from registers.
 //
-// One thread loads; each of GROUPS warp groups multiplies 64 rows. Maps and Params as in sm90/, of which only x, w, K, N, span and
-// stages are read; Params.h is y.
+// One thread loads; each of GROUPS warp groups multiplies 64 rows. Maps and Params as in sm90/, of which only
+// x, w, K, N, span and stages are read; Params.h is y.
 #pragma once
 
 #include "../sm90/maps.h"
@@ -26,7 +27,13 @@ MOLE_DEVICE void start_ring(Barriers& bars, int stages) {
 
 // one thread: the stages of one tile's K steps
 template <int BM, int BN>
-MOLE_DEVICE void load_steps(const Maps& maps, const Params& p, const Stages<false>& stages, unsigned char* smem, Barriers& bars, Ring& ring, int m0,
+MOLE_DEVICE void load_steps(const Maps& maps,
+                            const Params& p,
+                            const Stages<false>& stages,
+                            unsigned char* smem,
+                            Barriers& bars,
+                            Ring& ring,
+                            int m0,
                             int n0) {
   for (int k = 0; k < p.K; k += DEPTH) {
     mbarrier_wait(&bars.empty[ring.slot], ring.phase ^ 1);
@@ -46,7 +53,8 @@ MOLE_DEVICE void store_registers(const float (&acc)[REGS], const Params& p, int 
   for (int i = 0; i < REGS; i += 2) {
     const int m = m0 + me.group * 64 + me.row(i), n = n0 + me.column(i);
     if (m < p.span && n < p.N)
-      *reinterpret_cast<uint32_t*>(static_cast<char*>(p.h) + (int64_t(m) * p.N + n) * 2) = pack2<T>(acc[i], acc[i + 1]);
+      *reinterpret_cast<uint32_t*>(static_cast<char*>(p.h) + (int64_t(m) * p.N + n) * 2) =
+          pack2<T>(acc[i], acc[i + 1]);
   }
 }
 
@@ -57,7 +65,8 @@ MOLE_DEVICE void plain(const Maps& maps, const Params& p) {
   const Stages<false> stages{smem, (BM + BN) * ROW_BYTES, BM * ROW_BYTES, p.stages};
   Barriers& bars = *reinterpret_cast<Barriers*>(smem + p.stages * stages.bytes);
   start_ring<GROUPS>(bars, p.stages);
-  const int thread = int(threadIdx.x), m0 = int(blockIdx.x) / p.column_tiles * BM, n0 = int(blockIdx.x) % p.column_tiles * BN;
+  const int thread = int(threadIdx.x), m0 = int(blockIdx.x) / p.column_tiles * BM,
+            n0 = int(blockIdx.x) % p.column_tiles * BN;
   Ring ring;
   if (thread < 128) {
     registers_decrease<40>();

@@ -1,5 +1,6 @@
-// Step 2 changes the grid: as many CTAs as multiprocessors, each of which takes tile after tile. The producer loads the next tile's
-// first stages while the consumers still store, and eight row tiles in a row share their columns of W in the second-level cache.
+// Step 2 changes the grid: as many CTAs as multiprocessors, each of which takes tile after tile. The producer
+// loads the next tile's first stages while the consumers still store, and eight row tiles in a row share
+// their columns of W in the second-level cache.
 #pragma once
 
 #include "step1_plain.h"

@@ -1,6 +1,7 @@
-// Step 3 changes the way out: bias added, y rounded into shared memory (swizzled, without bank conflicts) and stored by TMA, which
-// cuts what reaches over y's edge and goes on while the consumers multiply the next tile.
-// Step 4 adds z Bᵀ for a z [M,R] that is given: R more columns of the same main loop, z's tile in x's place and B's in W's.
+// Step 3 changes the way out: bias added, y rounded into shared memory (swizzled, without bank conflicts) and
+// stored by TMA, which cuts what reaches over y's edge and goes on while the consumers multiply the next
+// tile. Step 4 adds z Bᵀ for a z [M,R] that is given: R more columns of the same main loop, z's tile in x's
+// place and B's in W's.
 #pragma once
 
 #include "step2_persistent.h"
@@ -9,7 +10,12 @@ namespace mole::ladder {
 
 // the stages of the rank columns; maps.down is z [1,M,R]
 template <int BM, int BN>
-MOLE_DEVICE void load_rank_steps(const Maps& maps, const Params& p, const Stages<false>& stages, unsigned char* smem, Barriers& bars, Ring& ring,
+MOLE_DEVICE void load_rank_steps(const Maps& maps,
+                                 const Params& p,
+                                 const Stages<false>& stages,
+                                 unsigned char* smem,
+                                 Barriers& bars,
+                                 Ring& ring,
                                  const Place& at) {
   for (int r = 0; r < p.R; r += DEPTH) {
     mbarrier_wait(&bars.empty[ring.slot], ring.phase ^ 1);

@@ -1,12 +1,14 @@
-// The gates of dX: dX = dY·W + dh·A + dlogit·Φ with V = dY·B, dh = γ ⊙ V, D_e = Σ_{r∈e} V·h and dlogit = γ(1−l)D, of a softmax
-// γ_e D_e − l_e Σ_f γ_f D_f. h and l are what the forward saved. See docs/kernels/sm90.md.
+// The gates of dX: dX = dY·W + dh·A + dlogit·Φ with V = dY·B, dh = γ ⊙ V, D_e = Σ_{r∈e} V·h and dlogit =
+// γ(1−l)D, of a softmax γ_e D_e − l_e Σ_f γ_f D_f. h and l are what the forward saved. See
+// docs/kernels/sm90.md.
 #pragma once
 
 #include "gates.h"
 
 namespace mole::sm90 {
 
-// γ_e of this warp's 16 rows by the saved token gate -> gamma [64·groups,E+1], 0 for rows past the end and in the last column
+// γ_e of this warp's 16 rows by the saved token gate -> gamma [64·groups,E+1], 0 for rows past the end and in
+// the last column
 MOLE_DEVICE void saved_gates(float* gamma, const Params& p, const Rows& rows, const Lane& me) {
   const int pitch = p.E + 1;
   float* mine = gamma + me.group * 64 * pitch;
@@ -23,16 +25,19 @@ MOLE_DEVICE void saved_gates(float* gamma, const Params& p, const Rows& rows, co
   __syncwarp();
 }
 
-// what this tile's columns of V, from `first` on, add to D: put(e, sums of rows me.row(0) and me.row(2)) by every lane of a row alike
+// what this tile's columns of V, from `first` on, add to D: put(e, sums of rows me.row(0) and me.row(2)) by
+// every lane of a row alike
 template <class T, int H, class Put>
-MOLE_DEVICE void shares_of_d(const float (&v)[H], const Params& p, const Rows& rows, const Lane& me, int first, Put put) {
+MOLE_DEVICE void shares_of_d(
+    const float (&v)[H], const Params& p, const Rows& rows, const Lane& me, int first, Put put) {
   float vh[H];
 #pragma unroll
   for (int i = 0; i < H; i += 2) {
     const int row = me.row(i), r = first + me.column(i);
     uint32_t h = 0;
     if (r < p.R && rows.holds(p, row))
-      h = *reinterpret_cast<const uint32_t*>(static_cast<const char*>(p.h) + (rows.index(p, row) * p.R + r) * 2);
+      h = *reinterpret_cast<const uint32_t*>(static_cast<const char*>(p.h) +
+                                             (rows.index(p, row) * p.R + r) * 2);
     vh[i] = v[i] * low_of<T>(h), vh[i + 1] = v[i + 1] * high_of<T>(h);
   }
 #pragma unroll 1
@@ -54,14 +59,16 @@ MOLE_DEVICE void shares_of_d(const float (&v)[H], const Params& p, const Rows& r
 }
 
 // one share of D -> d [slices,M,E], by the first lane of each row
-MOLE_DEVICE void save_share(const float (&sums)[2], const Params& p, const Rows& rows, const Lane& me, int slice, int e) {
+MOLE_DEVICE void save_share(
+    const float (&sums)[2], const Params& p, const Rows& rows, const Lane& me, int slice, int e) {
 #pragma unroll
   for (int s = 0; s < 2; ++s)
     if (me.lane % 4 == 0 && rows.holds(p, me.row(2 * s)))
       p.d[(int64_t(slice) * p.groups * p.span + rows.index(p, me.row(2 * s))) * p.E + e] = sums[s];
 }
 
-// dlogit as an A operand of 16 columns, the experts and then zeros; d(row, m, e) is D of row m.  The four lanes of a row hold all of it
+// dlogit as an A operand of 16 columns, the experts and then zeros; d(row, m, e) is D of row m.  The four
+// lanes of a row hold all of it
 template <class T, class D>
 MOLE_DEVICE void logit_fragment(uint32_t (&a)[1][4], const Params& p, const Rows& rows, const Lane& me, D d) {
 #pragma unroll

@@ -1,15 +1,19 @@
-// The gates of a tile of h: logits out of the accumulators, γ for each row and expert, the pooled gate's sums; see docs/kernels/sm90.md.
+// The gates of a tile of h: logits out of the accumulators, γ for each row and expert, the pooled gate's
+// sums; see docs/kernels/sm90.md.
 #pragma once
 
 #include "pipeline.h"
 
 namespace mole::sm90 {
 
-// the 64 rows that a warp group works on, or (at the producer's) its CTA's tile of rows: the first is row `position` of `group`
+// the 64 rows that a warp group works on, or (at the producer's) its CTA's tile of rows: the first is row
+// `position` of `group`
 struct Rows {
   int group, tile, position;
   MOLE_HOST_DEVICE bool holds(const Params& p, int row) const { return position + row < p.span; }
-  MOLE_HOST_DEVICE int64_t index(const Params& p, int row) const { return int64_t(group) * p.span + position + row; }
+  MOLE_HOST_DEVICE int64_t index(const Params& p, int row) const {
+    return int64_t(group) * p.span + position + row;
+  }
 };
 
 // expert of every rank column, padding to E, whose γ is 0; all threads of the CTA
@@ -28,8 +32,8 @@ MOLE_DEVICE float exp_below(float x) {
   return s / (1.0f - s);
 }
 
-// logits of one row -> softmax over the k largest, 0 for the others; of equal ones the first counts as the larger. In shared memory and
-// not unrolled: its registers would be the accumulators'
+// logits of one row -> softmax over the k largest, 0 for the others; of equal ones the first counts as the
+// larger. In shared memory and not unrolled: its registers would be the accumulators'
 MOLE_DEVICE void softmax_row(float* row, const Params& p) {
 #pragma unroll 1
   for (int e = 0; p.phi_bias.at && e < p.E; ++e) row[e] += number(p.phi_bias, e);
@@ -39,7 +43,8 @@ MOLE_DEVICE void softmax_row(float* row, const Params& p) {
   for (int e = 0; e < p.E; ++e) {
     int before = 0;
 #pragma unroll 1
-    for (int other = 0; other < p.E; ++other) before += row[other] > row[e] || (row[other] == row[e] && other < e);
+    for (int other = 0; other < p.E; ++other)
+      before += row[other] > row[e] || (row[other] == row[e] && other < e);
     if (before < p.top_k) chosen |= 1u << e;
     most = row[e] > most ? row[e] : most;
   }
@@ -56,10 +61,17 @@ MOLE_DEVICE float given(const Params& p, int64_t m, int e) {
   return g;
 }
 
-// γ_e of this warp's 16 rows -> gamma [64·groups,E+1], 0 for rows past the end and in the last column.  h [64,2H] a tile of h, its
-// logits from column `slice` on.  pooled: times the sample gate.  Each warp's rows are its own, so a warp barrier is enough.
+// γ_e of this warp's 16 rows -> gamma [64·groups,E+1], 0 for rows past the end and in the last column.  h
+// [64,2H] a tile of h, its logits from column `slice` on.  pooled: times the sample gate.  Each warp's rows
+// are its own, so a warp barrier is enough.
 template <int H>
-MOLE_DEVICE void row_gates(const float (&h)[H], float* gamma, const Params& p, const Rows& rows, const Lane& me, bool writes, bool pooled) {
+MOLE_DEVICE void row_gates(const float (&h)[H],
+                           float* gamma,
+                           const Params& p,
+                           const Rows& rows,
+                           const Lane& me,
+                           bool writes,
+                           bool pooled) {
   const int pitch = p.E + 1;
   float* mine = gamma + me.group * 64 * pitch;
   if (p.token) {
@@ -93,18 +105,22 @@ MOLE_DEVICE void row_gates(const float (&h)[H], float* gamma, const Params& p, c
 
 // h as it is -> out [M,R] in the layer's dtype.  first: column of R where this tile of h begins
 template <class T, int H>
-MOLE_DEVICE void save_columns(const float (&h)[H], void* out, const Params& p, const Rows& rows, const Lane& me, int first) {
+MOLE_DEVICE void save_columns(
+    const float (&h)[H], void* out, const Params& p, const Rows& rows, const Lane& me, int first) {
 #pragma unroll
   for (int i = 0; i < H; i += 2) {
     const int row = me.row(i), column = me.column(i), r = first + column;
     if (column < p.slice && r < p.R && rows.holds(p, row))
-      *reinterpret_cast<uint32_t*>(static_cast<char*>(out) + (rows.index(p, row) * p.R + r) * 2) = pack2<T>(h[i], h[i + 1]);
+      *reinterpret_cast<uint32_t*>(static_cast<char*>(out) + (rows.index(p, row) * p.R + r) * 2) =
+          pack2<T>(h[i], h[i + 1]);
   }
 }
 
-// z = γ ⊙ h in place; padding and logits become 0.  No branch in here: with branches the accumulators of y do not stay in registers
+// z = γ ⊙ h in place; padding and logits become 0.  No branch in here: with branches the accumulators of y do
+// not stay in registers
 template <int H>
-MOLE_DEVICE void gate_columns(float (&h)[H], const float* gamma, const int32_t* owner, const Params& p, const Lane& me, int first) {
+MOLE_DEVICE void gate_columns(
+    float (&h)[H], const float* gamma, const int32_t* owner, const Params& p, const Lane& me, int first) {
 #pragma unroll
   for (int i = 0; i < H; i += 2) {
     const int column = me.column(i);
@@ -115,10 +131,17 @@ MOLE_DEVICE void gate_columns(float (&h)[H], const float* gamma, const int32_t* 
   }
 }
 
-// this warp group's share of the pooled logits, Σ_rows h·p for each expert -> share [E], always summed in the same order
+// this warp group's share of the pooled logits, Σ_rows h·p for each expert -> share [E], always summed in the
+// same order
 template <int H>
-MOLE_DEVICE void pool_share(const float (&h)[H], float* sums, float* share, const int32_t* owner, const Params& p, const Rows& rows,
-                       const Lane& me, int first) {
+MOLE_DEVICE void pool_share(const float (&h)[H],
+                            float* sums,
+                            float* share,
+                            const int32_t* owner,
+                            const Params& p,
+                            const Rows& rows,
+                            const Lane& me,
+                            int first) {
   float* mine = sums + (me.group * 4 + me.warp) * (2 * H);
   const int chosen = set_of(p, rows.group);
   const int64_t set = (chosen >= 0 && chosen < p.sets ? chosen : 0) * p.pool_set;
@@ -147,8 +170,10 @@ MOLE_DEVICE void pool_share(const float (&h)[H], float* sums, float* share, cons
   }
 }
 
-// The last share of a sample to arrive adds all of them in order and opens its gate; one warp.  share: as `pool_share` left it
-MOLE_DEVICE void arrive_pooled(const Params& p, const Flags& flags, const Rows& rows, int shares, const Lane& me) {
+// The last share of a sample to arrive adds all of them in order and opens its gate; one warp.  share: as
+// `pool_share` left it
+MOLE_DEVICE void arrive_pooled(
+    const Params& p, const Flags& flags, const Rows& rows, int shares, const Lane& me) {
   __syncwarp();
   uint32_t before = 0;
   if (me.lane == 0) before = atomic_add_acq_rel(p.flags + flags.arrived(rows.group), 1);
@@ -167,14 +192,16 @@ MOLE_DEVICE void arrive_pooled(const Params& p, const Flags& flags, const Rows& 
   if (me.lane == 0) reduce_add_release(p.flags + flags.gate_ready(rows.group), 1);
 }
 
-// until a counter has reached `wanted`; what was written before it was raised is then visible to the whole warp
+// until a counter has reached `wanted`; what was written before it was raised is then visible to the whole
+// warp
 MOLE_DEVICE void wait_for(const uint32_t* flag, uint32_t wanted, const Lane& me) {
   if (me.lane == 0)
     while (load_acquire(flag) < wanted) __nanosleep(20);
   __syncwarp();
 }
 
-// the last CTA to leave puts all counters back to zero; one warp, after every other thread of the CTA is done with them
+// the last CTA to leave puts all counters back to zero; one warp, after every other thread of the CTA is done
+// with them
 MOLE_DEVICE void leave(const Params& p, int count, int ctas, int lane) {
   uint32_t before = 0;
   if (lane == 0) before = atomic_add_acq_rel(p.flags + Flags::left(), 1);

@@ -11,10 +11,12 @@ const void* find(int step, int columns);
 
 namespace mole::sm90 {
 
-#define MOLE_BOTH_DTYPES(way)                  \
-  const void* find_##way##_bf16(const Shape&); \
-  const void* find_##way##_fp16(const Shape&); \
-  static const void* find_##way(const Shape& shape, bool bf16) { return bf16 ? find_##way##_bf16(shape) : find_##way##_fp16(shape); }
+#define MOLE_BOTH_DTYPES(way)                                          \
+  const void* find_##way##_bf16(const Shape&);                         \
+  const void* find_##way##_fp16(const Shape&);                         \
+  static const void* find_##way(const Shape& shape, bool bf16) {       \
+    return bf16 ? find_##way##_bf16(shape) : find_##way##_fp16(shape); \
+  }
 MOLE_BOTH_DTYPES(cluster)
 MOLE_BOTH_DTYPES(persistent)
 MOLE_BOTH_DTYPES(recompute)
@@ -25,9 +27,12 @@ MOLE_BOTH_DTYPES(recompute_dx)
 
 const void* kernel_of(Way way, const Shape& shape, bool bf16, bool back) {
   switch (way) {
-    case Way::cluster: return back ? find_cluster_dx(shape, bf16) : find_cluster(shape, bf16);
-    case Way::persistent: return back ? find_persistent_dx(shape, bf16) : find_persistent(shape, bf16);
-    default: return back ? find_recompute_dx(shape, bf16) : find_recompute(shape, bf16);
+    case Way::cluster:
+      return back ? find_cluster_dx(shape, bf16) : find_cluster(shape, bf16);
+    case Way::persistent:
+      return back ? find_persistent_dx(shape, bf16) : find_persistent(shape, bf16);
+    default:
+      return back ? find_recompute_dx(shape, bf16) : find_recompute(shape, bf16);
   }
 }
 
@@ -39,7 +44,8 @@ std::string said(const char* what, cudaError_t error) {
 
 // dynamic shared memory beyond 48 KB has to be asked for, once for each kernel and device
 std::string allow_shared(const void* kernel, int shared) {
-  return said("cudaFuncSetAttribute", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  return said("cudaFuncSetAttribute",
+              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
 }
 
 struct Config {
@@ -67,7 +73,8 @@ struct Config {
 std::string encode_maps(Maps& maps, const Call& c, const Tile& t) {
   std::string error;
   const uint32_t rows = uint32_t(t.rows()) / uint32_t(t.way == Way::cluster ? t.cluster : 1);
-  const auto encode = [&](CUtensorMap& map, const Operand& o, uint32_t columns, uint32_t box_rows, CUtensorMapSwizzle swizzle) {
+  const auto encode = [&](CUtensorMap& map, const Operand& o, uint32_t columns, uint32_t box_rows,
+                          CUtensorMapSwizzle swizzle) {
     return error.empty() && tensor_map(map, o, {columns, box_rows, 1}, swizzle, c.bf16, error);
   };
   const auto wide = CU_TENSOR_MAP_SWIZZLE_128B;
@@ -86,7 +93,8 @@ std::string encode_maps(Maps& maps, const Call& c, const Tile& t) {
   encode(maps.down, c.down, DEPTH, uint32_t(t.slice), wide);
   encode(maps.phi, c.phi.at ? c.phi : c.down, DEPTH, LOGITS, wide);
   // as many rows of B as the expand's wgmma is wide
-  encode(maps.up, c.up, DEPTH, uint32_t(t.shape.columns + (t.way == Way::persistent ? 0 : t.shape.extra)), wide);
+  encode(maps.up, c.up, DEPTH, uint32_t(t.shape.columns + (t.way == Way::persistent ? 0 : t.shape.extra)),
+         wide);
   return error;
 }
 
@@ -131,11 +139,14 @@ std::string launch(const Call& call, const Tile& tile) {
   params.slices = tile.slices;
   params.stages = tile.stages;
   if (std::string error = allow_shared(kernel, tile.shared); !error.empty()) return error;
-  // CTAs of a cluster kernel that wait for a sample's gate must all be resident: the driver refuses where they cannot be
+  // CTAs of a cluster kernel that wait for a sample's gate must all be resident: the driver refuses where
+  // they cannot be
   const bool together = tile.way == Way::cluster && params.pooled;
-  Config config(tile.grid, 128 * (tile.shape.warp_groups + 1), tile.shared, tile.cluster, together, call.stream);
+  Config config(tile.grid, 128 * (tile.shape.warp_groups + 1), tile.shared, tile.cluster, together,
+                call.stream);
   void* arguments[2] = {&maps, &params};
-  const std::string failed = said("cudaLaunchKernelExC", cudaLaunchKernelExC(&config.launch, kernel, arguments));
+  const std::string failed =
+      said("cudaLaunchKernelExC", cudaLaunchKernelExC(&config.launch, kernel, arguments));
   // told here, it must not be told again by the next call that asks for errors
   if (!failed.empty()) cudaGetLastError();
   return failed;
@@ -143,11 +154,24 @@ std::string launch(const Call& call, const Tile& tile) {
 
 std::string launch_ladder(int step, const Call& call, int columns) {
   const void* kernel = step >= 1 && step <= 4 ? ladder::find(step, columns) : nullptr;
-  if (!kernel || !call.bf16) return "the ladder has steps 1 to 4, tiles of 160 and 256 columns, and bfloat16 alone";
-  const Tile tile{Way::cluster, {2, columns, 0}, 1, 0, 0, 0, 0, 0, ceil_div(call.params.span, 128), ceil_div(call.params.N, columns), false, 0};
+  if (!kernel || !call.bf16)
+    return "the ladder has steps 1 to 4, tiles of 160 and 256 columns, and bfloat16 alone";
+  const Tile tile{Way::cluster,
+                  {2, columns, 0},
+                  1,
+                  0,
+                  0,
+                  0,
+                  0,
+                  0,
+                  ceil_div(call.params.span, 128),
+                  ceil_div(call.params.N, columns),
+                  false,
+                  0};
   Maps maps;
   std::string error;
-  const auto encode = [&](CUtensorMap& map, const Operand& o, uint32_t width, uint32_t rows, CUtensorMapSwizzle swizzle) {
+  const auto encode = [&](CUtensorMap& map, const Operand& o, uint32_t width, uint32_t rows,
+                          CUtensorMapSwizzle swizzle) {
     if (error.empty() && o.at) tensor_map(map, o, {width, rows, 1}, swizzle, true, error);
   };
   encode(maps.x, call.x, DEPTH, 128, CU_TENSOR_MAP_SWIZZLE_128B);
@@ -164,7 +188,8 @@ std::string launch_ladder(int step, const Call& call, int columns) {
   const int shared = params.stages * stage + rest;
   if (std::string failed = allow_shared(kernel, shared); !failed.empty()) return failed;
   const int64_t tiles = tile.row_tiles * tile.column_tiles;
-  Config config(int(step == 1 ? tiles : std::min<int64_t>(tiles, card.processors)), 384, shared, 1, false, call.stream);
+  Config config(int(step == 1 ? tiles : std::min<int64_t>(tiles, card.processors)), 384, shared, 1, false,
+                call.stream);
   void* arguments[2] = {&maps, &params};
   return said("cudaLaunchKernelExC", cudaLaunchKernelExC(&config.launch, kernel, arguments));
 }

@@ -1,12 +1,14 @@
-// `persistent`: tiles of h first, tiles of y after, in one launch; h goes through global memory, announced by counters.
+// `persistent`: tiles of h first, tiles of y after, in one launch; h goes through global memory, announced by
+// counters.
 //
-// A ticket counter hands out the tiles of h. A CTA takes its next ticket without waiting for anyone, and goes on to tiles of y only
-// with a ticket past the last tile of h: then every tile of h was taken by a CTA that runs, and making one waits for nobody. So nobody
-// waits for ever, however few CTAs are resident. The ticket past the end is also the CTA's place among the tiles of y, which spares
-// those that made one h more the ragged last wave.
+// A ticket counter hands out the tiles of h. A CTA takes its next ticket without waiting for anyone, and goes
+// on to tiles of y only with a ticket past the last tile of h: then every tile of h was taken by a CTA that
+// runs, and making one waits for nobody. So nobody waits for ever, however few CTAs are resident. The ticket
+// past the end is also the CTA's place among the tiles of y, which spares those that made one h more the
+// ragged last wave.
 //
-// BACK: dX by the same kernel with its roles swapped. Tiles of V leave dh, rounded, and their shares of D, both of which the second
-// launch of the backward wants anyway; tiles of dX read them and make dlogit.
+// BACK: dX by the same kernel with its roles swapped. Tiles of V leave dh, rounded, and their shares of D,
+// both of which the second launch of the backward wants anyway; tiles of dX read them and make dlogit.
 #pragma once
 
 #include "tile_kernel.h"
@@ -15,7 +17,8 @@ namespace mole::sm90 {
 
 constexpr int NO_ITEM = -1;
 
-// item i: i < h_tiles, the i-th tile of h (all column tiles of a row tile one after another), else the (i − h_tiles)-th tile of y
+// item i: i < h_tiles, the i-th tile of h (all column tiles of a row tile one after another), else the (i −
+// h_tiles)-th tile of y
 struct Split {
   int h_tiles, y_tiles;
   MOLE_HOST_DEVICE explicit Split(const Params& p)
@@ -55,7 +58,12 @@ MOLE_DEVICE int next_item(Ring& ring, Barriers& bars) {
 }
 
 template <int BM, int NH, bool BACK>
-MOLE_DEVICE void load_h_tile(const Maps& maps, const Params& p, unsigned char* smem, const Shared& at, Barriers& bars, Ring& ring,
+MOLE_DEVICE void load_h_tile(const Maps& maps,
+                             const Params& p,
+                             unsigned char* smem,
+                             const Shared& at,
+                             Barriers& bars,
+                             Ring& ring,
                              int item) {
   const Rows rows = row_tile<BM>(p, item / p.slices);
   const int first = item % p.slices * p.slice, set = set_of(p, rows.group);
@@ -73,7 +81,12 @@ MOLE_DEVICE void load_h_tile(const Maps& maps, const Params& p, unsigned char* s
 }
 
 template <int BM, int BN, bool BACK>
-MOLE_DEVICE void load_y_tile(const Maps& maps, const Params& p, unsigned char* smem, const Shared& at, Barriers& bars, Ring& ring,
+MOLE_DEVICE void load_y_tile(const Maps& maps,
+                             const Params& p,
+                             unsigned char* smem,
+                             const Shared& at,
+                             Barriers& bars,
+                             Ring& ring,
                              int tile) {
   const Item item = y_item<BM, BN>(p, tile);
   for (int k = 0; k < p.K; k += DEPTH) {
@@ -88,19 +101,22 @@ MOLE_DEVICE void load_y_tile(const Maps& maps, const Params& p, unsigned char* s
   for (int r = 0; r < p.R; r += DEPTH) {
     mbarrier_wait(&bars.empty[ring.slot], ring.phase ^ 1);
     mbarrier_arrive_expect_tx(&bars.full[ring.slot], BN * ROW_BYTES);
-    load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.up, &bars.full[ring.slot], r, item.n0, item.set, BN);
+    load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.up, &bars.full[ring.slot], r,
+                     item.n0, item.set, BN);
     ring.advance(p.stages);
   }
   if (BACK && p.token) {
     mbarrier_wait(&bars.empty[ring.slot], ring.phase ^ 1);
     mbarrier_arrive_expect_tx(&bars.full[ring.slot], BN * LOGIT_DEPTH * 2);
-    load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.phi, &bars.full[ring.slot], 0, item.n0, 0, BN, LOGIT_DEPTH);
+    load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.phi, &bars.full[ring.slot], 0,
+                     item.n0, 0, BN, LOGIT_DEPTH);
     ring.advance(p.stages);
   }
 }
 
 template <int BM, int BN, int NH, bool BACK>
-MOLE_DEVICE void produce_items(const Maps& maps, const Params& p, unsigned char* smem, const Shared& at, Barriers& bars) {
+MOLE_DEVICE void produce_items(
+    const Maps& maps, const Params& p, unsigned char* smem, const Shared& at, Barriers& bars) {
   const Split split(p);
   Ring ring, items;
   uint32_t ticket = atomic_add_relaxed(p.flags + Flags::ticket(), 1);
@@ -132,9 +148,15 @@ MOLE_DEVICE void announce_rows(const Params& p, const Rows& rows, const Lane& me
   if (me.warp == 0 && me.lane == 0) reduce_add_release(p.flags + flags.rows_ready(rows.group, rows.tile), 1);
 }
 
-// a tile of h: gated, stored, and announced by its rows' counter (by its sample's, where the sample gate is still to come)
+// a tile of h: gated, stored, and announced by its rows' counter (by its sample's, where the sample gate is
+// still to come)
 template <class T, int GROUPS, int H>
-MOLE_DEVICE void finish_h_tile(const float (&acc)[H], const Params& p, unsigned char* smem, const Shared& at, const Rows& rows, int column,
+MOLE_DEVICE void finish_h_tile(const float (&acc)[H],
+                               const Params& p,
+                               unsigned char* smem,
+                               const Shared& at,
+                               const Rows& rows,
+                               int column,
                                const Lane& me) {
   const Flags flags{p.groups, p.row_tiles};
   float* gamma = reinterpret_cast<float*>(smem + at.gamma);
@@ -163,7 +185,12 @@ MOLE_DEVICE void finish_h_tile(const float (&acc)[H], const Params& p, unsigned 
 
 // a tile of V: its share of D, dh, and its rows' counter
 template <class T, int GROUPS, int H>
-MOLE_DEVICE void finish_v_tile(const float (&acc)[H], const Params& p, unsigned char* smem, const Shared& at, const Rows& rows, int column,
+MOLE_DEVICE void finish_v_tile(const float (&acc)[H],
+                               const Params& p,
+                               unsigned char* smem,
+                               const Shared& at,
+                               const Rows& rows,
+                               int column,
                                const Lane& me) {
   float* gamma = reinterpret_cast<float*>(smem + at.gamma);
   const int first = column * p.slice;
@@ -171,7 +198,9 @@ MOLE_DEVICE void finish_v_tile(const float (&acc)[H], const Params& p, unsigned 
 #pragma unroll
   for (int i = 0; i < H; ++i) v[i] = acc[i];
   saved_gates(gamma, p, rows, me);
-  if (p.d) shares_of_d<T>(v, p, rows, me, first, [&](int e, const float(&sums)[2]) { save_share(sums, p, rows, me, column, e); });
+  if (p.d)
+    shares_of_d<T>(v, p, rows, me, first,
+                   [&](int e, const float (&sums)[2]) { save_share(sums, p, rows, me, column, e); });
   gate_columns(v, gamma, reinterpret_cast<const int32_t*>(smem + at.owner), p, me, first);
   save_columns<T>(v, p.dh, p, rows, me, first);
   named_barrier_sync(1 + me.group, 128);
@@ -184,18 +213,22 @@ MOLE_DEVICE void dh_fragment(uint32_t (&a)[4], int j, const Params& p, const Row
   for (int q = 0; q < 4; ++q) {
     const int row = me.row(q % 2 * 2), r = j * 16 + q / 2 * 8 + me.lane % 4 * 2;
     const bool inside = r < p.R && rows.holds(p, row);
-    a[q] = inside ? *reinterpret_cast<const uint32_t*>(static_cast<const char*>(p.dh) + (rows.index(p, row) * p.R + r) * 2) : 0u;
+    a[q] = inside ? *reinterpret_cast<const uint32_t*>(static_cast<const char*>(p.dh) +
+                                                       (rows.index(p, row) * p.R + r) * 2)
+                  : 0u;
   }
 }
 
 // columns 16j … 16j+15 of z as an A operand, times the sample gate, rounded
 template <class T>
-MOLE_DEVICE void z_fragment(uint32_t (&a)[4], int j, const Params& p, const Rows& rows, const int32_t* owner, const Lane& me) {
+MOLE_DEVICE void z_fragment(
+    uint32_t (&a)[4], int j, const Params& p, const Rows& rows, const int32_t* owner, const Lane& me) {
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     const int row = me.row(q % 2 * 2), r = j * 16 + q / 2 * 8 + me.lane % 4 * 2;
     float2 z = make_float2(0.0f, 0.0f);
-    if (r < p.R && rows.holds(p, row)) z = *reinterpret_cast<const float2*>(p.z + rows.index(p, row) * p.R + r);
+    if (r < p.R && rows.holds(p, row))
+      z = *reinterpret_cast<const float2*>(p.z + rows.index(p, row) * p.R + r);
     if (p.pooled && r < p.R) {
       const float* gate = p.sample_gate + rows.group * p.E;
       z.x *= gate[owner[r]], z.y *= gate[owner[r + 1]];
@@ -206,9 +239,15 @@ MOLE_DEVICE void z_fragment(uint32_t (&a)[4], int j, const Params& p, const Rows
 
 // y += dh·A + dlogit·Φ, by what the tiles of V left
 template <class T, int REGS>
-MOLE_DEVICE void expand_back(float (&y)[REGS], const Params& p, const Rows& rows, const Stages<true>& stages, Ring& ring, Barriers& bars,
+MOLE_DEVICE void expand_back(float (&y)[REGS],
+                             const Params& p,
+                             const Rows& rows,
+                             const Stages<true>& stages,
+                             Ring& ring,
+                             Barriers& bars,
                              const Lane& me) {
-  expand<T, false>(y, p.R, stages, ring, bars, me, 1, [&](uint32_t(&a)[4], int j) { dh_fragment(a, j, p, rows, me); });
+  expand<T, false>(y, p.R, stages, ring, bars, me, 1,
+                   [&](uint32_t (&a)[4], int j) { dh_fragment(a, j, p, rows, me); });
   if (!p.token) return;
   uint32_t a[1][4];
   logit_fragment<T>(a, p, rows, me, [&](int, int64_t m, int e) {
@@ -220,7 +259,12 @@ MOLE_DEVICE void expand_back(float (&y)[REGS], const Params& p, const Rows& rows
 }
 
 template <class T, int GROUPS, int BN, int NH, bool BACK>
-MOLE_DEVICE void consume_items(const Maps& maps, const Params& p, unsigned char* smem, const Shared& at, Barriers& bars, const Lane& me) {
+MOLE_DEVICE void consume_items(const Maps& maps,
+                               const Params& p,
+                               unsigned char* smem,
+                               const Shared& at,
+                               Barriers& bars,
+                               const Lane& me) {
   constexpr int BM = 64 * GROUPS;
   const Split split(p);
   const Stages<BACK> stages{smem, at.stage, BM * ROW_BYTES, p.stages};
@@ -251,8 +295,9 @@ MOLE_DEVICE void consume_items(const Maps& maps, const Params& p, unsigned char*
     if constexpr (BACK)
       expand_back<T>(y, p, item.rows, stages, ring, bars, lane);
     else
-      expand<T, false>(y, p.R, stages, ring, bars, lane, 1,
-                       [&](uint32_t(&a)[4], int j) { z_fragment<T>(a, j, p, item.rows, reinterpret_cast<const int32_t*>(smem + at.owner), lane); });
+      expand<T, false>(y, p.R, stages, ring, bars, lane, 1, [&](uint32_t (&a)[4], int j) {
+        z_fragment<T>(a, j, p, item.rows, reinterpret_cast<const int32_t*>(smem + at.owner), lane);
+      });
     store_tile<T>(y, smem + at.staging, &maps.y, p, item.n0, item.rows.position, item.rows.group, lane);
   }
   if (me.warp == 0 && me.lane == 0) bulk_wait<0>();
@@ -278,7 +323,8 @@ MOLE_DEVICE void persistent_kernel(const Maps& maps, const Params& p) {
     }
     fence_mbarrier_init();
   }
-  fill_owners(reinterpret_cast<int32_t*>(smem + at.owner), p, p.slices * p.slice + LOGITS, thread, 128 * (GROUPS + 1));
+  fill_owners(reinterpret_cast<int32_t*>(smem + at.owner), p, p.slices * p.slice + LOGITS, thread,
+              128 * (GROUPS + 1));
   __syncthreads();
   if (thread < 128) {
     registers_decrease<40>();

@@ -19,7 +19,8 @@ MOLE_DEVICE float number(const Numbers& of, int64_t i) {
   return to_float(static_cast<const fp16*>(of.at)[i]);
 }
 
-// the set of a group; outside 0 … S−1 there is none: TMA then loads zeros for A and B, and nothing is added to the base
+// the set of a group; outside 0 … S−1 there is none: TMA then loads zeros for A and B, and nothing is added
+// to the base
 MOLE_DEVICE int set_of(const Params& p, int group) {
   if (p.assignment) return int(p.assignment[group]);
   return p.sets > 1 ? group : 0;
@@ -27,10 +28,10 @@ MOLE_DEVICE int set_of(const Params& p, int group) {
 
 // barriers of one CTA, in shared memory
 struct Barriers {
-  uint64_t full[8], empty[8];        // of each stage
-  uint64_t z_full[2], z_free[2];     // of each warp group's rows of z (cluster)
+  uint64_t full[8], empty[8];     // of each stage
+  uint64_t z_full[2], z_free[2];  // of each warp group's rows of z (cluster)
   uint64_t item_full[2], item_free[2];
-  int32_t item[2];                   // what to do next, from the producer (persistent)
+  int32_t item[2];  // what to do next, from the producer (persistent)
 };
 static_assert(sizeof(Barriers) <= 256);
 
@@ -43,16 +44,18 @@ struct Ring {
   }
 };
 
-// a thread's place in its warp group: accumulator i of m64nN lies at (row(i), column(i)) of the group's 64 rows
+// a thread's place in its warp group: accumulator i of m64nN lies at (row(i), column(i)) of the group's 64
+// rows
 struct Lane {
   int group, warp, lane;
-  MOLE_HOST_DEVICE explicit Lane(int thread) : group(thread / 128), warp(thread / 32 % 4), lane(thread % 32) {}
+  MOLE_HOST_DEVICE explicit Lane(int thread)
+      : group(thread / 128), warp(thread / 32 % 4), lane(thread % 32) {}
   MOLE_HOST_DEVICE int row(int i) const { return warp * 16 + lane / 4 + 8 * ((i >> 1) & 1); }
   MOLE_HOST_DEVICE int column(int i) const { return (i >> 2) * 8 + (lane % 4) * 2 + (i & 1); }
 };
 
-// the same lane, as far as the compiler knows a new one: what is derived from it is computed where it is used, not kept in registers
-// through the main loop
+// the same lane, as far as the compiler knows a new one: what is derived from it is computed where it is
+// used, not kept in registers through the main loop
 MOLE_DEVICE Lane fresh(Lane me) {
 #ifndef MOLE_EMULATE
   asm volatile("" : "+r"(me.lane), "+r"(me.warp), "+r"(me.group));
@@ -60,7 +63,8 @@ MOLE_DEVICE Lane fresh(Lane me) {
   return me;
 }
 
-// every warp says for itself that it has read a stage; in a cluster to every CTA whose producer writes into it
+// every warp says for itself that it has read a stage; in a cluster to every CTA whose producer writes into
+// it
 template <bool CLUSTER>
 MOLE_DEVICE void release_stage(uint64_t* empty, const Lane& me, int cluster) {
   if constexpr (CLUSTER) {
@@ -78,9 +82,10 @@ MOLE_DEVICE void wait_stage(uint64_t* empty, uint32_t parity) {
     mbarrier_wait(empty, parity);
 }
 
-// The tiles of W, A and B, each the right operand of a product over the rows of a stage. Forward: K-major, a row of 128 bytes for each
-// output. Backward: output-major, boxes of 32 outputs, in each a row of 64 bytes for every index summed over (64-byte swizzle; 160 columns
-// are five boxes where the 128-byte swizzle would want three of 64)
+// The tiles of W, A and B, each the right operand of a product over the rows of a stage. Forward: K-major, a
+// row of 128 bytes for each output. Backward: output-major, boxes of 32 outputs, in each a row of 64 bytes
+// for every index summed over (64-byte swizzle; 160 columns are five boxes where the 128-byte swizzle would
+// want three of 64)
 template <bool BACK>
 MOLE_DEVICE uint64_t right_operand(const void* p, int depth) {
   if constexpr (BACK) return wgmma_descriptor<Swizzle::B64>(p, depth * BOX * 2, 8 * BOX * 2);
@@ -94,9 +99,16 @@ constexpr int RIGHT_STEP = BACK ? 16 * BOX * 2 : 32;
 template <bool BACK>
 constexpr Major RIGHT_MAJOR = BACK ? Major::MN : Major::K;
 
-// one tile of W, A or B: `depth` of what is summed over from `inner` on, `columns` outputs (backward) from `outer` on
+// one tile of W, A or B: `depth` of what is summed over from `inner` on, `columns` outputs (backward) from
+// `outer` on
 template <bool BACK>
-MOLE_DEVICE void load_right(unsigned char* at, const CUtensorMap* map, uint64_t* full, int inner, int outer, int slab, int columns = 0,
+MOLE_DEVICE void load_right(unsigned char* at,
+                            const CUtensorMap* map,
+                            uint64_t* full,
+                            int inner,
+                            int outer,
+                            int slab,
+                            int columns = 0,
                             int depth = DEPTH) {
   if constexpr (BACK) {
     for (int c = 0; c < columns; c += BOX) tma_load_3d(at + c * depth * 2, map, full, outer + c, inner, slab);
@@ -114,21 +126,34 @@ struct Stages {
 
 // acc [64,N] (+)= this warp group's rows of x times the rows of W in one stage, as a group of wgmma in flight
 template <class T, int REGS, bool BACK>
-MOLE_DEVICE void multiply_stage(float (&acc)[REGS], const Stages<BACK>& stages, const Ring& ring, Barriers& bars, const Lane& me, bool add) {
+MOLE_DEVICE void multiply_stage(float (&acc)[REGS],
+                                const Stages<BACK>& stages,
+                                const Ring& ring,
+                                Barriers& bars,
+                                const Lane& me,
+                                bool add) {
   mbarrier_wait(&bars.full[ring.slot], ring.phase);
   const unsigned char* stage = stages.at + ring.slot * stages.bytes;
-  const uint64_t x = wgmma_descriptor_k128(stage + me.group * 64 * ROW_BYTES), w = right_operand<BACK>(stage + stages.x_bytes, DEPTH);
+  const uint64_t x = wgmma_descriptor_k128(stage + me.group * 64 * ROW_BYTES),
+                 w = right_operand<BACK>(stage + stages.x_bytes, DEPTH);
   wgmma_fence();
 #pragma unroll
   for (int kk = 0; kk < DEPTH / 16; ++kk)
-    wgmma<T, Major::K, RIGHT_MAJOR<BACK>>(acc, wgmma_advance(x, kk * 32), wgmma_advance(w, kk * RIGHT_STEP<BACK>), add || kk > 0);
+    wgmma<T, Major::K, RIGHT_MAJOR<BACK>>(acc, wgmma_advance(x, kk * 32),
+                                          wgmma_advance(w, kk * RIGHT_STEP<BACK>), add || kk > 0);
   wgmma_commit();
 }
 
-// acc [64,N] = x_tile · (rows of W)ᵀ over `steps` ≥ 1 stages; a stage is released while the next is being multiplied.
-// The first step stands before the loop: with a branch inside, ptxas would run the products one after another.
+// acc [64,N] = x_tile · (rows of W)ᵀ over `steps` ≥ 1 stages; a stage is released while the next is being
+// multiplied. The first step stands before the loop: with a branch inside, ptxas would run the products one
+// after another.
 template <class T, bool CLUSTER, int REGS, bool BACK>
-MOLE_DEVICE void base_product(float (&acc)[REGS], const Stages<BACK>& stages, int steps, Ring& ring, Barriers& bars, const Lane& me,
+MOLE_DEVICE void base_product(float (&acc)[REGS],
+                              const Stages<BACK>& stages,
+                              int steps,
+                              Ring& ring,
+                              Barriers& bars,
+                              const Lane& me,
                               int cluster) {
   wgmma_hold(acc);
   multiply_stage<T>(acc, stages, ring, bars, me, false);
@@ -148,13 +173,19 @@ MOLE_DEVICE void base_product(float (&acc)[REGS], const Stages<BACK>& stages, in
 
 // acc [64,N] += 16·STEPS columns of z, A operands in registers, times the same columns of B in the next stage
 template <class T, bool CLUSTER, int STEPS, int REGS, bool BACK>
-MOLE_DEVICE void expand_step(float (&acc)[REGS], const uint32_t (&a)[STEPS][4], const Stages<BACK>& stages, Ring& ring, Barriers& bars,
-                             const Lane& me, int cluster) {
+MOLE_DEVICE void expand_step(float (&acc)[REGS],
+                             const uint32_t (&a)[STEPS][4],
+                             const Stages<BACK>& stages,
+                             Ring& ring,
+                             Barriers& bars,
+                             const Lane& me,
+                             int cluster) {
   mbarrier_wait(&bars.full[ring.slot], ring.phase);
   const uint64_t up = right_operand<BACK>(stages.at + ring.slot * stages.bytes + stages.x_bytes, 16 * STEPS);
   wgmma_fence(acc);
 #pragma unroll
-  for (int kk = 0; kk < STEPS; ++kk) wgmma<T, RIGHT_MAJOR<BACK>>(acc, a[kk], wgmma_advance(up, kk * RIGHT_STEP<BACK>));
+  for (int kk = 0; kk < STEPS; ++kk)
+    wgmma<T, RIGHT_MAJOR<BACK>>(acc, a[kk], wgmma_advance(up, kk * RIGHT_STEP<BACK>));
   wgmma_commit();
   wgmma_wait<0>();
   wgmma_hold(acc);
@@ -164,7 +195,13 @@ MOLE_DEVICE void expand_step(float (&acc)[REGS], const uint32_t (&a)[STEPS][4], 
 
 // acc [64,N] += z · Bᵀ; fragment(a, j) fills z's columns 16j … 16j+15 as an A operand
 template <class T, bool CLUSTER, int REGS, bool BACK, class Fragment>
-MOLE_DEVICE void expand(float (&acc)[REGS], int rank, const Stages<BACK>& stages, Ring& ring, Barriers& bars, const Lane& me, int cluster,
+MOLE_DEVICE void expand(float (&acc)[REGS],
+                        int rank,
+                        const Stages<BACK>& stages,
+                        Ring& ring,
+                        Barriers& bars,
+                        const Lane& me,
+                        int cluster,
                         Fragment fragment) {
   for (int r = 0; r < rank; r += DEPTH) {
     uint32_t a[DEPTH / 16][4];
@@ -177,9 +214,15 @@ MOLE_DEVICE void expand(float (&acc)[REGS], int rank, const Stages<BACK>& stages
   }
 }
 
-// the same with z in the registers that h was accumulated in: an accumulator of 16 columns is an A operand but for its rounding
+// the same with z in the registers that h was accumulated in: an accumulator of 16 columns is an A operand
+// but for its rounding
 template <class T, int REGS, int H, bool BACK>
-MOLE_DEVICE void expand_registers(float (&acc)[REGS], const float (&z)[H], int rank, const Stages<BACK>& stages, Ring& ring, Barriers& bars,
+MOLE_DEVICE void expand_registers(float (&acc)[REGS],
+                                  const float (&z)[H],
+                                  int rank,
+                                  const Stages<BACK>& stages,
+                                  Ring& ring,
+                                  Barriers& bars,
                                   const Lane& me) {
 #pragma unroll
   for (int r = 0; r < 2 * H; r += DEPTH) {
@@ -196,9 +239,16 @@ MOLE_DEVICE void expand_registers(float (&acc)[REGS], const float (&z)[H], int r
   }
 }
 
-// y tile: bias added, rounded, staged in boxes of 32 columns (64-byte swizzle: no bank conflict), stored by TMA; overlaps what follows
+// y tile: bias added, rounded, staged in boxes of 32 columns (64-byte swizzle: no bank conflict), stored by
+// TMA; overlaps what follows
 template <class T, int REGS>
-MOLE_DEVICE void store_tile(const float (&acc)[REGS], unsigned char* staging, const CUtensorMap* y, const Params& p, int n0, int position, int group,
+MOLE_DEVICE void store_tile(const float (&acc)[REGS],
+                            unsigned char* staging,
+                            const CUtensorMap* y,
+                            const Params& p,
+                            int n0,
+                            int position,
+                            int group,
                             const Lane& me) {
   constexpr int N = 2 * REGS;
   unsigned char* mine = staging + me.group * 64 * N * 2;
@@ -209,8 +259,10 @@ MOLE_DEVICE void store_tile(const float (&acc)[REGS], unsigned char* staging, co
   for (int i = 0; i < N / 2; i += 2) {
     const int row = me.row(i), column = me.column(i), n = n0 + column;
     // N is a multiple of 8: both columns are inside, or neither
-    const uint32_t b = p.bias && n < p.N ? *reinterpret_cast<const uint32_t*>(static_cast<const char*>(p.bias) + n * 2) : 0u;
-    const uint32_t offset = column / 32 * (64 * 64) + row * 64 + ((column % 32 / 8) ^ ((row >> 1) & 3)) * 16 + column % 8 * 2;
+    const uint32_t b =
+        p.bias && n < p.N ? *reinterpret_cast<const uint32_t*>(static_cast<const char*>(p.bias) + n * 2) : 0u;
+    const uint32_t offset =
+        column / 32 * (64 * 64) + row * 64 + ((column % 32 / 8) ^ ((row >> 1) & 3)) * 16 + column % 8 * 2;
     *reinterpret_cast<uint32_t*>(mine + offset) = pack2<T>(acc[i] + low_of<T>(b), acc[i + 1] + high_of<T>(b));
   }
   fence_proxy_async_shared();

@@ -1,4 +1,5 @@
-// What a launch of an sm_90 kernel is told: sizes, tile, pointers. Plain data, the same for nvcc, the host compiler and the emulator.
+// What a launch of an sm_90 kernel is told: sizes, tile, pointers. Plain data, the same for nvcc, the host
+// compiler and the emulator.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,8 @@ constexpr int DEPTH = 64;
 constexpr int ROW_BYTES = 128;
 // rows of phi that ride along with A's: the eight columns of the narrowest wgmma
 constexpr int LOGITS = 8;
-// backward: columns of an output-major tile that one copy brings, rows of 64 bytes; rows of phi in its stage, the depth of one wgmma
+// backward: columns of an output-major tile that one copy brings, rows of 64 bytes; rows of phi in its stage,
+// the depth of one wgmma
 constexpr int BOX = 32, LOGIT_DEPTH = 16;
 
 // columns of an output-major tile as they lie in shared memory: whole boxes
@@ -30,32 +32,34 @@ struct Numbers {
   Kind kind;
 };
 
-// In the backward the roles are swapped: x is dY, K its columns, N those of dX; down is B and up is A, so that h is V = dY·B.
-// row tiles do not straddle groups: samples, where each has its own experts or pooled gate, else the whole batch is one group
+// In the backward the roles are swapped: x is dY, K its columns, N those of dX; down is B and up is A, so
+// that h is V = dY·B. row tiles do not straddle groups: samples, where each has its own experts or pooled
+// gate, else the whole batch is one group
 struct Params {
   int32_t T, N, K, R, E;
-  int32_t span, groups;         // rows of a group
-  int32_t row_tiles;            // of one group
-  int32_t column_tiles;         // of y
-  int32_t slice, slices;        // columns of h in one tile of h, and how many of those
-  int32_t sets;                 // S of down and up: one for all groups, or each its own
-  const int64_t* assignment;    // [groups] the set of each group, anything outside 0 … S−1 for none; null: as `sets` says
+  int32_t span, groups;   // rows of a group
+  int32_t row_tiles;      // of one group
+  int32_t column_tiles;   // of y
+  int32_t slice, slices;  // columns of h in one tile of h, and how many of those
+  int32_t sets;           // S of down and up: one for all groups, or each its own
+  const int64_t*
+      assignment;  // [groups] the set of each group, anything outside 0 … S−1 for none; null: as `sets` says
   int32_t token, pooled, save;  // gates present; h wanted
-  int32_t top_k;                // 0: the token gate is a sigmoid; else a softmax over each row's k largest logits
+  int32_t top_k;  // 0: the token gate is a sigmoid; else a softmax over each row's k largest logits
   int32_t stages;
-  const void* bias;             // [N] in the layer's dtype, or null
+  const void* bias;  // [N] in the layer's dtype, or null
   Numbers scale, gate, phi_bias, pool, pool_bias;
   int64_t gate_b, gate_t, gate_e;  // strides of the given gate, 0 where it is broadcast
   int64_t pool_set;                // elements from one sample's pool to the next
   void* h;                         // [M,R] ungated, in the layer's dtype; backward: as the forward saved it
   float* token_gate;               // [M,E]; backward: as the forward saved it
   void* dh;                        // backward: [M,R] γ ⊙ V in the layer's dtype, or null (not in persistent)
-  float* d;                        // backward: [slices,M,E] shares of D = Σ V·h over an expert's columns, or null
-  float* sample_gate;              // [B,E]
-  float* z;                        // workspace [M,R]: gated h (persistent)
-  float* parts;                    // workspace [groups, row_tiles, slices, warp groups, E]: shares of the pooled logits
-  uint32_t* flags;                  // zeros, and left as zeros: see `Flags`
-  int32_t first[MOST_EXPERTS + 1]; // first rank column of each expert, then R
+  float* d;            // backward: [slices,M,E] shares of D = Σ V·h over an expert's columns, or null
+  float* sample_gate;  // [B,E]
+  float* z;            // workspace [M,R]: gated h (persistent)
+  float* parts;        // workspace [groups, row_tiles, slices, warp groups, E]: shares of the pooled logits
+  uint32_t* flags;     // zeros, and left as zeros: see `Flags`
+  int32_t first[MOST_EXPERTS + 1];  // first rank column of each expert, then R
 };
 
 // where a launch's counters lie in `flags`
@@ -65,7 +69,9 @@ struct Flags {
   MOLE_BOTH static constexpr int left() { return 1; }
   MOLE_BOTH constexpr int arrived(int group) const { return 2 + group; }
   MOLE_BOTH constexpr int gate_ready(int group) const { return 2 + groups + group; }
-  MOLE_BOTH constexpr int rows_ready(int group, int tile) const { return 2 + 2 * groups + group * row_tiles + tile; }
+  MOLE_BOTH constexpr int rows_ready(int group, int tile) const {
+    return 2 + 2 * groups + group * row_tiles + tile;
+  }
   MOLE_BOTH constexpr int count() const { return 2 + 2 * groups + groups * row_tiles; }
 };
 
@@ -74,10 +80,11 @@ struct Shared {
   int stage, staging, z, z_pitch, parts, gamma, sums, owner, barriers, total;
 };
 
-// a stage holds `rows` of x and `loaded` rows of W (or of A, or both stacked); z_columns: of a tile of z to exchange, or 0;
-// h_columns: of a tile of h, R padded: of all of them; parts: shares of D of one row, floats (backward with a token gate)
-MOLE_BOTH constexpr Shared shared_layout(int rows, int columns, int loaded, int stages, int z_columns, int h_columns, int padded,
-                                         int parts = 0) {
+// a stage holds `rows` of x and `loaded` rows of W (or of A, or both stacked); z_columns: of a tile of z to
+// exchange, or 0; h_columns: of a tile of h, R padded: of all of them; parts: shares of D of one row, floats
+// (backward with a token gate)
+MOLE_BOTH constexpr Shared shared_layout(
+    int rows, int columns, int loaded, int stages, int z_columns, int h_columns, int padded, int parts = 0) {
   Shared s{};
   s.stage = (rows + loaded) * ROW_BYTES;
   s.staging = stages * s.stage;

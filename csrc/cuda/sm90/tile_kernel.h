@@ -1,13 +1,17 @@
-// `cluster` and `recompute`: every CTA makes its tile of y and, stacked under W's rows in the same wgmma, columns of h.
+// `cluster` and `recompute`: every CTA makes its tile of y and, stacked under W's rows in the same wgmma,
+// columns of h.
 //
 // recompute  all columns of h; gated in registers, they are the A operand of the expand
-// cluster    1/c of them: the CTAs of a cluster lie along N, share their tile of x by multicast, and hand one another gated
-//            16-bit slices through distributed shared memory, so that each gate is applied once for each cluster
+// cluster    1/c of them: the CTAs of a cluster lie along N, share their tile of x by multicast, and hand one
+// another gated
+//            16-bit slices through distributed shared memory, so that each gate is applied once for each
+//            cluster
 //
-// BACK: dX by the same kernel with its roles swapped. No logits are made; the CTAs hand one another their shares of D with their slices of
-// dh, and dlogit·Φ is one more step of the expand.
+// BACK: dX by the same kernel with its roles swapped. No logits are made; the CTAs hand one another their
+// shares of D with their slices of dh, and dlogit·Φ is one more step of the expand.
 //
-// One warp loads, each of `GROUPS` warp groups owns 64 rows. See docs/kernels/sm90.md for the hand-overs and what could go wrong.
+// One warp loads, each of `GROUPS` warp groups owns 64 rows. See docs/kernels/sm90.md for the hand-overs and
+// what could go wrong.
 #pragma once
 
 #include "backward.h"
@@ -35,14 +39,23 @@ MOLE_DEVICE void prefetch_maps(const Maps& maps) {
   for (const CUtensorMap* map : {&maps.x, &maps.w, &maps.down, &maps.up, &maps.y}) tma_prefetch(map);
 }
 
-// what one thread does: x, W, A and phi for each 64 columns of K, then B for each 64 rank columns. NX rows of B more than y's columns:
-// the expand then has the base's n, and ptxas need not find room for accumulators of two sizes (it does not: C7511). Nobody reads them
+// what one thread does: x, W, A and phi for each 64 columns of K, then B for each 64 rank columns. NX rows of
+// B more than y's columns: the expand then has the base's n, and ptxas need not find room for accumulators of
+// two sizes (it does not: C7511). Nobody reads them
 template <int BM, int BN, int NX, bool CLUSTER, bool BACK>
-MOLE_DEVICE void produce_tiles(const Maps& maps, const Params& p, unsigned char* smem, const Shared& at, Barriers& bars, int cluster,
-                               int rank, int items, int stride) {
+MOLE_DEVICE void produce_tiles(const Maps& maps,
+                               const Params& p,
+                               unsigned char* smem,
+                               const Shared& at,
+                               Barriers& bars,
+                               int cluster,
+                               int rank,
+                               int items,
+                               int stride) {
   Ring ring;
   constexpr int ALL = BACK ? BN + boxed(NX) : BN + NX;
-  const uint32_t bytes = BACK ? (BM + ALL) * ROW_BYTES : (BM + BN + p.slice + (p.token ? LOGITS : 0)) * ROW_BYTES;
+  const uint32_t bytes =
+      BACK ? (BM + ALL) * ROW_BYTES : (BM + BN + p.slice + (p.token ? LOGITS : 0)) * ROW_BYTES;
   const int part = BM / cluster;
   const uint16_t everyone = uint16_t((1u << cluster) - 1);
   for (int i = int(blockIdx.x) / cluster; i < items; i += stride) {
@@ -54,7 +67,8 @@ MOLE_DEVICE void produce_tiles(const Maps& maps, const Params& p, unsigned char*
       unsigned char* stage = smem + ring.slot * at.stage;
       unsigned char* w = stage + BM * ROW_BYTES;
       if (CLUSTER)
-        tma_load_3d_multicast(stage + rank * part * ROW_BYTES, &maps.x, full, k, item.rows.position + rank * part, item.rows.group, everyone);
+        tma_load_3d_multicast(stage + rank * part * ROW_BYTES, &maps.x, full, k,
+                              item.rows.position + rank * part, item.rows.group, everyone);
       else
         tma_load_3d(stage, &maps.x, full, k, item.rows.position, item.rows.group);
       load_right<BACK>(w, &maps.w, full, k, item.n0, 0, BN);
@@ -65,13 +79,15 @@ MOLE_DEVICE void produce_tiles(const Maps& maps, const Params& p, unsigned char*
     for (int r = 0; r < p.R; r += DEPTH) {
       wait_stage<CLUSTER>(&bars.empty[ring.slot], ring.phase ^ 1);
       mbarrier_arrive_expect_tx(&bars.full[ring.slot], ALL * ROW_BYTES);
-      load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.up, &bars.full[ring.slot], r, item.n0, item.set, ALL);
+      load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.up, &bars.full[ring.slot], r,
+                       item.n0, item.set, ALL);
       ring.advance(p.stages);
     }
     if (BACK && p.token) {
       wait_stage<CLUSTER>(&bars.empty[ring.slot], ring.phase ^ 1);
       mbarrier_arrive_expect_tx(&bars.full[ring.slot], ALL * LOGIT_DEPTH * 2);
-      load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.phi, &bars.full[ring.slot], 0, item.n0, 0, ALL, LOGIT_DEPTH);
+      load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.phi, &bars.full[ring.slot], 0,
+                       item.n0, 0, ALL, LOGIT_DEPTH);
       ring.advance(p.stages);
     }
   }
@@ -79,8 +95,14 @@ MOLE_DEVICE void produce_tiles(const Maps& maps, const Params& p, unsigned char*
 
 // the pooled gate: this tile's share of the logits goes out, and the sample's gate comes back
 template <int GROUPS, int H>
-MOLE_DEVICE void await_sample_gate(const float (&h)[H], const Params& p, unsigned char* smem, const Shared& at, const Item& item,
-                                   const Lane& me, int cluster, int rank) {
+MOLE_DEVICE void await_sample_gate(const float (&h)[H],
+                                   const Params& p,
+                                   unsigned char* smem,
+                                   const Shared& at,
+                                   const Item& item,
+                                   const Lane& me,
+                                   int cluster,
+                                   int rank) {
   const Flags flags{p.groups, p.row_tiles};
   if (item.first) {
     const int shares = p.row_tiles * cluster * GROUPS;
@@ -94,13 +116,22 @@ MOLE_DEVICE void await_sample_gate(const float (&h)[H], const Params& p, unsigne
 }
 
 // the peers have read what the last tile left in their z
-MOLE_DEVICE void await_free_z(Barriers& bars, const Lane& me, uint32_t phase) { mbarrier_wait_cluster(&bars.z_free[me.group], phase ^ 1); }
+MOLE_DEVICE void await_free_z(Barriers& bars, const Lane& me, uint32_t phase) {
+  mbarrier_wait_cluster(&bars.z_free[me.group], phase ^ 1);
+}
 
-// this CTA's shares of D -> global memory, once for each row tile, and with a token gate the `parts` [cluster,BM,E] of every CTA
+// this CTA's shares of D -> global memory, once for each row tile, and with a token gate the `parts`
+// [cluster,BM,E] of every CTA
 template <class T, int BM, bool CLUSTER, int H>
-MOLE_DEVICE void give_shares(const float (&v)[H], const Params& p, float* parts, const Item& item, const Lane& me, int cluster, int rank) {
+MOLE_DEVICE void give_shares(const float (&v)[H],
+                             const Params& p,
+                             float* parts,
+                             const Item& item,
+                             const Lane& me,
+                             int cluster,
+                             int rank) {
   if (!p.d && !p.token) return;
-  shares_of_d<T>(v, p, item.rows, me, rank * p.slice, [&](int e, const float(&sums)[2]) {
+  shares_of_d<T>(v, p, item.rows, me, rank * p.slice, [&](int e, const float (&sums)[2]) {
     if (item.first && p.d) save_share(sums, p, item.rows, me, rank, e);
     if (!p.token) return;
 #pragma unroll
@@ -118,15 +149,23 @@ MOLE_DEVICE void give_shares(const float (&v)[H], const Params& p, float* parts,
 
 // gated slice -> the z tile of every CTA of the cluster; then this CTA's z is whole
 template <class T, int H>
-MOLE_DEVICE void exchange(const float (&h)[H], const Params& p, unsigned char* z, int pitch, Barriers& bars, const Lane& me, int cluster,
-                          int rank, uint32_t phase) {
+MOLE_DEVICE void exchange(const float (&h)[H],
+                          const Params& p,
+                          unsigned char* z,
+                          int pitch,
+                          Barriers& bars,
+                          const Lane& me,
+                          int cluster,
+                          int rank,
+                          uint32_t phase) {
   for (int to = 0; to < cluster; ++to) {
     const uint32_t base = cluster_map(z, to);
 #pragma unroll
     for (int i = 0; i < H; i += 2) {
       const int column = me.column(i);
       if (column < p.slice)
-        st_cluster(base + (me.group * 64 + me.row(i)) * pitch + (rank * p.slice + column) * 2, pack2<T>(h[i], h[i + 1]));
+        st_cluster(base + (me.group * 64 + me.row(i)) * pitch + (rank * p.slice + column) * 2,
+                   pack2<T>(h[i], h[i + 1]));
     }
   }
   named_barrier_sync(1 + me.group, 128);
@@ -136,8 +175,15 @@ MOLE_DEVICE void exchange(const float (&h)[H], const Params& p, unsigned char* z
 
 // acc += dlogit·Φ in the last stage of a tile
 template <class T, int BM, bool CLUSTER, int REGS, bool BACK>
-MOLE_DEVICE void add_logits(float (&acc)[REGS], const Params& p, const float* parts, const Item& item, const Stages<BACK>& stages, Ring& ring,
-                            Barriers& bars, const Lane& me, int cluster) {
+MOLE_DEVICE void add_logits(float (&acc)[REGS],
+                            const Params& p,
+                            const float* parts,
+                            const Item& item,
+                            const Stages<BACK>& stages,
+                            Ring& ring,
+                            Barriers& bars,
+                            const Lane& me,
+                            int cluster) {
   uint32_t a[1][4];
   logit_fragment<T>(a, p, item.rows, me, [&](int row, int64_t, int e) {
     float sum = 0;
@@ -148,13 +194,22 @@ MOLE_DEVICE void add_logits(float (&acc)[REGS], const Params& p, const float* pa
 }
 
 template <class T, int GROUPS, int BN, int NX, bool CLUSTER, bool BACK>
-MOLE_DEVICE void consume_tiles(const Maps& maps, const Params& p, unsigned char* smem, const Shared& at, Barriers& bars, const Lane& me,
-                               int cluster, int rank, int items, int stride) {
+MOLE_DEVICE void consume_tiles(const Maps& maps,
+                               const Params& p,
+                               unsigned char* smem,
+                               const Shared& at,
+                               Barriers& bars,
+                               const Lane& me,
+                               int cluster,
+                               int rank,
+                               int items,
+                               int stride) {
   constexpr int BM = 64 * GROUPS;
   const Stages<BACK> stages{smem, at.stage, BM * ROW_BYTES, p.stages};
   Ring ring;
   uint32_t z_phase = 0;
-  float *gamma = reinterpret_cast<float*>(smem + at.gamma), *parts = reinterpret_cast<float*>(smem + at.parts);
+  float *gamma = reinterpret_cast<float*>(smem + at.gamma),
+        *parts = reinterpret_cast<float*>(smem + at.parts);
   const int32_t* owner = reinterpret_cast<const int32_t*>(smem + at.owner);
   for (int i = int(blockIdx.x) / cluster; i < items; i += stride) {
     Item item = tile_item<BM, BN>(p, i, cluster, rank);
@@ -162,7 +217,8 @@ MOLE_DEVICE void consume_tiles(const Maps& maps, const Params& p, unsigned char*
     float acc[(BN + NX) / 2];
     base_product<T, CLUSTER>(acc, stages, (p.K + DEPTH - 1) / DEPTH, ring, bars, me, cluster);
     const Lane lane = fresh(me);
-    // a copy: were h gated in place, ptxas would move accumulators about and run the products one after another
+    // a copy: were h gated in place, ptxas would move accumulators about and run the products one after
+    // another
     float h[NX / 2];
 #pragma unroll
     for (int j = 0; j < NX / 2; ++j) h[j] = acc[BN / 2 + j];
@@ -181,8 +237,9 @@ MOLE_DEVICE void consume_tiles(const Maps& maps, const Params& p, unsigned char*
       unsigned char* z = smem + at.z;
       exchange<T>(h, p, z, at.z_pitch, bars, lane, cluster, rank, z_phase);
       const unsigned char* row = z + (lane.group * 64 + lane.row(0)) * at.z_pitch + lane.lane % 4 * 4;
-      expand<T, true>(acc, p.R, stages, ring, bars, lane, cluster, [&](uint32_t(&a)[4], int j) {
-        for (int q = 0; q < 4; ++q) a[q] = *reinterpret_cast<const uint32_t*>(row + q % 2 * 8 * at.z_pitch + (j * 16 + q / 2 * 8) * 2);
+      expand<T, true>(acc, p.R, stages, ring, bars, lane, cluster, [&](uint32_t (&a)[4], int j) {
+        for (int q = 0; q < 4; ++q)
+          a[q] = *reinterpret_cast<const uint32_t*>(row + q % 2 * 8 * at.z_pitch + (j * 16 + q / 2 * 8) * 2);
       });
       if constexpr (BACK) {
         if (p.token) add_logits<T, BM, CLUSTER>(acc, p, parts, item, stages, ring, bars, lane, cluster);
@@ -196,7 +253,7 @@ MOLE_DEVICE void consume_tiles(const Maps& maps, const Params& p, unsigned char*
         if (p.token) add_logits<T, BM, CLUSTER>(acc, p, parts, item, stages, ring, bars, lane, 1);
       }
     }
-    const float(&y)[BN / 2] = reinterpret_cast<const float(&)[BN / 2]>(acc);
+    const float (&y)[BN / 2] = reinterpret_cast<const float (&)[BN / 2]>(acc);
     store_tile<T>(y, smem + at.staging, &maps.y, p, item.n0, item.rows.position, item.rows.group, lane);
   }
   if (me.warp == 0 && me.lane == 0) bulk_wait<0>();
@@ -209,8 +266,9 @@ MOLE_DEVICE void tile_kernel(const Maps& maps, const Params& p) {
   const int cluster = CLUSTER ? int(cluster_size()) : 1, rank = CLUSTER ? int(cluster_rank()) : 0;
   unsigned char* smem = dynamic_smem();
   static_assert(!BACK || BN % BOX == 0, "V's boxes follow W's");
-  const Shared at = shared_layout(BM, BN, BN + (BACK ? boxed(NX) : NX), p.stages, CLUSTER ? p.slices * p.slice : 0, NX,
-                                  p.slices * p.slice + LOGITS, BACK && p.token ? cluster * p.E : 0);
+  const Shared at =
+      shared_layout(BM, BN, BN + (BACK ? boxed(NX) : NX), p.stages, CLUSTER ? p.slices * p.slice : 0, NX,
+                    p.slices * p.slice + LOGITS, BACK && p.token ? cluster * p.E : 0);
   Barriers& bars = *reinterpret_cast<Barriers*>(smem + at.barriers);
   const int thread = int(threadIdx.x);
   if (thread == 0) {
@@ -225,7 +283,8 @@ MOLE_DEVICE void tile_kernel(const Maps& maps, const Params& p) {
     }
     fence_mbarrier_init();
   }
-  fill_owners(reinterpret_cast<int32_t*>(smem + at.owner), p, p.slices * p.slice + LOGITS, thread, 128 * (GROUPS + 1));
+  fill_owners(reinterpret_cast<int32_t*>(smem + at.owner), p, p.slices * p.slice + LOGITS, thread,
+              128 * (GROUPS + 1));
   if (CLUSTER)
     cluster_sync();
   else
@@ -234,12 +293,14 @@ MOLE_DEVICE void tile_kernel(const Maps& maps, const Params& p) {
   const int items = p.groups * p.row_tiles * across, stride = int(gridDim.x) / cluster;
   if (thread < 128) {
     registers_decrease<40>();
-    if (thread == 0) produce_tiles<BM, BN, NX, CLUSTER, BACK>(maps, p, smem, at, bars, cluster, rank, items, stride);
+    if (thread == 0)
+      produce_tiles<BM, BN, NX, CLUSTER, BACK>(maps, p, smem, at, bars, cluster, rank, items, stride);
     // whole warps come to the barriers below
     __syncwarp();
   } else {
     registers_increase<GROUPS == 1 ? 240 : 232>();
-    consume_tiles<T, GROUPS, BN, NX, CLUSTER, BACK>(maps, p, smem, at, bars, Lane(thread - 128), cluster, rank, items, stride);
+    consume_tiles<T, GROUPS, BN, NX, CLUSTER, BACK>(maps, p, smem, at, bars, Lane(thread - 128), cluster,
+                                                    rank, items, stride);
   }
   // no CTA may go while a peer still writes into it or announces something there
   if (CLUSTER)

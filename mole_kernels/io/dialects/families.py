@@ -1,4 +1,6 @@
-"""Which model a file was made for, as far as the names and widths of its layers tell: one family, several that share them, or none."""
+"""Which model a file was made for, as far as the names and widths of its layers tell: one family, several
+that share them, or none.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from mole_kernels.experts.lowrank import Expert, flatten, split_component
 
 
 class Family(NamedTuple):
-    """What a model is called, the diffusers pipeline that reads its files, and the widths that published models of it have."""
+    """What a model is called, the diffusers pipeline that reads its files, and the widths that published
+    models of it have.
+    """
 
     title: str
     pipeline: str | None = None
@@ -18,7 +22,17 @@ class Family(NamedTuple):
 
 
 UNET, SD1, SD2, SDXL = "sd", "sd1", "sd2", "sdxl"
-FLUX1, FLUX2, SD3, QWEN, ZIMAGE, LUMINA, WAN, HUNYUAN, TEXT = "flux1", "flux2", "sd3", "qwen", "zimage", "lumina2", "wan", "hunyuan", "text"
+FLUX1, FLUX2, SD3, QWEN, ZIMAGE, LUMINA, WAN, HUNYUAN, TEXT = (
+    "flux1",
+    "flux2",
+    "sd3",
+    "qwen",
+    "zimage",
+    "lumina2",
+    "wan",
+    "hunyuan",
+    "text",
+)
 FAMILIES: dict[str, Family] = {
     UNET: Family("Stable Diffusion 1 or 2 UNet", "StableDiffusionPipeline"),
     SD1: Family("Stable Diffusion 1 UNet", "StableDiffusionPipeline"),
@@ -39,12 +53,21 @@ UNETS = frozenset({UNET, SD1, SD2, SDXL})
 
 # a part of a flat name -> the families whose layers are called so; of one name the first that fits counts
 SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (r"(?:down|up)_blocks_\d+_(?:attentions|resnets|(?:down|up)samplers)|mid_block_(?:attentions|resnets)", (UNET,)),
+    (
+        r"(?:down|up)_blocks_\d+_(?:attentions|resnets|(?:down|up)samplers)|mid_block_(?:attentions|resnets)",
+        (UNET,),
+    ),
     (r"(?:input|output)_blocks_\d+_|middle_block_\d+_|label_emb_", (UNET,)),
     (r"single_transformer_blocks_\d+_attn_to_(?:qkv_mlp_proj|out)|_stream_modulation", (FLUX2,)),
     (r"(?:\A|_)transformer_blocks_\d+_ff(?:_context)?_linear_", (FLUX2,)),
-    (r"single_transformer_blocks_\d+_|(?:double|single)_blocks_\d+_(?:\w+_mod_lin|modulation_lin|processor)(?:_|\Z)", (FLUX1,)),
-    (r"(?:double|single)_blocks_\d+_(?:(?:img|txt)_(?:mod_linear|mlp_fc)|modulation_linear)|individual_token_refiner", (HUNYUAN,)),
+    (
+        r"single_transformer_blocks_\d+_|(?:double|single)_blocks_\d+_(?:\w+_mod_lin|modulation_lin|processor)(?:_|\Z)",
+        (FLUX1,),
+    ),
+    (
+        r"(?:double|single)_blocks_\d+_(?:(?:img|txt)_(?:mod_linear|mlp_fc)|modulation_linear)|individual_token_refiner",
+        (HUNYUAN,),
+    ),
     (r"double_blocks_\d+_(?:img|txt)_mlp_[02]", (FLUX1, FLUX2)),
     (r"(?:double|single)_blocks_\d+_", (FLUX1, FLUX2, HUNYUAN)),
     (r"(?:\A|_)transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)_", (QWEN,)),
@@ -52,8 +75,14 @@ SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(?:\A|_)transformer_blocks_\d+_(?:ff_context_net|norm1_context_linear)", (SD3, FLUX1)),
     (r"(?:\A|_)transformer_blocks_\d+_attn_(?:add_[qkv]_proj|to_add_out)", (SD3, FLUX1, FLUX2, QWEN)),
     (r"(?:layers|noise_refiner|context_refiner)_\d+_attention_to_", (ZIMAGE,)),
-    (r"(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward|adaLN_modulation)_", (ZIMAGE, LUMINA)),
-    (r"(?:\A|model_)blocks_\d+_(?:attn[12]_to_|ffn_net_|(?:self|cross)_attn_[qkvo](?:_img)?(?:_|\Z)|ffn_[02])", (WAN,)),
+    (
+        r"(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward|adaLN_modulation)_",
+        (ZIMAGE, LUMINA),
+    ),
+    (
+        r"(?:\A|model_)blocks_\d+_(?:attn[12]_to_|ffn_net_|(?:self|cross)_attn_[qkvo](?:_img)?(?:_|\Z)|ffn_[02])",
+        (WAN,),
+    ),
     (r"encoder_layers_\d+_self_attn|encoder_block_\d+_layer_|(?:\A|model_)layers_\d+_self_attn", (TEXT,)),
 )
 _SIGNS = tuple((re.compile(sign), families) for sign, families in SIGNS)
@@ -63,7 +92,8 @@ _TEXT_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}
 
 
 def families(layers: Mapping[str, int | None]) -> tuple[str, ...]:
-    """The families that every telling name and width allows; () where no name tells anything, or two contradict each other.
+    """The families that every telling name and width allows; () where no name tells anything, or two
+    contradict each other.
 
     layers  path -> K, the layer's inputs, or None where unknown. The component may stand before the path
     """
@@ -105,5 +135,7 @@ def _unet(layers: Mapping[str, int | None]) -> str:
     for path, K in layers.items():
         if flatten(path).endswith("attn2_to_k") and K in _TEXT_WIDTHS:
             return _TEXT_WIDTHS[K]
-    deep = any(re.search(r"transformer_blocks_[1-9]|label_emb_|add_embedding", flatten(path)) for path in layers)
+    deep = any(
+        re.search(r"transformer_blocks_[1-9]|label_emb_|add_embedding", flatten(path)) for path in layers
+    )
     return SDXL if deep else UNET

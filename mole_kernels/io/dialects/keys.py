@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from mole_kernels.errors import printable
 
-# ending of a key -> (half, the dialect it speaks); `*` stands for a PEFT adapter name. The first that fits counts.
+# ending of a key -> (half, the dialect it speaks); `*` stands for a PEFT adapter name. The first that fits
+# counts.
 ENDINGS: tuple[tuple[str, str, str], ...] = (
     (".lora_A.weight", "down", "diffusers"),
     (".lora_B.weight", "up", "diffusers"),
@@ -50,7 +51,10 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (r"\Anew_concept_embedding", "an embedding"),
 )
 
-_PATTERNS = tuple((re.compile(re.escape(end).replace(r"\*", r"[^.]+") + r"\Z"), half, dialect) for end, half, dialect in ENDINGS)
+_PATTERNS = tuple(
+    (re.compile(re.escape(end).replace(r"\*", r"[^.]+") + r"\Z"), half, dialect)
+    for end, half, dialect in ENDINGS
+)
 _UNSUPPORTED = tuple((re.compile(part), what) for part, what in UNSUPPORTED)
 
 
@@ -79,4 +83,6 @@ def unsupported(key: str) -> str | None:
 def some_keys(keys: Iterable[str], limit: int = 5) -> str:
     """The first few of many keys, quoted and safe to print, and how many more there are."""
     keys = list(keys)
-    return ", ".join(f"'{printable(key)}'" for key in keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+    return ", ".join(f"'{printable(key)}'" for key in keys[:limit]) + (
+        f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    )

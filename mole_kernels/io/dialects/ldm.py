@@ -1,6 +1,7 @@
 """SDXL in kohya files: the block names of the LDM code, and diffusers' names for the same blocks.
 
-LDM numbers its blocks through; diffusers counts resnets, attentions and samplers within each of its blocks. SDXL has three levels with
+LDM numbers its blocks through; diffusers counts resnets, attentions and samplers within each of its blocks.
+SDXL has three levels with
 two layers each on the way down and three on the way up. All names here are flat: dots are underscores.
 """
 
@@ -15,7 +16,11 @@ _STRIDE = LAYERS_PER_BLOCK + 1
 
 def _blocks() -> dict[str, str]:
     """Where each LDM block lies in diffusers' UNet (four levels, which covers SDXL and SD 1.x)."""
-    table = {"middle_block_0": "mid_block_resnets_0", "middle_block_1": "mid_block_attentions_0", "middle_block_2": "mid_block_resnets_1"}
+    table = {
+        "middle_block_0": "mid_block_resnets_0",
+        "middle_block_1": "mid_block_attentions_0",
+        "middle_block_2": "mid_block_resnets_1",
+    }
     for level in range(4):
         for layer in range(_STRIDE):
             down, up = 1 + level * _STRIDE + layer, level * _STRIDE + layer
@@ -44,7 +49,12 @@ EDGES = {
 }
 
 # inside a resnet
-RESNET = {"in_layers_2": "conv1", "out_layers_3": "conv2", "emb_layers_1": "time_emb_proj", "skip_connection": "conv_shortcut"}
+RESNET = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
 
 _LDM = re.compile(r"(?:(?:input|output)_blocks_\d+_\d+|middle_block_\d+)(?=_|\Z)")
 _DIFFUSERS = re.compile(r"(?:(?:down|up)_blocks_\d+|mid_block)_(?:resnets|attentions)_\d+(?=_|\Z)")

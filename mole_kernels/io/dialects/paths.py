@@ -1,4 +1,6 @@
-"""Module paths: flat names cut back into dots, old spellings brought up to date, and the prefixes of kohya and of PEFT."""
+"""Module paths: flat names cut back into dots, old spellings brought up to date, and the prefixes of kohya
+and of PEFT.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,52 @@ WRAPPERS = ("base_model.model.",)
 
 # parts of a module path that hold an underscore themselves; every other underscore of a flat name was a dot
 ATOMS = (
-    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out",
-    "to_qkv", "time_emb_proj", "time_embedding", "add_embedding", "linear_1", "linear_2", "conv_in", "conv_out", "conv_shortcut",
-    "text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "text_projection",
-)  # fmt: skip
+    "down_blocks",
+    "up_blocks",
+    "mid_block",
+    "transformer_blocks",
+    "proj_in",
+    "proj_out",
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out",
+    "to_qkv",
+    "time_emb_proj",
+    "time_embedding",
+    "add_embedding",
+    "linear_1",
+    "linear_2",
+    "conv_in",
+    "conv_out",
+    "conv_shortcut",
+    "text_model",
+    "self_attn",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "out_proj",
+    "text_projection",
+)
 WORDS = (
-    "attentions", "resnets", "downsamplers", "upsamplers", "attn1", "attn2", "ff", "net", "proj", "conv", "conv1", "conv2",
-    "encoder", "layers", "mlp", "fc1", "fc2",
-)  # fmt: skip
+    "attentions",
+    "resnets",
+    "downsamplers",
+    "upsamplers",
+    "attn1",
+    "attn2",
+    "ff",
+    "net",
+    "proj",
+    "conv",
+    "conv1",
+    "conv2",
+    "encoder",
+    "layers",
+    "mlp",
+    "fc1",
+    "fc2",
+)
 UNET_PARTS = (*ATOMS, *WORDS)
 
 # before PEFT, attention processors held the LoRA, under names of their own
@@ -47,7 +87,9 @@ def _token(parts: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def unflatten(flat: str, known: tuple[str, ...] = UNET_PARTS) -> str:
-    """down_blocks_0_attentions_1_proj_in -> down_blocks.0.attentions.1.proj_in; a name with an unknown part stays flat."""
+    """down_blocks_0_attentions_1_proj_in -> down_blocks.0.attentions.1.proj_in; a name with an unknown part
+    stays flat.
+    """
     token, parts, position = _token(known), [], 0
     while position < len(flat):
         match = token.match(flat, position)
@@ -67,7 +109,8 @@ def stayed_flat(path: str) -> bool:
 def module_path(module: str, dialect: str) -> tuple[str, str]:
     """(dotted path with its component, dialect) of a module as a key spells it.
 
-    dialect  what the key's ending says (`keys.ENDINGS`); the module's own spelling decides between kohya and Mix-of-Show
+    dialect  what the key's ending says (`keys.ENDINGS`); the module's own spelling decides between kohya and
+             Mix-of-Show
     """
     for prefix, component in KOHYA_PREFIXES.items():
         if module.startswith(prefix):
@@ -83,7 +126,9 @@ def module_path(module: str, dialect: str) -> tuple[str, str]:
 
 
 def _processor_path(module: str) -> tuple[str, str]:
-    """`….attn1.processor.to_q` and `….self_attn.to_q` of old diffusers; `….attn1.to_q`, `….to_out.0` of Mix-of-Show."""
+    """`….attn1.processor.to_q` and `….self_attn.to_q` of old diffusers; `….attn1.to_q`, `….to_out.0` of
+    Mix-of-Show.
+    """
     head, dot, last = module.rpartition(".")
     old = head.endswith(".processor")
     text = head.endswith(".self_attn")
@@ -93,12 +138,19 @@ def _processor_path(module: str) -> tuple[str, str]:
 
 
 def looks_like_sdxl(paths: Iterable[str]) -> bool:
-    """SDXL's transformers are deeper than one block, and it has two text encoders; SD 1.x and 2.x have neither."""
-    return any(path.startswith("text_encoder_2.") or re.search(r"transformer_blocks[._][1-9]", path) for path in paths)
+    """SDXL's transformers are deeper than one block, and it has two text encoders; SD 1.x and 2.x have
+    neither.
+    """
+    return any(
+        path.startswith("text_encoder_2.") or re.search(r"transformer_blocks[._][1-9]", path)
+        for path in paths
+    )
 
 
 def kohya_name(path: str, *, sdxl: bool, prefix: str = "lora_") -> str | None:
-    """lora_unet_<flat> of a dotted path, with LDM's block names for SDXL; None for a component that kohya's scheme lacks."""
+    """lora_unet_<flat> of a dotted path, with LDM's block names for SDXL; None for a component that kohya's
+    scheme lacks.
+    """
     component, rest = split_component(path)
     if component in (None, "unet"):
         flat = flatten(rest)

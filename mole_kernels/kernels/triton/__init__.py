@@ -1,4 +1,5 @@
-"""The operator in Triton: `common` device functions, `shrink` and `expand` tiles, and the kernels made of them.
+"""The operator in Triton: `common` device functions, `shrink` and `expand` tiles, and the kernels made of
+them.
 
 two_pass     h by one kernel, base and expand by a second: the safe baseline
 persistent   both in one launch, h tiles first, handed over by flags

@@ -1,6 +1,8 @@
-"""The whole backward: dX (and V, D, dq) by the fused product with the roles swapped, then every sum over tokens in one launch.
+"""The whole backward: dX (and V, D, dq) by the fused product with the roles swapped, then every sum over
+tokens in one launch.
 
-Two launches where both are wanted; only the first where x alone wants a gradient, only the second where `up` alone does. Gates-only
+Two launches where both are wanted; only the first where x alone wants a gradient, only the second where `up`
+alone does. Gates-only
 training makes V and D by the shrink kernel (no base product at all), then the gates' sums.
 """
 
@@ -36,8 +38,14 @@ class Need:
     def of(self, f: Fused) -> Need:
         """Without those of operands that the call does not have."""
         token, pooled = f.phi is not None, f.pool is not None
-        return replace(self, gate=self.gate and f.gate is not None, phi=self.phi and token, phi_bias=self.phi_bias and token,
-                       pool=self.pool and pooled, pool_bias=self.pool_bias and pooled)  # fmt: skip
+        return replace(
+            self,
+            gate=self.gate and f.gate is not None,
+            phi=self.phi and token,
+            phi_bias=self.phi_bias and token,
+            pool=self.pool and pooled,
+            pool_bias=self.pool_bias and pooled,
+        )
 
     def d(self, f: Fused) -> bool:
         """Whether D is needed: for a gate's gradient, or for what flows through a gate into x or h."""
@@ -48,18 +56,32 @@ class Need:
 
 def swapped(dy: Tensor, weight: Tensor, down: Tensor, up: Tensor, f: Fused) -> Fused:
     """The backward's fused product: dY for x, Wᵀ for W, Bᵀ for A, Aᵀ for B."""
-    return replace(f, x=dy, w=weight.mT, bias=None, down=up.mT, up=down.mT, phi_bias=None, pool_bias=None, save=False, backward=True)
+    return replace(
+        f,
+        x=dy,
+        w=weight.mT,
+        bias=None,
+        down=up.mT,
+        up=down.mT,
+        phi_bias=None,
+        pool_bias=None,
+        save=False,
+        backward=True,
+    )
 
 
 First = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def backward(f: Fused, dy: Tensor, need: Need, tile: Tile, one_launch: bool = True, first: First | None = None) -> tuple[Tensor, ...]:
+def backward(
+    f: Fused, dy: Tensor, need: Need, tile: Tile, one_launch: bool = True, first: First | None = None
+) -> tuple[Tensor, ...]:
     """dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias; an empty tensor where not wanted.
 
     f      the forward call with h [B,T,R], token_gate [B,T,E], sample_gate [B,E] as it left them
     dy     [B,T,N] in any strides
-    first  of a call without a sample gate: dX [B,T,K], dh [B,T,R] in its dtype and shares of D [any,B·T,E] float32, the last two where
+    first  of a call without a sample gate: dX [B,T,K], dh [B,T,R] in its dtype and shares of D [any,B·T,E]
+           float32, the last two where
            they are wanted, as another kernel made them; only the second launch is done here then
     """
     need = need.of(f)
@@ -76,12 +98,23 @@ def backward(f: Fused, dy: Tensor, need: Need, tile: Tile, one_launch: bool = Tr
         if need.x:
             expand(g, b, tile)
     sums = _sums(f, g, b, dy, need, tile)
-    return (b.y if need.x and b is not None else f.x.new_empty(0), sums["ddown"], sums["dup"], sums["dscale"], sums["dgate"],
-            sums["dphi"], sums["dphi_bias"], sums["dpool"], sums["dpool_bias"])  # fmt: skip
+    return (
+        b.y if need.x and b is not None else f.x.new_empty(0),
+        sums["ddown"],
+        sums["dup"],
+        sums["dscale"],
+        sums["dgate"],
+        sums["dphi"],
+        sums["dphi_bias"],
+        sums["dpool"],
+        sums["dpool_bias"],
+    )
 
 
 def _given_jobs(f: Fused, CH: int, BT: int) -> tuple[int, int, int, bool]:
-    """Samples of the given gate, tokens of a chunk, chunks, and whether it varies by token (a chunk is one step then)."""
+    """Samples of the given gate, tokens of a chunk, chunks, and whether it varies by token (a chunk is one
+    step then).
+    """
     assert f.gate is not None
     by_token = f.gate.shape[1] > 1
     CG = BT if by_token else min(CH, ceil(f.T / BT) * BT)
@@ -89,7 +122,8 @@ def _given_jobs(f: Fused, CH: int, BT: int) -> tuple[int, int, int, bool]:
 
 
 def _chunks(f: Fused, jobs: int, BT: int) -> tuple[int, int]:
-    """Tokens of a chunk and chunks of a group: about two jobs for each multiprocessor, each at least four steps long.
+    """Tokens of a chunk and chunks of a group: about two jobs for each multiprocessor, each at least four
+    steps long.
 
     jobs: what there would be with one chunk a group
     """
@@ -105,8 +139,12 @@ def _sums(f: Fused, g: Fused, b: Buffers | None, dy: Tensor, need: Need, tile: T
     gates = need.phi_bias or need.scale or need.pool_bias
     made = dict(ddown=need.down, dup=need.up, dphi=need.phi, dpool=need.pool, dgate=need.gate)
     like = dict(ddown=f.down, dup=f.up, dphi=f.phi, dpool=f.pool, dgate=f.gate)
-    out = {name: torch.empty(like[name].shape if on else 0, dtype=like[name].dtype if on else x.dtype, device=x.device)  # type: ignore[union-attr]
-           for name, on in made.items()}  # fmt: skip
+    out = {
+        name: torch.empty(
+            like[name].shape if on else 0, dtype=like[name].dtype if on else x.dtype, device=x.device
+        )  # type: ignore[union-attr]
+        for name, on in made.items()
+    }
     vectors = torch.empty(3 * E if gates else 0, dtype=torch.float32, device=x.device)
     small = dict(zip(("dscale", "dphi_bias", "dpool_bias"), vectors.split(E) if gates else (vectors,) * 3))
     if any(made.values()) or gates:
@@ -119,20 +157,31 @@ def _sums(f: Fused, g: Fused, b: Buffers | None, dy: Tensor, need: Need, tile: T
 
 
 def _launch(
-    f: Fused, g: Fused, b: Buffers | None, dy: Tensor, tile: Tile, out: dict[str, Tensor], small: dict[str, Tensor],
-    made: dict[str, bool], gates: bool,
-) -> None:  # fmt: skip
+    f: Fused,
+    g: Fused,
+    b: Buffers | None,
+    dy: Tensor,
+    tile: Tile,
+    out: dict[str, Tensor],
+    small: dict[str, Tensor],
+    made: dict[str, bool],
+    gates: bool,
+) -> None:
     x, E, EP, S = f.x, f.E, f.EP, f.down.shape[0]
     busy = f.assignment is not None or (f.gate is not None and (f.phi is not None or f.pool is not None))
     on_gpu = x.device.type == "cuda"
-    BT, BC, BR = for_sums(f.R, x.dtype, torch.cuda.get_device_capability(x.device) if on_gpu else (8, 0), busy)
+    BT, BC, BR = for_sums(
+        f.R, x.dtype, torch.cuda.get_device_capability(x.device) if on_gpu else (8, 0), busy
+    )
     if not on_gpu:
         BT, BC, BR = min(BT, tile.BM), min(BC, tile.BN), min(BR, tile.BR)
     n_r = -(-f.R // BR)
     tiles = dict(
-        down=S * n_r * -(-f.K // BC) * made["ddown"], up=S * n_r * -(-f.N // BC) * made["dup"], phi=-(-f.K // BC) * made["dphi"],
+        down=S * n_r * -(-f.K // BC) * made["ddown"],
+        up=S * n_r * -(-f.N // BC) * made["dup"],
+        phi=-(-f.K // BC) * made["dphi"],
         pool=S * n_r * made["dpool"],
-    )  # fmt: skip
+    )
     many = S > 1 or f.assignment is not None
     at_once = sum(tiles.values()) if f.assignment is not None else sum(tiles.values()) // S * f.groups
     CH, n_c = _chunks(f, at_once + gates * f.groups, BT)
@@ -147,18 +196,79 @@ def _launch(
     n_given, CG, n_given_c, by_token = _given_jobs(f, CH, BT) if made["dgate"] else (0, BT, 1, False)
     total = o_given + (0 if by_token else n_given * n_given_c * EP)
     absent, shares = f.scale, b.d.shape[0] if b and g.need_d else 1
-    strides = g.strides() | dict(zip(("syb", "syt", "syn"), dy.stride())) | dict(zip(("sxb", "sxt", "sxk"), x.stride()))
-    arguments = strides | out | small | dict(
-        dy=dy, x=x, cols=expert_of_column(f.ranks, x.device), scale=f.scale, gate=absent if f.gate is None else f.gate,
-        pool=absent if f.pool is None else f.pool, h=f.h, z=b.z if b else absent, d=b.d if b else absent, q=b.q if b else absent,
-        token_gate=f.token_gate, sample_gate=f.sample_gate,
-        partial=torch.empty(total, dtype=torch.float32, device=x.device), counters=flags(x.device, sum(tiles.values()) + 1 + n_given),
-        n_down=tiles["down"], n_up=tiles["up"], n_phi=tiles["phi"], n_pool=tiles["pool"],
-        n_given=n_given, n_given_c=n_given_c, CG=CG, o_given=o_given, assignment=absent if f.assignment is None else f.assignment,
-        o_up=slots["up"], o_phi=slots["phi"], o_pool=slots["pool"], o_gate=at,
-        B=f.B, T=f.T, span=f.span, CH=CH, n_c=n_c, n_g=f.groups, n_r=shares, S=S, M=f.M, N=f.N, K=f.K, R=f.R, E=E,
-        DOWN=made["ddown"], UP=made["dup"], PHI=made["dphi"], GATES=gates, DPOOL=made["dpool"], GIVEN=made["dgate"],
-        S_MANY=many, ASSIGN=f.assignment is not None, TOKEN=f.phi is not None, SOFTMAX=f.top_k > 0, GATE=f.gate is not None,
-        BY_TOKEN=by_token, POOL=f.pool is not None, PRECISION=f.precision, BT=BT, BC=BC, BR=BR, EP=EP,
-    )  # fmt: skip
-    _start(gradients_kernel, (jobs + (every if gates else 0) + n_given * n_given_c,), arguments, replace(tile, warps=8, stages=2))
+    strides = (
+        g.strides()
+        | dict(zip(("syb", "syt", "syn"), dy.stride()))
+        | dict(zip(("sxb", "sxt", "sxk"), x.stride()))
+    )
+    arguments = (
+        strides
+        | out
+        | small
+        | dict(
+            dy=dy,
+            x=x,
+            cols=expert_of_column(f.ranks, x.device),
+            scale=f.scale,
+            gate=absent if f.gate is None else f.gate,
+            pool=absent if f.pool is None else f.pool,
+            h=f.h,
+            z=b.z if b else absent,
+            d=b.d if b else absent,
+            q=b.q if b else absent,
+            token_gate=f.token_gate,
+            sample_gate=f.sample_gate,
+            partial=torch.empty(total, dtype=torch.float32, device=x.device),
+            counters=flags(x.device, sum(tiles.values()) + 1 + n_given),
+            n_down=tiles["down"],
+            n_up=tiles["up"],
+            n_phi=tiles["phi"],
+            n_pool=tiles["pool"],
+            n_given=n_given,
+            n_given_c=n_given_c,
+            CG=CG,
+            o_given=o_given,
+            assignment=absent if f.assignment is None else f.assignment,
+            o_up=slots["up"],
+            o_phi=slots["phi"],
+            o_pool=slots["pool"],
+            o_gate=at,
+            B=f.B,
+            T=f.T,
+            span=f.span,
+            CH=CH,
+            n_c=n_c,
+            n_g=f.groups,
+            n_r=shares,
+            S=S,
+            M=f.M,
+            N=f.N,
+            K=f.K,
+            R=f.R,
+            E=E,
+            DOWN=made["ddown"],
+            UP=made["dup"],
+            PHI=made["dphi"],
+            GATES=gates,
+            DPOOL=made["dpool"],
+            GIVEN=made["dgate"],
+            S_MANY=many,
+            ASSIGN=f.assignment is not None,
+            TOKEN=f.phi is not None,
+            SOFTMAX=f.top_k > 0,
+            GATE=f.gate is not None,
+            BY_TOKEN=by_token,
+            POOL=f.pool is not None,
+            PRECISION=f.precision,
+            BT=BT,
+            BC=BC,
+            BR=BR,
+            EP=EP,
+        )
+    )
+    _start(
+        gradients_kernel,
+        (jobs + (every if gates else 0) + n_given * n_given_c,),
+        arguments,
+        replace(tile, warps=8, stages=2),
+    )

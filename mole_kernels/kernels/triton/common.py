@@ -1,22 +1,27 @@
 """Device functions that several kernels share: which rows a tile has, and its gates.
 
-Names inside kernels: i_ index of a tile, o_ offsets, m_ mask, p_ pointers, b_ a block's values; shapes in comments.
-Row tiles: `span` rows belong together (M where the batch is one long list of tokens, T where tiles must not straddle samples)
+Names inside kernels: i_ index of a tile, o_ offsets, m_ mask, p_ pointers, b_ a block's values; shapes in
+comments.
+Row tiles: `span` rows belong together (M where the batch is one long list of tokens, T where tiles must not
+straddle samples)
 and are cut into n_t tiles of BM; row m = i_b·span + position, sample = m // T, token = m % T.
 """
 
 import triton
 import triton.language as tl
 
-# sizes that decide nothing about how memory is accessed: a kernel is not compiled anew when one of them is 1 or a multiple of 16
+# sizes that decide nothing about how memory is accessed: a kernel is not compiled anew when one of them is 1
+# or a multiple of 16
 COUNTS = ["T", "span", "n_t", "n_th", "n_m", "n_r", "n_b", "M", "E", "sgb", "sgt", "sge", "sps", "top_k"]
 
 
 @triton.jit
 def rows_of(i, n_t, span, T, BM: tl.constexpr):
-    """Row tile i -> group i_b, first row m_0 int64, rows from there o_i [BM], samples and tokens o_b, o_t [BM] int64, mask [BM].
+    """Row tile i -> group i_b, first row m_0 int64, rows from there o_i [BM], samples and tokens o_b, o_t
+    [BM] int64, mask [BM].
 
-    Offsets are 64 bits wide from the start of a tensor to the start of a tile and 32 within a tile, which saves registers; the division
+    Offsets are 64 bits wide from the start of a tensor to the start of a tile and 32 within a tile, which
+    saves registers; the division
     is done in 32 bits (M is below 2³¹).
     """
     i_b, o_i = i // n_t, tl.arange(0, BM)
@@ -28,7 +33,9 @@ def rows_of(i, n_t, span, T, BM: tl.constexpr):
 
 @triton.jit
 def set_of(i_b, R, assignment, ASSIGN: tl.constexpr):
-    """Sample (or group) -> its set of experts int64, and that set's columns: R, or 0 where it takes none.  assignment [B] int64"""
+    """Sample (or group) -> its set of experts int64, and that set's columns: R, or 0 where it takes none.
+    assignment [B] int64
+    """
     i_s, R_s = tl.cast(i_b, tl.int64), R
     if ASSIGN:
         i_s = tl.load(assignment + i_b)
@@ -83,10 +90,28 @@ def given_gates(o_e, m_e, o_b, o_t, m_m, scale, gate, sgb, sgt, sge, GATE: tl.co
 
 @triton.jit
 def column_gates(
-    b_l, o_c, r_0, R, o_b, o_t, m_m, cols, scale, gate, sgb, sgt, sge,
-    GATE: tl.constexpr, TOKEN: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, EP: tl.constexpr,
-):  # fmt: skip
-    """s·gate·l of each column's expert -> [BM,BR], 0 on padding.  b_l [BM,EP] token gate, o_c [BR] expert of column (−1: padding)"""
+    b_l,
+    o_c,
+    r_0,
+    R,
+    o_b,
+    o_t,
+    m_m,
+    cols,
+    scale,
+    gate,
+    sgb,
+    sgt,
+    sge,
+    GATE: tl.constexpr,
+    TOKEN: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    EP: tl.constexpr,
+):
+    """s·gate·l of each column's expert -> [BM,BR], 0 on padding.  b_l [BM,EP] token gate, o_c [BR] expert of
+    column (−1: padding)
+    """
     b_g = tl.zeros((BM, BR), tl.float32)
     if GATE or TOKEN:
         # columns are in order of experts: only those between the first and the last are in this tile
@@ -102,15 +127,40 @@ def column_gates(
 
 @triton.jit
 def logit_gradient(
-    o_e, m_e, m_0, o_i, o_b, o_t, m_m, d, token_gate, sample_gate, scale, gate, sgb, sgt, sge, M, E, n_r,
-    SOFTMAX: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr,
-):  # fmt: skip
-    """dlogit = γ(1−l)·D, of a softmax γD − l·Σ_f γ_f D_f -> [BM,EP].  d [n_r,M,E] parts of D, token_gate [M,E], sample_gate [B,E]"""
+    o_e,
+    m_e,
+    m_0,
+    o_i,
+    o_b,
+    o_t,
+    m_m,
+    d,
+    token_gate,
+    sample_gate,
+    scale,
+    gate,
+    sgb,
+    sgt,
+    sge,
+    M,
+    E,
+    n_r,
+    SOFTMAX: tl.constexpr,
+    GATE: tl.constexpr,
+    POOL: tl.constexpr,
+    BM: tl.constexpr,
+    EP: tl.constexpr,
+):
+    """dlogit = γ(1−l)·D, of a softmax γD − l·Σ_f γ_f D_f -> [BM,EP].  d [n_r,M,E] parts of D, token_gate
+    [M,E], sample_gate [B,E]
+    """
     m_me = m_m[:, None] & m_e[None, :]
     o_me = o_i[:, None] * E + o_e[None, :]
     b_d = tl.zeros((BM, EP), tl.float32)
     for j in range(n_r):
-        b_d += tl.load(d + (tl.cast(j, tl.int64) * M + m_0) * E + o_me, mask=m_me, other=0.0, cache_modifier=".cg")
+        b_d += tl.load(
+            d + (tl.cast(j, tl.int64) * M + m_0) * E + o_me, mask=m_me, other=0.0, cache_modifier=".cg"
+        )
     b_l = tl.load(token_gate + m_0 * E + o_me, mask=m_me, other=0.0)
     b_g = given_gates(o_e, m_e, o_b, o_t, m_m, scale, gate, sgb, sgt, sge, GATE, True) * b_l
     if POOL:

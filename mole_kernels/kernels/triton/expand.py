@@ -1,6 +1,8 @@
-"""The wide half: y = x·Wᵀ + z·Bᵀ + b in one accumulator, over K and then over R; with the roles swapped, dX = dY·W + dh·A + dlogit·Φ.
+"""The wide half: y = x·Wᵀ + z·Bᵀ + b in one accumulator, over K and then over R; with the roles swapped, dX =
+dY·W + dh·A + dlogit·Φ.
 
-The sample gate enters here, where z is read: forward z ⊙ G, backward z + dq·p/T (every token of a sample gets the same vector).
+The sample gate enters here, where z is read: forward z ⊙ G, backward z + dq·p/T (every token of a sample gets
+the same vector).
 """
 
 import triton
@@ -11,7 +13,9 @@ from mole_kernels.kernels.triton.common import COUNTS, logit_gradient, rows_of, 
 
 @triton.jit
 def tile_order(tile, n_m, n_n, GROUP: tl.constexpr):
-    """tile -> (row tile, column tile), GROUP rows at a time, so that neighbours in time share columns of W in L2."""
+    """tile -> (row tile, column tile), GROUP rows at a time, so that neighbours in time share columns of W in
+    L2.
+    """
     width = GROUP * n_n
     first = (tile // width) * GROUP
     height = tl.minimum(n_m - first, GROUP)
@@ -20,13 +24,35 @@ def tile_order(tile, n_m, n_n, GROUP: tl.constexpr):
 
 @triton.jit
 def base_tile(
-    i, n_0, x, w, w2, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk,
-    TMA: tl.constexpr, W_ROWS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """x·Wᵀ of one tile that begins at column n_0 -> [BM,BN] and [BM,BX] float32, the columns beside them (nothing where BX is 0).
+    i,
+    n_0,
+    x,
+    w,
+    w2,
+    T,
+    span,
+    n_t,
+    N,
+    K,
+    sxb,
+    sxt,
+    sxk,
+    swn,
+    swk,
+    TMA: tl.constexpr,
+    W_ROWS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BX: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """x·Wᵀ of one tile that begins at column n_0 -> [BM,BN] and [BM,BX] float32, the columns beside them
+    (nothing where BX is 0).
 
-    With TMA x, w and w2 are descriptors (w2: w in blocks of BX); W_ROWS: w's rows are outputs (forward), else inputs.
+    With TMA x, w and w2 are descriptors (w2: w in blocks of BX); W_ROWS: w's rows are outputs (forward), else
+    inputs.
     """
     i_b, _m_0, _o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
     o_j, o_k, o_x = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, BX if BX else 16)
@@ -57,7 +83,12 @@ def base_tile(
             b_w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
             b_y = tl.dot(b_x, b_w, b_y, input_precision=PRECISION)
             if BX:
-                b_2 = tl.dot(b_x, tl.load(p_w2, mask=m_k[:, None] & m_x[None, :], other=0.0), b_2, input_precision=PRECISION)
+                b_2 = tl.dot(
+                    b_x,
+                    tl.load(p_w2, mask=m_k[:, None] & m_x[None, :], other=0.0),
+                    b_2,
+                    input_precision=PRECISION,
+                )
                 p_w2 += BK * swk
             p_x += BK * sxk
             p_w += BK * swk
@@ -66,12 +97,56 @@ def base_tile(
 
 @triton.jit
 def expand_tile(
-    b_y, i, n_0, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
-    T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
-    BACKWARD: tl.constexpr, ASSIGN: tl.constexpr, TOKEN: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BZ: tl.constexpr, EP: tl.constexpr,
-):  # fmt: skip
-    """Add the low-rank part and the bias to the base tile at column n_0 and store it.  q [B,E]: G forward, dq backward; y [M,N]"""
+    b_y,
+    i,
+    n_0,
+    z,
+    up,
+    phi,
+    bias,
+    cols,
+    scale,
+    gate,
+    pool,
+    assignment,
+    q,
+    token_gate,
+    sample_gate,
+    d,
+    y,
+    T,
+    span,
+    n_t,
+    n_r,
+    M,
+    N,
+    R,
+    E,
+    sus,
+    sun,
+    sur,
+    spe,
+    spk,
+    sgb,
+    sgt,
+    sge,
+    sps,
+    BACKWARD: tl.constexpr,
+    ASSIGN: tl.constexpr,
+    TOKEN: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    GATE: tl.constexpr,
+    POOL: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BZ: tl.constexpr,
+    EP: tl.constexpr,
+):
+    """Add the low-rank part and the bias to the base tile at column n_0 and store it.  q [B,E]: G forward, dq
+    backward; y [M,N]
+    """
     i_b, m_0, o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
     o_j = tl.arange(0, BN)
     o_n = n_0 + o_j
@@ -84,7 +159,12 @@ def expand_tile(
         p_u = up + i_s * sus + tl.cast(n_0, tl.int64) * sun + (o_j[None, :] * sun + o_r[:, None] * sur)
         b_u = tl.load(p_u, mask=m_r[:, None] & m_n[None, :], other=0.0)
         # past the first-level cache: another program wrote z, maybe a moment ago
-        b_z = tl.load(z + m_0 * R + (o_i[:, None] * R + o_r[None, :]), mask=m_m[:, None] & m_r[None, :], other=0.0, cache_modifier=".cg")
+        b_z = tl.load(
+            z + m_0 * R + (o_i[:, None] * R + o_r[None, :]),
+            mask=m_m[:, None] & m_r[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
         if POOL:
             o_c = tl.load(cols + o_r, mask=m_r, other=0)
             b_q = tl.load(q + i_b * E + o_c, mask=m_r, other=0.0, cache_modifier=".cg")
@@ -98,9 +178,30 @@ def expand_tile(
         o_e = tl.arange(0, EP)
         m_e = o_e < E
         b_t = logit_gradient(
-            o_e, m_e, m_0, o_i, o_b, o_t, m_m, d, token_gate, sample_gate,
-            scale, gate, sgb, sgt, sge, M, E, n_r, SOFTMAX, GATE, POOL, BM, EP,
-        )  # fmt: skip
+            o_e,
+            m_e,
+            m_0,
+            o_i,
+            o_b,
+            o_t,
+            m_m,
+            d,
+            token_gate,
+            sample_gate,
+            scale,
+            gate,
+            sgb,
+            sgt,
+            sge,
+            M,
+            E,
+            n_r,
+            SOFTMAX,
+            GATE,
+            POOL,
+            BM,
+            EP,
+        )
         p_p = phi + (o_e[:, None] * spe + o_n[None, :] * spk)
         b_p = tl.load(p_p, mask=m_e[:, None] & m_n[None, :], other=0.0)
         b_y = tl.dot(b_t.to(b_p.dtype), b_p, b_y, input_precision=PRECISION)
@@ -112,17 +213,73 @@ def expand_tile(
 
 @triton.jit(do_not_specialize=COUNTS)
 def expand_kernel(
-    x, w, w2, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
-    T, span, n_t, n_m, n_r, M, N, K, R, E,
-    sxb, sxt, sxk, swn, swk, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
-    BACKWARD: tl.constexpr, ASSIGN: tl.constexpr, TOKEN: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr,
-    BIAS: tl.constexpr, TMA: tl.constexpr, W_ROWS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    ADD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, BZ: tl.constexpr,
+    x,
+    w,
+    w2,
+    z,
+    up,
+    phi,
+    bias,
+    cols,
+    scale,
+    gate,
+    pool,
+    assignment,
+    q,
+    token_gate,
+    sample_gate,
+    d,
+    y,
+    T,
+    span,
+    n_t,
+    n_m,
+    n_r,
+    M,
+    N,
+    K,
+    R,
+    E,
+    sxb,
+    sxt,
+    sxk,
+    swn,
+    swk,
+    sus,
+    sun,
+    sur,
+    spe,
+    spk,
+    sgb,
+    sgt,
+    sge,
+    sps,
+    BACKWARD: tl.constexpr,
+    ASSIGN: tl.constexpr,
+    TOKEN: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    GATE: tl.constexpr,
+    POOL: tl.constexpr,
+    BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    W_ROWS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    ADD: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BX: tl.constexpr,
+    BK: tl.constexpr,
+    BZ: tl.constexpr,
     EP: tl.constexpr,
-):  # fmt: skip
-    """One output tile a program: base over K, then the low-rank part that `shrink_kernel` left in z.  grid (tiles,)
+):
+    """One output tile a program: base over K, then the low-rank part that `shrink_kernel` left in z.  grid
+    (tiles,)
 
-    ADD: the base is in y already (a library's product, or a quantised layer's); only the low-rank part is added (BX is 0).
+    ADD: the base is in y already (a library's product, or a quantised layer's); only the low-rank part is
+    added (BX is 0).
     """
     i, i_n = tile_order(tl.program_id(0), n_m, tl.cdiv(N, BN + BX), GROUP)
     n_0 = i_n * (BN + BX)
@@ -132,17 +289,127 @@ def expand_kernel(
         p_y = y + m_0 * N + n_0 + (o_i[:, None] * N + o_j[None, :])
         b_y = tl.load(p_y, mask=m_m[:, None] & (n_0 + o_j < N)[None, :], other=0.0).to(tl.float32)
     else:
-        b_y, b_2 = base_tile(i, n_0, x, w, w2, T, span, n_t, N, K, sxb, sxt, sxk, swn, swk, TMA, W_ROWS, EVEN_K, PRECISION, BM, BN, BX, BK)
+        b_y, b_2 = base_tile(
+            i,
+            n_0,
+            x,
+            w,
+            w2,
+            T,
+            span,
+            n_t,
+            N,
+            K,
+            sxb,
+            sxt,
+            sxk,
+            swn,
+            swk,
+            TMA,
+            W_ROWS,
+            EVEN_K,
+            PRECISION,
+            BM,
+            BN,
+            BX,
+            BK,
+        )
     if PDL:
         tl.extra.cuda.gdc_wait()
     expand_tile(
-        b_y, i, n_0, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
-        T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
-        BACKWARD, ASSIGN, TOKEN, SOFTMAX, GATE, POOL, BIAS, PRECISION, BM, BN, BZ, EP,
-    )  # fmt: skip
+        b_y,
+        i,
+        n_0,
+        z,
+        up,
+        phi,
+        bias,
+        cols,
+        scale,
+        gate,
+        pool,
+        assignment,
+        q,
+        token_gate,
+        sample_gate,
+        d,
+        y,
+        T,
+        span,
+        n_t,
+        n_r,
+        M,
+        N,
+        R,
+        E,
+        sus,
+        sun,
+        sur,
+        spe,
+        spk,
+        sgb,
+        sgt,
+        sge,
+        sps,
+        BACKWARD,
+        ASSIGN,
+        TOKEN,
+        SOFTMAX,
+        GATE,
+        POOL,
+        BIAS,
+        PRECISION,
+        BM,
+        BN,
+        BZ,
+        EP,
+    )
     if BX:
         expand_tile(
-            b_2, i, n_0 + BN, z, up, phi, bias, cols, scale, gate, pool, assignment, q, token_gate, sample_gate, d, y,
-            T, span, n_t, n_r, M, N, R, E, sus, sun, sur, spe, spk, sgb, sgt, sge, sps,
-            BACKWARD, ASSIGN, TOKEN, SOFTMAX, GATE, POOL, BIAS, PRECISION, BM, BX, BZ, EP,
-        )  # fmt: skip
+            b_2,
+            i,
+            n_0 + BN,
+            z,
+            up,
+            phi,
+            bias,
+            cols,
+            scale,
+            gate,
+            pool,
+            assignment,
+            q,
+            token_gate,
+            sample_gate,
+            d,
+            y,
+            T,
+            span,
+            n_t,
+            n_r,
+            M,
+            N,
+            R,
+            E,
+            sus,
+            sun,
+            sur,
+            spe,
+            spk,
+            sgb,
+            sgt,
+            sge,
+            sps,
+            BACKWARD,
+            ASSIGN,
+            TOKEN,
+            SOFTMAX,
+            GATE,
+            POOL,
+            BIAS,
+            PRECISION,
+            BM,
+            BX,
+            BZ,
+            EP,
+        )

@@ -1,7 +1,8 @@
 """One fused product with all that its kernels need, in either direction, and the buffers they fill.
 
 Forward:   y = x·Wᵀ + b + (γ ⊙ x·Aᵀ)·Bᵀ.
-Backward:  the same with the roles swapped: x is dY, W is Wᵀ, A is Bᵀ, B is Aᵀ; all are views, nothing is copied.
+Backward:  the same with the roles swapped: x is dY, W is Wᵀ, A is Bᵀ, B is Aᵀ; all are views, nothing is
+copied.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from mole_kernels.kernels.triton.workspace import flags
 
 @dataclass(frozen=True)
 class Fused:
-    """x [B,T,K], w [N,K], down [S,R,K], up [S,N,R] in any strides; gates and assignment [B] as in docs/design.md section 3.
+    """x [B,T,K], w [N,K], down [S,R,K], up [S,N,R] in any strides; gates and assignment [B] as in
+    docs/design.md section 3.
 
     backward   the roles are swapped, and h [B,T,R], token_gate [B,T,E], sample_gate [B,E] are given
     save       forward: h is wanted. need_d: backward: the gates' gradients are wanted
@@ -105,17 +107,27 @@ class Fused:
     def precision(self) -> str:
         """How float32 products are made: torch's own switch says."""
         # not allow_tf32: reading that raises where the newer switch was set
-        return "tf32" if self.x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+        return (
+            "tf32"
+            if self.x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+            else "ieee"
+        )
 
     def strides(self) -> dict[str, int]:
         """Strides by the kernels' names; 0 where a tensor is absent or its set is shared."""
         gate, phi, pool = self.gate, self.phi, self.pool
         many = self.down.shape[0] > 1
         s = dict(zip(("sxb", "sxt", "sxk"), self.x.stride())) | dict(zip(("swn", "swk"), self.w.stride()))
-        s |= dict(zip(("sds", "sdr", "sdk"), self.down.stride())) | dict(zip(("sus", "sun", "sur"), self.up.stride()))
+        s |= dict(zip(("sds", "sdr", "sdk"), self.down.stride())) | dict(
+            zip(("sus", "sun", "sur"), self.up.stride())
+        )
         s |= {} if many else {"sds": 0, "sus": 0}
         s["spe"], s["spk"] = phi.stride() if phi is not None else (0, 0)
-        s["sgb"], s["sgt"], s["sge"] = (0 if n == 1 else k for n, k in zip(gate.shape, gate.stride())) if (gate is not None) else (0, 0, 0)
+        s["sgb"], s["sgt"], s["sge"] = (
+            (0 if n == 1 else k for n, k in zip(gate.shape, gate.stride()))
+            if (gate is not None)
+            else (0, 0, 0)
+        )
         s["sps"] = pool.stride(0) if pool is not None and many else 0
         return s
 
@@ -138,7 +150,9 @@ class Buffers:
 @lru_cache(maxsize=512)
 def expert_of_column(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """[R] int32: the expert that each rank column belongs to."""
-    return torch.tensor([e for e, rank in enumerate(ranks) for _ in range(rank)], dtype=torch.int32).to(device)
+    return torch.tensor([e for e, rank in enumerate(ranks) for _ in range(rank)], dtype=torch.int32).to(
+        device
+    )
 
 
 @lru_cache(maxsize=512)
@@ -174,27 +188,65 @@ def buffers(f: Fused, tile: Tile, BM: int, y: bool = True) -> Buffers:
 
 
 def common_arguments(f: Fused, b: Buffers) -> dict[str, object]:
-    """Tensors and sizes by the kernels' names; a tensor that a call lacks is stood in for by `scale`, and never read."""
+    """Tensors and sizes by the kernels' names; a tensor that a call lacks is stood in for by `scale`, and
+    never read.
+    """
     absent = f.scale
     pool = f.pool is not None
     return dict(
-        x=f.x, x2=f.x, w=f.w, w2=f.w,
-        down=f.down, up=f.up, cols=expert_of_column(f.ranks, f.x.device), scale=f.scale, y=b.y, h=b.h, z=b.z, d=b.d,
-        parts=b.parts, token_gate=b.token_gate, sample_gate=b.sample_gate, q=b.q if f.backward else b.sample_gate,
-        bias=absent if f.bias is None else f.bias, gate=absent if f.gate is None else f.gate,
-        phi=absent if f.phi is None else f.phi, phi_bias=absent if f.phi_bias is None else f.phi_bias,
-        assignment=absent if f.assignment is None else f.assignment, top_k=f.top_k,
-        pool=absent if f.pool is None else f.pool, pool_bias=absent if f.pool_bias is None else f.pool_bias,
-        T=f.T, span=f.span, M=f.M, N=f.N, K=f.K, R=f.R, E=f.E, **f.strides(),
-        BACKWARD=f.backward, ASSIGN=f.assignment is not None, TOKEN=f.phi is not None, SOFTMAX=f.top_k > 0,
-        GATE=f.gate is not None, POOL=pool, BIAS=f.bias is not None,
-        PHI_BIAS=f.phi_bias is not None, POOL_BIAS=f.pool_bias is not None, SAVE=f.save, NEED_D=f.need_d, STORE_Z=f.store_z,
-        PRECISION=f.precision, EP=f.EP,
-    )  # fmt: skip
+        x=f.x,
+        x2=f.x,
+        w=f.w,
+        w2=f.w,
+        down=f.down,
+        up=f.up,
+        cols=expert_of_column(f.ranks, f.x.device),
+        scale=f.scale,
+        y=b.y,
+        h=b.h,
+        z=b.z,
+        d=b.d,
+        parts=b.parts,
+        token_gate=b.token_gate,
+        sample_gate=b.sample_gate,
+        q=b.q if f.backward else b.sample_gate,
+        bias=absent if f.bias is None else f.bias,
+        gate=absent if f.gate is None else f.gate,
+        phi=absent if f.phi is None else f.phi,
+        phi_bias=absent if f.phi_bias is None else f.phi_bias,
+        assignment=absent if f.assignment is None else f.assignment,
+        top_k=f.top_k,
+        pool=absent if f.pool is None else f.pool,
+        pool_bias=absent if f.pool_bias is None else f.pool_bias,
+        T=f.T,
+        span=f.span,
+        M=f.M,
+        N=f.N,
+        K=f.K,
+        R=f.R,
+        E=f.E,
+        **f.strides(),
+        BACKWARD=f.backward,
+        ASSIGN=f.assignment is not None,
+        TOKEN=f.phi is not None,
+        SOFTMAX=f.top_k > 0,
+        GATE=f.gate is not None,
+        POOL=pool,
+        BIAS=f.bias is not None,
+        PHI_BIAS=f.phi_bias is not None,
+        POOL_BIAS=f.pool_bias is not None,
+        SAVE=f.save,
+        NEED_D=f.need_d,
+        STORE_Z=f.store_z,
+        PRECISION=f.precision,
+        EP=f.EP,
+    )
 
 
 def descriptors(f: Fused, tile: Tile) -> tuple[object, object, object, bool] | None:
-    """Descriptors of x, of w in blocks of BN and of BX (BN where that is 0), and whether w's rows are outputs; None: no such layout."""
+    """Descriptors of x, of w in blocks of BN and of BX (BN where that is 0), and whether w's rows are
+    outputs; None: no such layout.
+    """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     size = f.x.element_size()

@@ -14,7 +14,14 @@ from torch.nn import functional as F
 
 from mole_kernels.kernels.triton.dense import delta_kernel, dense_kernel
 from mole_kernels.kernels.triton.expand import expand_kernel
-from mole_kernels.kernels.triton.fused import Buffers, Fused, buffers, common_arguments, descriptors, first_columns
+from mole_kernels.kernels.triton.fused import (
+    Buffers,
+    Fused,
+    buffers,
+    common_arguments,
+    descriptors,
+    first_columns,
+)
 from mole_kernels.kernels.triton.merge import merge_kernel
 from mole_kernels.kernels.triton.persistent import persistent_kernel
 from mole_kernels.kernels.triton.recompute import recompute_kernel
@@ -43,7 +50,9 @@ def descriptor(t: Tensor | None, shape: list[int], strides: list[int], block: li
     return TensorDescriptor(t, shape, strides, block)
 
 
-def _start(kernel, grid: tuple[int, ...], arguments: Mapping[str, object], tile: Tile, **options: object) -> None:
+def _start(
+    kernel, grid: tuple[int, ...], arguments: Mapping[str, object], tile: Tile, **options: object
+) -> None:
     """Launch with those of `arguments` that the kernel names."""
     device = arguments["cols"].device  # type: ignore[attr-defined]
     named = {name: arguments[name] for name in kernel.arg_names}
@@ -63,7 +72,15 @@ def shrink(f: Fused, b: Buffers, tile: Tile) -> None:
     n_t = f.row_tiles(tile.BS)
     BK = min(tile.BK, next_power(f.K))
     arguments = common_arguments(f, b) | dict(
-        n_t=n_t, n_r=n_r, arrived=b.flags, BM=tile.BS, BR=BR, BK=BK, EVEN_K=f.K % BK == 0, PDL=tile.pdl, BIAS=f.phi_bias is not None
+        n_t=n_t,
+        n_r=n_r,
+        arrived=b.flags,
+        BM=tile.BS,
+        BR=BR,
+        BK=BK,
+        EVEN_K=f.K % BK == 0,
+        PDL=tile.pdl,
+        BIAS=f.phi_bias is not None,
     )
     _start(shrink_kernel, (f.groups * n_t, n_r), arguments, tile)
 
@@ -71,20 +88,36 @@ def shrink(f: Fused, b: Buffers, tile: Tile) -> None:
 def _product_arguments(f: Fused, b: Buffers, tile: Tile) -> dict[str, object]:
     described = descriptors(f, tile) if tile.tma else None
     arguments = common_arguments(f, b) | dict(
-        BM=tile.BM, BN=tile.BN, BX=tile.BX, BK=tile.BK, BZ=min(tile.BZ, next_power(f.R)), GROUP=tile.group, PDL=tile.pdl,
-        EVEN_K=f.K % tile.BK == 0, TMA=described is not None, W_ROWS=True,
-    )  # fmt: skip
+        BM=tile.BM,
+        BN=tile.BN,
+        BX=tile.BX,
+        BK=tile.BK,
+        BZ=min(tile.BZ, next_power(f.R)),
+        GROUP=tile.group,
+        PDL=tile.pdl,
+        EVEN_K=f.K % tile.BK == 0,
+        TMA=described is not None,
+        W_ROWS=True,
+    )
     if described is not None:
         arguments["x"], arguments["w"], arguments["w2"], arguments["W_ROWS"] = described
     return arguments
 
 
 def expand(f: Fused, b: Buffers, tile: Tile, add: bool = False) -> None:
-    """Base product and the low-rank part that `shrink` left in z: one launch. With `add` the base is in y already."""
+    """Base product and the low-rank part that `shrink` left in z: one launch. With `add` the base is in y
+    already.
+    """
     n_t = f.row_tiles(tile.BM)
     n_m = f.groups * n_t
     arguments = _product_arguments(f, b, tile) | dict(n_t=n_t, n_m=n_m, n_r=f.columns(tile)[1], ADD=add)
-    _start(expand_kernel, (n_m * -(-f.N // tile.width),), arguments, tile, **({"launch_pdl": True} if tile.pdl else {}))
+    _start(
+        expand_kernel,
+        (n_m * -(-f.N // tile.width),),
+        arguments,
+        tile,
+        **({"launch_pdl": True} if tile.pdl else {}),
+    )
 
 
 def two_pass(f: Fused, tile: Tile) -> Buffers:
@@ -103,18 +136,23 @@ def persistent(f: Fused, tile: Tile) -> Buffers:
     n_t, n_th = f.row_tiles(tile.BM), f.row_tiles(BH)
     n_m = f.groups * n_t
     n_tiles = n_m * -(-f.N // tile.width)
-    arguments = _product_arguments(f, b, tile) | dict(n_t=n_t, n_th=n_th, n_m=n_m, n_r=n_r, n_b=f.groups, BH=BH, BR=BR, flags=b.flags)
+    arguments = _product_arguments(f, b, tile) | dict(
+        n_t=n_t, n_th=n_th, n_m=n_m, n_r=n_r, n_b=f.groups, BH=BH, BR=BR, flags=b.flags
+    )
     if arguments["TMA"]:
         x: Any = arguments["x"]
         arguments["x2"] = x if BH == tile.BM else descriptor(f.x, x.shape, x.strides, [BH, tile.BK])
-    # a program of four warps leaves room for a second one; more programs than the GPU holds would be right too
+    # a program of four warps leaves room for a second one; more programs than the GPU holds would be right
+    # too
     programs = tile.programs or _processors(f.x) * max(1, 8 // tile.warps)
     _start(persistent_kernel, (min(programs, max(n_tiles, f.groups * n_th * n_r)),), arguments, tile)
     return b
 
 
 def added(f: Fused, tile: Tile) -> Buffers:
-    """Three launches: shrink, the base by torch's own product, and the low-rank part added to it (y is rounded once more)."""
+    """Three launches: shrink, the base by torch's own product, and the low-rank part added to it (y is
+    rounded once more).
+    """
     b = buffers(f, tile, tile.BS)
     b.y = F.linear(f.x, f.w, f.bias).contiguous()
     shrink(f, b, tile)
@@ -133,7 +171,9 @@ def recompute(f: Fused, tile: Tile) -> Buffers:
 
 
 def merge(f: Fused, tile: Tile) -> Buffers:
-    """Two launches: W with the experts merged in, for each sample where they differ, and torch's product. No h, so nothing to save."""
+    """Two launches: W with the experts merged in, for each sample where they differ, and torch's product. No
+    h, so nothing to save.
+    """
     many = f.down.shape[0] > 1 or f.assignment is not None or (f.gate is not None and f.gate.shape[0] > 1)
     G = f.B if many else 1
     merged = torch.empty((G, f.N, f.K), dtype=f.x.dtype, device=f.x.device)
@@ -149,16 +189,28 @@ def merge(f: Fused, tile: Tile) -> Buffers:
 
 
 def dense(f: Fused, tile: Tile) -> Buffers:
-    """Two launches: each ΔW_e = s_e·B_e A_e (and the token gate), then the base and all of them, gated per token. No h."""
+    """Two launches: each ΔW_e = s_e·B_e A_e (and the token gate), then the base and all of them, gated per
+    token. No h.
+    """
     b = buffers(replace(f, store_z=False), tile, tile.BM)
     # rows of whole 16 bytes, as descriptors want them
     swd = -(-f.K // 8) * 8
     delta = torch.empty((f.E * f.N, swd), dtype=f.x.dtype, device=f.x.device)
     n_t, BN, BK = f.row_tiles(tile.BS), min(tile.BN, 64), min(tile.BK, 64)
     more = dict(delta=delta, delta2=delta, swd=swd, first=first_columns(f.ranks, f.x.device))
-    arguments = common_arguments(f, b) | more | dict(
-        n_t=n_t, BM=tile.BS, BN=BN, BK=BK, BZ=min(tile.BZ, next_power(max(f.ranks))), EVEN_K=f.K % BK == 0, PDL=tile.pdl
-    )  # fmt: skip
+    arguments = (
+        common_arguments(f, b)
+        | more
+        | dict(
+            n_t=n_t,
+            BM=tile.BS,
+            BN=BN,
+            BK=BK,
+            BZ=min(tile.BZ, next_power(max(f.ranks))),
+            EVEN_K=f.K % BK == 0,
+            PDL=tile.pdl,
+        )
+    )
     programs = f.E * -(-f.N // BN) * -(-f.K // BK) + (n_t if f.phi is not None else 0)
     _start(delta_kernel, (programs,), arguments, tile)
     n_m = f.groups * f.row_tiles(tile.BM)
@@ -167,7 +219,13 @@ def dense(f: Fused, tile: Tile) -> Buffers:
         shape, strides = [f.E * f.N, f.K], [swd, 1]
         arguments["delta"] = descriptor(delta, shape, strides, [tile.BN, tile.BK])
         arguments["delta2"] = descriptor(delta, shape, strides, [tile.BX or tile.BN, tile.BK])
-    _start(dense_kernel, (n_m * -(-f.N // tile.width),), arguments, tile, **({"launch_pdl": True} if tile.pdl else {}))
+    _start(
+        dense_kernel,
+        (n_m * -(-f.N // tile.width),),
+        arguments,
+        tile,
+        **({"launch_pdl": True} if tile.pdl else {}),
+    )
     return b
 
 

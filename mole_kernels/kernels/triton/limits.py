@@ -1,4 +1,6 @@
-"""What each way of computing a call can do: from sizes and kinds of gate alone, so that it can be asked without Triton."""
+"""What each way of computing a call can do: from sizes and kinds of gate alone, so that it can be asked
+without Triton.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ RECOMPUTE_LIMIT = 32
 
 
 def impossible(
-    way: str, R: int, *, token: bool, sample: bool, mask: bool, save: bool, backward: bool = False, own: bool = False
+    way: str,
+    R: int,
+    *,
+    token: bool,
+    sample: bool,
+    mask: bool,
+    save: bool,
+    backward: bool = False,
+    own: bool = False,
 ) -> str | None:
     """Why `way` cannot compute a call, or None.
 

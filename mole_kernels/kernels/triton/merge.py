@@ -1,7 +1,9 @@
 """W_b = W + Σ_e γ_e[b]·B_e A_e for every sample (or once), for a plain product to follow.
 
-Only where the gates do not vary by token. The cost hardly depends on the number of tokens, so it wins for large R on narrow layers.
-The sum is rounded to the layer's dtype, as merged weights always are: ΔW loses what it has below W's last bit.
+Only where the gates do not vary by token. The cost hardly depends on the number of tokens, so it wins for
+large R on narrow layers.
+The sum is rounded to the layer's dtype, as merged weights always are: ΔW loses what it has below W's last
+bit.
 """
 
 import triton
@@ -12,9 +14,34 @@ from mole_kernels.kernels.triton.common import set_of
 
 @triton.jit
 def merge_kernel(
-    w, down, up, cols, scale, gate, assignment, merged, N, K, R, swn, swk, sds, sdr, sdk, sus, sun, sur, sgb, sge,
-    ASSIGN: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BZ: tl.constexpr,
-):  # fmt: skip
+    w,
+    down,
+    up,
+    cols,
+    scale,
+    gate,
+    assignment,
+    merged,
+    N,
+    K,
+    R,
+    swn,
+    swk,
+    sds,
+    sdr,
+    sdk,
+    sus,
+    sun,
+    sur,
+    sgb,
+    sge,
+    ASSIGN: tl.constexpr,
+    GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BZ: tl.constexpr,
+):
     """merged [G,N,K].  grid (tiles of N × tiles of K, G)"""
     n_k = tl.cdiv(K, BK)
     i_n, i_k, i_b = tl.program_id(0) // n_k, tl.program_id(0) % n_k, tl.cast(tl.program_id(1), tl.int64)
@@ -22,7 +49,9 @@ def merge_kernel(
     m_n, m_k = i_n * BN + o_j < N, o_k < K
     n_0 = tl.cast(i_n * BN, tl.int64)
     m_nk = m_n[:, None] & m_k[None, :]
-    b_w = tl.load(w + n_0 * swn + o_j[:, None] * swn + o_k[None, :].to(tl.int64) * swk, mask=m_nk, other=0.0).to(tl.float32)
+    b_w = tl.load(
+        w + n_0 * swn + o_j[:, None] * swn + o_k[None, :].to(tl.int64) * swk, mask=m_nk, other=0.0
+    ).to(tl.float32)
     i_s, R_s = set_of(i_b, R, assignment, ASSIGN)
     for r in range(0, R_s, BZ):
         o_r = r + o_z

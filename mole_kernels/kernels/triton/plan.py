@@ -1,7 +1,10 @@
-"""A call seen before, launched again with as little Python as possible: its constants bound, its compiled kernels at hand.
+"""A call seen before, launched again with as little Python as possible: its constants bound, its compiled
+kernels at hand.
 
-The first call of a kind (shapes, strides, dtypes, alignment, gates, tile) runs as any other and is written down: for each launch the
-compiled kernel, the grid, and which argument is which tensor. Later calls allocate their buffers, put the tensors in their places and
+The first call of a kind (shapes, strides, dtypes, alignment, gates, tile) runs as any other and is written
+down: for each launch the
+compiled kernel, the grid, and which argument is which tensor. Later calls allocate their buffers, put the
+tensors in their places and
 launch; Triton's own look-up of what it compiled, which looks at some seventy arguments, is passed by.
 """
 
@@ -22,7 +25,20 @@ from mole_kernels.kernels.triton.workspace import flags
 
 # the ways that are launches of ours and nothing else
 PLANNED = ("persistent", "two_pass", "recompute")
-OPERANDS = ("x", "w", "bias", "down", "up", "scale", "gate", "phi", "phi_bias", "pool", "pool_bias", "assignment")
+OPERANDS = (
+    "x",
+    "w",
+    "bias",
+    "down",
+    "up",
+    "scale",
+    "gate",
+    "phi",
+    "phi_bias",
+    "pool",
+    "pool_bias",
+    "assignment",
+)
 BUFFERS = ("y", "h", "z", "token_gate", "sample_gate", "parts", "flags")
 # arguments that are called otherwise than the tensor they are, in a forward
 CALLED = {"x2": "x", "w2": "w", "arrived": "flags", "q": "sample_gate", "d": "scale"}
@@ -33,7 +49,9 @@ _plans: dict[object, Plan] = {}
 
 @dataclass(frozen=True)
 class Step:
-    """One launch: `values` with the tensors' places open; places of plain tensors, and of descriptors with (shape, strides, block)."""
+    """One launch: `values` with the tensors' places open; places of plain tensors, and of descriptors with
+    (shape, strides, block).
+    """
 
     kernel: Any
     compiled: Any
@@ -45,7 +63,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches of one kind of call, and what they need allocated: (shape, dtype) of each buffer but the flags, None: not used."""
+    """The launches of one kind of call, and what they need allocated: (shape, dtype) of each buffer but the
+    flags, None: not used.
+    """
 
     steps: tuple[Step, ...]
     sizes: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
@@ -55,7 +75,10 @@ class Plan:
     def run(self, operands: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y, h, l, G of a call with these operands, in the order of OPERANDS."""
         device = self.device
-        made = [None if size is None else torch.empty(size[0], dtype=size[1], device=device) for size in self.sizes]
+        made = [
+            None if size is None else torch.empty(size[0], dtype=size[1], device=device)
+            for size in self.sizes
+        ]
         tensors = (*operands, *made, flags(device, self.n_flags))
         if device.type == "cuda" and torch.cuda.current_device() != device.index:
             with torch.cuda.device(device):
@@ -79,9 +102,17 @@ class Plan:
 
 
 def key_of(
-    way: str, tile: Tile | None, operands: Sequence[Tensor | None], ranks: tuple[int, ...], top_k: int, save: bool, tf32: bool
+    way: str,
+    tile: Tile | None,
+    operands: Sequence[Tensor | None],
+    ranks: tuple[int, ...],
+    top_k: int,
+    save: bool,
+    tf32: bool,
 ) -> object:
-    """What two calls must have in common to be launched alike; Triton compiles anew where a pointer is not aligned to 16 bytes."""
+    """What two calls must have in common to be launched alike; Triton compiles anew where a pointer is not
+    aligned to 16 bytes.
+    """
     kinds = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in operands]
     x = operands[0]
     assert x is not None
@@ -98,7 +129,9 @@ def record(key: object, way: str, f: Fused, tile: Tile) -> Buffers:
         b = WAYS[way](f, tile)
     if len(_plans) >= MOST:
         _plans.clear()
-    absent = {name for name in OPERANDS if getattr(f, name) is None} | {name for name in BUFFERS if getattr(b, name) is f.scale}
+    absent = {name for name in OPERANDS if getattr(f, name) is None} | {
+        name for name in BUFFERS if getattr(b, name) is f.scale
+    }
     names = (*OPERANDS, *BUFFERS)
     steps = []
     for kernel, compiled, grid, arguments in started:
@@ -114,9 +147,20 @@ def record(key: object, way: str, f: Fused, tile: Tile) -> Buffers:
             if isinstance(value, Tensor):
                 places.append((place, which))
             else:
-                described.append((place, which, list(value.shape), list(value.strides), list(value.block_shape)))  # type: ignore[attr-defined]
+                described.append(
+                    (place, which, list(value.shape), list(value.strides), list(value.block_shape))
+                )  # type: ignore[attr-defined]
         full = grid[0], grid[1] if len(grid) > 1 else 1, 1
         steps.append(Step(kernel, compiled, full, tuple(values), tuple(places), tuple(described)))
-    sizes = tuple(None if name in absent else (tuple(t.shape), t.dtype) for name in BUFFERS[:-1] for t in (getattr(b, name),))
-    _plans[key] = Plan(tuple(steps), sizes, 2 + f.groups * (f.row_tiles(min(tile.BM, tile.BS, tile.BH or tile.BM)) + 1), f.x.device)
+    sizes = tuple(
+        None if name in absent else (tuple(t.shape), t.dtype)
+        for name in BUFFERS[:-1]
+        for t in (getattr(b, name),)
+    )
+    _plans[key] = Plan(
+        tuple(steps),
+        sizes,
+        2 + f.groups * (f.row_tiles(min(tile.BM, tile.BS, tile.BH or tile.BM)) + 1),
+        f.x.device,
+    )
     return b

@@ -1,6 +1,7 @@
 """One launch without a hand-over: every output tile makes the h of its own rows beside its base product.
 
-Costs R/BN of the base product more than the others, so it is for small R on small layers. h stays in registers; where it is to be
+Costs R/BN of the base product more than the others, so it is for small R on small layers. h stays in
+registers; where it is to be
 saved, the first column tile writes it. A sample gate needs all rows of a sample, so there is none here.
 """
 
@@ -15,12 +16,64 @@ from mole_kernels.kernels.triton.expand import tile_order
 
 @triton.jit(do_not_specialize=COUNTS)
 def recompute_kernel(
-    x, w, down, up, phi, phi_bias, bias, cols, scale, gate, assignment, h, token_gate, y,
-    T, span, n_t, n_m, M, N, K, R, E, top_k, sxb, sxt, sxk, swn, swk, sds, sdr, sdk, sus, sun, sur, spe, spk, sgb, sgt, sge,
-    ASSIGN: tl.constexpr, TOKEN: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, PHI_BIAS: tl.constexpr,
-    SAVE: tl.constexpr, TMA: tl.constexpr, W_ROWS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EP: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    down,
+    up,
+    phi,
+    phi_bias,
+    bias,
+    cols,
+    scale,
+    gate,
+    assignment,
+    h,
+    token_gate,
+    y,
+    T,
+    span,
+    n_t,
+    n_m,
+    M,
+    N,
+    K,
+    R,
+    E,
+    top_k,
+    sxb,
+    sxt,
+    sxk,
+    swn,
+    swk,
+    sds,
+    sdr,
+    sdk,
+    sus,
+    sun,
+    sur,
+    spe,
+    spk,
+    sgb,
+    sgt,
+    sge,
+    ASSIGN: tl.constexpr,
+    TOKEN: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    GATE: tl.constexpr,
+    BIAS: tl.constexpr,
+    PHI_BIAS: tl.constexpr,
+    SAVE: tl.constexpr,
+    TMA: tl.constexpr,
+    W_ROWS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    EP: tl.constexpr,
+):
     """grid (tiles,); BR holds all R columns."""
     i, i_n = tile_order(tl.program_id(0), n_m, tl.cdiv(N, BN), GROUP)
     i_b, m_0, o_i, o_b, o_t, m_m = rows_of(i, n_t, span, T, BM)
@@ -49,10 +102,14 @@ def recompute_kernel(
             p_x += BK * sxk
             p_w += BK * swk
         b_y = tl.dot(b_x, b_w, b_y, input_precision=PRECISION)
-        b_h = tl.dot(b_x, tl.load(p_d, mask=m_k[:, None] & m_d[None, :], other=0.0), b_h, input_precision=PRECISION)
+        b_h = tl.dot(
+            b_x, tl.load(p_d, mask=m_k[:, None] & m_d[None, :], other=0.0), b_h, input_precision=PRECISION
+        )
         p_d += BK * sdk
         if TOKEN:
-            b_l = tl.dot(b_x, tl.load(p_p, mask=m_k[:, None] & m_e[None, :], other=0.0), b_l, input_precision=PRECISION)
+            b_l = tl.dot(
+                b_x, tl.load(p_p, mask=m_k[:, None] & m_e[None, :], other=0.0), b_l, input_precision=PRECISION
+            )
             p_p += BK * spk
     if ASSIGN:
         # a sample without a set: 0 whatever x holds
@@ -66,9 +123,15 @@ def recompute_kernel(
             b_l += tl.load(phi_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
         b_l = token_gates(b_l, o_e, m_e, E, top_k, SOFTMAX)
         if i_n == 0:
-            tl.store(token_gate + m_0 * E + (o_i[:, None] * E + o_e[None, :]), b_l, mask=m_m[:, None] & m_e[None, :])
+            tl.store(
+                token_gate + m_0 * E + (o_i[:, None] * E + o_e[None, :]),
+                b_l,
+                mask=m_m[:, None] & m_e[None, :],
+            )
     o_c = tl.load(cols + o_r, mask=m_r, other=-1)
-    b_g = column_gates(b_l, o_c, 0, R, o_b, o_t, m_m, cols, scale, gate, sgb, sgt, sge, GATE, TOKEN, BM, BR, EP)
+    b_g = column_gates(
+        b_l, o_c, 0, R, o_b, o_t, m_m, cols, scale, gate, sgb, sgt, sge, GATE, TOKEN, BM, BR, EP
+    )
     p_u = up + i_s * sus + tl.cast(i_n * BN, tl.int64) * sun + (o_j[None, :] * sun + o_r[:, None] * sur)
     b_u = tl.load(p_u, mask=m_d[:, None] & m_n[None, :], other=0.0)
     b_z = tl.where(m_d[None, :], b_h * b_g, 0.0) if ASSIGN else b_h * b_g

@@ -1,4 +1,6 @@
-"""The ways to compute one forward call, and what each refuses. Which one is taken: `mole_kernels/dispatch`."""
+"""The ways to compute one forward call, and what each refuses. Which one is taken:
+`mole_kernels/dispatch`.
+"""
 
 from __future__ import annotations
 
@@ -23,4 +25,6 @@ def refusal(way: str, f: Fused) -> str | None:
     """Why `way` cannot compute the call, or None."""
     mask = f.gate is not None and f.gate.shape[1] != 1
     own = f.down.shape[0] > 1 or f.assignment is not None
-    return impossible(way, f.R, token=f.phi is not None, sample=f.pool is not None, mask=mask, save=f.save, own=own)
+    return impossible(
+        way, f.R, token=f.phi is not None, sample=f.pool is not None, mask=mask, save=f.save, own=own
+    )

@@ -1,4 +1,6 @@
-"""Tile sizes: which, and why. A choice here is a prediction from a cost model until a table of measurements replaces it."""
+"""Tile sizes: which, and why. A choice here is a prediction from a cost model until a table of measurements
+replaces it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ def _prefetches() -> bool:
     return (int(major), int(minor)) >= (3, 9)
 
 
-# from 3.9 on Triton loads a product's next operands into registers while this one's are multiplied, and Hopper's epilogues need more too
+# from 3.9 on Triton loads a product's next operands into registers while this one's are multiplied, and
+# Hopper's epilogues need more too
 PREFETCHES = _prefetches()
 
 
@@ -32,7 +35,8 @@ class Tile:
     """Sizes of one launch.
 
     BM, BN, BK  rows, columns and depth of a base tile
-    BX          columns beside the BN, in a second accumulator: tiles of 160 and 192 columns, which powers of two do not have
+    BX          columns beside the BN, in a second accumulator: tiles of 160 and 192 columns, which powers of
+                two do not have
     BR          most columns of h in one tile; BZ depth of a step of the expand
     BH          rows of a tile of h in the persistent kernel, 0: BM
     BS          rows of a tile of the shrink kernel, where it is a launch of its own
@@ -64,14 +68,31 @@ class Tile:
 
 
 # relative rate of the tensor cores at a tile's size, from published H100 GEMMs; a start for the tables
-_RATE = {(128, 256): 1.0, (128, 192): 0.97, (128, 160): 0.95, (128, 128): 0.9, (128, 64): 0.7, (64, 128): 0.7, (64, 64): 0.5}
+_RATE = {
+    (128, 256): 1.0,
+    (128, 192): 0.97,
+    (128, 160): 0.95,
+    (128, 128): 0.9,
+    (128, 64): 0.7,
+    (64, 128): 0.7,
+    (64, 64): 0.5,
+}
 
 
 @lru_cache(maxsize=4096)
 def choose(
-    M: int, K: int, N: int, R: int, dtype: torch.dtype, capability: tuple[int, int], processors: int, even: bool = False
-) -> Tile:  # fmt: skip
-    """The tile with the least predicted time: waves of tiles over the multiprocessors, at the tile's rate. even: a power of two wide."""
+    M: int,
+    K: int,
+    N: int,
+    R: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    processors: int,
+    even: bool = False,
+) -> Tile:
+    """The tile with the least predicted time: waves of tiles over the multiprocessors, at the tile's rate.
+    even: a power of two wide.
+    """
     if dtype == torch.float32:
         # tf32, or no tensor cores at all
         small = 64 * 64 * processors >= M * N
@@ -87,9 +108,19 @@ def choose(
     warps = 4 if BM * BN <= 64 * 128 else 8
     # consumer Ampere, Ada and Blackwell have 100 KB of shared memory, the data-centre parts 160 or more
     stages = 3 if roomy(capability) else 2
-    # not on consumer Blackwell: as compiled there, descriptors make the main loop longer (207 instructions, 185 by pointers)
-    return Tile(BM=BM, BN=BN, BX=columns - BN, BR=64 if BM == 128 else 32, BS=32 if 64 * processors > M else 64, warps=warps, stages=stages,
-                tma=capability[0] in (9, 10), pdl=capability[0] >= 9)  # fmt: skip
+    # not on consumer Blackwell: as compiled there, descriptors make the main loop longer (207 instructions,
+    # 185 by pointers)
+    return Tile(
+        BM=BM,
+        BN=BN,
+        BX=columns - BN,
+        BR=64 if BM == 128 else 32,
+        BS=32 if 64 * processors > M else 64,
+        warps=warps,
+        stages=stages,
+        tma=capability[0] in (9, 10),
+        pdl=capability[0] >= 9,
+    )
 
 
 def roomy(capability: tuple[int, int]) -> bool:
@@ -97,14 +128,22 @@ def roomy(capability: tuple[int, int]) -> bool:
     return capability == (8, 0) or capability[0] in (9, 10)
 
 
-def fitted(tile: Tile, capability: tuple[int, int], backward: bool, gates: int, softmax: bool = False) -> Tile:
-    """`tile` narrowed until the kernel's registers hold it, as the compiler reports them (`make aot` shows no spill at these).
+def fitted(
+    tile: Tile, capability: tuple[int, int], backward: bool, gates: int, softmax: bool = False
+) -> Tile:
+    """`tile` narrowed until the kernel's registers hold it, as the compiler reports them (`make aot` shows no
+    spill at these).
 
-    gates: how many kinds of gate the call has, one more in the backward. Their epilogues add tiles of h and its gates: half as many columns
-    of h at a time (Hopper's forward excepted, which holds them); and where the accumulators are in the threads' own registers and not
-    a warp group's (all but Hopper and Blackwell's data-centre parts), half as many columns of y; with a softmax there, half as many
-    rows of the shrink. Consumer Ampere's and Ada's backward takes z in steps of 16 columns with two kinds of gate; Hopper's backward holds
-    160 columns of y with two kinds of gate, 128 with three. Where Triton prefetches operands into registers, steps are half as deep and
+    gates: how many kinds of gate the call has, one more in the backward. Their epilogues add tiles of h and
+    its gates: half as many columns
+    of h at a time (Hopper's forward excepted, which holds them); and where the accumulators are in the
+    threads' own registers and not
+    a warp group's (all but Hopper and Blackwell's data-centre parts), half as many columns of y; with a
+    softmax there, half as many
+    rows of the shrink. Consumer Ampere's and Ada's backward takes z in steps of 16 columns with two kinds of
+    gate; Hopper's backward holds
+    160 columns of y with two kinds of gate, 128 with three. Where Triton prefetches operands into registers,
+    steps are half as deep and
     one more of them is on its way, so the shared memory is the same.
     """
     own = capability[0] not in (9, 10)
@@ -135,14 +174,18 @@ def for_recompute(tile: Tile, capability: tuple[int, int], gates: int) -> Tile:
 
 
 def for_dense(tile: Tile, capability: tuple[int, int]) -> Tile:
-    """`tile` for a kernel that holds two accumulators of y: 160 columns at most, 64 where they are in the threads' own registers."""
+    """`tile` for a kernel that holds two accumulators of y: 160 columns at most, 64 where they are in the
+    threads' own registers.
+    """
     if capability[0] not in (9, 10):
         return replace(tile, BN=min(tile.BN, 64), BX=0)
     return tile if tile.width <= 160 else replace(tile, BN=128, BX=0)
 
 
 def two_phases(n_h: int, h: float, n_y: int, y: float, programs: int) -> float:
-    """Tiles of h, then tiles of y, each program its share; those that made one h more get no tile of the ragged last wave."""
+    """Tiles of h, then tiles of y, each program its share; those that made one h more get no tile of the
+    ragged last wave.
+    """
     rounds, late = divmod(n_h, programs)
     waves, ragged = divmod(n_y, programs)
     early = programs - late
@@ -152,9 +195,11 @@ def two_phases(n_h: int, h: float, n_y: int, y: float, programs: int) -> float:
 
 
 def rows_of_h(tile: Tile, n_m: int, n_n: int, R: int, processors: int) -> Tile:
-    """`tile` with tiles of h of 64 rows where that is predicted to shorten the persistent kernel: the first wave waits less for them.
+    """`tile` with tiles of h of 64 rows where that is predicted to shorten the persistent kernel: the first
+    wave waits less for them.
 
-    n_m, n_n: row and column tiles of y. Not shorter: 64 rows are the least of Hopper's tensor-core instruction
+    n_m, n_n: row and column tiles of y. Not shorter: 64 rows are the least of Hopper's tensor-core
+    instruction
     """
     BR = min(tile.BR, next_power(R))
     rate = {128: 0.7, 64: 0.5} if BR >= 64 else {128: 0.35, 64: 0.35}
@@ -169,8 +214,10 @@ def rows_of_h(tile: Tile, n_m: int, n_n: int, R: int, processors: int) -> Tile:
 def for_sums(R: int, dtype: torch.dtype, capability: tuple[int, int], busy: bool) -> tuple[int, int, int]:
     """Tokens of a step, columns of K or N and columns of h of one job of the sums over tokens.
 
-    busy: sets by assignment, or a given gate beside others; half as many columns where accumulators are in the threads' own registers
-    or Triton prefetches. Where both hold, half as many columns of h as well, or when not busy half as many tokens
+    busy: sets by assignment, or a given gate beside others; half as many columns where accumulators are in
+    the threads' own registers
+    or Triton prefetches. Where both hold, half as many columns of h as well, or when not busy half as many
+    tokens
     """
     BT, BC, BR = (32, 32, 32) if dtype == torch.float32 else (64, 128, 64)
     own = capability[0] not in (9, 10)

@@ -21,9 +21,11 @@ class AutoencoderConfig:
 
     channels        hidden channels of each stage; every stage shortens by `factor`
     factor, kernel  stride and kernel size of the convolutions
-    latent_channels of the latent [latent_channels, latent_length]; the compression is factor^stages / latent_channels
+    latent_channels of the latent [latent_channels, latent_length]; the compression is factor^stages /
+    latent_channels
     noise           mixed into the input and into the latent while training: v ← (1−n)·v + n·ε
-    The default compresses 256 times (the paper says nearly 300); channels, noise and stages follow code by a co-author, an ancestor
+    The default compresses 256 times (the paper says nearly 300); channels, noise and stages follow code by a
+    co-author, an ancestor
     of the paper's autoencoder. One latent channel and the learned positions (see `LoRAAutoencoder`) are ours.
     """
 
@@ -39,11 +41,17 @@ class AutoencoderConfig:
         object.__setattr__(self, "noise", tuple(self.noise))
         for name in ("length", "factor", "kernel", "latent_channels"):
             if getattr(self, name) < 1:
-                raise MoleValueError(f"AutoencoderConfig: {name}", expected="at least 1", got=getattr(self, name))
+                raise MoleValueError(
+                    f"AutoencoderConfig: {name}", expected="at least 1", got=getattr(self, name)
+                )
         if not self.channels or min(self.channels) < 1:
-            raise MoleValueError("AutoencoderConfig: channels", expected="a number >= 1 for each stage", got=self.channels)
+            raise MoleValueError(
+                "AutoencoderConfig: channels", expected="a number >= 1 for each stage", got=self.channels
+            )
         if self.kernel % 2 == 0:
-            raise MoleValueError("AutoencoderConfig: kernel", expected="an odd number, so that lengths stay", got=self.kernel)
+            raise MoleValueError(
+                "AutoencoderConfig: kernel", expected="an odd number, so that lengths stay", got=self.kernel
+            )
 
     @property
     def padded(self) -> int:
@@ -67,10 +75,14 @@ class AutoencoderConfig:
 class LoRAAutoencoder(nn.Module):
     """vector [B,length] -> latent [B,C,L] in −1…1 -> vector [B,length].
 
-    Encoder stage:  [LeakyReLU, InstanceNorm (not in the first)] Conv(kernel) · LeakyReLU · InstanceNorm · Conv(kernel, stride factor)
-    Decoder stage:  LeakyReLU · InstanceNorm · ConvTranspose(stride factor) · LeakyReLU · InstanceNorm · Conv(kernel); then one Conv.
-    A convolution does not know where in the vector it is, and a LoRA's weights mean something by their place: so the decoder adds a
-    learned [channels, latent_length] to its first features, and the mean vector of the training set to its output (ours, both).
+    Encoder stage:  [LeakyReLU, InstanceNorm (not in the first)] Conv(kernel) · LeakyReLU · InstanceNorm ·
+    Conv(kernel, stride factor)
+    Decoder stage:  LeakyReLU · InstanceNorm · ConvTranspose(stride factor) · LeakyReLU · InstanceNorm ·
+    Conv(kernel); then one Conv.
+    A convolution does not know where in the vector it is, and a LoRA's weights mean something by their place:
+    so the decoder adds a
+    learned [channels, latent_length] to its first features, and the mean vector of the training set to its
+    output (ours, both).
     """
 
     mean: Tensor
@@ -79,13 +91,22 @@ class LoRAAutoencoder(nn.Module):
         super().__init__()
         self.config = config
         widths = [1, *config.channels]
-        stages = [_Down(a, b, config.kernel, config.factor, first=i == 0) for i, (a, b) in enumerate(itertools.pairwise(widths))]
+        stages = [
+            _Down(a, b, config.kernel, config.factor, first=i == 0)
+            for i, (a, b) in enumerate(itertools.pairwise(widths))
+        ]
         self.encoder = nn.Sequential(*stages)
-        self.to_latent = nn.Conv1d(widths[-1], config.latent_channels, config.kernel, padding=config.kernel // 2)
-        self.from_latent = nn.Conv1d(config.latent_channels, widths[-1], config.kernel, padding=config.kernel // 2)
+        self.to_latent = nn.Conv1d(
+            widths[-1], config.latent_channels, config.kernel, padding=config.kernel // 2
+        )
+        self.from_latent = nn.Conv1d(
+            config.latent_channels, widths[-1], config.kernel, padding=config.kernel // 2
+        )
         self.place = nn.Parameter(torch.zeros(widths[-1], config.latent_length))
         back = [*reversed(config.channels), config.channels[0]]
-        self.decoder = nn.Sequential(*(_Up(a, b, config.kernel, config.factor) for a, b in itertools.pairwise(back)))
+        self.decoder = nn.Sequential(
+            *(_Up(a, b, config.kernel, config.factor) for a, b in itertools.pairwise(back))
+        )
         self.to_vector = nn.Conv1d(back[-1], 1, config.kernel, padding=config.kernel // 2)
         nn.init.normal_(self.place, std=0.5)
         self.register_buffer("mean", torch.zeros(config.length))
@@ -105,7 +126,11 @@ class LoRAAutoencoder(nn.Module):
         """[B,C,L] -> [B,length]. Raises MoleValueError for a latent that is not finite."""
         c = self.config
         if latents.shape[1:] != (c.latent_channels, c.latent_length):
-            raise MoleShapeError("decode", expected=f"latents [B,{c.latent_channels},{c.latent_length}]", got=tuple(latents.shape))
+            raise MoleShapeError(
+                "decode",
+                expected=f"latents [B,{c.latent_channels},{c.latent_length}]",
+                got=tuple(latents.shape),
+            )
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(latents).all()):
             raise MoleValueError("decode", expected="finite latents", got="NaN or Inf")
         out = self.to_vector(self.decoder(self.from_latent(latents) + self.place))
@@ -120,14 +145,17 @@ class LoRAAutoencoder(nn.Module):
 
     def _check(self, vectors: Tensor) -> None:
         if vectors.dim() != 2 or vectors.shape[1] != self.config.length:
-            raise MoleShapeError("LoRAAutoencoder", expected=f"vectors [B,{self.config.length}]", got=tuple(vectors.shape))
+            raise MoleShapeError(
+                "LoRAAutoencoder", expected=f"vectors [B,{self.config.length}]", got=tuple(vectors.shape)
+            )
 
 
 class _Down(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, factor: int, first: bool) -> None:
         super().__init__()
         self.first = first
-        # without the mean and size of a channel an instance of a LoRA would lose how large it is: only the inner norm, with affine
+        # without the mean and size of a channel an instance of a LoRA would lose how large it is: only the
+        # inner norm, with affine
         self.norm_in = nn.Identity() if first else nn.InstanceNorm1d(inputs, affine=True)
         self.same = nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2)
         self.norm = nn.InstanceNorm1d(outputs, affine=True)
@@ -168,17 +196,24 @@ def _noised(x: Tensor, amount: float, generator: torch.Generator) -> Tensor:
     return (1 - amount) * x + amount * noise
 
 
-def weight_preserved_loss(reconstruction: Tensor, vectors: Tensor, strength: float = 1.0, power: float = 1.0) -> Tensor:
-    """mean((1 + λ·|w|^p / mean|w|^p) · (w − ŵ)²), λ = strength, p = power: errors of large weights count more; λ = 0 is the MSE.
+def weight_preserved_loss(
+    reconstruction: Tensor, vectors: Tensor, strength: float = 1.0, power: float = 1.0
+) -> Tensor:
+    """mean((1 + λ·|w|^p / mean|w|^p) · (w − ŵ)²), λ = strength, p = power: errors of large weights count
+    more; λ = 0 is the MSE.
 
     The paper's loss emphasises larger weights, its formula is not published; this one is ours.
     """
     if reconstruction.shape != vectors.shape:
         raise MoleShapeError(
-            "weight_preserved_loss", expected=f"the vectors' shape {tuple(vectors.shape)}", got=tuple(reconstruction.shape)
+            "weight_preserved_loss",
+            expected=f"the vectors' shape {tuple(vectors.shape)}",
+            got=tuple(reconstruction.shape),
         )
     if not (math.isfinite(strength) and strength >= 0 and math.isfinite(power) and power > 0):
-        raise MoleValueError("weight_preserved_loss", expected="strength >= 0 and power > 0", got=f"{strength} and {power}")
+        raise MoleValueError(
+            "weight_preserved_loss", expected="strength >= 0 and power > 0", got=f"{strength} and {power}"
+        )
     error = (reconstruction - vectors).square()
     if strength == 0:
         return error.mean()

@@ -1,4 +1,5 @@
-"""From folders of pictures to a data set of LoRAs: filter, an expert for each identity, shards of flat vectors.
+"""From folders of pictures to a data set of LoRAs: filter, an expert for each identity, shards of flat
+vectors.
 
 work/pictures/NAME/         what the filter left of an identity's pictures, as links, with their captions
 work/experts/NAME.safetensors   one trained LoRA each: an identity that has its file is not trained again
@@ -20,7 +21,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleFileError, MoleKeyError, MoleStateError, MoleValueError, MoleWarning, printable
+from mole_kernels.errors import (
+    MoleFileError,
+    MoleKeyError,
+    MoleStateError,
+    MoleValueError,
+    MoleWarning,
+    printable,
+)
 from mole_kernels.experts.bank import Init, check_name
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.files.reader import read_tensors
@@ -30,8 +38,8 @@ from mole_kernels.methods.difflora.features import ImageEncoder, Picture
 from mole_kernels.methods.difflora.manifest import Manifest, tensors_of
 from mole_kernels.methods.difflora.store import as_plain, read_json, write_json
 from mole_kernels.methods.mole.stages import train_expert
-from mole_kernels.patching.names import few
-from mole_kernels.patching.targets import mole_targets
+from mole_kernels.modules.names import few
+from mole_kernels.modules.scan import mole_targets
 from mole_kernels.training.cached import picture_batches
 from mole_kernels.training.captions import METADATA, read_beside, read_captions
 from mole_kernels.training.config import TrainConfig
@@ -57,7 +65,11 @@ class MinimumSize:
 
     def __call__(self, picture: Picture) -> str | None:
         short = min(picture.size)
-        return f"its shorter side has {short} pixels, at least {self.pixels} are asked for" if short < self.pixels else None
+        return (
+            f"its shorter side has {short} pixels, at least {self.pixels} are asked for"
+            if short < self.pixels
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -78,10 +90,13 @@ class HasFace:
 class IdentityTraining:
     """How every identity's expert is trained: all alike, else their vectors could not be compared.
 
-    config       steps, rate, seed; all experts start from the same fresh weights and see the same noise, so that what differs between
-                 two vectors is what differs between two people (ours; a LoRA from another start is another point for the same person)
+    config       steps, rate, seed; all experts start from the same fresh weights and see the same noise, so
+                 that what differs between
+                 two vectors is what differs between two people (ours; a LoRA from another start is another
+                 point for the same person)
     rank, alpha  fixed for the set
-    targets      names that end the paths of the layers to adapt, () for all of MoLE's. The paper trains DreamBooth LoRAs, whose layers
+    targets      names that end the paths of the layers to adapt, () for all of MoLE's. The paper trains
+                 DreamBooth LoRAs, whose layers
                  are these four of every attention
     resolution   side in pixels, or (height, width); multiple: of what sizes are multiples
     caption      of pictures that have none
@@ -109,20 +124,31 @@ class Kept:
 
 
 def identity_folders(root: str | Path) -> dict[str, Path]:
-    """{name: folder} of the folders in `root`, by name. Raises MoleFileError where there are none or a name makes no identity."""
+    """{name: folder} of the folders in `root`, by name. Raises MoleFileError where there are none or a name
+    makes no identity.
+    """
     root = Path(root)
     if not root.is_dir():
-        raise MoleFileError(printable(root, 300), expected="a folder with a folder of pictures for each identity", got="no folder")
-    found = {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")}
+        raise MoleFileError(
+            printable(root, 300),
+            expected="a folder with a folder of pictures for each identity",
+            got="no folder",
+        )
+    found = {
+        path.name: path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")
+    }
     if not found:
-        raise MoleFileError(printable(root, 300), expected="a folder of pictures for each identity", got="no folders in it")
+        raise MoleFileError(
+            printable(root, 300), expected="a folder of pictures for each identity", got="no folders in it"
+        )
     for name in found:
         check_name(name)
     return found
 
 
 def keep_pictures(source: Path, out: Path, accept: PictureFilter, caption: str) -> Kept:
-    """Links in `out` to the pictures of `source` that can be read and that `accept` takes, with a metadata.jsonl of their captions.
+    """Links in `out` to the pictures of `source` that can be read and that `accept` takes, with a
+    metadata.jsonl of their captions.
 
     Raises MoleFileError, each picture's reason named, where none is left.
     """
@@ -140,7 +166,9 @@ def keep_pictures(source: Path, out: Path, accept: PictureFilter, caption: str) 
             left_out[name] = why
     if not names:
         said = "; ".join(f"{printable(name)}: {why}" for name, why in list(left_out.items())[:8])
-        raise MoleFileError(printable(source, 300), f"no picture is left of this identity ({said or 'there are none'})")
+        raise MoleFileError(
+            printable(source, 300), f"no picture is left of this identity ({said or 'there are none'})"
+        )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     lines = []
@@ -165,10 +193,13 @@ def train_identities(
     progress: bool = True,
     on_identity: Callable[[str, Expert | None], None] | None = None,
 ) -> dict[str, Path]:
-    """An expert for each identity folder of `root`; {name: file}. Started again, it goes on with those that have no file yet.
+    """An expert for each identity folder of `root`; {name: file}. Started again, it goes on with those that
+    have no file yet.
 
-    Under `accelerate launch` the identities are shared out over the processes of all machines (which then need one file system).
-    An identity of which no picture is left is passed over with a MoleWarning; MoleStateError where other settings began the set.
+    Under `accelerate launch` the identities are shared out over the processes of all machines (which then
+    need one file system).
+    An identity of which no picture is left is passed over with a MoleWarning; MoleStateError where other
+    settings began the set.
     on_identity  called after each one, with None where it was passed over
     """
     folders, work, state = identity_folders(root), Path(work), processes()
@@ -178,11 +209,17 @@ def train_identities(
     state.wait_for_everyone()
     mine = list(folders)[state.process_index :: state.num_processes]
     targets = find_targets(pipe, training.targets)
-    with ProgressLine("identities", len(mine), 0, max(1, len(mine) // 20), progress and state.is_main_process) as line:
+    with ProgressLine(
+        "identities", len(mine), 0, max(1, len(mine) // 20), progress and state.is_main_process
+    ) as line:
         for done, name in enumerate(mine, 1):
             file = work / "experts" / f"{name}.safetensors"
             kept, have = work / "pictures" / name, file.exists()
-            expert = load_expert(file) if have else _train_one(pipe, folders[name], kept, training, accept, targets)
+            expert = (
+                load_expert(file)
+                if have
+                else _train_one(pipe, folders[name], kept, training, accept, targets)
+            )
             if expert is not None and not have:
                 save_expert(expert, file)
             if on_identity is not None:
@@ -193,16 +230,27 @@ def train_identities(
 
 
 def find_targets(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
-    """{path: layer} of the layers whose paths end in one of `names`, all of MoLE's for none. MoleValueError where there are none."""
+    """{path: layer} of the layers whose paths end in one of `names`, all of MoLE's for none. MoleValueError
+    where there are none.
+    """
     unet = getattr(pipe, "unet", pipe)
-    found = {p: m for p, m in mole_targets(unet).items() if not names or p.endswith(tuple(f".{name}" for name in names))}
+    found = {
+        p: m
+        for p, m in mole_targets(unet).items()
+        if not names or p.endswith(tuple(f".{name}" for name in names))
+    }
     if not found:
-        raise MoleValueError("difflora: targets", expected=f"layers called {', '.join(names)}", got=f"none in {type(unet).__name__}")
+        raise MoleValueError(
+            "difflora: targets",
+            expected=f"layers called {', '.join(names)}",
+            got=f"none in {type(unet).__name__}",
+        )
     return found
 
 
 def pack_shards(work: str | Path, names: Sequence[str] | None = None) -> LoRADataset:
-    """Shards of flat vectors from the experts of `train_identities`, each `per_shard` long; replaces those there are, all or none.
+    """Shards of flat vectors from the experts of `train_identities`, each `per_shard` long; replaces those
+    there are, all or none.
 
     names  a part of them, in this order; None for all, by name
     Raises MoleValueError or MoleShapeError, the layer named, where two experts do not have one layout.
@@ -211,12 +259,18 @@ def pack_shards(work: str | Path, names: Sequence[str] | None = None) -> LoRADat
     files = {path.stem: path for path in sorted((work / "experts").glob("*.safetensors"))}
     chosen = list(files) if names is None else list(names)
     if unknown := [name for name in chosen if name not in files]:
-        raise MoleKeyError(f"{printable(work, 300)}: experts", f"{len(unknown)} are not there: {few(unknown)}")
+        raise MoleKeyError(
+            f"{printable(work, 300)}: experts", f"{len(unknown)} are not there: {few(unknown)}"
+        )
     if not chosen:
-        raise MoleFileError(printable(work / "experts", 300), expected="at least one trained expert", got="none")
+        raise MoleFileError(
+            printable(work / "experts", 300), expected="at least one trained expert", got="none"
+        )
     settings = read_json(work / "settings.json", FORMAT, "the work folder of train_identities")["training"]
     first = _widened(load_expert(files[chosen[0]]))
-    manifest = Manifest.of_expert(first).fit(tensors_of(_widened(load_expert(files[name]))) for name in chosen)
+    manifest = Manifest.of_expert(first).fit(
+        tensors_of(_widened(load_expert(files[name]))) for name in chosen
+    )
     shards = work / "shards"
     per, parts = int(settings["per_shard"]), []
     if state.is_main_process:
@@ -229,11 +283,18 @@ def pack_shards(work: str | Path, names: Sequence[str] | None = None) -> LoRADat
         part = {"file": next(name for name in free if name not in taken), "names": chosen[at : at + per]}
         parts.append(part)
         if number % state.num_processes == state.process_index:
-            vectors = {name: manifest.flatten_expert(_widened(load_expert(files[name]))) for name in part["names"]}
+            vectors = {
+                name: manifest.flatten_expert(_widened(load_expert(files[name]))) for name in part["names"]
+            }
             atomic_save(vectors, shards / str(part["file"]), {"format": FORMAT})
     state.wait_for_everyone()
     if state.is_main_process:
-        about = {"format": FORMAT, "training": settings, "manifest": json.loads(manifest.to_json()), "shards": parts}
+        about = {
+            "format": FORMAT,
+            "training": settings,
+            "manifest": json.loads(manifest.to_json()),
+            "shards": parts,
+        }
         write_json(shards / INDEX, about)
         for old in set(shards.glob("shard-*.safetensors")) - {shards / str(part["file"]) for part in parts}:
             old.unlink()
@@ -288,9 +349,13 @@ class LoRADataset:
             if vector.shape != (self.manifest.length,) or vector.dtype != torch.float32:
                 got = f"{list(vector.shape)} {vector.dtype}"
                 raise MoleFileError(
-                    printable(self.folder / self._places[name], 300), f"{printable(name)}: expected [{self.manifest.length}]", got=got
+                    printable(self.folder / self._places[name], 300),
+                    f"{printable(name)}: expected [{self.manifest.length}]",
+                    got=got,
                 )
-        return torch.stack([found[name] for name in wanted]) if wanted else torch.empty(0, self.manifest.length)
+        return (
+            torch.stack([found[name] for name in wanted]) if wanted else torch.empty(0, self.manifest.length)
+        )
 
     def parts(self, size: int = 64) -> Iterator[Tensor]:
         """All vectors, [≤ size, length] at a time."""
@@ -308,7 +373,12 @@ def pictures_of(work: str | Path, name: str) -> list[Picture]:
 
 
 def _train_one(
-    pipe: Any, source: Path, kept: Path, training: IdentityTraining, accept: PictureFilter, targets: Mapping[str, Any]
+    pipe: Any,
+    source: Path,
+    kept: Path,
+    training: IdentityTraining,
+    accept: PictureFilter,
+    targets: Mapping[str, Any],
 ) -> Expert | None:
     try:
         keep_pictures(source, kept, accept, training.caption)
@@ -320,12 +390,22 @@ def _train_one(
         # of one person's pictures that is no accident
         warnings.filterwarnings("ignore", message=".*one and the same caption", category=MoleWarning)
         folder = PictureFolder(kept, training.resolution, multiple=training.multiple)
-        batches = picture_batches(pipe, folder, min(training.batch_size, len(folder)), seed=training.config.seed, progress=False)
+        batches = picture_batches(
+            pipe, folder, min(training.batch_size, len(folder)), seed=training.config.seed, progress=False
+        )
         # one name for all: fresh weights are drawn by seed and name
         return train_expert(
-            pipe, batches, name="identity", rank=training.rank, alpha=training.alpha, config=training.config, null=batches.null,
-            targets=targets, init=training.init, progress=False,
-        )  # fmt: skip
+            pipe,
+            batches,
+            name="identity",
+            rank=training.rank,
+            alpha=training.alpha,
+            config=training.config,
+            null=batches.null,
+            targets=targets,
+            init=training.init,
+            progress=False,
+        )
 
 
 def _settle(work: Path, training: IdentityTraining) -> None:
@@ -341,10 +421,15 @@ def _settle(work: Path, training: IdentityTraining) -> None:
         if key != "per_shard" and before.get(key) != here[key]:
             hint = "all experts of a set are trained alike; begin another work folder"
             raise MoleStateError(
-                f"{printable(path, 300)}: {key}", expected=f"{before.get(key)!r} as when the set began", got=repr(here[key]), hint=hint
+                f"{printable(path, 300)}: {key}",
+                expected=f"{before.get(key)!r} as when the set began",
+                got=repr(here[key]),
+                hint=hint,
             )
     write_json(path, {"format": FORMAT, "training": here})
 
 
 def _widened(expert: Expert) -> Expert:
-    return Expert({path: layer.to(torch.float32) for path, layer in expert.layers.items()}, source=expert.source)
+    return Expert(
+        {path: layer.to(torch.float32) for path, layer in expert.layers.items()}, source=expert.source
+    )

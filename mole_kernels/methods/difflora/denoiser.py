@@ -22,7 +22,8 @@ class DenoiserConfig:
     latent_channels, latent_length  of the latent [C,L], the autoencoder's
     condition_dim   width of the mixed features
     depth, width    the paper's 16 layers of width 1454 by default
-    heads           any number: each is width / heads wide, up to the next multiple of 8 (1454 = 2 · 727 divides by no useful one)
+    heads           any number: each is width / heads wide, up to the next multiple of 8 (1454 = 2 · 727
+                    divides by no useful one)
     patch           positions of the latent in one token; the latent is padded to a multiple (ours)
     """
 
@@ -38,10 +39,14 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         for name in ("latent_channels", "latent_length", "condition_dim", "depth", "width", "heads", "patch"):
             if getattr(self, name) < 1:
-                raise MoleValueError(f"DenoiserConfig: {name}", expected="at least 1", got=getattr(self, name))
+                raise MoleValueError(
+                    f"DenoiserConfig: {name}", expected="at least 1", got=getattr(self, name)
+                )
         # settings come out of files too
         if self.depth > MOST_LAYERS:
-            raise MoleValueError("DenoiserConfig: depth", expected=f"at most {MOST_LAYERS}", got=printable(self.depth))
+            raise MoleValueError(
+                "DenoiserConfig: depth", expected=f"at most {MOST_LAYERS}", got=printable(self.depth)
+            )
 
     @property
     def tokens(self) -> int:
@@ -58,7 +63,8 @@ class DenoiserConfig:
 class LoRADenoiser(nn.Module):
     """x0 = f(x_t [B,C,L], t [B], c [B,condition_dim]) -> [B,C,L].
 
-    DiT blocks (Peebles and Xie 2023): shift, scale and gate of each norm come from t and c, the gates start at zero, so that a new
+    DiT blocks (Peebles and Xie 2023): shift, scale and gate of each norm come from t and c, the gates start
+    at zero, so that a new
     block is the identity. `null` is the learned condition of no person, for classifier-free guidance.
     """
 
@@ -70,7 +76,9 @@ class LoRADenoiser(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.condition = nn.Linear(c.condition_dim, c.width)
         self.null = nn.Parameter(torch.randn(c.condition_dim) * 0.02)
-        self.blocks = nn.ModuleList(DiTBlock(c.width, c.heads, c.head_dim, c.mlp_ratio) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(c.width, c.heads, c.head_dim, c.mlp_ratio) for _ in range(c.depth)
+        )
         self.norm = nn.LayerNorm(c.width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(c.width, 2 * c.width)
         self.out = nn.Linear(c.width, c.patch * c.latent_channels)
@@ -82,10 +90,16 @@ class LoRADenoiser(nn.Module):
         """condition None: the null condition for every sample."""
         c = self.config
         if x.dim() != 3 or x.shape[1:] != (c.latent_channels, c.latent_length):
-            raise MoleShapeError("LoRADenoiser", expected=f"x [B,{c.latent_channels},{c.latent_length}]", got=tuple(x.shape))
+            raise MoleShapeError(
+                "LoRADenoiser", expected=f"x [B,{c.latent_channels},{c.latent_length}]", got=tuple(x.shape)
+            )
         condition = self.null.expand(x.shape[0], -1) if condition is None else condition
         if condition.shape != (x.shape[0], c.condition_dim):
-            raise MoleShapeError("LoRADenoiser", expected=f"condition [{x.shape[0]},{c.condition_dim}]", got=tuple(condition.shape))
+            raise MoleShapeError(
+                "LoRADenoiser",
+                expected=f"condition [{x.shape[0]},{c.condition_dim}]",
+                got=tuple(condition.shape),
+            )
         padded = F.pad(x, (0, c.tokens * c.patch - c.latent_length))
         tokens = padded.unflatten(2, (c.tokens, c.patch)).transpose(1, 2).flatten(2)
         h = self.embed(tokens) + self.place
@@ -94,11 +108,15 @@ class LoRADenoiser(nn.Module):
             h = block(h, emb)
         shift, scale = self.modulation(emb)[:, None].chunk(2, -1)
         out = self.out(self.norm(h) * (1 + scale) + shift)
-        return out.unflatten(2, (c.latent_channels, c.patch)).transpose(1, 2).flatten(2)[..., : c.latent_length]
+        return (
+            out.unflatten(2, (c.latent_channels, c.patch)).transpose(1, 2).flatten(2)[..., : c.latent_length]
+        )
 
 
 class DiTBlock(nn.Module):
-    """h + g₁·Attention(norm(h)·(1+a₁)+b₁), then h + g₂·MLP(norm(h)·(1+a₂)+b₂); a, b, g from the embedding, zero at the start."""
+    """h + g₁·Attention(norm(h)·(1+a₁)+b₁), then h + g₂·MLP(norm(h)·(1+a₂)+b₂); a, b, g from the embedding,
+    zero at the start.
+    """
 
     def __init__(self, width: int, heads: int, head_dim: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -106,20 +124,28 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.to_qkv, self.to_out = nn.Linear(width, 3 * inner), nn.Linear(inner, width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
+        )
         self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, -1)
-        q, k, v = self.to_qkv(self.norm1(h) * (1 + scale1) + shift1).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.to_qkv(self.norm1(h) * (1 + scale1) + shift1)
+            .unflatten(2, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         h = h + gate1 * self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return h + gate2 * self.mlp(self.norm2(h) * (1 + scale2) + shift2)
 
 
 def timestep_features(t: Tensor, dtype: torch.dtype, width: int = 256) -> Tensor:
     """Sines and cosines of t [B] at 128 frequencies from 1 to 1/10000: [B,256]."""
-    frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device, dtype=torch.float32) / (width // 2))
+    frequency = torch.exp(
+        -math.log(10_000) * torch.arange(width // 2, device=t.device, dtype=torch.float32) / (width // 2)
+    )
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1).to(dtype)

@@ -14,7 +14,8 @@ Denoise = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def noise_schedule(kind: str = "ddim", steps: int = 1000) -> Any:
-    """A diffusers scheduler on the squared-cosine schedule that expects the clean sample: "ddim" or "dpm" (DPM-Solver++ of order 2).
+    """A diffusers scheduler on the squared-cosine schedule that expects the clean sample: "ddim" or "dpm"
+    (DPM-Solver++ of order 2).
 
     The paper predicts x0; its schedule is not published, cosine is ours.
     """
@@ -22,19 +23,31 @@ def noise_schedule(kind: str = "ddim", steps: int = 1000) -> Any:
 
     common = {"num_train_timesteps": steps, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
     if kind == "ddim":
-        return DDIMScheduler(**common, clip_sample=False, timestep_spacing="trailing", rescale_betas_zero_snr=False)
+        return DDIMScheduler(
+            **common, clip_sample=False, timestep_spacing="trailing", rescale_betas_zero_snr=False
+        )
     if kind == "dpm":
         return DPMSolverMultistepScheduler(**common, timestep_spacing="trailing")
     raise MoleValueError("noise_schedule", expected="'ddim' or 'dpm'", got=repr(kind))
 
 
-def x0_loss(denoise: Denoise, scheduler: Any, x0: Tensor, condition: Tensor, generator: torch.Generator, drop: float = 0.1) -> Tensor:
-    """mean((f(√ᾱ x0 + √(1−ᾱ) ε, t, c) − x0)²); with probability `drop` a sample's condition is None's, for guidance.
+def x0_loss(
+    denoise: Denoise,
+    scheduler: Any,
+    x0: Tensor,
+    condition: Tensor,
+    generator: torch.Generator,
+    drop: float = 0.1,
+) -> Tensor:
+    """mean((f(√ᾱ x0 + √(1−ᾱ) ε, t, c) − x0)²); with probability `drop` a sample's condition is None's, for
+    guidance.
 
     x0 [B,C,L], condition [B,D]; `denoise` is a LoRADenoiser. Everything random comes from `generator`.
     """
     B = x0.shape[0]
-    t = torch.randint(0, scheduler.config.num_train_timesteps, (B,), generator=generator, device=generator.device).to(x0.device)
+    t = torch.randint(
+        0, scheduler.config.num_train_timesteps, (B,), generator=generator, device=generator.device
+    ).to(x0.device)
     noise = torch.randn(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
     dropped = (torch.rand(B, 1, generator=generator, device=generator.device) < drop).to(x0.device)
     null = denoise.null  # type: ignore[attr-defined]
@@ -53,9 +66,11 @@ def sample(
     guidance: float = 1.0,
     seed: int | Sequence[int] = 0,
 ) -> Tensor:
-    """Latents [B,C,L] for conditions [B,D]: x0 = x0_null + guidance · (x0_c − x0_null) in every step. The seed decides the noise alone.
+    """Latents [B,C,L] for conditions [B,D]: x0 = x0_null + guidance · (x0_c − x0_null) in every step. The
+    seed decides the noise alone.
 
-    seed  of all, or one for each sample. Sample b's noise depends on the seed and b, not on the batch's size; on its own seed alone
+    seed  of all, or one for each sample. Sample b's noise depends on the seed and b, not on the batch's size;
+          on its own seed alone
           where each has one: one person's LoRA is the same alone or among others
     """
     if steps < 1:

@@ -29,9 +29,11 @@ class ImageEncoder(Protocol):
 class MixedImageFeatures(nn.Module):
     """mixed = Σ_k g_k P_k f_k, k in {face, image};  g = softmax(MLP([f_face, f_image])).
 
-    face [B,F], image [B,I] -> [B,dim]; with several references face [B,n,F], image [B,n,I], their mixed features are averaged, so that
+    face [B,F], image [B,I] -> [B,dim]; with several references face [B,n,F], image [B,n,I], their mixed
+    features are averaged, so that
     the order of the pictures does not matter.
-    The paper has a gate network in the manner of a mixture of experts over a face and an image embedding; softmax, the MLP's form and
+    The paper has a gate network in the manner of a mixture of experts over a face and an image embedding;
+    softmax, the MLP's form and
     the average are ours.
     """
 
@@ -40,17 +42,24 @@ class MixedImageFeatures(nn.Module):
         self.face_dim, self.image_dim, self.dim = face_dim, image_dim, dim
         self.face, self.image = nn.Linear(face_dim, dim), nn.Linear(image_dim, dim)
         self.gate = nn.Sequential(
-            nn.LayerNorm(face_dim + image_dim), nn.Linear(face_dim + image_dim, hidden), nn.SiLU(), nn.Linear(hidden, 2)
+            nn.LayerNorm(face_dim + image_dim),
+            nn.Linear(face_dim + image_dim, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, 2),
         )
 
     def weights(self, face: Tensor, image: Tensor) -> Tensor:
         """g [...,2]: what counts for the face and for the image; they sum to 1."""
         for name, tensor, dim in (("face", face, self.face_dim), ("image", image, self.image_dim)):
             if tensor.dim() not in (2, 3) or tensor.shape[-1] != dim:
-                raise MoleShapeError("MixedImageFeatures", expected=f"{name} [B,{dim}] or [B,n,{dim}]", got=tuple(tensor.shape))
+                raise MoleShapeError(
+                    "MixedImageFeatures", expected=f"{name} [B,{dim}] or [B,n,{dim}]", got=tuple(tensor.shape)
+                )
         if face.shape[:-1] != image.shape[:-1]:
             raise MoleShapeError(
-                "MixedImageFeatures", expected="as many face as image features", got=f"{tuple(face.shape)}, {tuple(image.shape)}"
+                "MixedImageFeatures",
+                expected="as many face as image features",
+                got=f"{tuple(face.shape)}, {tuple(image.shape)}",
             )
         return torch.softmax(self.gate(torch.cat([face, image], -1)), -1)
 
@@ -61,9 +70,13 @@ class MixedImageFeatures(nn.Module):
 
 
 class ClipImages:
-    """A CLIP vision model of transformers, from a local folder or given; frozen.  features: its projected image embeddings."""
+    """A CLIP vision model of transformers, from a local folder or given; frozen.  features: its projected
+    image embeddings.
+    """
 
-    def __init__(self, model: str | Path | nn.Module, processor: Any = None, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, model: str | Path | nn.Module, processor: Any = None, device: str | torch.device = "cpu"
+    ) -> None:
         from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
         if isinstance(model, str | Path):
@@ -74,7 +87,9 @@ class ClipImages:
         self.model: Any
         self.model = model.to(device).eval().requires_grad_(False)
         side = int(self.model.config.image_size)
-        self.processor: Any = processor if processor is not None else CLIPImageProcessor(size=side, crop_size=side)
+        self.processor: Any = (
+            processor if processor is not None else CLIPImageProcessor(size=side, crop_size=side)
+        )
 
     @property
     def dim(self) -> int:
@@ -82,14 +97,19 @@ class ClipImages:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Picture]) -> Tensor:
-        pixels = self.processor(images=[p.convert("RGB") for p in pictures], return_tensors="pt")["pixel_values"]
-        return self.model(pixel_values=pixels.to(self.model.device, self.model.dtype)).image_embeds.float().cpu()
+        pixels = self.processor(images=[p.convert("RGB") for p in pictures], return_tensors="pt")[
+            "pixel_values"
+        ]
+        return (
+            self.model(pixel_values=pixels.to(self.model.device, self.model.dtype)).image_embeds.float().cpu()
+        )
 
 
 class InsightFaces:
     """Face embeddings of the insightface package (ArcFace, 512 wide), of the largest face in each picture.
 
-    root  the folder with its models. Raises MoleStateError where the package is missing, MoleValueError for a picture without a face.
+    root  the folder with its models. Raises MoleStateError where the package is missing, MoleValueError for a
+          picture without a face.
     """
 
     dim = 512
@@ -99,7 +119,9 @@ class InsightFaces:
             from insightface.app import FaceAnalysis
         except ImportError as error:
             raise MoleStateError(
-                "InsightFaces", "the package insightface is not installed", hint="pip install insightface onnxruntime"
+                "InsightFaces",
+                "the package insightface is not installed",
+                hint="pip install insightface onnxruntime",
             ) from error
         self._app: Any = FaceAnalysis(name=name, root=str(root))
         self._app.prepare(ctx_id=-1)
@@ -112,14 +134,20 @@ class InsightFaces:
             # the package reads blue, green, red
             faces = self._app.get(numpy.asarray(picture.convert("RGB"))[:, :, ::-1])
             if not faces:
-                raise MoleValueError("InsightFaces", expected="a face in every picture", got=f"none in picture {i}")
-            largest = max(faces, key=lambda face: (face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1]))
+                raise MoleValueError(
+                    "InsightFaces", expected="a face in every picture", got=f"none in picture {i}"
+                )
+            largest = max(
+                faces, key=lambda face: (face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1])
+            )
             found.append(torch.as_tensor(largest.normed_embedding))
         return torch.stack(found).float()
 
 
 class SmallImages(nn.Module):
-    """A small convolutional encoder that trains with the rest: pictures of any size -> [n,dim]. For recipes and tests."""
+    """A small convolutional encoder that trains with the rest: pictures of any size -> [n,dim]. For recipes
+    and tests.
+    """
 
     def __init__(self, dim: int = 64, channels: int = 32, size: int = 32) -> None:
         super().__init__()

@@ -19,7 +19,9 @@ from mole_kernels.training.pictures import decode
 
 @dataclass(frozen=True)
 class Sampling:
-    """steps of the sampler "ddim" or "dpm", classifier-free guidance (1: none), and the seed of the noise, the same for every person."""
+    """steps of the sampler "ddim" or "dpm", classifier-free guidance (1: none), and the seed of the noise,
+    the same for every person.
+    """
 
     steps: int = 20
     guidance: float = 1.0
@@ -41,14 +43,19 @@ def generate(
         bank = generate(predictor, {"anna": ["anna.png"], "ben": [picture, picture]}, base=pipe)
         handle = mk.patch(pipe, bank)                   or    served = mk.serve(pipe, bank.experts)
 
-    people  {name: pictures, as files or PIL images}; a person's expert does not depend on who else is asked for
+    people  {name: pictures, as files or PIL images}; a person's expert does not depend on who else is asked
+            for
     base    the model it is for: where given, its layers are checked before anything is computed
-    Raises MoleFileError for a file that is no picture, MoleValueError for a person without pictures or latents that are not finite
-    (the person named), MoleShapeError or MoleKeyError where the layout does not fit the base (its layers named).
+    Raises MoleFileError for a file that is no picture, MoleValueError for a person without pictures or
+    latents that are not finite
+    (the person named), MoleShapeError or MoleKeyError where the layout does not fit the base (its layers
+    named).
     """
     wanted = sampling or Sampling()
     if not people:
-        raise MoleValueError("generate", expected="at least one person's pictures", got="none", hint='{"anna": ["anna.png"]}')
+        raise MoleValueError(
+            "generate", expected="at least one person's pictures", got="none", hint='{"anna": ["anna.png"]}'
+        )
     if base is not None:
         predictor.manifest.check_base(base)
     scheduler = noise_schedule(wanted.kind, predictor.timesteps)
@@ -61,12 +68,22 @@ def generate(
     for at in range(0, len(names), batch_size):
         part = names[at : at + batch_size]
         latents = sample(
-            predictor.denoiser, scheduler, torch.cat(conditions[at : at + batch_size]), (c.latent_channels, c.latent_length),
-            steps=wanted.steps, guidance=wanted.guidance, seed=[wanted.seed] * len(part),
-        )  # fmt: skip
+            predictor.denoiser,
+            scheduler,
+            torch.cat(conditions[at : at + batch_size]),
+            (c.latent_channels, c.latent_length),
+            steps=wanted.steps,
+            guidance=wanted.guidance,
+            seed=[wanted.seed] * len(part),
+        )
         for name, latent in zip(part, latents):
             if not bool(torch.isfinite(latent).all()):
-                raise MoleValueError(f"generate, {name!r}", expected="finite latents", got="NaN or Inf", hint="are the weights whole?")
+                raise MoleValueError(
+                    f"generate, {name!r}",
+                    expected="finite latents",
+                    got="NaN or Inf",
+                    hint="are the weights whole?",
+                )
         for name, vector in zip(part, predictor.decode(latents).cpu()):
             experts[name] = _expert(predictor, name, vector, wanted)
     return ExpertBank(experts)
@@ -74,7 +91,12 @@ def generate(
 
 def _expert(predictor: Predictor, name: str, vector: torch.Tensor, wanted: Sampling) -> Expert:
     made = predictor.manifest.expert(vector, source=f"difflora, {name}")
-    said = {"method": "difflora", "identity": printable(name), "steps": str(wanted.steps), "seed": str(wanted.seed)}
+    said = {
+        "method": "difflora",
+        "identity": printable(name),
+        "steps": str(wanted.steps),
+        "seed": str(wanted.seed),
+    }
     said |= {"guidance": f"{wanted.guidance:g}"}
     return Expert(made.layers, dialect=made.dialect, source=made.source, metadata=said)
 
@@ -83,5 +105,7 @@ def _opened(picture: Picture | str | Path, name: str) -> Picture:
     if isinstance(picture, str | Path):
         return decode(Path(picture))
     if not hasattr(picture, "convert"):
-        raise MoleTypeError(f"generate, {name!r}", expected="a file's path or a PIL image", got=type(picture).__name__)
+        raise MoleTypeError(
+            f"generate, {name!r}", expected="a file's path or a PIL image", got=type(picture).__name__
+        )
     return picture

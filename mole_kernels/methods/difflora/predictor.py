@@ -19,11 +19,14 @@ References = Mapping[str, Tensor]
 
 
 class Predictor(nn.Module):
-    """z0 ~ p(z | c),  c = mean over references of mixed(face(picture), image(picture));  LoRA = layout(decode(z0·std + mean)).
+    """z0 ~ p(z | c),  c = mean over references of mixed(face(picture), image(picture));  LoRA =
+    layout(decode(z0·std + mean)).
 
     manifest     the layout of the vectors
-    encoders     "face" and "image": a `SmallImages` is part of the model and trains with it; any other is frozen and stays outside
-    latent_mean  [C,L], latent_std []: the denoiser's latents have mean 0 and variance 1 over the training set (ours)
+    encoders     "face" and "image": a `SmallImages` is part of the model and trains with it; any other is
+                 frozen and stays outside
+    latent_mean  [C,L], latent_std []: the denoiser's latents have mean 0 and variance 1 over the training set
+                 (ours)
     timesteps    of the noise schedule
     """
 
@@ -31,9 +34,14 @@ class Predictor(nn.Module):
     latent_std: Tensor
 
     def __init__(
-        self, manifest: Manifest, autoencoder: LoRAAutoencoder, features: MixedImageFeatures, denoiser: LoRADenoiser,
-        encoders: Mapping[str, ImageEncoder], timesteps: int = 1000,
-    ) -> None:  # fmt: skip
+        self,
+        manifest: Manifest,
+        autoencoder: LoRAAutoencoder,
+        features: MixedImageFeatures,
+        denoiser: LoRADenoiser,
+        encoders: Mapping[str, ImageEncoder],
+        timesteps: int = 1000,
+    ) -> None:
         super().__init__()
         _check_sizes(manifest, autoencoder, features, denoiser)
         self.manifest, self.timesteps = manifest, timesteps
@@ -43,17 +51,27 @@ class Predictor(nn.Module):
         for kind, encoder in encoders.items():
             check_encoder(kind, encoder, self.dims[kind])
         self.own = nn.ModuleDict({kind: e for kind, e in encoders.items() if isinstance(e, SmallImages)})
-        self.given: dict[str, ImageEncoder] = {kind: e for kind, e in encoders.items() if not isinstance(e, SmallImages)}
+        self.given: dict[str, ImageEncoder] = {
+            kind: e for kind, e in encoders.items() if not isinstance(e, SmallImages)
+        }
         shape = (autoencoder.config.latent_channels, autoencoder.config.latent_length)
         self.register_buffer("latent_mean", torch.zeros(shape))
         self.register_buffer("latent_std", torch.ones(()))
 
     @classmethod
     def new(
-        cls, manifest: Manifest, autoencoder: LoRAAutoencoder, encoders: Mapping[str, ImageEncoder], *, dim: int = 1024, hidden: int = 256,
+        cls,
+        manifest: Manifest,
+        autoencoder: LoRAAutoencoder,
+        encoders: Mapping[str, ImageEncoder],
+        *,
+        dim: int = 1024,
+        hidden: int = 256,
         **shape: Any,
-    ) -> Predictor:  # fmt: skip
-        """Fresh features of width `dim` and a fresh denoiser for an autoencoder; shape: depth, width, heads, patch, mlp_ratio."""
+    ) -> Predictor:
+        """Fresh features of width `dim` and a fresh denoiser for an autoencoder; shape: depth, width, heads,
+        patch, mlp_ratio.
+        """
         c = autoencoder.config
         missing = [kind for kind in KINDS if kind not in encoders]
         if missing:
@@ -68,9 +86,11 @@ class Predictor(nn.Module):
         return {"face": self.features.face_dim, "image": self.features.image_dim}
 
     def prepare(self, pictures: Sequence[Picture], where: str = "prepare") -> dict[str, Tensor]:
-        """What is made of n pictures once: {"face": [n,…], "image": [n,…]}, features of a frozen encoder, pixels for one that trains.
+        """What is made of n pictures once: {"face": [n,…], "image": [n,…]}, features of a frozen encoder,
+        pixels for one that trains.
 
-        Raises MoleValueError for no pictures or one without a face, MoleShapeError where an encoder gives features of another size.
+        Raises MoleValueError for no pictures or one without a face, MoleShapeError where an encoder gives
+        features of another size.
         """
         if not len(pictures):
             raise MoleValueError(where, expected="at least one picture of each person", got="none")
@@ -83,12 +103,16 @@ class Predictor(nn.Module):
                 features = self.given[kind](pictures)
             # no face in a picture: the encoder does not know whose it is
             except MoleValueError as error:
-                raise MoleValueError(f"{where}, {kind} encoder", error.problem, expected=error.expected, got=error.got) from error
+                raise MoleValueError(
+                    f"{where}, {kind} encoder", error.problem, expected=error.expected, got=error.got
+                ) from error
             if features.shape != (len(pictures), self.dims[kind]):
                 raise MoleShapeError(
-                    f"{where}, {kind} encoder", expected=f"features [{len(pictures)},{self.dims[kind]}]", got=tuple(features.shape),
+                    f"{where}, {kind} encoder",
+                    expected=f"features [{len(pictures)},{self.dims[kind]}]",
+                    got=tuple(features.shape),
                     hint="the model was trained with an encoder of that width",
-                )  # fmt: skip
+                )
             made[kind] = features
         return made
 
@@ -98,7 +122,9 @@ class Predictor(nn.Module):
         parts = {}
         for kind in KINDS:
             held = references[kind].to(device)
-            parts[kind] = self.own[kind](held.flatten(0, 1)).unflatten(0, held.shape[:2]) if kind in self.own else held
+            parts[kind] = (
+                self.own[kind](held.flatten(0, 1)).unflatten(0, held.shape[:2]) if kind in self.own else held
+            )
         return self.features(parts["face"], parts["image"])
 
     @torch.no_grad()
@@ -108,7 +134,9 @@ class Predictor(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Vectors [B,length] of latents [B,C,L] as the denoiser sees them. Raises MoleValueError for latents that are not finite."""
+        """Vectors [B,length] of latents [B,C,L] as the denoiser sees them. Raises MoleValueError for latents
+        that are not finite.
+        """
         # the autoencoder's own latents lie within −1…1
         return self.autoencoder.decode((latents * self.latent_std + self.latent_mean).clamp(-1, 1))
 
@@ -123,12 +151,23 @@ class Predictor(nn.Module):
 def check_encoder(kind: str, encoder: ImageEncoder, dim: int) -> None:
     """MoleTypeError or MoleShapeError unless this encoder's features are `dim` wide."""
     if not callable(encoder) or not isinstance(getattr(encoder, "dim", None), int):
-        raise MoleTypeError(f"{kind} encoder", expected="an ImageEncoder: pictures to features, with .dim", got=type(encoder).__name__)
+        raise MoleTypeError(
+            f"{kind} encoder",
+            expected="an ImageEncoder: pictures to features, with .dim",
+            got=type(encoder).__name__,
+        )
     if encoder.dim != dim:
-        raise MoleShapeError(f"{kind} encoder", expected=f"features {dim} wide", got=encoder.dim, hint="the one the model was trained with")
+        raise MoleShapeError(
+            f"{kind} encoder",
+            expected=f"features {dim} wide",
+            got=encoder.dim,
+            hint="the one the model was trained with",
+        )
 
 
-def _check_sizes(manifest: Manifest, autoencoder: LoRAAutoencoder, features: MixedImageFeatures, denoiser: LoRADenoiser) -> None:
+def _check_sizes(
+    manifest: Manifest, autoencoder: LoRAAutoencoder, features: MixedImageFeatures, denoiser: LoRADenoiser
+) -> None:
     c, d = autoencoder.config, denoiser.config
     pairs = {
         "autoencoder: length": (manifest.length, c.length),

@@ -1,4 +1,5 @@
-"""A trained model as a folder: `model.json` says all but the weights and names their file; it is replaced last.
+"""A trained model as a folder: `model.json` says all but the weights and names their file; it is replaced
+last.
 
 Whatever happens while it is written, a reader finds the old model or the new one.
 """
@@ -15,7 +16,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from mole_kernels.errors import MoleError, MoleFileError, MoleKeyError, MoleShapeError, MoleValueError, printable
+from mole_kernels.errors import (
+    MoleError,
+    MoleFileError,
+    MoleKeyError,
+    MoleShapeError,
+    MoleValueError,
+    printable,
+)
 from mole_kernels.files import text as files
 from mole_kernels.files.reader import read_header, read_tensors
 from mole_kernels.files.writer import atomic_save, atomic_write
@@ -24,13 +32,18 @@ from mole_kernels.methods.difflora.denoiser import DenoiserConfig, LoRADenoiser
 from mole_kernels.methods.difflora.features import ImageEncoder, MixedImageFeatures, SmallImages
 from mole_kernels.methods.difflora.manifest import Manifest
 from mole_kernels.methods.difflora.predictor import KINDS, Predictor, check_encoder
-from mole_kernels.patching.names import few
+from mole_kernels.modules.names import few
 
 FORMAT = "mole-kernels-difflora-1"
 ABOUT = "model.json"
 
 
-def save_autoencoder(folder: str | Path, autoencoder: LoRAAutoencoder, manifest: Manifest, about: Mapping[str, str] | None = None) -> None:
+def save_autoencoder(
+    folder: str | Path,
+    autoencoder: LoRAAutoencoder,
+    manifest: Manifest,
+    about: Mapping[str, str] | None = None,
+) -> None:
     """An autoencoder and the layout of its vectors. about: what else is to be known, by name."""
     record = {"kind": "autoencoder", "autoencoder": autoencoder.config.to_dict(), **_common(manifest, about)}
     _save(Path(folder), record, autoencoder)
@@ -41,7 +54,9 @@ def load_autoencoder(folder: str | Path) -> tuple[LoRAAutoencoder, Manifest]:
     record, where = _read(Path(folder), ("autoencoder", "predictor"))
     prefix = "autoencoder." if record["kind"] == "predictor" else ""
     path = Path(folder) / record["weights"]
-    autoencoder = _build(where, lambda: LoRAAutoencoder(AutoencoderConfig(**record["autoencoder"])), path, prefix)
+    autoencoder = _build(
+        where, lambda: LoRAAutoencoder(AutoencoderConfig(**record["autoencoder"])), path, prefix
+    )
     _load(path, record, autoencoder, prefix)
     return autoencoder.eval(), _manifest(record, where)
 
@@ -59,21 +74,27 @@ def save_predictor(folder: str | Path, predictor: Predictor, about: Mapping[str,
         "kind": "predictor",
         "autoencoder": predictor.autoencoder.config.to_dict(),
         "features": {
-            "face_dim": features.face_dim, "image_dim": features.image_dim, "dim": features.dim, "hidden": features.gate[1].out_features
+            "face_dim": features.face_dim,
+            "image_dim": features.image_dim,
+            "dim": features.dim,
+            "hidden": features.gate[1].out_features,
         },
         "denoiser": predictor.denoiser.config.to_dict(),
         "encoders": encoders,
         "timesteps": predictor.timesteps,
         **_common(predictor.manifest, about),
-    }  # fmt: skip
+    }
     _save(Path(folder), record, predictor)
 
 
-def load_predictor(folder: str | Path, *, face: ImageEncoder | None = None, image: ImageEncoder | None = None) -> Predictor:
+def load_predictor(
+    folder: str | Path, *, face: ImageEncoder | None = None, image: ImageEncoder | None = None
+) -> Predictor:
     """The model of a folder, in eval mode.
 
     face, image  the frozen encoders it was trained with, where they are not part of it
-    Raises MoleFileError, MoleKeyError or MoleShapeError for a folder that holds no such model whole, MoleValueError where an encoder is
+    Raises MoleFileError, MoleKeyError or MoleShapeError for a folder that holds no such model whole,
+    MoleValueError where an encoder is
     missing, MoleShapeError where one is of another width.
     """
     record, where = _read(Path(folder), ("predictor",))
@@ -88,13 +109,17 @@ def load_predictor(folder: str | Path, *, face: ImageEncoder | None = None, imag
             if "small" in said:
                 encoders[kind] = SmallImages(**said["small"])
             elif other is None:
-                raise MoleValueError(where, expected=f"{kind}=, the {printable(said['given'])} it was trained with", got="none")
+                raise MoleValueError(
+                    where, expected=f"{kind}=, the {printable(said['given'])} it was trained with", got="none"
+                )
             else:
                 check_encoder(kind, other, dims[kind])
                 encoders[kind] = other
         autoencoder = LoRAAutoencoder(AutoencoderConfig(**record["autoencoder"]))
         denoiser = LoRADenoiser(DenoiserConfig(**record["denoiser"]))
-        return Predictor(_manifest(record, where), autoencoder, features, denoiser, encoders, int(record["timesteps"]))
+        return Predictor(
+            _manifest(record, where), autoencoder, features, denoiser, encoders, int(record["timesteps"])
+        )
 
     path = Path(folder) / record["weights"]
     predictor = _build(where, build, path)
@@ -117,7 +142,12 @@ def read_json(path: Path, form: str, expected: str) -> dict[str, Any]:
     record = files.read_json(path)
     if not isinstance(record, dict) or record.get("format") != form:
         got = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise MoleFileError(printable(path, 300), expected=f"format {form}", got=printable(got), hint="made by another mole_kernels?")
+        raise MoleFileError(
+            printable(path, 300),
+            expected=f"format {form}",
+            got=printable(got),
+            hint="made by another mole_kernels?",
+        )
     return record
 
 
@@ -145,9 +175,14 @@ def _save(folder: Path, record: dict[str, Any], module: nn.Module) -> None:
 
 
 def _read(folder: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    record, where = read_json(folder / ABOUT, FORMAT, "a folder with a trained DiffLoRA model"), printable(folder / ABOUT, 300)
+    record, where = (
+        read_json(folder / ABOUT, FORMAT, "a folder with a trained DiffLoRA model"),
+        printable(folder / ABOUT, 300),
+    )
     if record.get("kind") not in kinds:
-        raise MoleFileError(where, expected=f"a model of kind {' or '.join(kinds)}", got=printable(record.get("kind")))
+        raise MoleFileError(
+            where, expected=f"a model of kind {' or '.join(kinds)}", got=printable(record.get("kind"))
+        )
     name = record.get("weights")
     if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
         raise MoleFileError(where, expected="its weights beside it", got=printable(name))
@@ -166,12 +201,18 @@ def _load(path: Path, record: Mapping[str, Any], module: nn.Module, prefix: str 
 
 
 def _check_fit(where: str, held: Mapping[str, Any], module: nn.Module) -> None:
-    """MoleKeyError or MoleShapeError unless `held`, anything with shape and dtype by name, is what the module's tensors are."""
+    """MoleKeyError or MoleShapeError unless `held`, anything with shape and dtype by name, is what the
+    module's tensors are.
+    """
     wanted = module.state_dict()
     absent, extra = [n for n in wanted if n not in held], [n for n in held if n not in wanted]
     if absent or extra:
-        what = [f"lacks {few(sorted(absent))}"] * bool(absent) + [f"has {few(sorted(extra))} too"] * bool(extra)
-        raise MoleKeyError(where, expected=f"the {len(wanted)} tensors of the model", got=f"a file that {' and '.join(what)}")
+        what = [f"lacks {few(sorted(absent))}"] * bool(absent) + [f"has {few(sorted(extra))} too"] * bool(
+            extra
+        )
+        raise MoleKeyError(
+            where, expected=f"the {len(wanted)} tensors of the model", got=f"a file that {' and '.join(what)}"
+        )
     for name, tensor in wanted.items():
         if held[name].shape != tensor.shape or held[name].dtype != tensor.dtype:
             got = f"{list(held[name].shape)} {held[name].dtype}"
@@ -181,9 +222,14 @@ def _check_fit(where: str, held: Mapping[str, Any], module: nn.Module) -> None:
 def _build(where: str, make: Callable[[], Any], weights: Path, prefix: str = "") -> Any:
     """What `make` makes; the settings of a file that make nothing are the file's fault.
 
-    A stranger's sizes are first met on meta, where they cost nothing, and must be those of the weights beside them.
+    A stranger's sizes are first met on meta, where they cost nothing, and must be those of the weights beside
+    them.
     """
-    entries = {name.removeprefix(prefix): e for name, e in read_header(weights).entries.items() if name.startswith(prefix)}
+    entries = {
+        name.removeprefix(prefix): e
+        for name, e in read_header(weights).entries.items()
+        if name.startswith(prefix)
+    }
     try:
         with torch.device("meta"):
             _check_fit(printable(weights, 300), entries, make())
@@ -194,7 +240,9 @@ def _build(where: str, make: Callable[[], Any], weights: Path, prefix: str = "")
         raise
     # what torch's layers raise for sizes that make none
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise MoleFileError(where, f"its settings make no model ({type(error).__name__}: {printable(error, 200)})") from error
+        raise MoleFileError(
+            where, f"its settings make no model ({type(error).__name__}: {printable(error, 200)})"
+        ) from error
 
 
 def _manifest(record: Mapping[str, Any], where: str) -> Manifest:

@@ -1,4 +1,6 @@
-"""Training: the autoencoder on flat LoRAs, then denoiser, mixed features and small encoders together on its latents."""
+"""Training: the autoencoder on flat LoRAs, then denoiser, mixed features and small encoders together on its
+latents.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from mole_kernels.training.loop import RunOptions, TrainResult, fit
 
 
 class _Rounds:
-    """Endless batches: which rows batch n holds depends on (seed, n) alone; every round has each row once, in its own order."""
+    """Endless batches: which rows batch n holds depends on (seed, n) alone; every round has each row once, in
+    its own order.
+    """
 
     def __init__(self, rows: int, batch_size: int, seed: int, mark: str) -> None:
         if batch_size < 1:
@@ -50,7 +54,11 @@ class _Rounds:
         """MoleStateError unless the data are those that the run began with."""
         for key, here in self.state_dict().items():
             if state.get(key) != here:
-                raise MoleStateError(f"resume: batches, {key}", expected=f"{state.get(key)!r} as when the run began", got=repr(here))
+                raise MoleStateError(
+                    f"resume: batches, {key}",
+                    expected=f"{state.get(key)!r} as when the run began",
+                    got=repr(here),
+                )
 
 
 class VectorBatches(_Rounds):
@@ -58,7 +66,11 @@ class VectorBatches(_Rounds):
 
     def __init__(self, data: LoRADataset | Tensor, batch_size: int, seed: int = 0) -> None:
         self.data = data
-        mark = f"{len(data)} of {data.manifest.length}: {_mark(data.parts())}" if isinstance(data, LoRADataset) else _mark([data])
+        mark = (
+            f"{len(data)} of {data.manifest.length}: {_mark(data.parts())}"
+            if isinstance(data, LoRADataset)
+            else _mark([data])
+        )
         super().__init__(len(data), batch_size, seed, mark)
 
     def batch(self, number: int) -> dict[str, Tensor]:
@@ -69,17 +81,26 @@ class VectorBatches(_Rounds):
 
 
 class PersonBatches(_Rounds):
-    """{"latents": [B,C,L], "face": [B,n,…], "image": [B,n,…]}: people, and of each n of their pictures, drawn anew by (seed, batch).
+    """{"latents": [B,C,L], "face": [B,n,…], "image": [B,n,…]}: people, and of each n of their pictures, drawn
+    anew by (seed, batch).
 
     references  of each person, as `Predictor.prepare` makes them; counts may differ
     most        n is drawn in 1…most; a person with fewer pictures has some of them twice
     """
 
     def __init__(
-        self, latents: Tensor, references: Sequence[Mapping[str, Tensor]], batch_size: int, *, most: int = 4, seed: int = 0
+        self,
+        latents: Tensor,
+        references: Sequence[Mapping[str, Tensor]],
+        batch_size: int,
+        *,
+        most: int = 4,
+        seed: int = 0,
     ) -> None:
         if len(latents) != len(references):
-            raise MoleShapeError("PersonBatches", expected=f"references of {len(latents)} people", got=len(references))
+            raise MoleShapeError(
+                "PersonBatches", expected=f"references of {len(latents)} people", got=len(references)
+            )
         if most < 1 or any(len(one["face"]) < 1 for one in references):
             raise MoleValueError("PersonBatches", expected="at least one picture of each person", got="none")
         self.latents, self.references, self.most = latents, list(references), most
@@ -93,14 +114,19 @@ class PersonBatches(_Rounds):
         made: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
         for row in rows:
             have = len(self.references[row]["face"])
-            order = torch.cat([torch.randperm(have, generator=generator) for _ in range(math.ceil(n / have))])[:n]
+            order = torch.cat(
+                [torch.randperm(have, generator=generator) for _ in range(math.ceil(n / have))]
+            )[:n]
             for kind in KINDS:
                 made[kind].append(self.references[row][kind][order])
         return {"latents": self.latents[rows]} | {kind: torch.stack(parts) for kind, parts in made.items()}
 
     def signature(self) -> dict[str, list[Any]]:
         """For a resume: n differs by batch, so it is left out."""
-        about = {kind: [str(self.references[0][kind].dtype), list(self.references[0][kind].shape[1:])] for kind in KINDS}
+        about = {
+            kind: [str(self.references[0][kind].dtype), list(self.references[0][kind].shape[1:])]
+            for kind in KINDS
+        }
         return about | {"latents": [str(self.latents.dtype), list(self.latents.shape[1:])]}
 
 
@@ -114,22 +140,33 @@ def train_autoencoder(
     power: float = 1.0,
     **run: Unpack[RunOptions],
 ) -> TrainResult:
-    """min Σ weight_preserved_loss(decode(encode(w + noise) + noise), w), in place.  data: a `LoRADataset`, or vectors [n,length]
+    """min Σ weight_preserved_loss(decode(encode(w + noise) + noise), w), in place.  data: a `LoRADataset`, or
+    vectors [n,length]
 
     strength, power  λ and p of the loss     run  run_dir, resume, progress, …: as in `fit`
-    The mean vector is taken from the data before the first step. Raises MoleShapeError for vectors of another length.
+    The mean vector is taken from the data before the first step. Raises MoleShapeError for vectors of another
+    length.
     """
     if not len(data):
         raise MoleValueError("train_autoencoder", expected="at least one vector", got="none")
     length = data.manifest.length if isinstance(data, LoRADataset) else data.shape[-1]
     if length != autoencoder.config.length:
-        raise MoleShapeError("train_autoencoder", expected=f"vectors [n,{autoencoder.config.length}]", got=f"[n,{length}]")
+        raise MoleShapeError(
+            "train_autoencoder", expected=f"vectors [n,{autoencoder.config.length}]", got=f"[n,{length}]"
+        )
     total = sum((part.double().sum(0) for part in _parts(data)), torch.zeros(length, dtype=torch.float64))
     autoencoder.set_mean((total / len(data))[None].float())
     task = _AutoencoderTask(autoencoder, strength, power)
     batches = VectorBatches(data, batch_size, config.seed)
-    identity = {"method": "difflora", "part": "autoencoder", "loss": f"{strength:g}, {power:g}", "shape": str(autoencoder.config.to_dict())}
-    return fit(task, dict(task.named_parameters()), batches, config, loss_fn=_own_loss, identity=identity, **run)
+    identity = {
+        "method": "difflora",
+        "part": "autoencoder",
+        "loss": f"{strength:g}, {power:g}",
+        "shape": str(autoencoder.config.to_dict()),
+    }
+    return fit(
+        task, dict(task.named_parameters()), batches, config, loss_fn=_own_loss, identity=identity, **run
+    )
 
 
 def train_predictor(
@@ -142,10 +179,12 @@ def train_predictor(
     most: int = 4,
     **run: Unpack[RunOptions],
 ) -> TrainResult:
-    """min E‖denoiser(z_t, t, mixed(pictures)) − z_0‖²: denoiser, mixed features and small encoders, in place; the autoencoder stays.
+    """min E‖denoiser(z_t, t, mixed(pictures)) − z_0‖²: denoiser, mixed features and small encoders, in place;
+    the autoencoder stays.
 
     data        the vectors, in the order of `references`
-    references  of each person, as `Predictor.prepare` makes them; 1…most of them, drawn anew, are shown in each step
+    references  of each person, as `Predictor.prepare` makes them; 1…most of them, drawn anew, are shown in
+                each step
     config      cond_dropout is the probability of no person, for guidance
     """
     with torch.no_grad():
@@ -155,7 +194,12 @@ def train_predictor(
     batches = PersonBatches(latents, references, batch_size, most=most, seed=config.seed)
     task = _PredictorTask(predictor, config.cond_dropout)
     shape = f"{predictor.denoiser.config.to_dict()}, {predictor.dims}"
-    identity = {"method": "difflora", "part": "predictor", "shape": shape, "timesteps": str(predictor.timesteps)}
+    identity = {
+        "method": "difflora",
+        "part": "predictor",
+        "shape": shape,
+        "timesteps": str(predictor.timesteps),
+    }
     frozen = {id(p) for p in predictor.autoencoder.parameters()}
     trained = {name: p for name, p in task.named_parameters() if id(p) not in frozen}
     result = fit(task, trained, batches, config, loss_fn=_own_loss, identity=identity, **run)
@@ -180,7 +224,9 @@ class _AutoencoderTask(nn.Module):
 
 
 class _PredictorTask(nn.Module):
-    """The predictor's trained parts alone: a submodule that takes no part would keep several processes waiting for its gradients."""
+    """The predictor's trained parts alone: a submodule that takes no part would keep several processes
+    waiting for its gradients.
+    """
 
     def __init__(self, predictor: Predictor, drop: float) -> None:
         super().__init__()

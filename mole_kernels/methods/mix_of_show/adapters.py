@@ -14,7 +14,9 @@ Weights = Sequence[tuple[Box, float]]
 
 
 def parse_adapter_weights(text: str, height: int, width: int) -> list[tuple[Box, float]]:
-    """The paper's `[y0, x0, y1, x1]-w`, in pixels, joined by `|`; an empty text has none. Raises MoleValueError that names the position."""
+    """The paper's `[y0, x0, y1, x1]-w`, in pixels, joined by `|`; an empty text has none. Raises
+    MoleValueError that names the position.
+    """
     found: list[tuple[Box, float]] = []
     at = 0
     for part in text.split("|") if text.strip() else []:
@@ -25,21 +27,26 @@ def parse_adapter_weights(text: str, height: int, width: int) -> list[tuple[Box,
             value = float("nan")
         if not dash or not box.rstrip().endswith("]") or not abs(value) < float("inf"):
             raise MoleValueError(
-                f"adapter weights, character {at}", expected="[y0, x0, y1, x1]-weight", got=printable(part.strip() or "nothing")
+                f"adapter weights, character {at}",
+                expected="[y0, x0, y1, x1]-weight",
+                got=printable(part.strip() or "nothing"),
             )
         # the box is read as a region's is, errors at the same places
         padding = "[x]" + SEPARATOR + "[]" + SEPARATOR
         try:
             region = parse_regions(padding + box, height, width)[0]
         except MoleValueError as error:
-            raise MoleValueError(f"adapter weights, character {at}", expected="a box in pixels", got=printable(box.strip())) from error
+            raise MoleValueError(
+                f"adapter weights, character {at}", expected="a box in pixels", got=printable(box.strip())
+            ) from error
         found.append((region.box, value))
         at += len(part) + 1
     return found
 
 
 def weigh(features: Sequence[Tensor], weights: Weights, elsewhere: float = 1.0) -> list[Tensor]:
-    """Each feature map [B,C,h,w] times the weight of the last region that covers a place, `elsewhere` where none does.
+    """Each feature map [B,C,h,w] times the weight of the last region that covers a place, `elsewhere` where
+    none does.
 
     Give the result to the UNet as `down_intrablock_additional_residuals`.
     """

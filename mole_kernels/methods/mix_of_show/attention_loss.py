@@ -15,19 +15,26 @@ from mole_kernels.methods.mix_of_show.tokens import Tokens, cross_attentions
 
 
 class AttentionLoss:
-    """mean over layers and concept tokens of (a/max a − mask)²,  a [P] = mean over heads of softmax(q kᵀ/√d) at that token.
+    """mean over layers and concept tokens of (a/max a − mask)²,  a [P] = mean over heads of softmax(q kᵀ/√d)
+    at that token.
 
-    The mask is brought to each layer's grid by area. The paper's code has such a term; this form of it is this package's.
+    The mask is brought to each layer's grid by area. The paper's code has such a term; this form of it is
+    this package's.
     """
 
     def __init__(self, unet: nn.Module, tokens: Tokens) -> None:
         self.layers = list(cross_attentions(unet).values())
-        self.ids = {encoder: sorted(i for own in tokens.ids.values() for i in own[encoder]) for encoder in next(iter(tokens.ids.values()))}
+        self.ids = {
+            encoder: sorted(i for own in tokens.ids.values() for i in own[encoder])
+            for encoder in next(iter(tokens.ids.values()))
+        }
         self._maps: list[Tensor] = []
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hooks that keep each cross-attention's probabilities of the current forward; to be entered after `layered`."""
+        """Hooks that keep each cross-attention's probabilities of the current forward; to be entered after
+        `layered`.
+        """
         with ExitStack() as stack:
             for module in self.layers:
                 stack.callback(module.register_forward_pre_hook(self._look, with_kwargs=True).remove)
@@ -39,12 +46,20 @@ class AttentionLoss:
         self._maps.clear()
 
     def take(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The loss of the last forward, for ids [B,L,T] of the first text encoder and masks [B,1,h,w] in 0…1; forgets the maps."""
+        """The loss of the last forward, for ids [B,L,T] of the first text encoder and masks [B,1,h,w] in 0…1;
+        forgets the maps.
+        """
         maps, self._maps = self._maps, []
         if not maps:
-            raise MoleStateError("AttentionLoss", "no cross-attention has run since the last time", hint="enter listening() first")
+            raise MoleStateError(
+                "AttentionLoss",
+                "no cross-attention has run since the last time",
+                hint="enter listening() first",
+            )
         # variants differ in the concept's ids only, so its places are the same in all
-        ours = torch.isin(ids[:, 0], torch.tensor(self.ids["text_encoder"], device=ids.device)).to(maps[0].device)
+        ours = torch.isin(ids[:, 0], torch.tensor(self.ids["text_encoder"], device=ids.device)).to(
+            maps[0].device
+        )
         losses = []
         for found in maps:
             h, w = grid(found.shape[1], mask.shape[-2], mask.shape[-1])
@@ -63,10 +78,14 @@ class AttentionLoss:
 
 
 def grid(places: int, height: int, width: int) -> tuple[int, int]:
-    """The grid of a layer with so many places, of latents height x width: halved, rounded up, as a UNet does it."""
+    """The grid of a layer with so many places, of latents height x width: halved, rounded up, as a UNet does
+    it.
+    """
     h, w = height, width
     while h * w > places and max(h, w) > 1:
         h, w = -(-h // 2), -(-w // 2)
     if h * w != places:
-        raise MoleStateError("AttentionLoss", expected=f"a layer on halves of {height} x {width} places", got=places)
+        raise MoleStateError(
+            "AttentionLoss", expected=f"a layer on halves of {height} x {width} places", got=places
+        )
     return h, w

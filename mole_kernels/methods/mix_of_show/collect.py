@@ -1,4 +1,6 @@
-"""What layers see while one concept's model runs, summed up by forward hooks as it comes; no input is kept."""
+"""What layers see while one concept's model runs, summed up by forward hooks as it comes; no input is
+kept.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Site:
     @property
     def bytes(self) -> int:
         """Of its Gram matrix, of the few inputs kept beside it at first, and of A G for every concept."""
-        return DOUBLE * (self.K**2 + self.K // 4 * self.K + sum(f.rank for f in self.factors.values()) * self.K)
+        return DOUBLE * (
+            self.K**2 + self.K // 4 * self.K + sum(f.rank for f in self.factors.values()) * self.K
+        )
 
     def sums(self) -> Sums:
         device = self.module.weight.device  # type: ignore[union-attr]
@@ -50,7 +54,9 @@ class Site:
 
 @dataclass
 class Listening:
-    """Where hooks add to: the sums of some layers, under which concept, and which tokens count (None: all)."""
+    """Where hooks add to: the sums of some layers, under which concept, and which tokens count (None:
+    all).
+    """
 
     sums: dict[str, Sums]
     concept: str = ""
@@ -60,14 +66,20 @@ class Listening:
 def passes(sites: Sequence[Site], budget: int | None) -> list[list[Site]]:
     """The sites in order, cut so that each part's sums fit into `budget` bytes.
 
-    Raises MoleValueError where a single layer does not. The work on one layer takes about twice its Gram matrix beside that.
+    Raises MoleValueError where a single layer does not. The work on one layer takes about twice its Gram
+    matrix beside that.
     """
     parts: list[list[Site]] = []
     room = 0
     for site in sites:
         if budget is not None and site.bytes > budget:
             need = f"at least {site.bytes / 1e6:.1f} MB for {site.path}"
-            raise MoleValueError("fuse: memory", expected=need, got=f"{budget / 1e6:.1f} MB", hint="one layer at a time is the least")
+            raise MoleValueError(
+                "fuse: memory",
+                expected=need,
+                got=f"{budget / 1e6:.1f} MB",
+                hint="one layer at a time is the least",
+            )
         if not parts or (budget is not None and site.bytes > room):
             parts.append([])
             room = budget or 0
@@ -78,7 +90,9 @@ def passes(sites: Sequence[Site], budget: int | None) -> list[list[Site]]:
 
 @contextmanager
 def listening(sites: Sequence[Site]) -> Iterator[Listening]:
-    """Hooks on the layers of `sites`: whatever runs through them is added under the concept that `Listening` names just then."""
+    """Hooks on the layers of `sites`: whatever runs through them is added under the concept that `Listening`
+    names just then.
+    """
     heard = Listening({site.path: site.sums() for site in sites})
     with ExitStack() as stack:
         for site in sites:
@@ -92,7 +106,11 @@ def _add(heard: Listening, site: Site, module: nn.Module, args: tuple[Tensor, ..
         x = x.movedim(1, -1)
     if heard.keep is not None:
         if x.shape[:2] != heard.keep.shape:
-            raise MoleStateError(f"fuse, {site.path}", expected=f"inputs of {tuple(heard.keep.shape)} tokens", got=tuple(x.shape))
+            raise MoleStateError(
+                f"fuse, {site.path}",
+                expected=f"inputs of {tuple(heard.keep.shape)} tokens",
+                got=tuple(x.shape),
+            )
         x = x[heard.keep.to(x.device)]
     heard.sums[site.path].add(heard.concept, site.factors.get(heard.concept), x)
 
@@ -100,9 +118,16 @@ def _add(heard: Listening, site: Site, module: nn.Module, args: tuple[Tensor, ..
 @contextmanager
 def alone(model: nn.Module, component: str, factors: Mapping[str, LowRank], alpha: float) -> Iterator[None]:
     """One concept by itself in one component: of the factors those whose path begins with it."""
-    own = {path.removeprefix(f"{component}."): factor for path, factor in factors.items() if path.startswith(f"{component}.")}
+    own = {
+        path.removeprefix(f"{component}."): factor
+        for path, factor in factors.items()
+        if path.startswith(f"{component}.")
+    }
     if not own or alpha == 0:
         yield
         return
-    with torch.no_grad(), patch(model, {"concept": Expert(own)}, scales={"concept": alpha}, allow_large_rank=True):
+    with (
+        torch.no_grad(),
+        patch(model, {"concept": Expert(own)}, scales={"concept": alpha}, allow_large_rank=True),
+    ):
         yield

@@ -45,13 +45,18 @@ class Concept:
 
 
 def save_concept(concept: Concept, path: PathLike, layout: Layout = "main") -> None:
-    """Write a concept. A .pth is the paper's, in the key dialect of its main or its research branch; the alphas are in neither file.
+    """Write a concept. A .pth is the paper's, in the key dialect of its main or its research branch; the
+    alphas are in neither file.
 
-    A .safetensors holds the expert as diffusers has it, and beside it NAME.embeddings.safetensors the embeddings.
+    A .safetensors holds the expert as diffusers has it, and beside it NAME.embeddings.safetensors the
+    embeddings.
     """
     if str(path).lower().endswith((".pth", ".pt")):
         by_encoder = {
-            encoder: {token: found[encoder] for token, found in concept.embeddings.items() if encoder in found} for encoder in ENCODERS
+            encoder: {
+                token: found[encoder] for token, found in concept.embeddings.items() if encoder in found
+            }
+            for encoder in ENCODERS
         }
         save_mix_of_show(concept.expert, by_encoder, path, layout)
         return
@@ -60,7 +65,9 @@ def save_concept(concept: Concept, path: PathLike, layout: Layout = "main") -> N
 
 
 def save_embeddings(embeddings: Mapping[str, Mapping[str, Tensor]], path: PathLike) -> None:
-    """V⁺ of tokens as safetensors: the token is the key, with `text_encoder_2.` before it for SDXL's second encoder."""
+    """V⁺ of tokens as safetensors: the token is the key, with `text_encoder_2.` before it for SDXL's second
+    encoder.
+    """
     tensors = {
         token if encoder == ENCODERS[0] else f"{encoder}.{token}": value
         for token, found in embeddings.items()
@@ -74,12 +81,17 @@ def load_embeddings(path: PathLike) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in read_tensors(path)[0].items():
         second = key.startswith(f"{ENCODERS[1]}.")
-        found.setdefault(key.removeprefix(f"{ENCODERS[1]}.") if second else key, {})[ENCODERS[int(second)]] = value
+        found.setdefault(key.removeprefix(f"{ENCODERS[1]}.") if second else key, {})[
+            ENCODERS[int(second)]
+        ] = value
     return found
 
 
-def load_concept(path: PathLike, name: str | None = None, *, unet_alpha: float = 1.0, text_encoder_alpha: float = 1.0) -> Concept:
-    """A concept from a .pth of the paper's tools (either key dialect), or from a .safetensors with its embeddings beside it.
+def load_concept(
+    path: PathLike, name: str | None = None, *, unet_alpha: float = 1.0, text_encoder_alpha: float = 1.0
+) -> Concept:
+    """A concept from a .pth of the paper's tools (either key dialect), or from a .safetensors with its
+    embeddings beside it.
 
     name  which of the file's tokens prompts use and in which order; None: all, as they come
     """
@@ -98,38 +110,55 @@ def load_concept(path: PathLike, name: str | None = None, *, unet_alpha: float =
         embeddings = load_embeddings(beside) if beside.exists() else {}
     name = " ".join(embeddings) if name is None else name
     if not embeddings:
-        raise MoleKeyError(where, "holds no concept embeddings", hint="merge fuses plain LoRAs; concepts have tokens of their own")
+        raise MoleKeyError(
+            where,
+            "holds no concept embeddings",
+            hint="merge fuses plain LoRAs; concepts have tokens of their own",
+        )
     lacking = [word for word in name.split() if word not in embeddings]
     unused = [token for token in embeddings if token not in name.split()]
     if lacking or unused:
         got = f"'{printable(name)}'"
-        raise MoleValueError(f"{where}: concept_name", expected=f"its tokens {', '.join(map(printable, embeddings))}", got=got)
+        raise MoleValueError(
+            f"{where}: concept_name", expected=f"its tokens {', '.join(map(printable, embeddings))}", got=got
+        )
     return Concept(name, expert, embeddings, _alpha(unet_alpha, where), _alpha(text_encoder_alpha, where))
 
 
 def load_fusion_config(path: PathLike) -> list[Concept]:
-    """The concepts of a fusion configuration: a JSON list of {lora_path, unet_alpha, text_encoder_alpha, concept_name}.
+    """The concepts of a fusion configuration: a JSON list of {lora_path, unet_alpha, text_encoder_alpha,
+    concept_name}.
 
-    A lora_path that is not absolute is looked for beside the configuration first. Raises MoleFileError that names entry and field.
+    A lora_path that is not absolute is looked for beside the configuration first. Raises MoleFileError that
+    names entry and field.
     """
     where = printable(path, 300)
     entries = read_json(path)
     if not isinstance(entries, list) or not entries:
-        raise MoleFileError(where, expected=f"a list of entries with {', '.join(FIELDS)}", got=type(entries).__name__)
-    return [_entry(entry, f"{where}, entry {i}", Path(os.fsdecode(path)).parent) for i, entry in enumerate(entries)]
+        raise MoleFileError(
+            where, expected=f"a list of entries with {', '.join(FIELDS)}", got=type(entries).__name__
+        )
+    return [
+        _entry(entry, f"{where}, entry {i}", Path(os.fsdecode(path)).parent)
+        for i, entry in enumerate(entries)
+    ]
 
 
 def _entry(entry: Any, where: str, folder: Path) -> Concept:
     if not isinstance(entry, dict) or not isinstance(entry.get("lora_path"), str):
         raise MoleFileError(where, expected=f"an object with {', '.join(FIELDS)}", got=printable(entry))
     if unknown := sorted(set(entry) - set(FIELDS)):
-        raise MoleFileError(where, expected=f"the fields {', '.join(FIELDS)}", got=", ".join(map(printable, unknown)))
+        raise MoleFileError(
+            where, expected=f"the fields {', '.join(FIELDS)}", got=", ".join(map(printable, unknown))
+        )
     name = entry.get("concept_name")
     if name is not None and not isinstance(name, str):
         raise MoleFileError(f"{where}, concept_name", expected="a string", got=printable(name))
     beside = folder / entry["lora_path"]
     source = beside if os.path.exists(beside) else Path(entry["lora_path"])
-    alphas = {key: _alpha(entry.get(key, 1.0), f"{where}, {key}") for key in ("unet_alpha", "text_encoder_alpha")}
+    alphas = {
+        key: _alpha(entry.get(key, 1.0), f"{where}, {key}") for key in ("unet_alpha", "text_encoder_alpha")
+    }
     return load_concept(source, name, **alphas)
 
 
@@ -143,5 +172,8 @@ def _alpha(value: Any, where: str) -> float:
 
 def at_weights(concept: Concept) -> Expert:
     """The concept's expert with its alphas in the scales, as it stands in a model by itself."""
-    layers = {path: replace(layer, scale=layer.scale * concept.alpha(path)) for path, layer in concept.expert.layers.items()}
+    layers = {
+        path: replace(layer, scale=layer.scale * concept.alpha(path))
+        for path, layer in concept.expert.layers.items()
+    }
     return replace(concept.expert, layers=layers)

@@ -1,4 +1,6 @@
-"""The few pictures of a concept as batches: latents once, captions as ids with the concept's tokens, masks where there are any."""
+"""The few pictures of a concept as batches: latents once, captions as ids with the concept's tokens, masks
+where there are any.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +24,45 @@ PLACE = "<TOK>"
 
 
 def concept_batches(
-    pipe: Any, folder: PictureFolder, tokens: Mapping[str, str], batch_size: int, *, seed: int = 0, masks: Path | None = None
+    pipe: Any,
+    folder: PictureFolder,
+    tokens: Mapping[str, str],
+    batch_size: int,
+    *,
+    seed: int = 0,
+    masks: Path | None = None,
 ) -> TensorBatches:
     """Batches for `train_edlora`; the pipeline is as before.
 
-    folder  pictures of one size; each caption names the concept by its tokens, or by <TOK> as in the paper's data
+    folder  pictures of one size; each caption names the concept by its tokens, or by <TOK> as in the paper's
+            data
     tokens  as for `train_edlora`
-    masks   folder of pictures with the same names up to the ending, white where the concept is; any size: they are scaled and cut like
+    masks   folder of pictures with the same names up to the ending, white where the concept is; any size:
+            they are scaled and cut like
             their picture, then averaged over each latent
-    Raises MoleValueError for captions without the concept or too long, MoleFileError for a mask that is missing.
+    Raises MoleValueError for captions without the concept or too long, MoleFileError for a mask that is
+    missing.
     """
     if len(folder.counts()) != 1:
         raise MoleValueError(
-            "concept_batches", expected="pictures of one size", got=list(folder.counts()), hint="PictureFolder(buckets=False)"
+            "concept_batches",
+            expected="pictures of one size",
+            got=list(folder.counts()),
+            hint="PictureFolder(buckets=False)",
         )
     captions = [picture.caption.replace(PLACE, " ".join(tokens)) for picture in folder.pictures]
     for picture, caption in zip(folder.pictures, captions):
         if lacking := [token for token in tokens if token not in caption]:
             where = f"caption of {printable(picture.name)}"
-            raise MoleValueError(where, expected=f"{PLACE} or {' '.join(tokens)}", got=f"none of {', '.join(lacking)}")
+            raise MoleValueError(
+                where, expected=f"{PLACE} or {' '.join(tokens)}", got=f"none of {', '.join(lacking)}"
+            )
     found = _ids(pipe, captions, tokens, folder)
     encoder = Encoder(pipe)
-    latents = [encoder.latents(torch.stack([folder.pixels(i) for i in some])) for some in torch.arange(len(folder)).split(8)]
+    latents = [
+        encoder.latents(torch.stack([folder.pixels(i) for i in some]))
+        for some in torch.arange(len(folder)).split(8)
+    ]
     found["latents"] = torch.cat(latents)
     if len(text_encoders(pipe)) > 1:
         found["time_ids"] = torch.stack([folder.time_ids(i) for i in range(len(folder))])
@@ -53,7 +72,9 @@ def concept_batches(
     return TensorBatches(found, min(batch_size, len(folder)), seed=seed)
 
 
-def _ids(pipe: Any, captions: list[str], tokens: Mapping[str, str], folder: PictureFolder) -> dict[str, Tensor]:
+def _ids(
+    pipe: Any, captions: list[str], tokens: Mapping[str, str], folder: PictureFolder
+) -> dict[str, Tensor]:
     """The ids will mean the same when training adds the tokens in the same order again."""
     start = new_embeddings(pipe, tokens, torch.Generator().manual_seed(0))
     with concept_tokens(pipe, start) as known:
@@ -64,7 +85,9 @@ def _ids(pipe: Any, captions: list[str], tokens: Mapping[str, str], folder: Pict
                 if not bool(there.all()):
                     picture = folder[int((~there).int().argmax())]
                     raise MoleValueError(
-                        f"caption of {printable(picture.name)}", f"the tokenizer cuts {printable(token)} off", hint="shorten the caption"
+                        f"caption of {printable(picture.name)}",
+                        f"the tokenizer cuts {printable(token)} off",
+                        hint="shorten the caption",
                     )
     return {f"ids_{name}": found for name, found in ids.items()}
 
@@ -75,15 +98,25 @@ def _mask(folder: PictureFolder, i: int, masks: Path, size: tuple[int, int]) -> 
 
     picture = folder[i]
     stem = Path(picture.name).with_suffix("")
-    found = sorted(path for path in (masks / stem.parent).glob("*") if path.stem == stem.name and path.is_file())
+    found = sorted(
+        path for path in (masks / stem.parent).glob("*") if path.stem == stem.name and path.is_file()
+    )
     if not found:
-        raise MoleFileError(printable(masks, 300), expected=f"a mask for {printable(picture.name)}", got="none")
+        raise MoleFileError(
+            printable(masks, 300), expected=f"a mask for {printable(picture.name)}", got="none"
+        )
     try:
         with Image.open(found[0]) as opened:
             image = opened.convert("L").resize(picture.size[::-1], Image.Resampling.BOX)
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise MoleFileError(printable(found[0], 300), f"is no picture that can be read ({type(error).__name__})") from error
+        raise MoleFileError(
+            printable(found[0], 300), f"is no picture that can be read ({type(error).__name__})"
+        ) from error
     (h, w), (top, left) = cover(picture.size, picture.bucket)
-    image = image.resize((w, h), Image.Resampling.BOX).crop((left, top, left + picture.bucket[1], top + picture.bucket[0]))
-    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, *picture.bucket).float() / 255
+    image = image.resize((w, h), Image.Resampling.BOX).crop(
+        (left, top, left + picture.bucket[1], top + picture.bucket[0])
+    )
+    values = (
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, *picture.bucket).float() / 255
+    )
     return F.interpolate(values[None], size, mode="area")[0]

@@ -1,11 +1,16 @@
-"""ED-LoRA: a concept as two kinds of new tokens with one embedding per cross-attention layer, and low-rank experts beside them.
+"""ED-LoRA: a concept as two kinds of new tokens with one embedding per cross-attention layer, and low-rank
+experts beside them.
 
-    V = V_rand⁺ V_class⁺        e.g. {"<potter1>": "<rand-0.013>", "<potter2>": "man"}: two tokens, L embeddings each, all learned
+    V = V_rand⁺ V_class⁺        e.g. {"<potter1>": "<rand-0.013>", "<potter2>": "man"}: two tokens, L
+    embeddings each, all learned
 
-Every caption is encoded L times, its tokens replaced by those of layer i, and cross-attention layer i reads the i-th text. Experts sit on
-every attention linear of UNet and text encoders; alpha multiplies ΔW as it is. Nothing of the base changes, nor any other word.
+Every caption is encoded L times, its tokens replaced by those of layer i, and cross-attention layer i reads
+the i-th text. Experts sit on
+every attention linear of UNet and text encoders; alpha multiplies ΔW as it is. Nothing of the base changes,
+nor any other word.
 
-Source: Mix-of-Show (Gu et al., NeurIPS 2023); the norm limit, the masks and the attention loss are those of its code.
+Source: Mix-of-Show (Gu et al., NeurIPS 2023); the norm limit, the masks and the attention loss are those of
+its code.
 """
 
 from __future__ import annotations
@@ -27,9 +32,15 @@ from mole_kernels.layers.linear import Gated
 from mole_kernels.methods.mix_of_show.attention_loss import AttentionLoss
 from mole_kernels.methods.mix_of_show.concept import Concept
 from mole_kernels.methods.mix_of_show.prompts import encode_ids, layered
-from mole_kernels.methods.mix_of_show.tokens import Tokens, concept_tokens, new_embeddings, portable, text_encoders
+from mole_kernels.methods.mix_of_show.tokens import (
+    Tokens,
+    concept_tokens,
+    new_embeddings,
+    portable,
+    text_encoders,
+)
+from mole_kernels.modules.scan import scan, sizes, uncompiled
 from mole_kernels.patching.apply import patch
-from mole_kernels.patching.targets import scan, sizes, uncompiled
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.data import TensorBatches, counted_generator
 from mole_kernels.training.loop import RunOptions, fit
@@ -65,30 +76,44 @@ class EDLoRATraining:
 
 
 def paper_training(steps: int, **options: Any) -> EDLoRATraining:
-    """AdamW with 1e-4 on the UNet, 1e-5 on the text encoder, 1e-3 on the embeddings, falling linearly to 0."""
+    """AdamW with 1e-4 on the UNet, 1e-5 on the text encoder, 1e-3 on the embeddings, falling linearly to
+    0.
+    """
     return EDLoRATraining(TrainConfig(steps=steps, lr=1e-4, schedule="linear", weight_decay=1e-2, **options))
 
 
 def train_edlora(
-    pipe: Any, batches: TensorBatches, tokens: Mapping[str, str], training: EDLoRATraining, **run: Unpack[RunOptions]
+    pipe: Any,
+    batches: TensorBatches,
+    tokens: Mapping[str, str],
+    training: EDLoRATraining,
+    **run: Unpack[RunOptions],
 ) -> Concept:
     """Trains a concept; the pipeline is bit for bit as before at its end.
 
     batches  from `concept_batches`: latents, ids of their captions, masks where there are any
-    tokens   the concept's tokens in the order in which prompts use them -> `<rand-σ>` or the class word they start from
+    tokens   the concept's tokens in the order in which prompts use them -> `<rand-σ>` or the class word they
+             start from
     run      run_dir, resume, progress, on_step, trackers: as in `fit`
     Raises MoleValueError for tokens that are no new words, and what `fit` raises.
     """
     config, name = training.config, " ".join(tokens)
     if processes().num_processes > 1:
-        raise MoleStateError("train_edlora", "runs in one process: text encoders and embeddings are trained through hooks")
+        raise MoleStateError(
+            "train_edlora", "runs in one process: text encoders and embeddings are trained through hooks"
+        )
     _check(training, batches)
     start = new_embeddings(pipe, tokens, counted_generator(config.seed, "embeddings", name))
     layers = attention_linears(pipe)
     fresh = ExpertBank.new(
-        {path: sizes(m) for path, m in layers.items()}, ["concept"], training.rank, training.alpha, convention="mix_of_show",
-        generator=counted_generator(config.seed, "expert", name), init=training.init,
-    )  # fmt: skip
+        {path: sizes(m) for path, m in layers.items()},
+        ["concept"],
+        training.rank,
+        training.alpha,
+        convention="mix_of_show",
+        generator=counted_generator(config.seed, "expert", name),
+        init=training.init,
+    )
     with concept_tokens(pipe, start) as known, patch(pipe, fresh, allow_large_rank=True) as handle:
         model = ConceptModel(pipe, known, start, training.norm_limit)
         for layer in handle.layers.values():
@@ -99,23 +124,31 @@ def train_edlora(
         }
         loss_fn = ConceptLoss(model, training)
         with model.learning(), loss_fn.listening():
-            result = fit(model, named, batches, config, loss_fn=loss_fn, identity=identity, rates=rates, **run)
+            result = fit(
+                model, named, batches, config, loss_fn=loss_fn, identity=identity, rates=rates, **run
+            )
         trained = handle.bank().experts["concept"]
         embeddings = model.embeddings()
     late = result.losses[-50:]
     metadata = identity | {"steps": str(result.steps), "loss": f"{sum(late) / max(1, len(late)):.6g}"}
     factors = {path: factor.to(device="cpu") for path, factor in trained.layers.items()}
-    return Concept(name, Expert(portable(factors), source=f"trained concept {name}", metadata=metadata), embeddings)
+    return Concept(
+        name, Expert(portable(factors), source=f"trained concept {name}", metadata=metadata), embeddings
+    )
 
 
 def attention_linears(pipe: Any) -> dict[str, nn.Module]:
-    """{path: layer}: q, k, v and output of every attention of UNet and text encoders; 128 and 48 in Stable Diffusion 1.5."""
+    """{path: layer}: q, k, v and output of every attention of UNet and text encoders; 128 and 48 in Stable
+    Diffusion 1.5.
+    """
     found = {}
     for path, module in scan(pipe).layers.items():
         component = path.partition(".")[0]
-        if (component == "unet" and path.endswith(tuple(f".{n}" for n in UNET)) and (".attn1." in path or ".attn2." in path)) or (
-            component in text_encoders(pipe) and path.endswith(tuple(f".self_attn.{n}" for n in TEXT))
-        ):
+        if (
+            component == "unet"
+            and path.endswith(tuple(f".{n}" for n in UNET))
+            and (".attn1." in path or ".attn2." in path)
+        ) or (component in text_encoders(pipe) and path.endswith(tuple(f".self_attn.{n}" for n in TEXT))):
             found[path] = module
     return found
 
@@ -123,16 +156,22 @@ def attention_linears(pipe: Any) -> dict[str, nn.Module]:
 class ConceptModel(nn.Module):
     """UNet, text encoders and the concept's embeddings as one model, for `fit`.
 
-    table  text encoder -> Parameter [tokens, L, K], looked up in the place of the rows that `concept_tokens` made
+    table  text encoder -> Parameter [tokens, L, K], looked up in the place of the rows that `concept_tokens`
+           made
     """
 
-    def __init__(self, pipe: Any, tokens: Tokens, start: Mapping[str, Mapping[str, Tensor]], norm_limit: float | None) -> None:
+    def __init__(
+        self, pipe: Any, tokens: Tokens, start: Mapping[str, Mapping[str, Tensor]], norm_limit: float | None
+    ) -> None:
         super().__init__()
         self.unet = uncompiled(pipe.unet)
         self.encoders = nn.ModuleDict({name: encoder for name, (encoder, _) in text_encoders(pipe).items()})
         device = next(self.unet.parameters()).device
         self.table = nn.ParameterDict(
-            {name: nn.Parameter(torch.stack([start[t][name] for t in start]).float().to(device)) for name in self.encoders}
+            {
+                name: nn.Parameter(torch.stack([start[t][name] for t in start]).float().to(device))
+                for name in self.encoders
+            }
         )
         self.tokens, self.norm_limit, self.pipe = tokens, norm_limit, pipe
 
@@ -149,7 +188,10 @@ class ConceptModel(nn.Module):
     def embeddings(self) -> dict[str, dict[str, Tensor]]:
         """token -> text encoder -> V [L,K], copies on the CPU."""
         names = list(self.tokens.names)
-        return {t: {name: p.detach()[i].cpu().clone() for name, p in self.table.items()} for i, t in enumerate(names)}
+        return {
+            t: {name: p.detach()[i].cpu().clone() for name, p in self.table.items()}
+            for i, t in enumerate(names)
+        }
 
     def mean_norm(self) -> float:
         """Mean norm of the concept's embeddings over tokens, layers and text encoders."""
@@ -165,9 +207,12 @@ class ConceptModel(nn.Module):
                 stack.callback(encoder.get_input_embeddings().register_forward_hook(look).remove)  # type: ignore[operator]
             yield
 
-    def _look_up(self, name: str, first: int, count: int, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    def _look_up(
+        self, name: str, first: int, count: int, _: nn.Module, args: tuple[Tensor, ...], out: Tensor
+    ) -> Tensor:
         ids, table = args[0], self.table[name].flatten(0, 1)
-        # without a gradient the optimiser leaves it alone, decay included; so it stays where it is, also after a resume
+        # without a gradient the optimiser leaves it alone, decay included; so it stays where it is, also
+        # after a resume
         if self.norm_limit is not None and self.mean_norm() >= self.norm_limit:
             table = table.detach()
         ours = (ids >= first) & (ids < first + count)
@@ -175,7 +220,9 @@ class ConceptModel(nn.Module):
 
 
 class ConceptLoss:
-    """loss(model, batch, generator) for `fit`: noise with an offset, texts layer by layer, the error where the mask is."""
+    """loss(model, batch, generator) for `fit`: noise with an offset, texts layer by layer, the error where
+    the mask is.
+    """
 
     def __init__(self, model: ConceptModel, training: EDLoRATraining) -> None:
         self.model, self.training = model, training
@@ -191,25 +238,42 @@ class ConceptLoss:
     def __call__(self, _: nn.Module, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
         latents, pipe = batch["latents"], self.model.pipe
         noise = torch.randn(latents.shape, generator=generator)
-        noise = noise + self.training.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-        timesteps = torch.randint(0, len(pipe.scheduler.alphas_cumprod), (len(latents),), generator=generator).to(latents.device)
+        noise = noise + self.training.noise_offset * torch.randn(
+            *latents.shape[:2], 1, 1, generator=generator
+        )
+        timesteps = torch.randint(
+            0, len(pipe.scheduler.alphas_cumprod), (len(latents),), generator=generator
+        ).to(latents.device)
         ids = {name: batch[f"ids_{name}"] for name in self.model.encoders}
         text = encode_ids(pipe, ids)
-        added = None if text.pooled is None else {"text_embeds": text.pooled, "time_ids": batch["time_ids"].to(text.pooled)}
+        added = (
+            None
+            if text.pooled is None
+            else {"text_embeds": text.pooled, "time_ids": batch["time_ids"].to(text.pooled)}
+        )
         mask = batch.get("mask")
         if self.attention is not None:
             self.attention.forget()
         loss = denoising_loss(
-            self.model.unet, pipe.scheduler, latents, timesteps, noise.to(latents), text.flat, added, self.training.config.snr_gamma,
+            self.model.unet,
+            pipe.scheduler,
+            latents,
+            timesteps,
+            noise.to(latents),
+            text.flat,
+            added,
+            self.training.config.snr_gamma,
             mask if self.training.masked else None,
-        )  # fmt: skip
+        )
         if self.attention is not None:
             assert mask is not None
             loss = loss + self.training.attention * self.attention.take(ids["text_encoder"], mask)
         return loss
 
 
-def _trained(model: ConceptModel, layers: Mapping[str, nn.Module], training: EDLoRATraining) -> tuple[dict[str, Any], dict[str, float]]:
+def _trained(
+    model: ConceptModel, layers: Mapping[str, nn.Module], training: EDLoRATraining
+) -> tuple[dict[str, Any], dict[str, float]]:
     """(parameters by name, their rates against the config's)."""
     named: dict[str, Any] = {f"embeddings.{name}": p for name, p in model.table.items()}
     rates = dict.fromkeys(named, training.embedding_lr / training.config.lr)
@@ -230,4 +294,9 @@ def _check(training: EDLoRATraining, batches: TensorBatches) -> None:
         raise MoleValueError("train_edlora: norm_limit", expected="above 0, or None", got=training.norm_limit)
     if (training.masked or training.attention) and "mask" not in batches.tensors:
         hint = "concept_batches(…, masks=folder), or masked=False and attention=0"
-        raise MoleValueError("train_edlora", expected="masks, which the masked loss and the attention loss need", got="none", hint=hint)
+        raise MoleValueError(
+            "train_edlora",
+            expected="masks, which the masked loss and the attention loss need",
+            got="none",
+            hint=hint,
+        )

@@ -1,4 +1,6 @@
-"""What a fusion leaves behind: a folder with the fused expert, the concepts' embeddings, their names, and the report."""
+"""What a fusion leaves behind: a folder with the fused expert, the concepts' embeddings, their names, and the
+report.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,27 @@ from mole_kernels.methods.mix_of_show.fusion import Fused, put_into_weights
 from mole_kernels.methods.mix_of_show.tokens import Tokens, add_concepts
 
 EXPERT, EMBEDDINGS, CONFIG, REPORT, PIPELINE = (
-    "fused.safetensors", "fused.embeddings.safetensors", "new_concept_cfg.json", "report.json", "pipeline",
-)  # fmt: skip
+    "fused.safetensors",
+    "fused.embeddings.safetensors",
+    "new_concept_cfg.json",
+    "report.json",
+    "pipeline",
+)
 # a fusion that is not yet in its place, and the file that says that it is whole
 DRAFT, WHOLE = ".next", "whole"
 
 
-def save_fused(fused: Fused, folder: Path, dialect: Literal["diffusers", "kohya"] = "diffusers", dtype: torch.dtype | None = None) -> None:
-    """fused.safetensors, fused.embeddings.safetensors, new_concept_cfg.json (as the paper's tools keep it) and report.json.
+def save_fused(
+    fused: Fused,
+    folder: Path,
+    dialect: Literal["diffusers", "kohya"] = "diffusers",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """fused.safetensors, fused.embeddings.safetensors, new_concept_cfg.json (as the paper's tools keep it)
+    and report.json.
 
-    All four or none, over an older fusion too: they are made in a folder beside them, and once all are there, moved; `load_fused` finds
+    All four or none, over an older fusion too: they are made in a folder beside them, and once all are there,
+    moved; `load_fused` finds
     them in either place, and the next `save_fused` ends a move that was cut off.
     """
     draft = folder / DRAFT
@@ -44,7 +57,9 @@ def save_fused(fused: Fused, folder: Path, dialect: Literal["diffusers", "kohya"
 
 
 def _move(folder: Path) -> None:
-    """What is whole in the draft goes to its place, what is not is dropped; the mark that says so goes last."""
+    """What is whole in the draft goes to its place, what is not is dropped; the mark that says so goes
+    last.
+    """
     draft = folder / DRAFT
     whole = (draft / WHOLE).exists()
     for path in sorted(draft.iterdir()):
@@ -62,7 +77,9 @@ def _place(folder: Path, name: str) -> Path:
 
 
 def save_dense(pipe: Any, fused: Fused, folder: Path) -> None:
-    """The pipeline itself with the fused weights and the concepts' tokens in it, and new_concept_cfg.json; changes `pipe` for good."""
+    """The pipeline itself with the fused weights and the concepts' tokens in it, and new_concept_cfg.json;
+    changes `pipe` for good.
+    """
     put_into_weights(pipe, fused.expert)
     tokens = add_concepts(pipe, fused.embeddings)
     pipe.save_pretrained(str(folder), safe_serialization=True)
@@ -70,10 +87,14 @@ def save_dense(pipe: Any, fused: Fused, folder: Path) -> None:
 
 
 def load_fused(pipe: Any, folder: Path) -> tuple[Expert, Tokens]:
-    """(expert, tokens) of what `save_fused` wrote; the tokens are added to the pipeline, the expert is for `patch`."""
+    """(expert, tokens) of what `save_fused` wrote; the tokens are added to the pipeline, the expert is for
+    `patch`.
+    """
     files = [_place(folder, EXPERT), _place(folder, EMBEDDINGS)]
     if not all(path.is_file() for path in files):
-        raise MoleFileError(printable(folder, 300), expected=f"{EXPERT} and {EMBEDDINGS}", got="no such files")
+        raise MoleFileError(
+            printable(folder, 300), expected=f"{EXPERT} and {EMBEDDINGS}", got="no such files"
+        )
     return replace(load_expert(files[0]), source=str(folder)), add_concepts(pipe, load_embeddings(files[1]))
 
 

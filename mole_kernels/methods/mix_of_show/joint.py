@@ -1,4 +1,6 @@
-"""Regions for transformers of joint attention (FLUX): every region's text stands in the sequence, and a mask says who sees whom."""
+"""Regions for transformers of joint attention (FLUX): every region's text stands in the sequence, and a mask
+says who sees whom.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ from mole_kernels.methods.mix_of_show.regions import Region, shares
 def joint_mask(table: Tensor, lengths: Sequence[int]) -> Tensor:
     """Who attends to whom, [T,T] bool over [text 0 | text 1 | … | places].
 
-    table    [1+S, places]  what each place takes of the global text (row 0) and of the regions' (see `regions.shares`)
+    table    [1+S, places]  what each place takes of the global text (row 0) and of the regions' (see
+             `regions.shares`)
     lengths  tokens of each text
-    A place sees every place and the texts that it takes of. A text sees itself and the places that take of it, no other text.
+    A place sees every place and the texts that it takes of. A text sees itself and the places that take of
+    it, no other text.
     """
     if table.dim() != 2 or len(lengths) != table.shape[0]:
         raise MoleShapeError("joint_mask", expected=f"table [{len(lengths)}, places]", got=tuple(table.shape))
@@ -49,30 +53,44 @@ def regional_flux(
 ) -> dict[str, Any]:
     """The arguments with which a FLUX pipeline draws every region from its own text.
 
-        image = pipe(height=512, width=512, **regional_flux(pipe, "a street", regions, height=512, width=512)).images[0]
+        image = pipe(height=512, width=512, **regional_flux(pipe, "a street", regions, height=512,
+        width=512)).images[0]
 
-    embeds  the texts' embeddings [L,C], the global one first, instead of encoding them; pooled [1,D] with them
-    prompt_embeds holds all texts one after the other; `joint_attention_kwargs` the mask [1,1,T,T], for all layers and steps.
-    A joint softmax has no share of one half: where regions overlap a place sees the texts of all that cover it ("mean"), or of the last
+    embeds  the texts' embeddings [L,C], the global one first, instead of encoding them; pooled [1,D] with
+            them
+    prompt_embeds holds all texts one after the other; `joint_attention_kwargs` the mask [1,1,T,T], for all
+    layers and steps.
+    A joint softmax has no share of one half: where regions overlap a place sees the texts of all that cover
+    it ("mean"), or of the last
     ("overwrite"). Negative prompts of regions are not used, as FLUX has no guidance of that kind in one call.
     Ours: the paper has cross-attention only. Raises MoleTypeError, MoleValueError, MoleShapeError.
     """
     if not regions or not all(isinstance(region, Region) for region in regions):
         raise MoleTypeError("regional_flux", expected="a list of regions, at least one", got="something else")
     if not hasattr(pipe, "transformer"):
-        raise MoleTypeError("regional_flux", expected="a pipeline with a transformer of joint attention", got=type(pipe).__name__)
+        raise MoleTypeError(
+            "regional_flux",
+            expected="a pipeline with a transformer of joint attention",
+            got=type(pipe).__name__,
+        )
     step = 2 * int(getattr(pipe, "vae_scale_factor", 8))
     if height % step or width % step:
-        raise MoleValueError("regional_flux", expected=f"height and width in multiples of {step}", got=f"{height} x {width}")
+        raise MoleValueError(
+            "regional_flux", expected=f"height and width in multiples of {step}", got=f"{height} x {width}"
+        )
     if embeds is None:
         embeds = []
         for text in (prompt, *(region.prompt for region in regions)):
-            found, one, _ = pipe.encode_prompt(prompt=text, prompt_2=None, max_sequence_length=max_sequence_length)
+            found, one, _ = pipe.encode_prompt(
+                prompt=text, prompt_2=None, max_sequence_length=max_sequence_length
+            )
             embeds.append(found[0])
             pooled = one if pooled is None else pooled
     if len(embeds) != len(regions) + 1 or pooled is None:
         raise MoleShapeError(
-            "regional_flux: embeds", expected=f"{len(regions) + 1} texts, the global one first, and pooled", got=len(embeds)
+            "regional_flux: embeds",
+            expected=f"{len(regions) + 1} texts, the global one first, and pooled",
+            got=len(embeds),
         )
     table = shares(list(regions), height // step, width // step, overlap=overlap)
     mask = joint_mask(table, [e.shape[0] for e in embeds]).to(embeds[0].device)

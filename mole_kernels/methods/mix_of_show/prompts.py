@@ -1,4 +1,6 @@
-"""Prompts with one text state per cross-attention layer: encoded, carried through any UNet pipeline, read by their layers."""
+"""Prompts with one text state per cross-attention layer: encoded, carried through any UNet pipeline, read by
+their layers.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ CHUNK = 64
 class TextStates:
     """Prompts as every cross-attention layer sees them.
 
-    states  [B,L,T,K]: layer i reads states[:, i]      pooled  [B,P] for SDXL, the mean over the layers' variants; else None
+    states  [B,L,T,K]: layer i reads states[:, i]      pooled  [B,P] for SDXL, the mean over the layers'
+            variants; else None
     ids     text encoder -> [B,L,T] int64
     """
 
@@ -41,11 +44,15 @@ class TextStates:
 
 
 def token_ids(pipe: Any, prompts: Sequence[str], tokens: Tokens) -> dict[str, Tensor]:
-    """{text encoder: ids [B,L,T]} of prompts, each expanded to one variant per layer, padded to the tokenizer's length."""
+    """{text encoder: ids [B,L,T]} of prompts, each expanded to one variant per layer, padded to the
+    tokenizer's length.
+    """
     variants = [variant for prompt in prompts for variant in tokens.expand(prompt)]
     found = {}
     for component, (_, tokenizer) in text_encoders(pipe).items():
-        ids = tokenizer(variants, padding="max_length", truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
+        ids = tokenizer(
+            variants, padding="max_length", truncation=True, max_length=tokenizer.model_max_length
+        )["input_ids"]
         found[component] = torch.tensor(ids).unflatten(0, (len(prompts), tokens.layers))
     return found
 
@@ -64,9 +71,14 @@ def encode_ids(pipe: Any, ids: Mapping[str, Tensor]) -> TextStates:
             # SDXL's UNet was trained on the last layer but one of both
             made.append(out.hidden_states[-2] if len(parts) > 1 else out.last_hidden_state)
             if hasattr(encoder, "text_projection"):
-                # by the end token's place: configurations of old take the largest id for it, which an added token would be
+                # by the end token's place: configurations of old take the largest id for it, which an added
+                # token would be
                 end = (some == tokenizer.eos_token_id).int().argmax(1)
-                pools.append(encoder.text_projection(out.last_hidden_state[torch.arange(len(some), device=device), end]))
+                pools.append(
+                    encoder.text_projection(
+                        out.last_hidden_state[torch.arange(len(some), device=device), end]
+                    )
+                )
         place = place.to(device)
         states.append(torch.cat(made)[place].unflatten(0, (B, L)))
         if pools:
@@ -75,7 +87,9 @@ def encode_ids(pipe: Any, ids: Mapping[str, Tensor]) -> TextStates:
 
 
 def encode_prompts(pipe: Any, prompts: Sequence[str], tokens: Tokens) -> TextStates:
-    """Text states of prompts with concept tokens, without gradients; a prompt without any has the same state in every layer."""
+    """Text states of prompts with concept tokens, without gradients; a prompt without any has the same state
+    in every layer.
+    """
     with torch.no_grad():
         return encode_ids(pipe, token_ids(pipe, prompts, tokens))
 
@@ -106,23 +120,35 @@ def _own_part(
         return None
     if states.shape[1] != layers * tokens:
         raise MoleShapeError(
-            f"cross-attention layer {i}", expected=f"states of {tokens} or {layers} x {tokens} tokens", got=list(states.shape)
+            f"cross-attention layer {i}",
+            expected=f"states of {tokens} or {layers} x {tokens} tokens",
+            got=list(states.shape),
         )
     # the very same part at every step, so that keys and values made of it can be kept
     if not last or last[0] is not states or states.requires_grad:
         last[:] = [states, states[:, i * tokens : (i + 1) * tokens]]
     own = last[1]
-    return (args[:1], kwargs | {"encoder_hidden_states": own}) if len(args) < 3 else ((args[0], own, *args[2:]), kwargs)
+    return (
+        (args[:1], kwargs | {"encoder_hidden_states": own})
+        if len(args) < 3
+        else ((args[0], own, *args[2:]), kwargs)
+    )
 
 
-def pipeline_arguments(pipe: Any, prompts: Sequence[str], negative: Sequence[str] | str | None, tokens: Tokens) -> dict[str, Any]:
-    """prompt_embeds and its relatives for `pipe(**…)` inside `layered`; the negative prompt is repeated for every layer."""
+def pipeline_arguments(
+    pipe: Any, prompts: Sequence[str], negative: Sequence[str] | str | None, tokens: Tokens
+) -> dict[str, Any]:
+    """prompt_embeds and its relatives for `pipe(**…)` inside `layered`; the negative prompt is repeated for
+    every layer.
+    """
     made = encode_prompts(pipe, prompts, tokens)
     found: dict[str, Any] = {"prompt_embeds": made.flat}
     if made.pooled is not None:
         found["pooled_prompt_embeds"] = made.pooled
     if negative is not None:
-        against = encode_prompts(pipe, [negative] * len(prompts) if isinstance(negative, str) else list(negative), tokens)
+        against = encode_prompts(
+            pipe, [negative] * len(prompts) if isinstance(negative, str) else list(negative), tokens
+        )
         found["negative_prompt_embeds"] = against.flat
         if against.pooled is not None:
             found["negative_pooled_prompt_embeds"] = against.pooled
@@ -130,8 +156,15 @@ def pipeline_arguments(pipe: Any, prompts: Sequence[str], negative: Sequence[str
 
 
 @torch.no_grad()
-def sample(pipe: Any, prompts: Sequence[str], tokens: Tokens, negative: Sequence[str] | str | None = "", **options: Any) -> Any:
-    """What the pipeline draws for prompts with concept tokens; options are the pipeline's own (generator, num_inference_steps, …).
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    tokens: Tokens,
+    negative: Sequence[str] | str | None = "",
+    **options: Any,
+) -> Any:
+    """What the pipeline draws for prompts with concept tokens; options are the pipeline's own (generator,
+    num_inference_steps, …).
 
     Without a negative prompt (None) there is no classifier-free guidance.
     """
@@ -143,8 +176,11 @@ def sample(pipe: Any, prompts: Sequence[str], tokens: Tokens, negative: Sequence
         return pipe(**arguments, **options)
 
 
-def read_positions(pipe: Any, ids: Tensor, component: str, wanted: Mapping[str, Sequence[int]], prompt: str) -> tuple[Tensor, Tensor, int]:
-    """(concept tokens' places, all places up to the end token, the end token's place) of one variant's ids [T].
+def read_positions(
+    pipe: Any, ids: Tensor, component: str, wanted: Mapping[str, Sequence[int]], prompt: str
+) -> tuple[Tensor, Tensor, int]:
+    """(concept tokens' places, all places up to the end token, the end token's place) of one variant's ids
+    [T].
 
     wanted  token -> its id in this variant; MoleValueError where one was cut off
     """
@@ -153,9 +189,10 @@ def read_positions(pipe: Any, ids: Tensor, component: str, wanted: Mapping[str, 
     lacking = [token for token, own in wanted.items() if not any(int(i) in own for i in ids[:end].tolist())]
     if lacking:
         raise MoleValueError(
-            f"prompt '{printable(prompt)}'", f"the tokenizer cuts {', '.join(map(printable, lacking))} off",
+            f"prompt '{printable(prompt)}'",
+            f"the tokenizer cuts {', '.join(map(printable, lacking))} off",
             hint=f"it takes {tokenizer.model_max_length - 2} tokens; use shorter templates",
-        )  # fmt: skip
+        )
     own = {i for ids_of in wanted.values() for i in ids_of}
     places = torch.tensor([at for at, i in enumerate(ids[:end].tolist()) if i in own])
     return places, torch.arange(end + 1), end

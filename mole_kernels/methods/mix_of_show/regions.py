@@ -1,4 +1,6 @@
-"""Where each prompt of a picture holds: the paper's string and a JSON form, read without ever running them, and masks on any grid."""
+"""Where each prompt of a picture holds: the paper's string and a JSON form, read without ever running them,
+and masks on any grid.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ class Region:
 
     prompt, negative  what holds there, and what shall not
     box      (y0, x0, y1, x1) in fractions of the picture, y0 < y1 and x0 < x1
-    mask     [H,W] bool or 0…1, instead of a box; resized to a layer's grid by area and taken where it covers at least half a place
-    experts  expert name -> adapter weight in this region, for the layers that see the picture; None: the pipeline's own
+    mask     [H,W] bool or 0…1, instead of a box; resized to a layer's grid by area and taken where it covers
+             at least half a place
+    experts  expert name -> adapter weight in this region, for the layers that see the picture; None: the
+             pipeline's own
     """
 
     prompt: str
@@ -40,7 +44,9 @@ class Region:
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise MoleValueError("region", expected="a prompt", got="none", hint="an empty region is one that is left out")
+            raise MoleValueError(
+                "region", expected="a prompt", got="none", hint="an empty region is one that is left out"
+            )
         if self.mask is not None:
             if self.mask.dim() != 2 or not self.mask.numel():
                 raise MoleShapeError("region: mask", expected="[H,W]", got=tuple(self.mask.shape))
@@ -50,7 +56,8 @@ class Region:
     def cover(self, height: int, width: int) -> Tensor:
         """[height,width] bool: the places of a grid that the region covers.
 
-        A box: rows ceil(y0·h) … floor(y1·h), columns likewise, as the paper's code has it; so a box thinner than a place covers none.
+        A box: rows ceil(y0·h) … floor(y1·h), columns likewise, as the paper's code has it; so a box thinner
+        than a place covers none.
         """
         if self.mask is not None:
             return F.interpolate(self.mask.float()[None, None], (height, width), mode="area")[0, 0] >= 0.5
@@ -64,12 +71,16 @@ class Region:
 def check_box(box: Box, where: str) -> None:
     """Raises MoleValueError for a box outside the picture, empty or upside down."""
     if len(box) != 4 or not all(map(finite, box)):
-        raise MoleValueError(where, expected="a box of four finite numbers (y0, x0, y1, x1)", got=printable(str(box)))
+        raise MoleValueError(
+            where, expected="a box of four finite numbers (y0, x0, y1, x1)", got=printable(str(box))
+        )
     y0, x0, y1, x1 = box
     if min(box) < 0 or max(box) > 1:
         raise MoleValueError(where, expected="a box inside the picture, 0 … 1", got=box)
     if y0 >= y1 or x0 >= x1:
-        raise MoleValueError(where, expected="y0 < y1 and x0 < x1", got=box, hint="the order is top, left, bottom, right")
+        raise MoleValueError(
+            where, expected="y0 < y1 and x0 < x1", got=box, hint="the order is top, left, bottom, right"
+        )
 
 
 def _up(value: float) -> int:
@@ -81,9 +92,11 @@ def _down(value: float) -> int:
 
 
 def parse_regions(text: str, height: int, width: int) -> list[Region]:
-    """The paper's string: `[prompt]-*-[negative]-*-[y0, x0, y1, x1]`, in pixels of a height x width picture, joined by `|`.
+    """The paper's string: `[prompt]-*-[negative]-*-[y0, x0, y1, x1]`, in pixels of a height x width picture,
+    joined by `|`.
 
-    An empty box `[]` is the whole picture. Raises MoleValueError that names the position of what is wrong; nothing is evaluated.
+    An empty box `[]` is the whole picture. Raises MoleValueError that names the position of what is wrong;
+    nothing is evaluated.
     """
     regions, at = [], 0
     for part in text.split("|"):
@@ -126,7 +139,9 @@ def _parse_box(text: str, at: int, height: int, width: int) -> Box:
     try:
         check_box(box, "")
     except MoleValueError as error:
-        raise _wrong(start, f"a box inside the {height} x {width} picture with y0 < y1 and x0 < x1", str(values)) from error
+        raise _wrong(
+            start, f"a box inside the {height} x {width} picture with y0 < y1 and x0 < x1", str(values)
+        ) from error
     return box
 
 
@@ -140,7 +155,8 @@ def _wrong(at: int, expected: str, got: str) -> MoleValueError:
 
 
 def read_regions(source: str | Sequence[Mapping[str, Any]]) -> list[Region]:
-    """JSON: [{"prompt": "…", "negative": "…", "box": [y0, x0, y1, x1], "experts": {"name": 0.8}}, …], boxes in fractions.
+    """JSON: [{"prompt": "…", "negative": "…", "box": [y0, x0, y1, x1], "experts": {"name": 0.8}}, …], boxes
+    in fractions.
 
     Raises MoleValueError or MoleTypeError that names the region and the field.
     """
@@ -166,12 +182,16 @@ def _read_one(i: int, item: Any) -> Region:
         if name not in known:
             raise MoleValueError(where, expected=f"only {', '.join(known)}", got=printable(str(name)))
         if not isinstance(value, known[name]):
-            raise MoleTypeError(f"{where}.{name}", expected=f"a {known[name].__name__}", got=type(value).__name__)
+            raise MoleTypeError(
+                f"{where}.{name}", expected=f"a {known[name].__name__}", got=type(value).__name__
+            )
     if "prompt" not in item:
         raise MoleValueError(where, expected='a "prompt"', got="none")
     for name, weight in item.get("experts", {}).items():
         if not finite(weight):
-            raise MoleValueError(f"{where}.experts.{printable(name)}", expected="a finite number", got=printable(str(weight)))
+            raise MoleValueError(
+                f"{where}.experts.{printable(name)}", expected="a finite number", got=printable(str(weight))
+            )
     box = tuple(item.get("box", WHOLE))
     check_box(box, where)  # type: ignore[arg-type]
     if not item["prompt"].strip():
@@ -180,9 +200,11 @@ def _read_one(i: int, item: Any) -> Region:
 
 
 def shares(regions: Sequence[Region], height: int, width: int, *, overlap: str = "mean") -> Tensor:
-    """[1+regions, height·width] float32: what each place takes of the global prompt (row 0) and of each region; columns sum to 1.
+    """[1+regions, height·width] float32: what each place takes of the global prompt (row 0) and of each
+    region; columns sum to 1.
 
-    A place that no region covers takes the global prompt. Where regions overlap: "mean" of those that cover it (the paper's code),
+    A place that no region covers takes the global prompt. Where regions overlap: "mean" of those that cover
+    it (the paper's code),
     or "overwrite": the last one of the list (the paper's text).
     """
     if overlap not in ("mean", "overwrite"):
@@ -197,7 +219,8 @@ def shares(regions: Sequence[Region], height: int, width: int, *, overlap: str =
 
 
 def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
-    """The grid of a layer's tokens in a height x width picture: halvings of its latents, or the paper's √(H·W/tokens) where that fits.
+    """The grid of a layer's tokens in a height x width picture: halvings of its latents, or the paper's
+    √(H·W/tokens) where that fits.
 
     Raises MoleShapeError where no grid of that proportion has so many places.
     """
@@ -205,4 +228,6 @@ def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
     for h in {math.ceil(height / step), math.floor(height / step), round(height / step)}:
         if h and tokens % h == 0 and abs(tokens // h - width / step) <= 1:
             return h, tokens // h
-    raise MoleShapeError("regions", expected=f"a grid of {tokens} tokens in the proportion {height}:{width}", got="none")
+    raise MoleShapeError(
+        "regions", expected=f"a grid of {tokens} tokens in the proportion {height}:{width}", got="none"
+    )

@@ -1,4 +1,6 @@
-"""Regionally controllable sampling of Stable Diffusion pipelines: each region of the picture with its own prompt, and its own experts."""
+"""Regionally controllable sampling of Stable Diffusion pipelines: each region of the picture with its own
+prompt, and its own experts.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from mole_kernels.patching.handle import Handle
 
 
 def region_gates(path: str, module: nn.Module, experts: Any) -> GivenGate:
-    """For `mk.patch(pipe, experts, gates=region_gates)`: gates that `regional` fills with each region's weights."""
+    """For `mk.patch(pipe, experts, gates=region_gates)`: gates that `regional` fills with each region's
+    weights.
+    """
     return GivenGate(len(experts.names), device=experts.scale.device)
 
 
@@ -31,24 +35,33 @@ class regional:
         with regional(pipe, regions):
             image = pipe("two pets in a garden", height=512, width=512).images[0]
 
-    h = Σ_s shares_s ⊙ attention(q, K_s, V_s) in every cross-attention layer: the global prompt where no region is, the mean of those that
+    h = Σ_s shares_s ⊙ attention(q, K_s, V_s) in every cross-attention layer: the global prompt where no
+    region is, the mean of those that
     cover a place (overlap="mean", the paper's code) or the last of them (overlap="overwrite", its text).
 
-    pipe      a StableDiffusion or StableDiffusionXL pipeline (anything whose `unet` has cross-attention processors)
+    pipe      a StableDiffusion or StableDiffusionXL pipeline (anything whose `unet` has cross-attention
+              processors)
     regions   the regions of the picture, or one list of regions for each prompt of the call
     height, width  of the picture in pixels; found out by itself from the latents
-    handle    a patch made with gates=region_gates: then Region.experts says how much of each expert a region gets
+    handle    a patch made with gates=region_gates: then Region.experts says how much of each expert a region
+              gets
     elsewhere expert name -> weight where no region is (1 for all by default)
-    embeds    (positive, negative) texts of the regions instead of encoding them: [prompts, regions, L, C] each, or with one text for
-              every cross-attention layer, [prompts, regions, layers, L, C], as extended textual inversion has them
+    embeds    (positive, negative) texts of the regions instead of encoding them: [prompts, regions, L, C]
+              each, or with one text for
+              every cross-attention layer, [prompts, regions, layers, L, C], as extended textual inversion has
+              them
     backend   of `regional_attention`
-    adapter   weights by box for the features of the pipeline's T2I-Adapter, see `adapters.weigh` and `adapters.parse_adapter_weights`;
+    adapter   weights by box for the features of the pipeline's T2I-Adapter, see `adapters.weigh` and
+              `adapters.parse_adapter_weights`;
               places outside all boxes have `adapter_elsewhere`
-    record    keep where each region's words were read, for `attention`; costs a second product of queries and keys
+    record    keep where each region's words were read, for `attention`; costs a second product of queries and
+              keys
 
-    K and V of every region are computed once and kept while the texts, the weights and the gates stay (torch's version counters say
+    K and V of every region are computed once and kept while the texts, the weights and the gates stay
+    (torch's version counters say
     so); the queries are not copied. Guidance, several prompts and several pictures per prompt are followed.
-    Raises MoleTypeError, MoleValueError, MoleKeyError (an unknown expert), MoleStateError; then nothing was changed.
+    Raises MoleTypeError, MoleValueError, MoleKeyError (an unknown expert), MoleStateError; then nothing was
+    changed.
     Source: Mix-of-Show (Gu et al., NeurIPS 2023).
     """
 
@@ -69,7 +82,9 @@ class regional:
         adapter_elsewhere: float = 1.0,
     ) -> None:
         if not hasattr(getattr(pipe, "unet", None), "attn_processors"):
-            raise MoleTypeError("regional", expected="a pipeline with a UNet of cross-attention", got=type(pipe).__name__)
+            raise MoleTypeError(
+                "regional", expected="a pipeline with a UNet of cross-attention", got=type(pipe).__name__
+            )
         if not regions:
             raise MoleValueError("regional", expected="at least one region", got="none")
         self.pipe, self.overlap, self.backend, self.handle = pipe, overlap, backend, handle
@@ -78,7 +93,9 @@ class regional:
         self.size = (height, width) if height and width else None
         self.experts = None if handle is None else _ExpertWeights(handle, self.by_prompt, elsewhere)
         if adapter is not None and not isinstance(getattr(pipe, "adapter", None), nn.Module):
-            raise MoleTypeError("regional: adapter", expected="a pipeline with a T2I-Adapter", got=type(pipe).__name__)
+            raise MoleTypeError(
+                "regional: adapter", expected="a pipeline with a T2I-Adapter", got=type(pipe).__name__
+            )
         for box, _ in adapter or ():
             check_box(box, "regional: adapter")
         self.adapter, self.adapter_elsewhere = adapter, adapter_elsewhere
@@ -88,7 +105,8 @@ class regional:
         self._before: dict[str, Any] = {}
         self._hooks: list[Any] = []
 
-    # -- open and close -------------------------------------------------------------------------------------------------------------
+    # -- open and close
+    # -------------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> regional:
         if self.embeds is None:
@@ -119,7 +137,9 @@ class regional:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._restore()
 
     def _restore(self) -> None:
@@ -131,47 +151,67 @@ class regional:
             self.experts.clear()
 
     def attention(self) -> Tensor:
-        """[samples, regions, h, w]: how much of each region's words every place read, mean over calls, layers and heads.
+        """[samples, regions, h, w]: how much of each region's words every place read, mean over calls, layers
+        and heads.
 
-        The share of the region there times the attention to its words, the first token (which takes what nothing else wants) left out.
+        The share of the region there times the attention to its words, the first token (which takes what
+        nothing else wants) left out.
         The finest grid's size; raises MoleStateError where nothing was recorded.
         """
         if not self._read:
-            raise MoleStateError("regional.attention", "nothing was recorded", hint="regional(…, record=True), and draw something")
+            raise MoleStateError(
+                "regional.attention",
+                "nothing was recorded",
+                hint="regional(…, record=True), and draw something",
+            )
         size = max(self._read, key=lambda grid: grid[0] * grid[1])
-        maps = [nn.functional.interpolate(total / count, size, mode="nearest") for total, count in self._read.values()]
+        maps = [
+            nn.functional.interpolate(total / count, size, mode="nearest")
+            for total, count in self._read.values()
+        ]
         return torch.stack(maps).mean(0)
 
     def note(self, q: Tensor, k: Tensor, table: Tensor, scale: float) -> None:
         """Add one layer's reading, where it is recorded.  q [B,H,T,D], k [B,1+S,H,L,D], table [B,1+S,T]"""
         if self._read is None or self.size is None:
             return
-        words = torch.softmax(torch.einsum("bhtd,bshld->bshtl", q.float(), k[:, 1:].float()) * scale, -1)[..., 1:].sum(-1).mean(2)
+        words = (
+            torch.softmax(torch.einsum("bhtd,bshld->bshtl", q.float(), k[:, 1:].float()) * scale, -1)[..., 1:]
+            .sum(-1)
+            .mean(2)
+        )
         grid = grid_of(q.shape[2], *self.size)
         seen = (words * table[:, 1:]).unflatten(2, grid).detach().cpu()
         total, count = self._read.get(grid, (torch.zeros_like(seen), 0))
         self._read[grid] = (total + seen, count + 1)
 
-    # -- what the layers ask --------------------------------------------------------------------------------------------------------
+    # -- what the layers ask
+    # --------------------------------------------------------------------------------------------------------
 
     def table(self, B: int, T: int, device: torch.device) -> Tensor:
         """Shares [B,1+S,T] of a layer with T tokens, for the B samples the UNet sees."""
         key = (B, T, device)
         if key not in self._tables:
             if self.size is None:
-                raise MoleStateError("regional", "the size of the picture is not known yet", hint="run the whole UNet")
+                raise MoleStateError(
+                    "regional", "the size of the picture is not known yet", hint="run the whole UNet"
+                )
             grid = grid_of(T, *self.size)
             rows = [shares(regions, *grid, overlap=self.overlap) for regions in self.by_prompt]
             self._tables[key] = torch.stack([rows[p] for p, _ in self.samples(B)]).to(device)
         return self._tables[key]
 
     def samples(self, B: int) -> list[tuple[int, bool]]:
-        """(prompt, unconditional) of each of the B samples: pictures of one prompt lie together, the unconditional half comes first."""
+        """(prompt, unconditional) of each of the B samples: pictures of one prompt lie together, the
+        unconditional half comes first.
+        """
         guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
         P, parts = len(self.by_prompt), 2 if guided else 1
         # one list of regions serves every prompt of the call
         if B % (P * parts):
-            raise MoleShapeError("regional", expected=f"a batch that is a multiple of {P} prompts (times {parts})", got=B)
+            raise MoleShapeError(
+                "regional", expected=f"a batch that is a multiple of {P} prompts (times {parts})", got=B
+            )
         each = B // (P * parts)
         return [(p, guided and part == 0) for part in range(parts) for p in range(P) for _ in range(each)]
 
@@ -194,7 +234,8 @@ class regional:
             self.size = size
             self._tables.clear()
 
-    # -- texts ----------------------------------------------------------------------------------------------------------------------
+    # -- texts
+    # ----------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _encode(self) -> tuple[Tensor, Tensor]:
@@ -203,7 +244,10 @@ class regional:
         for which in ("prompt", "negative"):
             texts = [getattr(region, which) for regions in self.by_prompt for region in regions]
             found = self.pipe.encode_prompt(
-                prompt=texts, device=self.pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                prompt=texts,
+                device=self.pipe._execution_device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
             )[0]
             made.append(found.unflatten(0, (len(self.by_prompt), -1)))
         return made[0], made[1]
@@ -213,34 +257,61 @@ class regional:
         want = (len(self.by_prompt), len(self.by_prompt[0]))
         for name, tensor in zip(("positive", "negative"), self.embeds):
             if tensor.dim() not in (4, 5) or tuple(tensor.shape[:2]) != want:
-                raise MoleShapeError("regional: embeds", expected=f"{name} [{want[0]},{want[1]},(layers,)L,C]", got=tuple(tensor.shape))
+                raise MoleShapeError(
+                    "regional: embeds",
+                    expected=f"{name} [{want[0]},{want[1]},(layers,)L,C]",
+                    got=tuple(tensor.shape),
+                )
 
 
 def _by_prompt(regions: Sequence[Any]) -> list[list[Region]]:
     """One list of regions for each prompt, all of the same length."""
-    nested = [list(regions)] if isinstance(regions[0], Region) else [list(r) if isinstance(r, Sequence) else [] for r in regions]
+    nested = (
+        [list(regions)]
+        if isinstance(regions[0], Region)
+        else [list(r) if isinstance(r, Sequence) else [] for r in regions]
+    )
     counts = {len(one) for one in nested}
     if 0 in counts or any(not isinstance(r, Region) for one in nested for r in one):
-        raise MoleTypeError("regional", expected="a list of regions, or one such list for each prompt", got="something else")
+        raise MoleTypeError(
+            "regional", expected="a list of regions, or one such list for each prompt", got="something else"
+        )
     if len(counts) > 1:
-        raise MoleValueError("regional", expected="as many regions for each prompt", got=f"{sorted(counts)}", hint="one call per prompt")
+        raise MoleValueError(
+            "regional",
+            expected="as many regions for each prompt",
+            got=f"{sorted(counts)}",
+            hint="one call per prompt",
+        )
     return nested
 
 
 class RegionalProcessor:
-    """A cross-attention processor of a diffusers UNet: its own text where no region is, the regions' texts elsewhere."""
+    """A cross-attention processor of a diffusers UNet: its own text where no region is, the regions' texts
+    elsewhere.
+    """
 
     def __init__(self, state: regional, place: int) -> None:
         self.state, self.place = state, place
         self._kept: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None,
-        temb: Tensor | None = None, *args: Any, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         assert encoder_hidden_states is not None
         if attention_mask is not None:
-            raise MoleStateError("regional", "a mask over the text tokens is not supported", hint="pass no encoder_attention_mask")
+            raise MoleStateError(
+                "regional",
+                "a mask over the text tokens is not supported",
+                hint="pass no encoder_attention_mask",
+            )
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -259,15 +330,28 @@ class RegionalProcessor:
 
     def _keys_values(self, attn: Any, text: Tensor, B: int) -> tuple[Tensor, Tensor]:
         """k, v [B,1+S,H,L,D]: the call's own text first, then the regions'."""
-        key = (*_versions(attn.to_k), *_versions(attn.to_v), id(text), text._version if not text.is_inference() else -1, B, text.dtype)
-        fixed = _depends_on_text_alone(attn.to_k) and _depends_on_text_alone(attn.to_v) and not torch.is_grad_enabled()
+        key = (
+            *_versions(attn.to_k),
+            *_versions(attn.to_v),
+            id(text),
+            text._version if not text.is_inference() else -1,
+            B,
+            text.dtype,
+        )
+        fixed = (
+            _depends_on_text_alone(attn.to_k)
+            and _depends_on_text_alone(attn.to_v)
+            and not torch.is_grad_enabled()
+        )
         if fixed and self._kept is not None and self._kept[0] == key:
             return self._kept[1]
         own = text[:, self.place] if text.dim() == 4 else text
         regions = self.state.texts(B, self.place).to(own)
         if regions.shape[2:] != own.shape[1:]:
             raise MoleShapeError(
-                "regional", expected=f"region texts of the prompt's [L,C] = {list(own.shape[1:])}", got=list(regions.shape[2:])
+                "regional",
+                expected=f"region texts of the prompt's [L,C] = {list(own.shape[1:])}",
+                got=list(regions.shape[2:]),
             )
         if attn.norm_cross:
             own = attn.norm_encoder_hidden_states(own)
@@ -276,7 +360,10 @@ class RegionalProcessor:
         if self.state.experts is not None:
             self.state.experts.for_texts([attn.to_k, attn.to_v], self.state.samples(B), every.shape[1])
         flat = every.flatten(0, 1)
-        k, v = (_heads(attn, proj(flat), norm).unflatten(0, (B, -1)) for proj, norm in ((attn.to_k, attn.norm_k), (attn.to_v, None)))
+        k, v = (
+            _heads(attn, proj(flat), norm).unflatten(0, (B, -1))
+            for proj, norm in ((attn.to_k, attn.norm_k), (attn.to_v, None))
+        )
         # the text itself is kept too, so that no other tensor can come to have its address
         self._kept = (key, (k, v)) if fixed else None
         self._text = text
@@ -295,28 +382,49 @@ def _versions(module: nn.Module) -> tuple[object, ...]:
 
 
 def _depends_on_text_alone(module: nn.Module) -> bool:
-    """Whether the layer's output is settled by its tensors and its input; a gate that something outside sets is not."""
+    """Whether the layer's output is settled by its tensors and its input; a gate that something outside sets
+    is not.
+    """
     return not any(isinstance(part, GivenGate | BlockGate) for part in module.modules())
 
 
 class _ExpertWeights:
     """How much of each expert every place gets: the mean of its regions' weights, by their shares."""
 
-    def __init__(self, handle: Handle, by_prompt: Sequence[Sequence[Region]], elsewhere: Mapping[str, float] | None) -> None:
+    def __init__(
+        self, handle: Handle, by_prompt: Sequence[Sequence[Region]], elsewhere: Mapping[str, float] | None
+    ) -> None:
         self.names, self.layers = (
             handle.names,
-            {p: m for p, m in handle.layers.items() if isinstance(m, Gated) and isinstance(m.gate, GivenGate)},
+            {
+                p: m
+                for p, m in handle.layers.items()
+                if isinstance(m, Gated) and isinstance(m.gate, GivenGate)
+            },
         )
         if not self.layers:
-            raise MoleStateError("regional", "the patch has no region gates", hint="mk.patch(pipe, experts, gates=region_gates)")
+            raise MoleStateError(
+                "regional",
+                "the patch has no region gates",
+                hint="mk.patch(pipe, experts, gates=region_gates)",
+            )
         outside = self._row(elsewhere)
-        self.rows = torch.stack([torch.stack([outside, *(self._row(region.experts) for region in regions)]) for regions in by_prompt])
+        self.rows = torch.stack(
+            [
+                torch.stack([outside, *(self._row(region.experts) for region in regions)])
+                for regions in by_prompt
+            ]
+        )
 
     def _row(self, experts: Mapping[str, float] | None) -> Tensor:
         for name in experts or {}:
             if name not in self.names:
-                raise MoleKeyError("regional", expected=f"experts among {', '.join(self.names)}", got=repr(name))
-        return torch.tensor([1.0 if experts is None else float(experts.get(name, 0.0)) for name in self.names])
+                raise MoleKeyError(
+                    "regional", expected=f"experts among {', '.join(self.names)}", got=repr(name)
+                )
+        return torch.tensor(
+            [1.0 if experts is None else float(experts.get(name, 0.0)) for name in self.names]
+        )
 
     def hook(self, state: regional) -> list[Any]:
         """Before a layer that sees the picture runs, its gate becomes [B,T,E] = Σ_s shares_s · weight_s."""
@@ -325,13 +433,17 @@ class _ExpertWeights:
             x = args[0]
             B, T = x.shape[0], x.shape[-1] * x.shape[-2] if isinstance(module, nn.Conv2d) else x.shape[1]
             weights = self.rows[[p for p, _ in state.samples(B)]].to(x.device)
-            module.gate.set(torch.einsum("bst,bse->bte", state.table(B, T, x.device), weights)[..., self._columns(module)])
+            module.gate.set(
+                torch.einsum("bst,bse->bte", state.table(B, T, x.device), weights)[..., self._columns(module)]
+            )
 
         seen = [m for path, m in self.layers.items() if not path.endswith(("attn2.to_k", "attn2.to_v"))]
         return [module.register_forward_pre_hook(fill) for module in seen]
 
     def for_texts(self, modules: Sequence[Any], samples: Sequence[tuple[int, bool]], S: int) -> None:
-        """K and V of a region are made with that region's experts: one row of gates for each text [B·S,1,E]."""
+        """K and V of a region are made with that region's experts: one row of gates for each text
+        [B·S,1,E].
+        """
         for module in modules:
             if isinstance(module, Gated) and isinstance(module.gate, GivenGate):
                 rows = self.rows[[p for p, _ in samples]][:, :S].flatten(0, 1)[:, None]

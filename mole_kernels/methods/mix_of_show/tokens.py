@@ -1,4 +1,6 @@
-"""Concept tokens in a pipeline: each stands for one embedding per cross-attention layer, as extra tokens of tokenizer and text encoder."""
+"""Concept tokens in a pipeline: each stands for one embedding per cross-attention layer, as extra tokens of
+tokenizer and text encoder.
+"""
 
 from __future__ import annotations
 
@@ -61,30 +63,44 @@ def text_encoders(pipe: Any) -> dict[str, tuple[Any, Any]]:
         tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"), None)
         if isinstance(encoder, nn.Module) and tokenizer is not None:
             config: Any = encoder.config
-            if not hasattr(encoder, "get_input_embeddings") or config.model_type not in ("clip_text_model", "clip"):
-                raise MoleTypeError(f"concepts: {component}", expected="a CLIP text model", got=type(encoder).__name__)
+            if not hasattr(encoder, "get_input_embeddings") or config.model_type not in (
+                "clip_text_model",
+                "clip",
+            ):
+                raise MoleTypeError(
+                    f"concepts: {component}", expected="a CLIP text model", got=type(encoder).__name__
+                )
             found[component] = (encoder, tokenizer)
     if not found:
-        raise MoleTypeError("concepts", expected="a pipeline with a text encoder and a tokenizer", got=type(pipe).__name__)
+        raise MoleTypeError(
+            "concepts", expected="a pipeline with a text encoder and a tokenizer", got=type(pipe).__name__
+        )
     return found
 
 
 def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
-    """{path: attention to the text} in the order of their embeddings: down, mid, up; 16 in Stable Diffusion 1.5, 70 in SDXL."""
+    """{path: attention to the text} in the order of their embeddings: down, mid, up; 16 in Stable Diffusion
+    1.5, 70 in SDXL.
+    """
     found = {
         path: module
         for path, module in unet.named_modules()
-        if path.endswith(".attn2") and getattr(module, "is_cross_attention", False) and hasattr(module, "to_k")
+        if path.endswith(".attn2")
+        and getattr(module, "is_cross_attention", False)
+        and hasattr(module, "to_k")
     }
     if not found:
-        raise MoleTypeError("concepts", expected="a UNet with cross-attention (attn2)", got=type(unet).__name__)
+        raise MoleTypeError(
+            "concepts", expected="a UNet with cross-attention (attn2)", got=type(unet).__name__
+        )
     # diffusers registers up_blocks before mid_block
     order = ("down_blocks", "mid_block", "up_blocks")
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 
 
 def add_concepts(pipe: Any, embeddings: Embeddings) -> Tokens:
-    """Adds the tokens and their embeddings to the pipeline's tokenizers and text encoders; all is checked before anything changes.
+    """Adds the tokens and their embeddings to the pipeline's tokenizers and text encoders; all is checked
+    before anything changes.
 
     Raises MoleValueError for a token that is no new word, MoleShapeError for embeddings of another model.
     """
@@ -111,7 +127,10 @@ def add_concepts(pipe: Any, embeddings: Embeddings) -> Tokens:
 def concept_tokens(pipe: Any, embeddings: Embeddings) -> Iterator[Tokens]:
     """`add_concepts` for a while; tokenizers and text encoders are as before at its end."""
     parts = text_encoders(pipe)
-    before = {component: (encoder.get_input_embeddings().weight, tokenizer) for component, (encoder, tokenizer) in parts.items()}
+    before = {
+        component: (encoder.get_input_embeddings().weight, tokenizer)
+        for component, (encoder, tokenizer) in parts.items()
+    }
     try:
         yield add_concepts(pipe, embeddings)
     finally:
@@ -134,8 +153,11 @@ def class_embedding(pipe: Any, component: str, word: str) -> Tensor:
     return encoder.get_input_embeddings().weight[ids[0]].detach().float().cpu()
 
 
-def new_embeddings(pipe: Any, tokens: Mapping[str, str], generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
-    """V⁺ of each token, the same in every layer at first: `<rand-0.013>` is N(0, 0.013²), any other word that word's own embedding.
+def new_embeddings(
+    pipe: Any, tokens: Mapping[str, str], generator: torch.Generator
+) -> dict[str, dict[str, Tensor]]:
+    """V⁺ of each token, the same in every layer at first: `<rand-0.013>` is N(0, 0.013²), any other word that
+    word's own embedding.
 
     tokens  token -> `<rand-σ>` or a class word
     """
@@ -153,15 +175,22 @@ def new_embeddings(pipe: Any, tokens: Mapping[str, str], generator: torch.Genera
 
 
 def portable(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """Layers under the names that files have: transformers 5 lost the level text_model, which readers of today add or drop."""
-    return {re.sub(r"^(text_encoder\w*)\.encoder\.", r"\1.text_model.encoder.", path): layer for path, layer in layers.items()}
+    """Layers under the names that files have: transformers 5 lost the level text_model, which readers of
+    today add or drop.
+    """
+    return {
+        re.sub(r"^(text_encoder\w*)\.encoder\.", r"\1.text_model.encoder.", path): layer
+        for path, layer in layers.items()
+    }
 
 
 def _spread(start: str) -> float:
     try:
         return float(start[6:-1])
     except ValueError:
-        raise MoleValueError("concepts: initialiser", expected="<rand-0.013> or a word", got=f"'{printable(start)}'") from None
+        raise MoleValueError(
+            "concepts: initialiser", expected="<rand-0.013> or a word", got=f"'{printable(start)}'"
+        ) from None
 
 
 def _check_names(embeddings: Embeddings, tokenizers: Mapping[str, Any]) -> None:
@@ -173,12 +202,17 @@ def _check_names(embeddings: Embeddings, tokenizers: Mapping[str, Any]) -> None:
             # CLIP's tokenizers know no capitals and end a word's last piece by </w>
             low = token.lower()
             if not token or any(c.isspace() for c in token) or not token.isprintable():
-                raise MoleValueError("concepts", expected="tokens of printable characters without spaces", got=f"'{printable(token)}'")
+                raise MoleValueError(
+                    "concepts",
+                    expected="tokens of printable characters without spaces",
+                    got=f"'{printable(token)}'",
+                )
             if {token, low, f"{low}</w>"} & words.keys():
                 raise MoleValueError(
-                    f"concepts: token '{printable(token)}'", f"is a word that the {component}'s tokenizer already has",
+                    f"concepts: token '{printable(token)}'",
+                    f"is a word that the {component}'s tokenizer already has",
                     hint="take a name such as <potter1>, which no text contains by chance",
-                )  # fmt: skip
+                )
     check_apart(list(embeddings))
 
 
@@ -188,9 +222,10 @@ def check_apart(tokens: Sequence[str]) -> None:
         for other in tokens[i + 1 :]:
             if token in other or other in token:
                 raise MoleValueError(
-                    f"concepts: token '{printable(token)}'", f"collides with the token '{printable(other)}' of another concept",
+                    f"concepts: token '{printable(token)}'",
+                    f"collides with the token '{printable(other)}' of another concept",
                     hint="train one of them under another name, or rename it in its file",
-                )  # fmt: skip
+                )
 
 
 def _check_shapes(embeddings: Embeddings, parts: Mapping[str, tuple[Any, Any]], layers: int) -> None:
@@ -200,9 +235,11 @@ def _check_shapes(embeddings: Embeddings, parts: Mapping[str, tuple[Any, Any]], 
             got = found[component].shape if component in found else None
             if got is None or tuple(got) != (layers, K):
                 raise MoleShapeError(
-                    f"concepts: embedding of '{printable(token)}', {component}", expected=f"[{layers},{K}], a row a cross-attention layer",
-                    got="none" if got is None else list(got), hint="the concept was trained on another base model",
-                )  # fmt: skip
+                    f"concepts: embedding of '{printable(token)}', {component}",
+                    expected=f"[{layers},{K}], a row a cross-attention layer",
+                    got="none" if got is None else list(got),
+                    hint="the concept was trained on another base model",
+                )
 
 
 def _extend(encoder: Any, rows: Mapping[tuple[int, ...], Tensor]) -> None:

@@ -21,7 +21,8 @@ class Preset:
     """Settings of the stages.
 
     rank        of every expert
-    experts     name -> settings, in the order of the gates' rows; an expert of another name takes the first one's
+    experts     name -> settings, in the order of the gates' rows; an expert of another name takes the first
+                one's
     gates       the run of stage 3
     resolution  side of the pictures in pixels
     batch_size  pictures a batch and process
@@ -40,28 +41,63 @@ class Preset:
         return self.experts.get(name) or next(iter(self.experts.values()))
 
 
-def _paper(expert_accumulation: int, gate_accumulation: int, resolution: int, batch_size: int, unet: TrainConfig | None) -> Preset:
-    face = TrainConfig(steps=30_000, lr=2e-5, accumulation=expert_accumulation, mixed_precision="bf16", checkpoint_every=1000)
+def _paper(
+    expert_accumulation: int,
+    gate_accumulation: int,
+    resolution: int,
+    batch_size: int,
+    unet: TrainConfig | None,
+) -> Preset:
+    face = TrainConfig(
+        steps=30_000, lr=2e-5, accumulation=expert_accumulation, mixed_precision="bf16", checkpoint_every=1000
+    )
     hand = replace(face, steps=60_000, lr=1e-5)
     gates = replace(face, steps=50_000, lr=1e-5, accumulation=gate_accumulation)
-    return Preset(256, {"face": ExpertPreset(64.0, face), "hand": ExpertPreset(128.0, hand)}, gates, resolution, batch_size, unet)
+    return Preset(
+        256,
+        {"face": ExpertPreset(64.0, face), "hand": ExpertPreset(128.0, hand)},
+        gates,
+        resolution,
+        batch_size,
+        unet,
+    )
 
 
 _STAGE_1 = TrainConfig(
-    steps=300_000, lr=2e-6, optimiser="lion", betas=(0.9, 0.99), accumulation=4, snr_gamma=5.0, mixed_precision="bf16",
+    steps=300_000,
+    lr=2e-6,
+    optimiser="lion",
+    betas=(0.9, 0.99),
+    accumulation=4,
+    snr_gamma=5.0,
+    mixed_precision="bf16",
     checkpoint_every=1000,
-)  # fmt: skip
+)
 _SMALL = TrainConfig(
-    steps=1000, lr=1e-4, warmup=50, schedule="cosine", accumulation=4, snr_gamma=5.0, cond_dropout=0.05, gradient_checkpointing=True,
+    steps=1000,
+    lr=1e-4,
+    warmup=50,
+    schedule="cosine",
+    accumulation=4,
+    snr_gamma=5.0,
+    cond_dropout=0.05,
+    gradient_checkpointing=True,
     checkpoint_every=100,
-)  # fmt: skip
-_DEMO_EXPERT = TrainConfig(steps=350, lr=2e-3, warmup=23, schedule="cosine", weight_decay=0.0, cond_dropout=0.1)
+)
+_DEMO_EXPERT = TrainConfig(
+    steps=350, lr=2e-3, warmup=23, schedule="cosine", weight_decay=0.0, cond_dropout=0.1
+)
 
-# sd15, sdxl: rank, alphas, optimisers, lr, steps, accumulation, min-SNR and precision are those of the official code (JiePKU/MoLE); weight
-# decay 0.01, a constant rate, no warm-up and clipping at 1 are this package's choice, as are Lion's betas (its paper's), bf16 in stage 3,
-# the batch of experts and gates, and the checkpoints' interval. Stage 1 is SD1.5's only, batch 4 on each of 4 GPUs.
-# small: this package's own, for one small GPU or a CPU: activations computed again in the backward, one picture at a time.
-# demo: as the demo on digits trains its small UNet on a CPU; a learned constant there wants three times the gates' lr.
+# sd15, sdxl: rank, alphas, optimisers, lr, steps, accumulation, min-SNR and precision are those of the
+# official code (JiePKU/MoLE); weight
+# decay 0.01, a constant rate, no warm-up and clipping at 1 are this package's choice, as are Lion's betas
+# (its paper's), bf16 in stage 3,
+# the batch of experts and gates, and the checkpoints' interval. Stage 1 is SD1.5's only, batch 4 on each of 4
+# GPUs.
+# small: this package's own, for one small GPU or a CPU: activations computed again in the backward, one
+# picture at a time.
+# demo: as the demo on digits trains its small UNet on a CPU; a learned constant there wants three times the
+# gates' lr.
 PRESETS: Mapping[str, Preset] = {
     "sd15": _paper(4, 6, 512, 4, _STAGE_1),
     "sdxl": _paper(16, 12, 1024, 1, None),
@@ -75,7 +111,9 @@ PRESETS: Mapping[str, Preset] = {
     "demo": Preset(
         rank=16,
         experts={"low": ExpertPreset(16.0, _DEMO_EXPERT), "high": ExpertPreset(16.0, _DEMO_EXPERT)},
-        gates=TrainConfig(steps=120, lr=2e-2, warmup=8, schedule="cosine", weight_decay=0.0, cond_dropout=0.1),
+        gates=TrainConfig(
+            steps=120, lr=2e-2, warmup=8, schedule="cosine", weight_decay=0.0, cond_dropout=0.1
+        ),
         resolution=32,
         batch_size=16,
         unet=replace(_DEMO_EXPERT, lr=2e-4),

@@ -1,4 +1,6 @@
-"""Pictures as MoLE's generators make them: DDIM, 50 steps, guidance 7.5, and on request their prompt suffixes."""
+"""Pictures as MoLE's generators make them: DDIM, 50 steps, guidance 7.5, and on request their prompt
+suffixes.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,29 @@ NEGATIVE_SUFFIX = " poor quality, unclear hand, bad face "
 
 
 def prompts(texts: Sequence[str], negative: str = "", *, suffixes: bool = False) -> dict[str, list[str]]:
-    """{"prompt", "negative_prompt"} for a diffusers pipeline; with the official generators' suffixes only where asked for."""
+    """{"prompt", "negative_prompt"} for a diffusers pipeline; with the official generators' suffixes only
+    where asked for.
+    """
     positive, against = (SUFFIX, NEGATIVE_SUFFIX) if suffixes else ("", "")
-    return {"prompt": [text + positive for text in texts], "negative_prompt": [negative + against] * len(texts)}
+    return {
+        "prompt": [text + positive for text in texts],
+        "negative_prompt": [negative + against] * len(texts),
+    }
 
 
 def sample(
-    pipe: Any, texts: Sequence[str], *, negative: str = "", suffixes: bool = False, steps: int = 50, guidance: float = 7.5, seed: int = 0,
+    pipe: Any,
+    texts: Sequence[str],
+    *,
+    negative: str = "",
+    suffixes: bool = False,
+    steps: int = 50,
+    guidance: float = 7.5,
+    seed: int = 0,
     **more: Any,
-) -> Any:  # fmt: skip
-    """`pipe(...).images` with the paper's settings; picture i is drawn from seed + i alone. The pipeline keeps its own scheduler.
+) -> Any:
+    """`pipe(...).images` with the paper's settings; picture i is drawn from seed + i alone. The pipeline
+    keeps its own scheduler.
 
     more  goes to the pipeline: height, width, output_type, …
     """
@@ -32,6 +47,8 @@ def sample(
     pipe.scheduler = DDIMScheduler.from_config(before.config)
     try:
         said = prompts(texts, negative, suffixes=suffixes)
-        return pipe(**said, num_inference_steps=steps, guidance_scale=guidance, generator=generators, **more).images
+        return pipe(
+            **said, num_inference_steps=steps, guidance_scale=guidance, generator=generators, **more
+        ).images
     finally:
         pipe.scheduler = before

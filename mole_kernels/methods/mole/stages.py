@@ -14,9 +14,9 @@ from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank, Init
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.layers.linear import Gated
+from mole_kernels.modules.scan import mole_targets, sizes
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.handle import Handle
-from mole_kernels.patching.targets import mole_targets, sizes
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.data import counted_generator
 from mole_kernels.training.loop import RunOptions, TrainResult, fit
@@ -27,18 +27,29 @@ Null = Mapping[str, Tensor] | Tensor
 
 
 def train_unet(
-    pipe_or_unet: Any, batches: Batches, config: TrainConfig, *, scheduler: Any = None, null: Null | None = None, **run: Unpack[RunOptions]
+    pipe_or_unet: Any,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    scheduler: Any = None,
+    null: Null | None = None,
+    **run: Unpack[RunOptions],
 ) -> TrainResult:
     """Stage 1: the whole UNet is trained further, in place; VAE and text encoders are not touched.
 
-    The arguments are those of `train_expert`. The UNet must be in float32 (mixed precision is the config's) and hold no experts.
+    The arguments are those of `train_expert`. The UNet must be in float32 (mixed precision is the config's)
+    and hold no experts.
     """
     unet, scheduler = _denoiser(pipe_or_unet, scheduler, "train_unet")
     if any(isinstance(module, Gated) for module in unet.modules()):
-        raise MoleStateError("train_unet", "the UNet holds experts", hint="stage 1 comes before them: handle.remove() first")
+        raise MoleStateError(
+            "train_unet", "the UNet holds experts", hint="stage 1 comes before them: handle.remove() first"
+        )
     loss_fn = DenoisingLoss(scheduler, null, config.cond_dropout, config.snr_gamma)
     identity = {"method": "mole", "stage": "1"}
-    return fit(unet, dict(unet.named_parameters()), batches, config, loss_fn=loss_fn, identity=identity, **run)
+    return fit(
+        unet, dict(unet.named_parameters()), batches, config, loss_fn=loss_fn, identity=identity, **run
+    )
 
 
 def train_expert(
@@ -55,15 +66,19 @@ def train_expert(
     init: Init = "kaiming",
     **run: Unpack[RunOptions],
 ) -> Expert:
-    """Stage 2: W x + (alpha/rank)·B A x on every layer of `mole_targets`, only A and B trained; the model is as before at the end.
+    """Stage 2: W x + (alpha/rank)·B A x on every layer of `mole_targets`, only A and B trained; the model is
+    as before at the end.
 
-    pipe_or_unet  a diffusers pipeline with a UNet, or the UNet (then `scheduler` must be given: the noise is made by its alphas)
-    batches       dicts of latents [B,4,h,w], encoder_hidden_states [B,T,K] and what else `DenoisingLoss` takes
+    pipe_or_unet  a diffusers pipeline with a UNet, or the UNet (then `scheduler` must be given: the noise is
+                  made by its alphas)
+    batches       dicts of latents [B,4,h,w], encoder_hidden_states [B,T,K] and what else `DenoisingLoss`
+                  takes
     alpha         None means scale 1
     null          what a dropped condition becomes, see `DenoisingLoss`; needed where config.cond_dropout > 0
     targets       other layers than the paper's, by path
     run           run_dir, resume, progress, on_step, trackers: as in `fit`
-    Fresh weights are those of `ExpertBank.new` by `init`, drawn from config.seed. Factors are trained and returned in float32.
+    Fresh weights are those of `ExpertBank.new` by `init`, drawn from config.seed. Factors are trained and
+    returned in float32.
     """
     unet, scheduler = _denoiser(pipe_or_unet, scheduler, "train_expert")
     loss_fn = DenoisingLoss(scheduler, null, config.cond_dropout, config.snr_gamma)
@@ -72,11 +87,15 @@ def train_expert(
         hint = "pass targets=, the layers to adapt"
         raise MoleValueError("train_expert: targets", "the model has no Transformer2DModel layers", hint=hint)
     generator = counted_generator(config.seed, "expert", name)
-    fresh = ExpertBank.new({path: sizes(m) for path, m in layers.items()}, [name], rank, alpha, generator=generator, init=init)
+    fresh = ExpertBank.new(
+        {path: sizes(m) for path, m in layers.items()}, [name], rank, alpha, generator=generator, init=init
+    )
     identity = {"method": "mole", "stage": "2", "expert": name, "rank": str(rank), "alpha": str(alpha)}
     with patch(unet, fresh) as handle:
         _widen(layer.experts for layer in _gated(handle))
-        result = fit(unet, handle.expert_parameters(), batches, config, loss_fn=loss_fn, identity=identity, **run)
+        result = fit(
+            unet, handle.expert_parameters(), batches, config, loss_fn=loss_fn, identity=identity, **run
+        )
         trained = handle.bank().experts[name]
     metadata = identity | {"steps": str(result.steps), "loss": f"{_late_mean(result.losses):.6g}"}
     layers_of_unet = {f"unet.{path}": factors.to(device="cpu") for path, factors in trained.layers.items()}
@@ -84,11 +103,18 @@ def train_expert(
 
 
 def train_gates(
-    handle: Handle, batches: Batches, config: TrainConfig, *, scheduler: Any = None, null: Null | None = None, **run: Unpack[RunOptions]
+    handle: Handle,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    scheduler: Any = None,
+    null: Null | None = None,
+    **run: Unpack[RunOptions],
 ) -> TrainResult:
     """Stage 3: only the gates of a patched model are trained, in place; experts and base stay bit for bit.
 
-    Any gate with parameters will do: patch(…, gates="mole" | "local" | "global"), or "constant" for the control that sees no
+    Any gate with parameters will do: patch(…, gates="mole" | "local" | "global"), or "constant" for the
+    control that sees no
     input. Gates are trained in float32. The arguments are those of `train_expert`.
     """
     unet, scheduler = _denoiser(handle.model, scheduler, "train_gates")
@@ -110,7 +136,9 @@ def _denoiser(model: Any, scheduler: Any, where: str) -> tuple[nn.Module, Any]:
         raise MoleTypeError(where, expected="a pipeline with a UNet, or a UNet", got=type(model).__name__)
     scheduler = scheduler if scheduler is not None else getattr(model, "scheduler", None)
     if scheduler is None:
-        raise MoleTypeError(f"{where}: scheduler", expected="the scheduler whose noise the UNet was trained on", got="none")
+        raise MoleTypeError(
+            f"{where}: scheduler", expected="the scheduler whose noise the UNet was trained on", got="none"
+        )
     return unet, scheduler
 
 
@@ -126,14 +154,21 @@ def _gated(handle: Handle) -> list[Gated]:
 
 
 def _fingerprint(handle: Handle) -> str:
-    """Names, ranks, weights and a checksum of the experts' bits: gates trained against other experts are other gates."""
+    """Names, ranks, weights and a checksum of the experts' bits: gates trained against other experts are
+    other gates.
+    """
     checksum, ranks = 0, dict[str, int]()
     for layer in _gated(handle):
         for p in (layer.experts.down, layer.experts.up):
-            checksum = zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, checksum)
+            checksum = zlib.crc32(
+                p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, checksum
+            )
         for name, rank in zip(layer.experts.names, layer.experts.ranks):
             ranks[name] = max(rank, ranks.get(name, 0))
-    return ", ".join(f"{name} r{ranks[name]} x {weight:g}" for name, weight in handle.scales.items()) + f"; crc {checksum:08x}"
+    return (
+        ", ".join(f"{name} r{ranks[name]} x {weight:g}" for name, weight in handle.scales.items())
+        + f"; crc {checksum:08x}"
+    )
 
 
 def _late_mean(losses: list[float]) -> float:

@@ -1,1 +1,3 @@
-"""SELMA (Li et al., NeurIPS 2024): prompts by skill, pictures by the model itself, an expert per skill, all merged with weights 1/T."""
+"""SELMA (Li et al., NeurIPS 2024): prompts by skill, pictures by the model itself, an expert per skill, all
+merged with weights 1/T.
+"""

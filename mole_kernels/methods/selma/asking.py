@@ -32,19 +32,29 @@ def request_text(skill: Skill, shown: Sequence[str], more: int) -> str:
 
 
 def parse_prompts(answer: str, start: int = 1) -> list[str]:
-    """The prompts of an answer: its numbered items, else its bullets, else the strings of a JSON list, else none.
+    """The prompts of an answer: its numbered items, else its bullets, else the strings of a JSON list, else
+    none.
 
-    start  the number that a text which simply continues the list begins with: a first line without a number is that item
-    Introductions, closing remarks, quotes, markdown and "Prompt:" before an item are taken off; a line that follows an item
-    directly belongs to it; what is empty, has no letter or is longer than 1000 characters is left out. A thousand items are enough.
+    start  the number that a text which simply continues the list begins with: a first line without a number
+           is that item
+    Introductions, closing remarks, quotes, markdown and "Prompt:" before an item are taken off; a line that
+    follows an item
+    directly belongs to it; what is empty, has no letter or is longer than 1000 characters is left out. A
+    thousand items are enough.
     """
-    items = list(islice(_json_items(answer), MAX_ITEMS)) or list(islice(_items(answer.splitlines(), start), MAX_ITEMS))
+    items = list(islice(_json_items(answer), MAX_ITEMS)) or list(
+        islice(_items(answer.splitlines(), start), MAX_ITEMS)
+    )
     return [text for item in items if (text := tidy(item)) is not None]
 
 
 def tidy(text: str) -> str | None:
     """One line of plain text without decoration, or None where there is no prompt in it."""
-    plain = "".join(" " if c.isspace() else c for c in text if c.isspace() or c in _JOINERS or unicodedata.category(c)[0] != "C")
+    plain = "".join(
+        " " if c.isspace() else c
+        for c in text
+        if c.isspace() or c in _JOINERS or unicodedata.category(c)[0] != "C"
+    )
     plain = re.sub(r"\*\*|__", "", " ".join(plain.split()))
     plain = _LABEL.sub("", plain).strip()
     # before quotes are taken off one by one: a hostile answer may be megabytes of them
@@ -81,7 +91,9 @@ def _items(lines: list[str], start: int) -> Iterator[str]:
 
 
 def _continues(lines: list[str], start: int) -> bool:
-    """Whether the first line is item `start` without its number: the first number there is, if any, is the next one."""
+    """Whether the first line is item `start` without its number: the first number there is, if any, is the
+    next one.
+    """
     if _NUMBER.match(lines[0]) or _BULLET.match(lines[0]) or lines[0].rstrip().endswith(":"):
         return False
     following = next((found for line in lines[1:] if (found := _NUMBER.match(line))), None)

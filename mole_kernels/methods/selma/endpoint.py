@@ -12,7 +12,8 @@ from mole_kernels.errors import MoleStateError, MoleValueError, printable
 from mole_kernels.methods.selma.generators import UnusableAnswer, without_last_line
 
 MAX_BYTES = 4 << 20
-# worth another attempt: time-out, conflict, too early, too many requests, and whatever is the server's own fault
+# worth another attempt: time-out, conflict, too early, too many requests, and whatever is the server's own
+# fault
 _PASSING = {408, 409, 425, 429}
 
 
@@ -39,9 +40,13 @@ class EndpointText:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             hint = "a key belongs in key=, not in the address"
-            raise MoleValueError("EndpointText: url", expected="http(s)://host[:port]/v1", got=_without_login(url), hint=hint)
+            raise MoleValueError(
+                "EndpointText: url", expected="http(s)://host[:port]/v1", got=_without_login(url), hint=hint
+            )
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-            raise MoleValueError("EndpointText: key", expected="printable letters without a space", got="something else")
+            raise MoleValueError(
+                "EndpointText: key", expected="printable letters without a space", got="something else"
+            )
         if kind not in ("chat", "completion"):
             raise MoleValueError("EndpointText: kind", expected="'chat' or 'completion'", got=repr(kind))
         if not (math.isfinite(timeout) and timeout > 0):
@@ -51,9 +56,20 @@ class EndpointText:
         self.name = f"{kind} {model} at {self.url}"
 
     def write(self, request: str, number: int, seed: int) -> str:
-        about: dict[str, Any] = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens, "seed": seed}
-        said = {"messages": [{"role": "user", "content": request}]} if self.kind == "chat" else {"prompt": request}
-        return self._text_of(self._post(f"{self.url}/{'chat/' if self.kind == 'chat' else ''}completions", about | said))
+        about: dict[str, Any] = {
+            "model": self.model,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "seed": seed,
+        }
+        said = (
+            {"messages": [{"role": "user", "content": request}]}
+            if self.kind == "chat"
+            else {"prompt": request}
+        )
+        return self._text_of(
+            self._post(f"{self.url}/{'chat/' if self.kind == 'chat' else ''}completions", about | said)
+        )
 
     def _post(self, url: str, body: dict[str, Any]) -> bytes:
         import requests
@@ -62,7 +78,12 @@ class EndpointText:
         connect = min(10.0, self.timeout)
         try:
             with requests.post(
-                url, json=body, auth=self._sign, timeout=(connect, self.timeout), stream=True, allow_redirects=False
+                url,
+                json=body,
+                auth=self._sign,
+                timeout=(connect, self.timeout),
+                stream=True,
+                allow_redirects=False,
             ) as response:
                 content = self._read(response, until)
                 self._check(response, content)
@@ -71,7 +92,9 @@ class EndpointText:
             raise UnusableAnswer(f"endpoint {self.url}", _reason(error)) from error
 
     def _sign(self, request: Any) -> Any:
-        """The key into the request; given as auth, since requests would otherwise put in what a .netrc holds for the host."""
+        """The key into the request; given as auth, since requests would otherwise put in what a .netrc holds
+        for the host.
+        """
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
@@ -85,9 +108,13 @@ class EndpointText:
             while part := response.raw.read1(1 << 16, decode_content=True):
                 content += part
                 if len(content) > MAX_BYTES:
-                    raise UnusableAnswer(f"endpoint {self.url}", f"answered with more than {MAX_BYTES >> 20} MB")
+                    raise UnusableAnswer(
+                        f"endpoint {self.url}", f"answered with more than {MAX_BYTES >> 20} MB"
+                    )
                 if time.monotonic() > until:
-                    raise UnusableAnswer(f"endpoint {self.url}", f"had not finished its answer after {self.timeout:g} s")
+                    raise UnusableAnswer(
+                        f"endpoint {self.url}", f"had not finished its answer after {self.timeout:g} s"
+                    )
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise UnusableAnswer(f"endpoint {self.url}", _reason(error)) from error
         return content
@@ -117,7 +144,9 @@ class EndpointText:
             text, cut = None, False
         if not isinstance(text, str) or not text.strip():
             got = printable(content[:200].decode("utf-8", "replace"), 200)
-            raise UnusableAnswer(f"endpoint {self.url}", expected="JSON with choices[0] and a text in it", got=got or "nothing")
+            raise UnusableAnswer(
+                f"endpoint {self.url}", expected="JSON with choices[0] and a text in it", got=got or "nothing"
+            )
         return without_last_line(text) if cut else text
 
 

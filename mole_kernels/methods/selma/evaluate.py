@@ -1,4 +1,6 @@
-"""How faithful pictures are to their prompts: DSG's score with its parent rule, TIFA's accuracy, by any model that answers questions."""
+"""How faithful pictures are to their prompts: DSG's score with its parent rule, TIFA's accuracy, by any model
+that answers questions.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ class Answers:
     """What came of one picture's questions, by question id.
 
     given    the answers, in normal form; a question that its parents rule out is not put
-    scores   1 where the answer is right, 0 where it is wrong or where a parent, or a parent's parent, was answered wrongly
+    scores   1 where the answer is right, 0 where it is wrong or where a parent, or a parent's parent, was
+             answered wrongly
     """
 
     tree: Tree
@@ -73,7 +76,9 @@ class Summary:
 
 
 def ask(tree: Tree, put: Callable[[Question], str]) -> Answers:
-    """Puts a picture's questions, parents first; below one that is answered wrongly all count 0 and are not put."""
+    """Puts a picture's questions, parents first; below one that is answered wrongly all count 0 and are not
+    put.
+    """
     given: dict[str, str] = {}
     scores: dict[str, int] = {}
     for question in tree.questions:
@@ -114,7 +119,8 @@ def evaluate(
     answers_file: Path | None = None,
     on_picture: Callable[[int, int], None] | None = None,
 ) -> tuple[Summary, list[Answers]]:
-    """Asks about every picture of a folder with metadata.jsonl whose text has a tree; a tree without a picture is a MoleKeyError.
+    """Asks about every picture of a folder with metadata.jsonl whose text has a tree; a tree without a
+    picture is a MoleKeyError.
 
     answers_file  .jsonl where answers are kept, and read from when an evaluation goes on
     on_picture    called as (pictures done, pictures in all)
@@ -122,11 +128,17 @@ def evaluate(
     by_prompt: dict[str, list[Tree]] = {}
     for tree in trees:
         by_prompt.setdefault(tree.prompt, []).append(tree)
-    pictures = [(folder / row["file_name"], tree) for row in _metadata(folder) for tree in by_prompt.get(row["text"], ())]
+    pictures = [
+        (folder / row["file_name"], tree)
+        for row in _metadata(folder)
+        for tree in by_prompt.get(row["text"], ())
+    ]
     if lost := sorted(set(by_prompt) - {tree.prompt for _, tree in pictures}):
         hint = "make them first: mole-kernels selma draw"
         raise MoleKeyError(
-            f"{printable(folder, 300)}", f"{len(lost)} of {len(by_prompt)} prompts have no picture: {printable(lost)}", hint=hint
+            f"{printable(folder, 300)}",
+            f"{len(lost)} of {len(by_prompt)} prompts have no picture: {printable(lost)}",
+            hint=hint,
         )
     kept = _Kept(answers_file, answerer.name)
     found: list[Answers] = []
@@ -164,13 +176,21 @@ class _Kept:
     def __init__(self, path: Path | None, name: str) -> None:
         self.path, self.name, self._new = path, name, 0
         found = [] if path is None else read_lines(path)
-        rows = [checked(row, Path(str(path)), n, file_name=str, question=str, answer=str) for n, row in enumerate(found, 1)]
+        rows = [
+            checked(row, Path(str(path)), n, file_name=str, question=str, answer=str)
+            for n, row in enumerate(found, 1)
+        ]
         self.rows = {(row["file_name"], row["question"]): row for row in rows if row.get("by") == name}
 
     def get(self, file_name: str, question: Question, put: Callable[[], str]) -> str:
         key = (file_name, question.text)
         if key not in self.rows:
-            self.rows[key] = {"file_name": file_name, "question": question.text, "answer": put(), "by": self.name}
+            self.rows[key] = {
+                "file_name": file_name,
+                "question": question.text,
+                "answer": put(),
+                "by": self.name,
+            }
             self._new += 1
         return self.rows[key]["answer"]
 
@@ -202,13 +222,17 @@ def _open(path: Path) -> Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise MoleFileError(printable(path, 300), f"is no picture that can be read ({printable(error)})") from error
+        raise MoleFileError(
+            printable(path, 300), f"is no picture that can be read ({printable(error)})"
+        ) from error
 
 
 def _metadata(folder: Path) -> Iterator[Mapping[str, Any]]:
     rows = read_lines(folder / METADATA)
     if not rows:
-        raise MoleFileError(printable(folder, 300), expected=f"a folder of pictures with {METADATA}", got="none")
+        raise MoleFileError(
+            printable(folder, 300), expected=f"a folder of pictures with {METADATA}", got="none"
+        )
     for number, row in enumerate(rows, 1):
         name = Path(checked(row, folder / METADATA, number, file_name=str, text=str)["file_name"])
         if name.is_absolute() or ".." in name.parts:

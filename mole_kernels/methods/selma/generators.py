@@ -1,4 +1,6 @@
-"""What writes prompts: any object with `name` and `write(request, number, seed)`; here a local transformers model and a file."""
+"""What writes prompts: any object with `name` and `write(request, number, seed)`; here a local transformers
+model and a file.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from mole_kernels.methods.selma.asking import tidy
 
 
 class UnusableAnswer(MoleError, RuntimeError):
-    """No answer, or one that cannot be used, where asking again may help; `wait` is how many seconds the other side asked for."""
+    """No answer, or one that cannot be used, where asking again may help; `wait` is how many seconds the
+    other side asked for.
+    """
 
     wait: float = 0.0
 
@@ -21,8 +25,10 @@ class TextGenerator(Protocol):
     """Writes text.
 
     name   what is recorded with each request; no secrets
-    write  the answer to a request. `number` counts what this writer was asked before for a skill, from 0; `seed` differs from
-           attempt to attempt; both are the same again after a restart. Raises UnusableAnswer where another attempt may help,
+    write  the answer to a request. `number` counts what this writer was asked before for a skill, from 0;
+           `seed` differs from
+           attempt to attempt; both are the same again after a restart. Raises UnusableAnswer where another
+           attempt may help,
            any other MoleError where it will not.
     """
 
@@ -32,26 +38,41 @@ class TextGenerator(Protocol):
 
 
 class LocalText:
-    """A causal language model of transformers on this machine; samples at `temperature`, chats where its tokenizer has a template.
+    """A causal language model of transformers on this machine; samples at `temperature`, chats where its
+    tokenizer has a template.
 
-    model, tokenizer  what `AutoModelForCausalLM` and `AutoTokenizer` give; `LocalText.load` takes a folder or a hub name
+    model, tokenizer  what `AutoModelForCausalLM` and `AutoTokenizer` give; `LocalText.load` takes a folder or
+                      a hub name
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str, temperature: float = 1.0, max_new_tokens: int = 1024) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, temperature: float = 1.0, max_new_tokens: int = 1024
+    ) -> None:
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
 
     @classmethod
-    def load(cls, source: str, *, device: str | None = None, dtype: torch.dtype | None = None, **options: Any) -> LocalText:
+    def load(
+        cls, source: str, *, device: str | None = None, dtype: torch.dtype | None = None, **options: Any
+    ) -> LocalText:
         """From safetensors only, in the dtype it was saved in unless told otherwise."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", use_safetensors=True
+            )
         except (OSError, ValueError) as error:
-            raise MoleFileError(printable(source, 300), f"is no language model that can be read ({printable(error, 400)})") from error
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, name=f"local {source}", **options)
+            raise MoleFileError(
+                printable(source, 300), f"is no language model that can be read ({printable(error, 400)})"
+            ) from error
+        return cls(
+            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+            tokenizer,
+            name=f"local {source}",
+            **options,
+        )
 
     def write(self, request: str, number: int, seed: int) -> str:
         text, templated = request, bool(getattr(self.tokenizer, "chat_template", None))
@@ -63,14 +84,27 @@ class LocalText:
 
     @torch.no_grad()
     def _sample(self, text: str, seed: int, special_tokens: bool = True) -> tuple[str, bool]:
-        """The continuation of a text, and whether the limit cut it off; the process's own random state stays as it is."""
-        given = self.tokenizer(text, return_tensors="pt", add_special_tokens=special_tokens).to(self.model.device)
+        """The continuation of a text, and whether the limit cut it off; the process's own random state stays
+        as it is.
+        """
+        given = self.tokenizer(text, return_tensors="pt", add_special_tokens=special_tokens).to(
+            self.model.device
+        )
         begin, pad = given["input_ids"].shape[1], self.tokenizer.pad_token_id
-        options = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "max_new_tokens": self.max_new_tokens}
+        options = {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": 0,
+            "max_new_tokens": self.max_new_tokens,
+        }
         with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            out = self.model.generate(**given, **options, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad)
-        return self.tokenizer.decode(out[0, begin:], skip_special_tokens=True), len(out[0]) - begin >= self.max_new_tokens
+            out = self.model.generate(
+                **given, **options, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad
+            )
+        return self.tokenizer.decode(out[0, begin:], skip_special_tokens=True), len(
+            out[0]
+        ) - begin >= self.max_new_tokens
 
 
 class FileText:
@@ -84,16 +118,22 @@ class FileText:
         try:
             lines = self.path.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise MoleFileError(printable(path, 300), f"cannot be read as UTF-8 text ({printable(error)})") from error
+            raise MoleFileError(
+                printable(path, 300), f"cannot be read as UTF-8 text ({printable(error)})"
+            ) from error
         self.lines = [text for line in lines if (text := tidy(line)) is not None]
         if not self.lines:
-            raise MoleFileError(printable(path, 300), expected="a prompt on each line", got="no prompt at all")
+            raise MoleFileError(
+                printable(path, 300), expected="a prompt on each line", got="no prompt at all"
+            )
 
     def write(self, request: str, number: int, seed: int) -> str:
         part = self.lines[number * self.batch : (number + 1) * self.batch]
         if not part:
             hint = "ask for fewer, or give a longer file"
-            raise MoleStateError(printable(self.path, 300), f"all its {len(self.lines)} prompts have been read", hint=hint)
+            raise MoleStateError(
+                printable(self.path, 300), f"all its {len(self.lines)} prompts have been read", hint=hint
+            )
         return "\n".join(f"{i}. {line}" for i, line in enumerate(part, 1))
 
 

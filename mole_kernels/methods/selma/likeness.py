@@ -32,8 +32,10 @@ class Words:
 class Likeness:
     """The prompts that are there, and what is too like them.
 
-    ROUGE-L F1 = 2·LCS/(m+n) of two prompts of m and n words, LCS the length of their longest common subsequence by rouge-score.
-    Above `limit` a prompt is turned away; at the limit it is kept. rouge-score's own 2PR/(P+R) rounds 0.8 up to
+    ROUGE-L F1 = 2·LCS/(m+n) of two prompts of m and n words, LCS the length of their longest common
+    subsequence by rouge-score.
+    Above `limit` a prompt is turned away; at the limit it is kept. rouge-score's own 2PR/(P+R) rounds 0.8 up
+    to
     0.8000000000000002 for four words of five, so the quotient is taken from the counts, where 4/5 is 4/5.
     """
 
@@ -73,5 +75,7 @@ class Likeness:
         try:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError as error:
-            raise MoleStateError("selma", f"needs rouge-score ({error})", hint='pip install "mole-kernels[selma]"') from error
+            raise MoleStateError(
+                "selma", f"needs rouge-score ({error})", hint='pip install "mole-kernels[selma]"'
+            ) from error
         return RougeScorer(["rougeL"], tokenizer=self._words)

@@ -18,12 +18,15 @@ from mole_kernels.methods.selma.project import Project
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.handle import Handle
 
-# modes of `experts.merge` that the paper's formula and its relatives are; the others take settings of their own
+# modes of `experts.merge` that the paper's formula and its relatives are; the others take settings of their
+# own
 MODES = ("delta_mean", "factor_mean", "cat", "svd", "linear")
 
 
 def skill_bank(project: Project, skills: Sequence[str] = ()) -> ExpertBank:
-    """The trained experts of the named skills, or of all, in the order of the manifest; one that is not there is a MoleStateError."""
+    """The trained experts of the named skills, or of all, in the order of the manifest; one that is not there
+    is a MoleStateError.
+    """
     names = project.choose(skills)
     if lacking := [name for name in names if not project.expert_file(name).exists()]:
         hint = "run the third stage: mole-kernels selma train"
@@ -34,7 +37,12 @@ def skill_bank(project: Project, skills: Sequence[str] = ()) -> ExpertBank:
 def merge_skills(bank: ExpertBank, mode: str = "delta_mean", rank: int | None = None) -> Expert:
     """One expert of all, each with weight exactly 1/T. mode, rank: see `experts.merge.merge`."""
     merged = merge(bank, mode=mode, rank=rank)
-    return Expert(merged.layers, merged.dialect, merged.source, {"method": "selma", "merge": mode, "experts": ", ".join(bank.names)})
+    return Expert(
+        merged.layers,
+        merged.dialect,
+        merged.source,
+        {"method": "selma", "merge": mode, "experts": ", ".join(bank.names)},
+    )
 
 
 def save_merged(project: Project, merged: Expert) -> None:
@@ -43,5 +51,7 @@ def save_merged(project: Project, merged: Expert) -> None:
 
 
 def patch_unmerged(model: Any, bank: ExpertBank, backend: str = "auto") -> Handle:
-    """The same mixture kept apart: every expert on the model with weight 1/T, to be changed by `Handle.set_scales`."""
+    """The same mixture kept apart: every expert on the model with weight 1/T, to be changed by
+    `Handle.set_scales`.
+    """
     return patch(model, bank, scales=dict.fromkeys(bank.names, 1 / len(bank)), backend=backend)

@@ -1,4 +1,6 @@
-"""Stage 2: one picture per prompt by any diffusers pipeline, shared out over processes and machines, none made twice."""
+"""Stage 2: one picture per prompt by any diffusers pipeline, shared out over processes and machines, none
+made twice.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ from typing import Any, BinaryIO
 
 import torch
 
-from mole_kernels.errors import MoleFileError, MoleStateError, MoleTypeError, MoleValueError, MoleWarning, printable
+from mole_kernels.errors import (
+    MoleFileError,
+    MoleStateError,
+    MoleTypeError,
+    MoleValueError,
+    MoleWarning,
+    printable,
+)
 from mole_kernels.files.writer import atomic_write
 from mole_kernels.methods.selma.project import Project, write_lines
 from mole_kernels.training.data import counted_generator
@@ -23,9 +32,11 @@ METADATA = "metadata.jsonl"
 class PictureSettings:
     """How pictures are made.
 
-    seed     with a picture's number it gives the picture's own seed, whatever process makes it and beside which others
+    seed     with a picture's number it gives the picture's own seed, whatever process makes it and beside
+             which others
     batch    pictures at once on each process
-    options  further arguments of the pipeline's call, plain values: num_inference_steps, guidance_scale, height, width, …
+    options  further arguments of the pipeline's call, plain values: num_inference_steps, guidance_scale,
+             height, width, …
     """
 
     seed: int = 42
@@ -34,11 +45,17 @@ class PictureSettings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.batch, int) or self.batch < 1:
-            raise MoleValueError("PictureSettings: batch", expected="an integer of at least 1", got=repr(self.batch))
-        ours = {"prompt", "generator", "output_type", "num_images_per_prompt", "return_dict"} & set(self.options)
+            raise MoleValueError(
+                "PictureSettings: batch", expected="an integer of at least 1", got=repr(self.batch)
+            )
+        ours = {"prompt", "generator", "output_type", "num_images_per_prompt", "return_dict"} & set(
+            self.options
+        )
         if ours:
             raise MoleValueError(
-                "PictureSettings: options", expected=f"nothing but the stage's own {', '.join(sorted(ours))}", got="them too"
+                "PictureSettings: options",
+                expected=f"nothing but the stage's own {', '.join(sorted(ours))}",
+                got="them too",
             )
 
 
@@ -50,7 +67,9 @@ def make_pictures(
     *,
     on_picture: Callable[[int], None] | None = None,
 ) -> int:
-    """Stage 2 for one skill: the pictures that are not there yet, into the project's folder; returns how many this process made."""
+    """Stage 2 for one skill: the pictures that are not there yet, into the project's folder; returns how many
+    this process made.
+    """
     from mole_kernels.training.processes import processes
 
     prompts, state = project.prompts(skill), processes()
@@ -72,18 +91,24 @@ def draw(
     *,
     on_picture: Callable[[int], None] | None = None,
 ) -> int:
-    """One picture for each prompt: folder/000000.png, … and metadata.jsonl; returns how many this process made.
+    """One picture for each prompt: folder/000000.png, … and metadata.jsonl; returns how many this process
+    made.
 
-    Run under `accelerate launch` the missing pictures are shared out evenly; the folder must be one that all processes see.
-    Each file is whole or not there and holds its prompt and seed as PNG text; metadata.jsonl {file_name, text, seed} is written
-    once all are made. What the pipeline's own safety checker flags goes to a folder beside it, `flagged_folder`.
+    Run under `accelerate launch` the missing pictures are shared out evenly; the folder must be one that all
+    processes see.
+    Each file is whole or not there and holds its prompt and seed as PNG text; metadata.jsonl {file_name,
+    text, seed} is written
+    once all are made. What the pipeline's own safety checker flags goes to a folder beside it,
+    `flagged_folder`.
     """
     from accelerate.utils import broadcast_object_list
 
     from mole_kernels.training.processes import processes
 
     if not callable(pipe) or "prompt" not in inspect.signature(pipe.__call__).parameters:
-        raise MoleTypeError("draw: pipe", expected="a diffusers pipeline that takes prompts", got=type(pipe).__name__)
+        raise MoleTypeError(
+            "draw: pipe", expected="a diffusers pipeline that takes prompts", got=type(pipe).__name__
+        )
     state = processes()
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,29 +140,46 @@ def file_name(number: int) -> str:
 
 
 def flagged_folder(folder: Path) -> Path:
-    """Where pictures go that are none to train on: beside the folder, since what lies below it is trained on."""
+    """Where pictures go that are none to train on: beside the folder, since what lies below it is trained
+    on.
+    """
     return folder.with_name(folder.name + "_flagged")
 
 
 def name_of(pipe: Any) -> str:
     """The class of a pipeline, and the folder or hub name it was read from."""
-    source = getattr(getattr(pipe, "config", None), "_name_or_path", None) or getattr(pipe, "name_or_path", None)
+    source = getattr(getattr(pipe, "config", None), "_name_or_path", None) or getattr(
+        pipe, "name_or_path", None
+    )
     return f"{type(pipe).__name__} {source}" if source else type(pipe).__name__
 
 
-def _make(pipe: Any, prompts: Sequence[str], numbers: Sequence[int], folder: Path, settings: PictureSettings) -> Iterator[int]:
+def _make(
+    pipe: Any, prompts: Sequence[str], numbers: Sequence[int], folder: Path, settings: PictureSettings
+) -> Iterator[int]:
     """Makes and writes some pictures; yields the number of each once it is on the disk."""
     seeds = [seed_of(settings.seed, number) for number in numbers]
     # on the CPU, so that a picture's noise is the same on every device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    out = pipe(prompt=[prompts[number] for number in numbers], generator=generators, output_type="pil", **settings.options)
+    out = pipe(
+        prompt=[prompts[number] for number in numbers],
+        generator=generators,
+        output_type="pil",
+        **settings.options,
+    )
     if len(out.images) != len(numbers):
-        raise MoleStateError("draw: pipe", expected=f"{len(numbers)} pictures for as many prompts", got=len(out.images))
+        raise MoleStateError(
+            "draw: pipe", expected=f"{len(numbers)} pictures for as many prompts", got=len(out.images)
+        )
     flags = getattr(out, "nsfw_content_detected", None) or [False] * len(numbers)
     for number, seed, image, flagged in zip(numbers, seeds, out.images, flags, strict=True):
         path = (flagged_folder(folder) if flagged else folder) / file_name(number)
         if not flagged and all(high == 0 for _, high in image.convert("RGB").getextrema()):
-            warnings.warn(f"{path} is black all over; a half-precision VAE that overflows does that", MoleWarning, stacklevel=2)
+            warnings.warn(
+                f"{path} is black all over; a half-precision VAE that overflows does that",
+                MoleWarning,
+                stacklevel=2,
+            )
         _save(image, path, prompts[number], seed)
         yield number
 
@@ -157,7 +199,9 @@ def _save(image: Any, path: Path, prompt: str, seed: int) -> None:
 
 
 def _missing(prompts: Sequence[str], folder: Path, seed: int) -> list[int]:
-    """Numbers without a picture; one that was made for another prompt or with another seed is a MoleStateError."""
+    """Numbers without a picture; one that was made for another prompt or with another seed is a
+    MoleStateError.
+    """
     out = []
     for number, prompt in enumerate(prompts):
         path = _found(folder, number)
@@ -169,12 +213,24 @@ def _missing(prompts: Sequence[str], folder: Path, seed: int) -> list[int]:
         for key, value in wanted.items():
             if about.get(key) != value:
                 hint = "go on with the prompts and the seed the folder began with, or take another folder"
-                raise MoleStateError(f"{printable(path, 300)}: {key}", expected=printable(value), got=printable(about.get(key)), hint=hint)
+                raise MoleStateError(
+                    f"{printable(path, 300)}: {key}",
+                    expected=printable(value),
+                    got=printable(about.get(key)),
+                    hint=hint,
+                )
     return out
 
 
 def _found(folder: Path, number: int) -> Path | None:
-    return next((path for path in (folder / file_name(number), flagged_folder(folder) / file_name(number)) if path.exists()), None)
+    return next(
+        (
+            path
+            for path in (folder / file_name(number), flagged_folder(folder) / file_name(number))
+            if path.exists()
+        ),
+        None,
+    )
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -186,7 +242,9 @@ def _about(path: Path) -> dict[str, Any]:
             return dict(image.info)
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         hint = "remove it and it is made again"
-        raise MoleFileError(printable(path, 300), f"is no picture that can be read ({printable(error)})", hint=hint) from error
+        raise MoleFileError(
+            printable(path, 300), f"is no picture that can be read ({printable(error)})", hint=hint
+        ) from error
 
 
 def _write_metadata(prompts: Sequence[str], folder: Path, seed: int) -> None:

@@ -1,10 +1,12 @@
-"""A SELMA run on disk: what it is made of, and what each stage was told, so that every stage can go on where it stopped.
+"""A SELMA run on disk: what it is made of, and what each stage was told, so that every stage can go on where
+it stopped.
 
 root/manifest.json             format, the skills in order, with their seeds
 root/<skill>/manifest.json     for each stage its settings and, once it is done, its figures
 root/<skill>/requests.jsonl    stage 1: every request with what came of it
 root/<skill>/prompts.jsonl     stage 1: the accepted prompts
-root/<skill>/pictures/         stage 2: 000000.png … and metadata.jsonl, a picture folder as Hugging Face's datasets has it
+root/<skill>/pictures/         stage 2: 000000.png … and metadata.jsonl, a picture folder as Hugging Face's
+datasets has it
 root/<skill>/pictures_flagged/  what a safety checker took out
 root/<skill>/run/              stage 3: checkpoints
 root/<skill>/expert.safetensors
@@ -28,7 +30,9 @@ STAGES = ("prompts", "pictures", "train")
 
 
 class Project:
-    """The folder of one run. Files are written whole or not at all, so that whatever is there can be gone on from."""
+    """The folder of one run. Files are written whole or not at all, so that whatever is there can be gone on
+    from.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -44,7 +48,9 @@ class Project:
         for skill in skills:
             if known.setdefault(skill.name, skill).seeds != skill.seeds:
                 hint = "take another name for the skill, or another folder"
-                raise MoleStateError(f"{self.root}: skill {skill.name}", "is there already with other seeds", hint=hint)
+                raise MoleStateError(
+                    f"{self.root}: skill {skill.name}", "is there already with other seeds", hint=hint
+                )
         self.root.mkdir(parents=True, exist_ok=True)
         table = {name: {"seeds": list(skill.seeds), "about": skill.about} for name, skill in known.items()}
         _write(self.root / "manifest.json", {"format": FORMAT, "skills": table})
@@ -53,10 +59,14 @@ class Project:
         """The named skills, or all; one that is not there is a MoleValueError, and so is none at all."""
         known, names = list(self.skills()), list(names)
         if not known:
-            raise MoleStateError(str(self.root), "holds no skills yet", hint="begin with: mole-kernels selma prompts")
+            raise MoleStateError(
+                str(self.root), "holds no skills yet", hint="begin with: mole-kernels selma prompts"
+            )
         for name in names:
             if name not in known:
-                raise MoleValueError(f"{self.root}: skill", expected=f"one of {', '.join(known)}", got=repr(printable(name)))
+                raise MoleValueError(
+                    f"{self.root}: skill", expected=f"one of {', '.join(known)}", got=repr(printable(name))
+                )
         return names or known
 
     def folder(self, skill: str) -> Path:
@@ -68,7 +78,9 @@ class Project:
     def prompts(self, skill: str) -> list[str]:
         """The accepted prompts of a skill; none is a MoleStateError."""
         path = self.prompts_file(skill)
-        found = [checked(row, path, number, prompt=str)["prompt"] for number, row in enumerate(read_lines(path), 1)]
+        found = [
+            checked(row, path, number, prompt=str)["prompt"] for number, row in enumerate(read_lines(path), 1)
+        ]
         if not found:
             hint = "run the first stage: mole-kernels selma prompts"
             raise MoleStateError(f"{self.root}: skill {skill}", "has no prompts", hint=hint)
@@ -87,10 +99,13 @@ class Project:
     def merged_file(self) -> Path:
         return self.root / "merged.safetensors"
 
-    # -- what the stages were told --------------------------------------------------------------------------------------------------
+    # -- what the stages were told
+    # --------------------------------------------------------------------------------------------------
 
     def settle(self, stage: str, skill: str, settings: Mapping[str, Any], free: Iterable[str] = ()) -> None:
-        """Notes a stage's settings the first time; later ones that differ, but for those in `free`, are a MoleStateError."""
+        """Notes a stage's settings the first time; later ones that differ, but for those in `free`, are a
+        MoleStateError.
+        """
         plain = json.loads(json.dumps(dict(settings)))
         stages = _read(self.folder(skill) / "manifest.json")
         saved = stages.get(stage, {}).get("settings")
@@ -98,7 +113,9 @@ class Project:
             if saved.get(key) != plain.get(key):
                 hint = f"go on with what the stage began with, or take {skill}'s files away"
                 where = f"{self.root}: {stage} of {skill}, {key}"
-                raise MoleStateError(where, expected=f"{saved.get(key)!r} as before", got=repr(plain.get(key)), hint=hint)
+                raise MoleStateError(
+                    where, expected=f"{saved.get(key)!r} as before", got=repr(plain.get(key)), hint=hint
+                )
         self.folder(skill).mkdir(parents=True, exist_ok=True)
         entry = stages.get(stage, {}) | {"settings": plain}
         _write(self.folder(skill) / "manifest.json", stages | {"format": FORMAT, stage: entry})
@@ -125,7 +142,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise MoleFileError(f"{printable(path, 300)}, line {number}", expected="a JSON object", got=printable(line))
+            raise MoleFileError(
+                f"{printable(path, 300)}, line {number}", expected="a JSON object", got=printable(line)
+            )
         rows.append(row)
     return rows
 
@@ -154,7 +173,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise MoleFileError(printable(path, 300), expected=f"a manifest of the format {FORMAT}", got="something else")
+        raise MoleFileError(
+            printable(path, 300), expected=f"a manifest of the format {FORMAT}", got="something else"
+        )
     return found
 
 

@@ -1,4 +1,6 @@
-"""Stage 1: from three seeds to a stated number of prompts, each modelled on three that are there and unlike all of them."""
+"""Stage 1: from three seeds to a stated number of prompts, each modelled on three that are there and unlike
+all of them.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class PromptSettings:
         for name, least in (("count", 1), ("shown", 1), ("more", 1), ("attempts", 1), ("patience", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise MoleValueError(f"PromptSettings: {name}", expected=f"an integer of at least {least}", got=repr(value))
+                raise MoleValueError(
+                    f"PromptSettings: {name}", expected=f"an integer of at least {least}", got=repr(value)
+                )
         if not self.wait >= 0:
             raise MoleValueError("PromptSettings: wait", expected="seconds", got=repr(self.wait))
 
@@ -65,17 +69,24 @@ def write_prompts(
     on_request: Callable[[int, int], None] | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[str]:
-    """Exactly `settings.count` prompts of a skill, kept in the project's folder after each request; a restart goes on from there.
+    """Exactly `settings.count` prompts of a skill, kept in the project's folder after each request; a restart
+    goes on from there.
 
     on_request  called as (prompts accepted, requests made)
-    Raises MoleStateError where the generator fails `attempts` times over or nothing new comes of `patience` requests; what was
+    Raises MoleStateError where the generator fails `attempts` times over or nothing new comes of `patience`
+    requests; what was
     accepted before is kept.
     """
     path, requests = project.folder(skill.name) / REQUESTS, kept_requests(project, skill.name)
     accepted = [text for row in requests for text in row["accepted"]]
     if len(accepted) > settings.count:
         hint = "ask for at least as many, or take the skill's files away"
-        raise MoleStateError(f"prompts of {skill.name}", expected=f"at most {settings.count} kept", got=len(accepted), hint=hint)
+        raise MoleStateError(
+            f"prompts of {skill.name}",
+            expected=f"at most {settings.count} kept",
+            got=len(accepted),
+            hint=hint,
+        )
     project.add_skills([skill])
     project.settle("prompts", skill.name, asdict(settings) | {"generator": generator.name}, _FREE)
     likeness = Likeness([*skill.seeds, *accepted], settings.limit)
@@ -100,18 +111,28 @@ def write_prompts(
 def kept_requests(project: Project, skill: str) -> Rows:
     """The requests made so far, with what came of each; [] before the first."""
     path = project.folder(skill) / REQUESTS
-    return [checked(row, path, number, by=str, accepted=list, rejected=list, spare=list) for number, row in enumerate(read_lines(path), 1)]
+    return [
+        checked(row, path, number, by=str, accepted=list, rejected=list, spare=list)
+        for number, row in enumerate(read_lines(path), 1)
+    ]
 
 
 def _ask(
-    skill: Skill, generator: TextGenerator, settings: PromptSettings, accepted: list[str], before: Rows, sleep: Callable[[float], None]
+    skill: Skill,
+    generator: TextGenerator,
+    settings: PromptSettings,
+    accepted: list[str],
+    before: Rows,
+    sleep: Callable[[float], None],
 ) -> dict[str, Any]:
     """One request, tried until an answer holds prompts: {"by", "shown", "found", "attempts"}."""
     number = len(before)
     # a file that takes over from another writer begins at its first line
     own = sum(row["by"] == generator.name for row in before)
     pool = [*skill.seeds, *accepted]
-    shown = random.Random(f"{settings.seed}/{skill.name}/{number}").sample(pool, min(settings.shown, len(pool)))
+    shown = random.Random(f"{settings.seed}/{skill.name}/{number}").sample(
+        pool, min(settings.shown, len(pool))
+    )
     request = request_text(skill, shown, settings.more)
     for attempt in range(settings.attempts):
         last = attempt == settings.attempts - 1
@@ -125,13 +146,17 @@ def _ask(
             if last:
                 hint = f"the {len(accepted)} prompts accepted so far are kept; run the same again to go on"
                 where, times = f"prompts of {skill.name}, request {number + 1}", settings.attempts
-                raise MoleStateError(where, f"no usable answer in {times} attempts; the last: {error}", hint=hint) from error
+                raise MoleStateError(
+                    where, f"no usable answer in {times} attempts; the last: {error}", hint=hint
+                ) from error
             sleep(max(error.wait, min(60.0, settings.wait * 2**attempt)))
     raise AssertionError("unreachable: attempts is at least 1")
 
 
 def _sort(row: dict[str, Any], likeness: Likeness, wanted: int) -> None:
-    """Puts what was found under "accepted", "rejected" (with what it is too like) or, once there are enough, "spare"."""
+    """Puts what was found under "accepted", "rejected" (with what it is too like) or, once there are enough,
+    "spare".
+    """
     row |= {"accepted": [], "rejected": [], "spare": []}
     for text in row.pop("found"):
         clash = likeness.clash(text)

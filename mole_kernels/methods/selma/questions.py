@@ -38,7 +38,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt's questions, parents before children; a question that is there twice, an unknown parent or a ring is refused."""
+    """A prompt's questions, parents before children; a question that is there twice, an unknown parent or a
+    ring is refused.
+    """
 
     prompt: str
     questions: tuple[Question, ...]
@@ -49,19 +51,30 @@ class Tree:
         if not by_id:
             raise MoleValueError(where, expected="at least one question", got="none")
         if len(by_id) != len(self.questions):
-            raise MoleValueError(where, expected="ids that differ", got=printable([question.id for question in self.questions]))
+            raise MoleValueError(
+                where, expected="ids that differ", got=printable([question.id for question in self.questions])
+            )
         for question in self.questions:
             if lost := [parent for parent in question.parents if parent not in by_id]:
-                raise MoleValueError(f"{where}, {printable(question.id)}", expected="parents among them", got=printable(lost))
+                raise MoleValueError(
+                    f"{where}, {printable(question.id)}", expected="parents among them", got=printable(lost)
+                )
         try:
-            order = list(TopologicalSorter({question.id: question.parents for question in self.questions}).static_order())
+            order = list(
+                TopologicalSorter(
+                    {question.id: question.parents for question in self.questions}
+                ).static_order()
+            )
         except CycleError as error:
-            raise MoleValueError(where, "some depend on one another in a ring", got=printable(error.args[1])) from None
+            raise MoleValueError(
+                where, "some depend on one another in a ring", got=printable(error.args[1])
+            ) from None
         object.__setattr__(self, "questions", tuple(by_id[one] for one in order))
 
 
 def load_dsg(path: str | Path) -> list[Tree]:
-    """DSG's table: a CSV with item_id, text, proposition_id, dependency, question_natural_language and, if there, category_broad.
+    """DSG's table: a CSV with item_id, text, proposition_id, dependency, question_natural_language and, if
+    there, category_broad.
 
     dependency  ids joined by commas; 0 or nothing means no parent
     """
@@ -71,11 +84,15 @@ def load_dsg(path: str | Path) -> list[Tree]:
         at = f"{printable(path, 300)}, line {number}"
         if any(row[key] is None for key in needed) or not row["question_natural_language"].strip():
             raise MoleFileError(at, expected=f"values for {', '.join(needed)}", got="fewer")
-        parents = tuple(part.strip() for part in row["dependency"].split(",") if part.strip() not in ("", "0"))
+        parents = tuple(
+            part.strip() for part in row["dependency"].split(",") if part.strip() not in ("", "0")
+        )
         question = Question(
-            row["proposition_id"].strip(), row["question_natural_language"].strip(), parents=parents,
+            row["proposition_id"].strip(),
+            row["question_natural_language"].strip(),
+            parents=parents,
             category=(row.get("category_broad") or "").strip(),
-        )  # fmt: skip
+        )
         prompt, questions = items.setdefault(row["item_id"], (row["text"].strip(), []))
         if prompt != row["text"].strip():
             raise MoleFileError(at, f"item {printable(row['item_id'])} has two texts")
@@ -84,7 +101,9 @@ def load_dsg(path: str | Path) -> list[Tree]:
 
 
 def load_tifa(path: str | Path) -> list[Tree]:
-    """TIFA's list: JSON [{"caption", "question", "answer", "choices", and, if there, "element_type"}, …]; no dependencies."""
+    """TIFA's list: JSON [{"caption", "question", "answer", "choices", and, if there, "element_type"}, …]; no
+    dependencies.
+    """
     where = printable(path, 300)
     rows: Any = read_json(path)
     if not isinstance(rows, list):
@@ -92,10 +111,14 @@ def load_tifa(path: str | Path) -> list[Tree]:
     items: dict[str, tuple[str, list[Question]]] = {}
     for number, row in enumerate(rows):
         if not _is_tifa(row):
-            raise MoleFileError(f"{where}, entry {number}", expected="caption, question, answer, choices", got=printable(row))
+            raise MoleFileError(
+                f"{where}, entry {number}", expected="caption, question, answer, choices", got=printable(row)
+            )
         _, questions = items.setdefault(row["caption"], (row["caption"], []))
         category = str(row.get("element_type") or "")
-        questions.append(Question(str(len(questions)), row["question"], row["answer"], tuple(row["choices"]), (), category))
+        questions.append(
+            Question(str(len(questions)), row["question"], row["answer"], tuple(row["choices"]), (), category)
+        )
     return _trees(path, items.values())
 
 
@@ -106,7 +129,12 @@ def load_questions(path: str | Path) -> list[Tree]:
 
 def tree(prompt: str, questions: Mapping[str, str], dependencies: Mapping[str, Sequence[str]] = {}) -> Tree:
     """A DSG tree of {id: question} and {id: parents}."""
-    return Tree(prompt, tuple(Question(key, text, parents=tuple(dependencies.get(key, ()))) for key, text in questions.items()))
+    return Tree(
+        prompt,
+        tuple(
+            Question(key, text, parents=tuple(dependencies.get(key, ()))) for key, text in questions.items()
+        ),
+    )
 
 
 def _rows(path: str | Path, needed: Sequence[str]) -> list[dict[str, str]]:
@@ -114,7 +142,9 @@ def _rows(path: str | Path, needed: Sequence[str]) -> list[dict[str, str]]:
     try:
         reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
         if lacking := [key for key in needed if key not in (reader.fieldnames or ())]:
-            raise MoleFileError(where, expected=f"columns {', '.join(needed)}", got=f"none called {', '.join(lacking)}")
+            raise MoleFileError(
+                where, expected=f"columns {', '.join(needed)}", got=f"none called {', '.join(lacking)}"
+            )
         return list(reader)
     except csv.Error as error:
         raise MoleFileError(where, f"cannot be read as CSV ({printable(error)})") from error

@@ -27,18 +27,31 @@ class Skill:
     about: str = ""
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.name, str) and 0 < len(self.name) <= 64 and all(c in _LETTERS for c in self.name)):
-            raise MoleValueError("Skill: name", expected="1 to 64 of a-z, 0-9, '-', '_'", got=repr(printable(self.name)))
+        if not (
+            isinstance(self.name, str) and 0 < len(self.name) <= 64 and all(c in _LETTERS for c in self.name)
+        ):
+            raise MoleValueError(
+                "Skill: name", expected="1 to 64 of a-z, 0-9, '-', '_'", got=repr(printable(self.name))
+            )
         object.__setattr__(self, "seeds", tuple(self.seeds) if isinstance(self.seeds, (list, tuple)) else ())
         if len(self.seeds) != SEEDS or not all(isinstance(seed, str) and seed.strip() for seed in self.seeds):
-            raise MoleValueError(f"skill {self.name}: seeds", expected=f"{SEEDS} prompts, none empty", got=printable(self.seeds))
+            raise MoleValueError(
+                f"skill {self.name}: seeds",
+                expected=f"{SEEDS} prompts, none empty",
+                got=printable(self.seeds),
+            )
         if len(set(self.seeds)) != SEEDS:
-            raise MoleValueError(f"skill {self.name}: seeds", expected=f"{SEEDS} prompts that differ", got=printable(self.seeds))
+            raise MoleValueError(
+                f"skill {self.name}: seeds",
+                expected=f"{SEEDS} prompts that differ",
+                got=printable(self.seeds),
+            )
 
 
 _LETTERS = set("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
-# the skills are those of the paper's code, named for the sets its seeds came from; these seeds are worded by us
+# the skills are those of the paper's code, named for the sets its seeds came from; these seeds are worded by
+# us
 SKILLS: Mapping[str, Skill] = {
     skill.name: skill
     for skill in (
@@ -53,7 +66,11 @@ SKILLS: Mapping[str, Skill] = {
         ),
         Skill(
             "countbench",
-            ("Four red lanterns hanging in a row above a shop door", "A set of seven brass keys on a ring", "Two owls on one branch"),
+            (
+                "Four red lanterns hanging in a row above a shop door",
+                "A set of seven brass keys on a ring",
+                "Two owls on one branch",
+            ),
             "a stated number of things, from two to ten",
         ),
         Skill(
@@ -100,6 +117,15 @@ def load_skills(path: str | Path) -> dict[str, Skill]:
     """Skills of a JSON file {name: {"seeds": [three prompts], "about": "…"}}, in its order."""
     where = printable(path, 300)
     table: Any = read_json(path)
-    if not isinstance(table, dict) or not table or not all(isinstance(entry, dict) for entry in table.values()):
-        raise MoleFileError(where, expected='{name: {"seeds": [three prompts], "about": "…"}}', got=printable(table))
-    return {name: Skill(name, entry.get("seeds", ()), str(entry.get("about", ""))) for name, entry in table.items()}
+    if (
+        not isinstance(table, dict)
+        or not table
+        or not all(isinstance(entry, dict) for entry in table.values())
+    ):
+        raise MoleFileError(
+            where, expected='{name: {"seeds": [three prompts], "about": "…"}}', got=printable(table)
+        )
+    return {
+        name: Skill(name, entry.get("seeds", ()), str(entry.get("about", "")))
+        for name, entry in table.items()
+    }

@@ -16,7 +16,7 @@ from mole_kernels.io import load_expert, save_expert
 from mole_kernels.methods.mole.stages import train_expert
 from mole_kernels.methods.selma.pictures import METADATA
 from mole_kernels.methods.selma.project import Project, read_lines, write_lines
-from mole_kernels.patching.targets import mole_targets
+from mole_kernels.modules.scan import mole_targets
 from mole_kernels.training.cached import PictureBatches, picture_batches
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.loop import RunOptions
@@ -33,7 +33,8 @@ class SkillTraining:
     rank, alpha  of the expert; its scale is alpha/rank
     resolution   side of the pictures in pixels, or (height, width)
     batch_size   pictures a step, process and accumulation
-    flip         every picture also mirrored, once an epoch each: a random flip in expectation, and from cached latents
+    flip         every picture also mirrored, once an epoch each: a random flip in expectation, and from
+                 cached latents
     multiple     picture sizes are multiples of it; 64 fits Stable Diffusion
     config       the run
     """
@@ -48,36 +49,61 @@ class SkillTraining:
 
     def lasting(self) -> dict[str, Any]:
         """What must be the same when a run goes on; `fit` compares the rest."""
-        return {key: value for key, value in asdict(self).items() if key != "config"} | {"lr": self.config.lr, "seed": self.config.seed}
+        return {key: value for key, value in asdict(self).items() if key != "config"} | {
+            "lr": self.config.lr,
+            "seed": self.config.seed,
+        }
 
 
-def _paper(steps: int, batch_size: int, accumulation: int, resolution: int, checkpoint_every: int) -> SkillTraining:
+def _paper(
+    steps: int, batch_size: int, accumulation: int, resolution: int, checkpoint_every: int
+) -> SkillTraining:
     config = TrainConfig(
-        steps=steps, lr=3e-4, accumulation=accumulation, mixed_precision="bf16", seed=42, checkpoint_every=checkpoint_every, keep_last=20
+        steps=steps,
+        lr=3e-4,
+        accumulation=accumulation,
+        mixed_precision="bf16",
+        seed=42,
+        checkpoint_every=checkpoint_every,
+        keep_last=20,
     )
     return SkillTraining(config, resolution=resolution, batch_size=batch_size)
 
 
-# sd: Stable Diffusion 1.4 and 2, sdxl: rank, alpha, lr, steps, batch, accumulation, resolution, seed, flip and interval of checkpoints are
-# those of the paper's code. Weight decay 0.01, clipping at 1 and bf16 (there: fp16 base under float32 factors) are this package's choice.
-# The paper's batch of 64 is 16 x 4 on however many GPUs; its merge takes the checkpoint of step 3000, here the run's end is taken.
+# sd: Stable Diffusion 1.4 and 2, sdxl: rank, alpha, lr, steps, batch, accumulation, resolution, seed, flip
+# and interval of checkpoints are
+# those of the paper's code. Weight decay 0.01, clipping at 1 and bf16 (there: fp16 base under float32
+# factors) are this package's choice.
+# The paper's batch of 64 is 16 x 4 on however many GPUs; its merge takes the checkpoint of step 3000, here
+# the run's end is taken.
 PRESETS: Mapping[str, SkillTraining] = {
     "sd": _paper(5000, 16, 4, 512, 500),
     "sdxl": _paper(10_000, 4, 8, 1024, 2000),
     "small": SkillTraining(
         TrainConfig(
             steps=1000, lr=3e-4, accumulation=4, seed=42, checkpoint_every=100, gradient_checkpointing=True
-        ), rank=16, alpha=16.0, batch_size=1,
+        ),
+        rank=16,
+        alpha=16.0,
+        batch_size=1,
     ),
-}  # fmt: skip
+}
 
 
 def train_skill(
-    project: Project, skill: str, pipe: Any, training: SkillTraining, *, cache: Path | None = None, **run: Unpack[RunOptions]
+    project: Project,
+    skill: str,
+    pipe: Any,
+    training: SkillTraining,
+    *,
+    cache: Path | None = None,
+    **run: Unpack[RunOptions],
 ) -> Expert:
-    """Trains the expert of a skill on its pictures and writes its file; a run that was broken off goes on from its checkpoint.
+    """Trains the expert of a skill on its pictures and writes its file; a run that was broken off goes on
+    from its checkpoint.
 
-    An expert that has all its steps is read, not trained again. cache: where latents and text states are kept, None for memory.
+    An expert that has all its steps is read, not trained again. cache: where latents and text states are
+    kept, None for memory.
     """
     state, target = processes(), project.expert_file(skill)
     if state.is_main_process:
@@ -89,19 +115,31 @@ def train_skill(
     batches = _batches(pipe, project.pictures_folder(skill), training, cache, bool(run.get("progress", True)))
     options: RunOptions = {"run_dir": project.run_folder(skill), "resume": True, **run}
     expert = train_expert(
-        pipe, batches, name=skill, rank=training.rank, alpha=training.alpha, config=training.config, null=batches.null,
-        targets=attention_targets(pipe), init="gaussian", **options,
-    )  # fmt: skip
+        pipe,
+        batches,
+        name=skill,
+        rank=training.rank,
+        alpha=training.alpha,
+        config=training.config,
+        null=batches.null,
+        targets=attention_targets(pipe),
+        init="gaussian",
+        **options,
+    )
     expert = replace(expert, metadata={**expert.metadata, "method": "selma"})
     if state.is_main_process:
         save_expert(expert, target)
-        project.note("train", skill, {"steps": int(expert.metadata["steps"]), "loss": float(expert.metadata["loss"])})
+        project.note(
+            "train", skill, {"steps": int(expert.metadata["steps"]), "loss": float(expert.metadata["loss"])}
+        )
     state.wait_for_everyone()
     return expert
 
 
 def join_pictures(project: Project, skills: Sequence[str], name: str = "joint") -> None:
-    """The pictures of several skills as those of one more, by links: `train_skill` on it is the paper's joint training."""
+    """The pictures of several skills as those of one more, by links: `train_skill` on it is the paper's joint
+    training.
+    """
     rows = []
     folder = project.pictures_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,22 +152,34 @@ def join_pictures(project: Project, skills: Sequence[str], name: str = "joint") 
             rows.append(row | {"file_name": link.name})
     if not rows:
         raise MoleStateError(
-            f"{project.root}: {', '.join(skills)}", "have no pictures", hint="run the second stage: mole-kernels selma pictures"
+            f"{project.root}: {', '.join(skills)}",
+            "have no pictures",
+            hint="run the second stage: mole-kernels selma pictures",
         )
     write_lines(folder / METADATA, rows)
 
 
 def size_multiple(pipe: Any) -> int:
-    """What picture sizes must be multiples of: the VAE's factor times what the UNet halves by; 64 for Stable Diffusion."""
+    """What picture sizes must be multiples of: the VAE's factor times what the UNet halves by; 64 for Stable
+    Diffusion.
+    """
     return 2 ** (len(pipe.vae.config.block_out_channels) - 1 + len(pipe.unet.config.block_out_channels) - 1)
 
 
 def attention_targets(pipe: Any) -> dict[str, nn.Module]:
     """{path: layer} of to_q, to_k, to_v and to_out.0 of every attention of the UNet."""
     unet = getattr(pipe, "unet", pipe)
-    found = {path: layer for path, layer in mole_targets(unet).items() if path.endswith(tuple(f".{name}" for name in ATTENTION))}
+    found = {
+        path: layer
+        for path, layer in mole_targets(unet).items()
+        if path.endswith(tuple(f".{name}" for name in ATTENTION))
+    }
     if not found:
-        raise MoleValueError("selma: targets", expected=f"layers called {', '.join(ATTENTION)}", got=f"none in {type(unet).__name__}")
+        raise MoleValueError(
+            "selma: targets",
+            expected=f"layers called {', '.join(ATTENTION)}",
+            got=f"none in {type(unet).__name__}",
+        )
     return found
 
 
@@ -146,10 +196,14 @@ class MirroredFolder(PictureFolder):
         return pixels if i < self._own else pixels.flip(-1)
 
 
-def _batches(pipe: Any, path: Path, training: SkillTraining, cache: Path | None, progress: bool) -> PictureBatches:
+def _batches(
+    pipe: Any, path: Path, training: SkillTraining, cache: Path | None, progress: bool
+) -> PictureBatches:
     if not (path / METADATA).exists():
         hint = "run the second stage to its end: mole-kernels selma pictures"
-        raise MoleStateError(printable(path, 300), f"holds no {METADATA}: its pictures are not all made", hint=hint)
+        raise MoleStateError(
+            printable(path, 300), f"holds no {METADATA}: its pictures are not all made", hint=hint
+        )
     kind = MirroredFolder if training.flip else PictureFolder
     folder = kind(path, training.resolution, multiple=training.multiple)
     size = min(training.batch_size, len(folder))

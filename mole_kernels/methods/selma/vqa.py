@@ -1,4 +1,6 @@
-"""Questions about pictures answered by a transformers model of the visual-question-answering kind (ViLT, BLIP)."""
+"""Questions about pictures answered by a transformers model of the visual-question-answering kind (ViLT,
+BLIP).
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ if TYPE_CHECKING:
 
 
 class TransformersVQA:
-    """An `Answerer`: a model that classifies (ViLT) chooses the likeliest of the choices it knows, one that writes (BLIP) writes.
+    """An `Answerer`: a model that classifies (ViLT) chooses the likeliest of the choices it knows, one that
+    writes (BLIP) writes.
 
-    model, processor  such as ViltForQuestionAnswering and ViltProcessor, BlipForQuestionAnswering and BlipProcessor;
+    model, processor  such as ViltForQuestionAnswering and ViltProcessor, BlipForQuestionAnswering and
+                      BlipProcessor;
                       `TransformersVQA.load` takes a folder or a hub name
     """
 
@@ -26,11 +30,17 @@ class TransformersVQA:
         self.name = name or type(model).__name__
         self._writes = hasattr(model, "generate")
         # ViLT takes 40 tokens, whatever its tokenizer says
-        self._length = getattr(getattr(model.config, "text_config", model.config), "max_position_embeddings", None)
-        self._labels = {} if self._writes else {normal(label): int(k) for k, label in model.config.id2label.items()}
+        self._length = getattr(
+            getattr(model.config, "text_config", model.config), "max_position_embeddings", None
+        )
+        self._labels = (
+            {} if self._writes else {normal(label): int(k) for k, label in model.config.id2label.items()}
+        )
         if not self._writes and not self._labels:
             raise MoleTypeError(
-                "TransformersVQA: model", expected="one with answers as its labels, or one that writes", got=type(model).__name__
+                "TransformersVQA: model",
+                expected="one with answers as its labels, or one that writes",
+                got=type(model).__name__,
             )
 
     @classmethod
@@ -42,17 +52,31 @@ class TransformersVQA:
             processor = AutoProcessor.from_pretrained(source)
             model: Any = AutoModelForVisualQuestionAnswering.from_pretrained(source, use_safetensors=True)
         except (OSError, ValueError) as error:
-            raise MoleFileError(printable(source, 300), f"is no question answering model ({printable(error, 400)})") from error
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor, name=f"{type(model).__name__} {source}")
+            raise MoleFileError(
+                printable(source, 300), f"is no question answering model ({printable(error, 400)})"
+            ) from error
+        return cls(
+            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+            processor,
+            name=f"{type(model).__name__} {source}",
+        )
 
     @torch.no_grad()
     def answer(self, image: Image, question: str, choices: Sequence[str]) -> str:
-        given = self.processor(images=image, text=question, return_tensors="pt", truncation=True, max_length=self._length)
+        given = self.processor(
+            images=image, text=question, return_tensors="pt", truncation=True, max_length=self._length
+        )
         given = given.to(self.model.device)
         if self._writes:
-            return self.processor.decode(self.model.generate(**given, max_new_tokens=16)[0], skip_special_tokens=True)
+            return self.processor.decode(
+                self.model.generate(**given, max_new_tokens=16)[0], skip_special_tokens=True
+            )
         logits = self.model(**given).logits[0].float()
         known = [choice for choice in choices if normal(choice) in self._labels]
         # an open question, or choices none of which the model knows: its own best answer
-        names = {k: label for label, k in self._labels.items()} if not known else {self._labels[normal(c)]: c for c in known}
+        names = (
+            {k: label for label, k in self._labels.items()}
+            if not known
+            else {self._labels[normal(c)]: c for c in known}
+        )
         return names[max(names, key=lambda k: float(logits[k]))]

@@ -1,8 +1,12 @@
-"""DiffLoRA end to end on the demo's digits: `python python/recipes/difflora/run.py [--quick]` writes a table, plots and pictures.
+"""DiffLoRA end to end on the demo's digits: `python python/recipes/difflora/run.py [--quick]` writes a table,
+plots and pictures.
 
-An identity is a hand: a slant, a stroke, a colour. Each has a folder of cards it wrote. An expert is trained for every hand, the flat
-experts make a data set of LoRAs, an autoencoder and a denoiser are trained on it; then the experts of hands that none of them saw are
-predicted from three of their cards, and compared with trained ones, with the mean of all trained ones, and with none at all.
+An identity is a hand: a slant, a stroke, a colour. Each has a folder of cards it wrote. An expert is trained
+for every hand, the flat
+experts make a data set of LoRAs, an autoencoder and a denoiser are trained on it; then the experts of hands
+that none of them saw are
+predicted from three of their cards, and compared with trained ones, with the mean of all trained ones, and
+with none at all.
 Started again, a run goes on where it stopped.
 """
 
@@ -35,7 +39,14 @@ from mole_kernels.demo.run import quiet
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.io import load_expert
 from mole_kernels.methods.difflora.autoencoder import AutoencoderConfig, LoRAAutoencoder
-from mole_kernels.methods.difflora.dataset import IdentityTraining, LoRADataset, MinimumSize, pack_shards, pictures_of, train_identities
+from mole_kernels.methods.difflora.dataset import (
+    IdentityTraining,
+    LoRADataset,
+    MinimumSize,
+    pack_shards,
+    pictures_of,
+    train_identities,
+)
 from mole_kernels.methods.difflora.features import SmallImages
 from mole_kernels.methods.difflora.generate import Sampling, generate
 from mole_kernels.methods.difflora.predictor import Predictor
@@ -50,8 +61,12 @@ SHOWN = 3
 SAMPLING = Sampling(steps=4, kind="dpm")
 # found on hands of another seed
 _EXPERT = TrainConfig(steps=0, lr=1e-2, warmup=3, schedule="cosine", weight_decay=0.0, snr_gamma=2.0)
-_AUTOENCODER = TrainConfig(steps=0, lr=3e-3, warmup=20, schedule="cosine", weight_decay=0.0, grad_clip=0.5, checkpoint_every=50)
-_DENOISER = TrainConfig(steps=0, lr=1e-3, warmup=20, schedule="cosine", weight_decay=0.0, cond_dropout=0.1, checkpoint_every=100)
+_AUTOENCODER = TrainConfig(
+    steps=0, lr=3e-3, warmup=20, schedule="cosine", weight_decay=0.0, grad_clip=0.5, checkpoint_every=50
+)
+_DENOISER = TrainConfig(
+    steps=0, lr=1e-3, warmup=20, schedule="cosine", weight_decay=0.0, cond_dropout=0.1, checkpoint_every=100
+)
 
 
 @dataclass(frozen=True)
@@ -72,8 +87,26 @@ class Plan:
     denoiser_steps: int = 2000
 
 
-QUICK = Plan(seeds=2, hands=56, unseen=6, cards=16, asked=24, expert_steps=32, autoencoder_steps=500, denoiser_steps=400)
-TINY = Plan(seeds=2, hands=24, unseen=3, cards=16, asked=24, expert_steps=32, autoencoder_steps=200, denoiser_steps=200)
+QUICK = Plan(
+    seeds=2,
+    hands=56,
+    unseen=6,
+    cards=16,
+    asked=24,
+    expert_steps=32,
+    autoencoder_steps=500,
+    denoiser_steps=400,
+)
+TINY = Plan(
+    seeds=2,
+    hands=24,
+    unseen=3,
+    cards=16,
+    asked=24,
+    expert_steps=32,
+    autoencoder_steps=200,
+    denoiser_steps=200,
+)
 # small vectors, so that few identities and steps will do: two of attention's layers, rank 1
 TARGETS, RANK = ("to_v", "to_out.0"), 1
 # three stages, 64 times: of the paper's 256 there would be a dozen numbers left of these
@@ -83,11 +116,19 @@ CHANNELS = (16, 64, 128)
 def main() -> None:
     """All seeds, then the table, the plots and results.json."""
     parser = argparse.ArgumentParser(description="DiffLoRA end to end on the demo's digits.")
-    parser.add_argument("--quick", action="store_true", help="fewer hands and steps: under 15 minutes on two idle cores")
-    parser.add_argument("--tiny", action="store_true", help="fewer still: the run whose figures the docs have")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer hands and steps: under 15 minutes on two idle cores"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="fewer still: the run whose figures the docs have"
+    )
     parser.add_argument("--seeds", type=int, help="how many, instead")
-    parser.add_argument("--out", type=Path, help="the folder for everything (default: build/recipes/difflora)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="seeds at once, one thread each")
+    parser.add_argument(
+        "--out", type=Path, help="the folder for everything (default: build/recipes/difflora)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="seeds at once, one thread each"
+    )
     asked = parser.parse_args()
     plan, kind, begun = Plan(), "difflora", time.time()
     if asked.quick or asked.tiny:
@@ -98,14 +139,22 @@ def main() -> None:
     with ProcessPoolExecutor(min(asked.workers, plan.seeds), mp_context=get_context("spawn")) as pool:
         seeds = list(pool.map(partial(run_seed, plan, out), range(plan.seeds)))
     table = combine([one["figures"] for one in seeds])
-    result = {"plan": asdict(plan), "torch": torch.__version__, "seconds": time.time() - begun, "table": table, "seeds": seeds}
+    result = {
+        "plan": asdict(plan),
+        "torch": torch.__version__,
+        "seconds": time.time() - begun,
+        "table": table,
+        "seeds": seeds,
+    }
     (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "table.md").write_text(markdown(table))
     plot(table, seeds, out / "figures.png")
     gallery(out, out / "pictures.png")
     print(markdown(table))
     cpu = sum(one["cpu_seconds"] for one in seeds)
-    print(f"{plan.seeds} seeds, {time.time() - begun:.0f} s, {cpu:.0f} s of processor time; in {out}: table.md, results.json, *.png")
+    print(
+        f"{plan.seeds} seeds, {time.time() - begun:.0f} s, {cpu:.0f} s of processor time; in {out}: table.md, results.json, *.png"
+    )
 
 
 def run_seed(plan: Plan, out: Path, seed: int) -> dict[str, Any]:
@@ -128,22 +177,39 @@ def run_seed(plan: Plan, out: Path, seed: int) -> dict[str, Any]:
     figures["times faster"] = figures["seconds to train"] / figures["seconds to predict"]
     draw_some(pipe, folder, predictor, data, {name: by_name[name] for name in unseen[:4]})
     print(f"seed {seed}: done, {time.time() - begun:.0f} s", flush=True)
-    return {"seed": seed, "seconds": time.time() - begun, "cpu_seconds": time.process_time(), "figures": figures, "losses": losses}
+    return {
+        "seed": seed,
+        "seconds": time.time() - begun,
+        "cpu_seconds": time.process_time(),
+        "figures": figures,
+        "losses": losses,
+    }
 
 
 def write_folders(plan: Plan, hands: Mapping[str, Style], root: Path, seed: int) -> None:
-    """A folder of pictures for each hand. All write the same scans, so that hands differ by their hand alone."""
+    """A folder of pictures for each hand. All write the same scans, so that hands differ by their hand
+    alone.
+    """
     for name, style in hands.items():
         if not (root / name / f"{plan.cards - 1:03d}.txt").exists():
             save_cards(*cards(style, "train", plan.cards, Generator().manual_seed(100 + seed)), root / name)
 
 
 def train_all(plan: Plan, pipe: Any, folder: Path, seed: int) -> list[float]:
-    """An expert for every hand; processor seconds of each, kept beside them for a run that is started again."""
+    """An expert for every hand; processor seconds of each, kept beside them for a run that is started
+    again.
+    """
     config = replace(_EXPERT, steps=plan.expert_steps, seed=seed)
     training = IdentityTraining(
-        config, RANK, float(RANK), batch_size=8, resolution=(24, 24), multiple=8, targets=TARGETS, per_shard=64
-    )  # fmt: skip
+        config,
+        RANK,
+        float(RANK),
+        batch_size=8,
+        resolution=(24, 24),
+        multiple=8,
+        targets=TARGETS,
+        per_shard=64,
+    )
     path, began = folder / "seconds.json", [time.process_time()]
     spent: list[float] = json.loads(path.read_text()) if path.exists() else []
     done = {p.stem for p in (folder / "loras" / "experts").glob("*")}
@@ -155,11 +221,21 @@ def train_all(plan: Plan, pipe: Any, folder: Path, seed: int) -> list[float]:
             path.write_text(json.dumps(spent))
         began[0] = now
 
-    train_identities(pipe, folder / "hands", folder / "loras", training, accept=MinimumSize(24), progress=False, on_identity=took)
+    train_identities(
+        pipe,
+        folder / "hands",
+        folder / "loras",
+        training,
+        accept=MinimumSize(24),
+        progress=False,
+        on_identity=took,
+    )
     return spent
 
 
-def train_model(plan: Plan, folder: Path, data: LoRADataset, seed: int) -> tuple[Predictor, dict[str, list[float]]]:
+def train_model(
+    plan: Plan, folder: Path, data: LoRADataset, seed: int
+) -> tuple[Predictor, dict[str, list[float]]]:
     """Autoencoder, then denoiser and features; the model is read back from its folder as anyone would."""
     torch.manual_seed(seed)
     autoencoder = LoRAAutoencoder(AutoencoderConfig(data.manifest.length, channels=CHANNELS))
@@ -172,7 +248,9 @@ def train_model(plan: Plan, folder: Path, data: LoRADataset, seed: int) -> tuple
     predictor = Predictor.new(data.manifest, autoencoder, encoders, **shape)
     references = [predictor.prepare(pictures_of(folder / "loras", name)) for name in data.names]
     config = replace(_DENOISER, steps=plan.denoiser_steps, seed=seed)
-    second = train_predictor(predictor, data, references, config, batch_size=48, run_dir=folder / "run_denoiser", **options)
+    second = train_predictor(
+        predictor, data, references, config, batch_size=48, run_dir=folder / "run_denoiser", **options
+    )
     save_predictor(folder / "model", predictor, {"seed": str(seed)})
     return load_predictor(folder / "model"), {"autoencoder": first.losses, "denoiser": second.losses}
 
@@ -180,19 +258,26 @@ def train_model(plan: Plan, folder: Path, data: LoRADataset, seed: int) -> tuple
 @torch.no_grad()
 def measure(
     plan: Plan, pipe: Any, folder: Path, predictor: Predictor, data: LoRADataset, unseen: Mapping[str, Style]
-) -> dict[str, float]:  # fmt: skip
-    """Figures of the unseen hands: errors of the autoencoder by magnitude, losses with each kind of expert, time to predict."""
+) -> dict[str, float]:
+    """Figures of the unseen hands: errors of the autoencoder by magnitude, losses with each kind of expert,
+    time to predict.
+    """
     trained = {name: load_expert(folder / "loras" / "experts" / f"{name}.safetensors") for name in unseen}
     vectors = torch.stack([data.manifest.flatten_expert(one) for one in trained.values()])
     mean = data.vectors().mean(0)
     figures = {}
     for said, these in (("seen", data.vectors()), ("unseen", vectors)):
-        figures |= {f"{key}, {said}": value for key, value in errors(predictor.autoencoder(these), these, mean).items()}
+        figures |= {
+            f"{key}, {said}": value
+            for key, value in errors(predictor.autoencoder(these), these, mean).items()
+        }
     shown = {name: pictures_of(folder / "loras", name)[:SHOWN] for name in unseen}
     # once before the clock: the first call fills caches
     generate(predictor, shown, base=pipe, sampling=SAMPLING)
     began = time.process_time()
-    predicted = {name: generate(predictor, {name: shown[name]}, sampling=SAMPLING).experts[name] for name in unseen}
+    predicted = {
+        name: generate(predictor, {name: shown[name]}, sampling=SAMPLING).experts[name] for name in unseen
+    }
     figures["seconds to predict"] = (time.process_time() - began) / len(unseen)
     flat = torch.stack([data.manifest.flatten_expert(one) for one in predicted.values()])
     figures |= {f"{key}, predicted": value for key, value in errors(flat, vectors, mean).items()}
@@ -200,10 +285,13 @@ def measure(
     total: dict[str, list[float]] = {}
     for i, (name, style) in enumerate(unseen.items()):
         kinds = {
-            "no expert": None, "mean LoRA": data.manifest.expert(mean), "predicted": predicted[name],
-            "trained, through the autoencoder": data.manifest.expert(rebuilt[i]), "trained": trained[name],
+            "no expert": None,
+            "mean LoRA": data.manifest.expert(mean),
+            "predicted": predicted[name],
+            "trained, through the autoencoder": data.manifest.expert(rebuilt[i]),
+            "trained": trained[name],
             "another hand's": trained[list(unseen)[i - 1]],
-        }  # fmt: skip
+        }
         latents, text = held_out(pipe, style, plan.asked)
         for kind, expert in kinds.items():
             total.setdefault(kind, []).append(loss(pipe, latents, text, expert))
@@ -211,7 +299,9 @@ def measure(
 
 
 def errors(got: Tensor, wanted: Tensor, mean: Tensor) -> dict[str, float]:
-    """‖got − wanted‖ ÷ ‖wanted − mean‖ over the 1 % that differ most from the mean, and over the rest: 1 is as bad as the mean itself."""
+    """‖got − wanted‖ ÷ ‖wanted − mean‖ over the 1 % that differ most from the mean, and over the rest: 1 is
+    as bad as the mean itself.
+    """
     away = wanted - mean
     top = away.abs() >= away.abs().flatten().kthvalue(int(0.99 * away.numel())).values
     found = {"error of the top 1 %": (got - wanted)[top].norm() / away[top].norm()}
@@ -234,14 +324,26 @@ def loss(pipe: Any, latents: Tensor, text: Tensor, expert: Expert | None) -> flo
     for t in TIMES:
         noise = torch.randn(latents.shape, generator=g)
         at = torch.full((len(latents),), t)
-        found += float(denoising_error(pipe.unet, pipe.scheduler, latents, at, noise, text).mean()) / len(TIMES)
+        found += float(denoising_error(pipe.unet, pipe.scheduler, latents, at, noise, text).mean()) / len(
+            TIMES
+        )
     return found
 
 
-def draw_some(pipe: Any, folder: Path, predictor: Predictor, data: LoRADataset, unseen: Mapping[str, Style]) -> None:
-    """Pictures of the same captions and noise: with no expert, the predicted and the trained one, beside a card of the hand."""
+def draw_some(
+    pipe: Any, folder: Path, predictor: Predictor, data: LoRADataset, unseen: Mapping[str, Style]
+) -> None:
+    """Pictures of the same captions and noise: with no expert, the predicted and the trained one, beside a
+    card of the hand.
+    """
     captions = ["blank three blank", "blank eight blank"]
-    options = {"num_inference_steps": 20, "guidance_scale": 2.0, "height": 24, "width": 24, "output_type": "pt"}
+    options = {
+        "num_inference_steps": 20,
+        "guidance_scale": 2.0,
+        "height": 24,
+        "width": 24,
+        "output_type": "pt",
+    }
     rows = {}
     for name in unseen:
         pictures = pictures_of(folder / "loras", name)[:SHOWN]

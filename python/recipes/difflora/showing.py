@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-EXPERTS = ("no expert", "another hand's", "mean LoRA", "predicted", "trained, through the autoencoder", "trained")
+EXPERTS = (
+    "no expert",
+    "another hand's",
+    "mean LoRA",
+    "predicted",
+    "trained, through the autoencoder",
+    "trained",
+)
 Table = Mapping[str, Mapping[str, Any]]
 
 
@@ -20,9 +27,15 @@ def markdown(table: Table) -> str:
         cell = "–" if change is None else f"{change['mean']:+.1f} ± {change['sd']:.1f} %"
         lines.append(f"| {kind} | {_cell(table[f'loss, {kind}'], 4)} | {cell} |")
     lines += ["", "| error of the weights ÷ that of the mean LoRA | top 1 % | the rest |", "|---|---|---|"]
-    names = {"seen": "autoencoder, hands it was trained on", "unseen": "autoencoder, unseen hands", "predicted": "predicted, unseen hands"}
+    names = {
+        "seen": "autoencoder, hands it was trained on",
+        "unseen": "autoencoder, unseen hands",
+        "predicted": "predicted, unseen hands",
+    }
     for key, name in names.items():
-        lines.append(f"| {name} | {_cell(table[f'error of the top 1 %, {key}'], 2)} | {_cell(table[f'error of the rest, {key}'], 2)} |")
+        lines.append(
+            f"| {name} | {_cell(table[f'error of the top 1 %, {key}'], 2)} | {_cell(table[f'error of the rest, {key}'], 2)} |"
+        )
     lines += ["", "| processor seconds for one hand | |", "|---|---|"]
     lines.append(f"| training its expert | {_cell(table['seconds to train'], 2)} |")
     lines.append(f"| predicting it | {_cell(table['seconds to predict'], 4)} |")
@@ -55,7 +68,9 @@ def plot(table: Table, seeds: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def gallery(out: Path, path: Path) -> None:
-    """Of seed 0, for some unseen hands: a card of theirs, and pictures with no, the predicted and the trained expert."""
+    """Of seed 0, for some unseen hands: a card of theirs, and pictures with no, the predicted and the trained
+    expert.
+    """
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -66,8 +81,14 @@ def gallery(out: Path, path: Path) -> None:
     figure = Figure(figsize=(1.0 * (2 + count * len(kinds)), 1.15 * len(hands)), layout="constrained")
     grid = figure.subplots(len(hands), 2 + count * len(kinds), squeeze=False)
     for row, hand in zip(grid, hands):
-        shown = [(f"a card {i + 1}", Image.open(out / "seed0" / "hands" / hand / f"{i:03d}.png")) for i in range(2)]
-        shown += [(kind, one.permute(1, 2, 0).clamp(0, 1).numpy()) for kind in kinds for one in drawn[f"{hand} {kind}"]]
+        shown = [
+            (f"a card {i + 1}", Image.open(out / "seed0" / "hands" / hand / f"{i:03d}.png")) for i in range(2)
+        ]
+        shown += [
+            (kind, one.permute(1, 2, 0).clamp(0, 1).numpy())
+            for kind in kinds
+            for one in drawn[f"{hand} {kind}"]
+        ]
         for axis, (title, picture) in zip(row, shown):
             axis.imshow(picture)
             axis.set_axis_off()

@@ -1,4 +1,6 @@
-"""The identities of the recipe: hands that write the demo's digits, each with its own slant, stroke and colours."""
+"""The identities of the recipe: hands that write the demo's digits, each with its own slant, stroke and
+colours.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from mole_kernels.demo import data
 
 @dataclass(frozen=True)
 class Style:
-    """slant: shear of the strokes · stroke: exponent of the ink, below 1 is bolder · hue: of the card; the ink is its complement"""
+    """slant: shear of the strokes · stroke: exponent of the ink, below 1 is bolder · hue: of the card; the
+    ink is its complement
+    """
 
     slant: float
     stroke: float
@@ -29,20 +33,33 @@ def draw_styles(count: int, seed: int) -> list[Style]:
 
 
 def write(style: Style, scans: Tensor, generator: Generator) -> Tensor:
-    """Cards [n,3,24,24] in -1..1 with scans [n,8,8] in a hand; each card's place and the ground behind it are drawn."""
+    """Cards [n,3,24,24] in -1..1 with scans [n,8,8] in a hand; each card's place and the ground behind it are
+    drawn.
+    """
     n, side = len(scans), data.SLOT
-    place, turn = (torch.rand(n, 2, generator=generator) - 0.5) * 0.12, 1.25 + 0.1 * torch.rand(n, generator=generator)
+    place, turn = (
+        (torch.rand(n, 2, generator=generator) - 0.5) * 0.12,
+        1.25 + 0.1 * torch.rand(n, generator=generator),
+    )
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = turn
-    card_grid = F.affine_grid(torch.cat([theta[:, :, :2], -place[:, :, None]], 2), [n, 1, side, side], align_corners=False)
+    card_grid = F.affine_grid(
+        torch.cat([theta[:, :, :2], -place[:, :, None]], 2), [n, 1, side, side], align_corners=False
+    )
     theta[:, 0, 1] = style.slant * turn
     theta[:, :, 2] = -place
     large = F.interpolate(scans[:, None], scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)
-    ink = F.grid_sample(large, F.affine_grid(theta, [n, 1, side, side], align_corners=False), align_corners=False).clamp(0, 1)
+    ink = F.grid_sample(
+        large, F.affine_grid(theta, [n, 1, side, side], align_corners=False), align_corners=False
+    ).clamp(0, 1)
     ink = ink**style.stroke
     card = torch.tensor(colorsys.hsv_to_rgb(style.hue, 0.75, 0.45))[:, None, None]
     pen = torch.tensor(colorsys.hsv_to_rgb((style.hue + 0.5) % 1, 0.35, 1.0))[:, None, None]
-    pixels = torch.where((card_grid.abs().amax(-1) <= 1)[:, None], card + (pen - card) * ink, data.backgrounds(n, side, side, generator))
+    pixels = torch.where(
+        (card_grid.abs().amax(-1) <= 1)[:, None],
+        card + (pen - card) * ink,
+        data.backgrounds(n, side, side, generator),
+    )
     return pixels.clamp(0, 1) * 2 - 1
 
 

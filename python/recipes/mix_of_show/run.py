@@ -1,11 +1,16 @@
-"""Mix-of-Show end to end, on the demo's digits: two concepts trained apart, fused by weights and by gradients, drawn alone and together.
+"""Mix-of-Show end to end, on the demo's digits: two concepts trained apart, fused by weights and by
+gradients, drawn alone and together.
 
 python python/recipes/mix_of_show/run.py            five seeds
-python python/recipes/mix_of_show/run.py --quick    two seeds and shorter runs: under twelve minutes on two idle cores
+python python/recipes/mix_of_show/run.py --quick    two seeds and shorter runs: under twelve minutes on two
+idle cores
 
-"amber" is a four in the colours of the high digits, in the middle of a scene; "navy" a seven in those of the low ones, on its right.
-Each is an ED-LoRA of two tokens, trained by itself on a few pictures. No caption has room for both: only regions bring them together.
-A small classifier says how often a picture shows the concept. Started again, a run goes on from its checkpoints.
+"amber" is a four in the colours of the high digits, in the middle of a scene; "navy" a seven in those of the
+low ones, on its right.
+Each is an ED-LoRA of two tokens, trained by itself on a few pictures. No caption has room for both: only
+regions bring them together.
+A small classifier says how often a picture shows the concept. Started again, a run goes on from its
+checkpoints.
 """
 
 from __future__ import annotations
@@ -66,7 +71,8 @@ class Settings:
 
 
 QUICK = Settings(seeds=2, steps=250, drawn=40, sampling_steps=12, fusion_steps=12, classifier_steps=150)
-# the demo's model learns at other rates than Stable Diffusion, and its words are ten times as long; found on another seed
+# the demo's model learns at other rates than Stable Diffusion, and its words are ten times as long; found on
+# another seed
 _CONFIG = TrainConfig(steps=0, lr=3e-3, schedule="linear", weight_decay=0.0, checkpoint_every=50)
 _TRAINING = EDLoRATraining(_CONFIG, embedding_lr=3e-2, text_encoder_lr=3e-4, norm_limit=None)
 
@@ -80,9 +86,14 @@ def run_seed(seed: int, made: Settings, out: Path) -> dict[str, Any]:
     trained = {}
     for number, name in enumerate(known.NAMES):
         trained[name] = train(pipe, name, made, folder, 1000 * seed + number)
-        print(f"seed {seed}: {name}, loss {trained[name].expert.metadata['loss']}, {time.time() - begun:.0f} s", flush=True)
+        print(
+            f"seed {seed}: {name}, loss {trained[name].expert.metadata['loss']}, {time.time() - begun:.0f} s",
+            flush=True,
+        )
     began = time.time()
-    settings = FusionSettings(("blank {}", "{}"), steps=made.fusion_steps, height=SIZE[0], width=SIZE[1], seed=seed)
+    settings = FusionSettings(
+        ("blank {}", "{}"), steps=made.fusion_steps, height=SIZE[0], width=SIZE[1], seed=seed
+    )
     fused = fuse_pipeline(pipe, list(trained.values()), settings)
     fusing = time.time() - began
     save_fused(fused, folder / "fused")
@@ -101,19 +112,32 @@ def run_seed(seed: int, made: Settings, out: Path) -> dict[str, Any]:
                 found[way][f"{name}, both in one"] = known.fidelity(reader, drawn, name)
             shown[way].append(drawn[:4])
     sheet(shown, folder / "pictures.png")
-    print(f"seed {seed}: fused in {fusing:.1f} s, {json.dumps(found)}, {time.time() - begun:.0f} s", flush=True)
+    print(
+        f"seed {seed}: fused in {fusing:.1f} s, {json.dumps(found)}, {time.time() - begun:.0f} s", flush=True
+    )
     about = {"fusing_seconds": fusing, "objective": fused.totals(), "classifier": accuracy}
-    return {"seed": seed, "seconds": time.time() - begun, "cpu_seconds": time.process_time(), "ways": found} | about
+    return {
+        "seed": seed,
+        "seconds": time.time() - begun,
+        "cpu_seconds": time.process_time(),
+        "ways": found,
+    } | about
 
 
 def train(pipe: Any, name: str, made: Settings, folder: Path, seed: int) -> Concept:
-    """One concept by itself, from a folder of pictures as anyone's own would be; kept as the paper's tools keep theirs."""
+    """One concept by itself, from a folder of pictures as anyone's own would be; kept as the paper's tools
+    keep theirs.
+    """
     write_folder(known.pictures(name, made.pictures, Generator().manual_seed(seed)), folder / name)
     tokens = known.tokens_of(name)
-    batches = concept_batches(pipe, PictureFolder(folder / name, SIZE, multiple=8), tokens, made.batch, seed=seed)
+    batches = concept_batches(
+        pipe, PictureFolder(folder / name, SIZE, multiple=8), tokens, made.batch, seed=seed
+    )
     config = replace(_TRAINING.config, steps=made.steps, warmup=made.steps // 15, seed=seed)
     training = replace(_TRAINING, config=config, rank=made.rank)
-    concept = train_edlora(pipe, batches, tokens, training, run_dir=folder / f"run_{name}", resume=True, progress=False)
+    concept = train_edlora(
+        pipe, batches, tokens, training, run_dir=folder / f"run_{name}", resume=True, progress=False
+    )
     save_concept(concept, folder / f"{name}.pth")
     return concept
 
@@ -126,13 +150,17 @@ def draw(pipe: Any, expert: Expert, concept: Concept, tokens: Tokens, made: Sett
         return _pixels(sample(pipe, prompts, tokens, "", **_options(made, seed, len(prompts))))
 
 
-def draw_regions(pipe: Any, expert: Expert, trained: Sequence[Concept], tokens: Tokens, made: Settings, seed: int) -> Tensor:
+def draw_regions(
+    pipe: Any, expert: Expert, trained: Sequence[Concept], tokens: Tokens, made: Settings, seed: int
+) -> Tensor:
     """Pictures of both concepts, each in its slot's region, and usual digits in the first slot."""
     words = [data.caption_of([k % 11 - 1]) for k in range(made.drawn)]
     boxes = [((at := known.slot_of(name)) / data.SLOTS, (at + 1) / data.SLOTS) for name in known.NAMES]
     regions = [Region(concept.name, box=(0.0, x0, 1.0, x1)) for concept, (x0, x1) in zip(trained, boxes)]
     with patch(pipe, {"x": expert}):
-        positive = torch.stack([encode_prompts(pipe, [f"blank {c.name}" for c in trained], tokens).states] * made.drawn)
+        positive = torch.stack(
+            [encode_prompts(pipe, [f"blank {c.name}" for c in trained], tokens).states] * made.drawn
+        )
         negative = encode_prompts(pipe, [""] * len(trained), tokens).states.expand_as(positive)
         with regional(pipe, [regions] * made.drawn, embeds=(positive, negative)):
             prompts = [f"{word} blank blank" for word in words]
@@ -142,7 +170,12 @@ def draw_regions(pipe: Any, expert: Expert, trained: Sequence[Concept], tokens: 
 def _options(made: Settings, seed: int, n: int) -> dict[str, Any]:
     size = (data.HEIGHT // FACTOR, data.WIDTH // FACTOR)
     latents = torch.randn(n, LATENT_CHANNELS, *size, generator=Generator().manual_seed(100 + seed))
-    return {"num_inference_steps": made.sampling_steps, "guidance_scale": evaluate.GUIDANCE, "latents": latents, "output_type": "pt"}
+    return {
+        "num_inference_steps": made.sampling_steps,
+        "guidance_scale": evaluate.GUIDANCE,
+        "latents": latents,
+        "output_type": "pt",
+    }
 
 
 def _pixels(result: Any) -> Tensor:
@@ -166,7 +199,9 @@ def sheet(shown: Mapping[str, Sequence[Tensor]], path: Path) -> None:
     rows = []
     for drawn in shown.values():
         blank = torch.ones_like(drawn[0])
-        rows.append(torch.cat([torch.cat(list(part), 1) for part in [*drawn, *[blank] * (wide - len(drawn))]], 2))
+        rows.append(
+            torch.cat([torch.cat(list(part), 1) for part in [*drawn, *[blank] * (wide - len(drawn))]], 2)
+        )
     image = _image(torch.cat(rows, 1).clamp(-1, 1))
     image.resize((image.width * 3, image.height * 3), Image.Resampling.NEAREST).save(path)
 
@@ -179,7 +214,10 @@ def _image(pixels: Tensor) -> Image.Image:
 def combine(seeds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """way -> column -> mean, sd and the seeds' values."""
     columns = (*known.NAMES, *(f"{name}, both in one" for name in known.NAMES))
-    return {way: {c: spread([s["ways"][way][c] for s in seeds]) for c in columns if c in seeds[0]["ways"][way]} for way in WAYS}
+    return {
+        way: {c: spread([s["ways"][way][c] for s in seeds]) for c in columns if c in seeds[0]["ways"][way]}
+        for way in WAYS
+    }
 
 
 def markdown(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -187,7 +225,9 @@ def markdown(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     columns = list(table[WAYS[1]])
     lines = [f"| concept fidelity | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for way, row in table.items():
-        cells = [f"{100 * row[c]['mean']:.0f} ± {100 * row[c]['sd']:.0f} %" if c in row else "–" for c in columns]
+        cells = [
+            f"{100 * row[c]['mean']:.0f} ± {100 * row[c]['sd']:.0f} %" if c in row else "–" for c in columns
+        ]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -200,7 +240,13 @@ def plot(table: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> No
     axis, columns = figure.subplots(), list(table[WAYS[1]])
     for w, (way, colour) in enumerate(zip(WAYS, ("#c9ced6", "#d9a679", "#7a9cc6"))):
         there = [i for i, column in enumerate(columns) if column in table[way]]
-        axis.bar([i + 0.27 * (w - 1) for i in there], [100 * table[way][columns[i]]["mean"] for i in there], 0.25, color=colour, label=way)
+        axis.bar(
+            [i + 0.27 * (w - 1) for i in there],
+            [100 * table[way][columns[i]]["mean"] for i in there],
+            0.25,
+            color=colour,
+            label=way,
+        )
         for i in there:
             values = table[way][columns[i]]["seeds"]
             axis.plot([i + 0.27 * (w - 1)] * len(values), [100 * v for v in values], "k.", ms=4)
@@ -211,11 +257,17 @@ def plot(table: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two seeds and shorter runs")
     parser.add_argument("--seeds", type=int, help="how many, instead")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="of pictures, checkpoints and results (default: build/recipes/mix_of_show)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="of pictures, checkpoints and results (default: build/recipes/mix_of_show)"
+    )
     args = parser.parse_args()
     made = QUICK if args.quick else Settings()
     made = replace(made, seeds=args.seeds or made.seeds)
@@ -226,13 +278,21 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         seeds = list(pool.map(run_seed, range(made.seeds), [made] * made.seeds, [out] * made.seeds))
     table = combine(seeds)
-    result = {"settings": asdict(made), "torch": torch.__version__, "seconds": time.time() - begun, "table": table, "seeds": seeds}
+    result = {
+        "settings": asdict(made),
+        "torch": torch.__version__,
+        "seconds": time.time() - begun,
+        "table": table,
+        "seeds": seeds,
+    }
     (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "table.md").write_text(markdown(table))
     plot(table, out / "fidelity.png")
     print(markdown(table))
     cpu = sum(one["cpu_seconds"] for one in seeds)
-    print(f"{made.seeds} seeds, {time.time() - begun:.0f} s, {cpu:.0f} s of processor time; results.json, table.md, fidelity.png in {out}")
+    print(
+        f"{made.seeds} seeds, {time.time() - begun:.0f} s, {cpu:.0f} s of processor time; results.json, table.md, fidelity.png in {out}"
+    )
 
 
 if __name__ == "__main__":

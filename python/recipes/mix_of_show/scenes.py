@@ -29,14 +29,20 @@ def slot_of(name: str) -> int:
 
 
 def pictures(name: str, n: int, generator: Generator, split: str = "train") -> data.Pictures:
-    """n scenes: the concept in its slot, a usual digit or nothing in the first; captions "seven <am1> <am2>"."""
+    """n scenes: the concept in its slot, a usual digit or nothing in the first; captions "seven <am1>
+    <am2>".
+    """
     tokens, digit, place, _, _ = CONCEPTS[name]
     digits = data.load_split(split)
-    first = torch.where(torch.rand(n, generator=generator) < 0.5, torch.randint(0, 10, (n,), generator=generator), -1)
+    first = torch.where(
+        torch.rand(n, generator=generator) < 0.5, torch.randint(0, 10, (n,), generator=generator), -1
+    )
     labels = torch.full((n, data.SLOTS), -1)
     labels[:, 0] = first
     labels[:, place] = digit
-    pixels, boxes = data.draw_cards(digits, labels.flatten(), generator, 0.0, 0.0, _side(n * data.SLOTS, generator))
+    pixels, boxes = data.draw_cards(
+        digits, labels.flatten(), generator, 0.0, 0.0, _side(n * data.SLOTS, generator)
+    )
     pixels, boxes = pixels.unflatten(0, (n, data.SLOTS)), boxes.unflatten(0, (n, data.SLOTS))
     pixels[:, place] = dyed(pixels[:, place], digit, name)
     covered = _row(boxes.amax(2, keepdim=True)) > 0
@@ -50,7 +56,9 @@ def dyed(slots: Tensor, digit: int, name: str) -> Tensor:
     _, _, _, card, ink = CONCEPTS[name]
     old_card, old_ink = data.CARD[digit // 5], data.INK[digit // 5]
     along = old_ink - old_card
-    strength = (((slots - old_card[:, None, None]) * along[:, None, None]).sum(1) / along.square().sum()).clamp(0, 1)
+    strength = (
+        ((slots - old_card[:, None, None]) * along[:, None, None]).sum(1) / along.square().sum()
+    ).clamp(0, 1)
     new_card, new_ink = torch.tensor(card)[:, None, None], torch.tensor(ink)[:, None, None]
     return new_card + (new_ink - new_card) * strength[:, None]
 
@@ -58,7 +66,8 @@ def dyed(slots: Tensor, digit: int, name: str) -> Tensor:
 def train_classifier(steps: int, seed: int = 0) -> tuple[Reader, float]:
     """(classifier of slots [n,3,24,24]: a concept's number, or OTHER; its accuracy on scans held out).
 
-    What it must tell apart: the concept, its digit in other colours, other digits in its colours, half of its colours, usual slots.
+    What it must tell apart: the concept, its digit in other colours, other digits in its colours, half of its
+    colours, usual slots.
     """
     torch.manual_seed(seed)
     reader = Reader()
@@ -92,10 +101,18 @@ def _examples(n: int, generator: Generator, split: str) -> tuple[Tensor, Tensor]
 
     def cards(labels: Tensor) -> Tensor:
         pixels, boxes = data.draw_cards(digits, labels, generator, 0.0, 0.0, _side(len(labels), generator))
-        return torch.where(boxes.amax(1, keepdim=True) > 0, pixels, data.backgrounds(len(labels), data.SLOT, data.SLOT, generator))
+        return torch.where(
+            boxes.amax(1, keepdim=True) > 0,
+            pixels,
+            data.backgrounds(len(labels), data.SLOT, data.SLOT, generator),
+        )
 
     for number, (name, (_, digit, _, _, _)) in enumerate(CONCEPTS.items()):
-        for label, share, kind in ((digit, 1.0, number), (_another(digit, generator), 1.0, OTHER), (digit, 0.5, OTHER)):
+        for label, share, kind in (
+            (digit, 1.0, number),
+            (_another(digit, generator), 1.0, OTHER),
+            (digit, 0.5, OTHER),
+        ):
             labels = torch.full((n,), label)
             pixels, boxes = data.draw_cards(digits, labels, generator, 0.0, 0.0, _side(n, generator))
             pixels = torch.lerp(pixels, dyed(pixels, label, name), share)

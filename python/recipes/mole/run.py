@@ -1,10 +1,13 @@
-"""MoLE end to end, on the demo's digits: folders of pictures, two experts, four kinds of gates, and what each of them is worth.
+"""MoLE end to end, on the demo's digits: folders of pictures, two experts, four kinds of gates, and what each
+of them is worth.
 
 python python/recipes/mole/run.py            five seeds
 python python/recipes/mole/run.py --quick    two seeds and shorter runs: under ten minutes on two idle cores
 
-Digits 0-4 play the paper's faces, 5-9 its hands: the base model was kept from learning them well, each expert sees sharp close-ups of one
-half, the gates see sharp scenes. Everything goes the way a user's own data would: pictures with a metadata.jsonl, a cache of latents and
+Digits 0-4 play the paper's faces, 5-9 its hands: the base model was kept from learning them well, each expert
+sees sharp close-ups of one
+half, the gates see sharp scenes. Everything goes the way a user's own data would: pictures with a
+metadata.jsonl, a cache of latents and
 text states, `train_expert`, `train_gates`. Started again, a run goes on from its checkpoints.
 """
 
@@ -56,26 +59,53 @@ class Settings:
     sampling_steps: int = 20
 
 
-QUICK = Settings(seeds=2, closeups=768, scenes=512, expert_steps=200, gate_steps=60, held_out=48, captions=24, sampling_steps=12)
-# found for the demo on other seeds than are used here; one constant a layer and expert moves too slowly at the gates' rate
-_EXPERT = TrainConfig(steps=0, lr=3e-3, schedule="cosine", weight_decay=0.0, cond_dropout=0.1, snr_gamma=2.0, checkpoint_every=50)
+QUICK = Settings(
+    seeds=2,
+    closeups=768,
+    scenes=512,
+    expert_steps=200,
+    gate_steps=60,
+    held_out=48,
+    captions=24,
+    sampling_steps=12,
+)
+# found for the demo on other seeds than are used here; one constant a layer and expert moves too slowly at
+# the gates' rate
+_EXPERT = TrainConfig(
+    steps=0,
+    lr=3e-3,
+    schedule="cosine",
+    weight_decay=0.0,
+    cond_dropout=0.1,
+    snr_gamma=2.0,
+    checkpoint_every=50,
+)
 _GATE_RATES = {"constant": 9e-2, "local": 3e-2, "global": 3e-2, "mole": 3e-2}
 
 
 def run_seed(seed: int, made: Settings, out: Path) -> dict[str, Any]:
-    """Trains both experts and every kind of gates for one seed, and measures every variant on the same held-out scenes."""
+    """Trains both experts and every kind of gates for one seed, and measures every variant on the same
+    held-out scenes.
+    """
     torch.set_num_threads(1)
     quiet()
     begun, folder = time.time(), out / f"seed{seed}"
     files = {half: folder / f"{half}.safetensors" for half in data.HALVES}
     for number, half in enumerate(data.HALVES):
-        pictures = data.closeups(data.load_split("train"), made.closeups, Generator().manual_seed(1000 * seed + number), number)
+        pictures = data.closeups(
+            data.load_split("train"), made.closeups, Generator().manual_seed(1000 * seed + number), number
+        )
         batches = _batches(pictures, folder / f"closeups_{half}", (data.SLOT, data.SLOT), made, seed)
         config = replace(_EXPERT, steps=made.expert_steps, warmup=made.expert_steps // 15, seed=seed)
         options = {"run_dir": folder / f"run_{half}", "resume": True, "progress": False, "null": batches.null}
-        expert = mole.train_expert(load_pipeline(), batches, name=half, rank=made.rank, config=config, **options)
+        expert = mole.train_expert(
+            load_pipeline(), batches, name=half, rank=made.rank, config=config, **options
+        )
         save_expert(expert, files[half], "kohya")
-        print(f"seed {seed}: expert {half}, loss {expert.metadata['loss']}, {time.time() - begun:.0f} s", flush=True)
+        print(
+            f"seed {seed}: expert {half}, loss {expert.metadata['loss']}, {time.time() - begun:.0f} s",
+            flush=True,
+        )
     scenes = data.scenes(data.load_split("train"), made.scenes, Generator().manual_seed(1000 * seed + 500))
     batches = _batches(scenes, folder / "scenes", (data.HEIGHT, data.WIDTH), made, seed)
     found: dict[str, Any] = {"none": _measure(load_pipeline(), made, seed)}
@@ -88,8 +118,15 @@ def run_seed(seed: int, made: Settings, out: Path) -> dict[str, Any]:
     for name, kind in GATES.items():
         pipe = load_pipeline()
         torch.manual_seed(1000 * seed + 7)
-        config = replace(_EXPERT, steps=made.gate_steps, warmup=made.gate_steps // 15, lr=_GATE_RATES[kind], seed=seed)
-        options = {"run_dir": folder / f"run_gates_{kind}", "resume": True, "progress": False, "null": batches.null}
+        config = replace(
+            _EXPERT, steps=made.gate_steps, warmup=made.gate_steps // 15, lr=_GATE_RATES[kind], seed=seed
+        )
+        options = {
+            "run_dir": folder / f"run_gates_{kind}",
+            "resume": True,
+            "progress": False,
+            "null": batches.null,
+        }
         with patch(pipe, experts, kind) as handle:
             mole.train_gates(handle, batches, config, **options)
             found[name] = _measure(pipe, made, seed)
@@ -97,7 +134,12 @@ def run_seed(seed: int, made: Settings, out: Path) -> dict[str, Any]:
             if kind != "constant":
                 handle.save(folder / f"mixture_{kind}.safetensors")
         print(f"seed {seed}: gates {name}, {time.time() - begun:.0f} s", flush=True)
-    return {"seed": seed, "seconds": time.time() - begun, "cpu_seconds": time.process_time(), "variants": found}
+    return {
+        "seed": seed,
+        "seconds": time.time() - begun,
+        "cpu_seconds": time.process_time(),
+        "variants": found,
+    }
 
 
 def write_folder(pictures: data.Pictures, folder: Path) -> None:
@@ -111,20 +153,34 @@ def write_folder(pictures: data.Pictures, folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def _batches(pictures: data.Pictures, folder: Path, size: tuple[int, int], made: Settings, seed: int) -> PictureBatches:
+def _batches(
+    pictures: data.Pictures, folder: Path, size: tuple[int, int], made: Settings, seed: int
+) -> PictureBatches:
     write_folder(pictures, folder)
     found = PictureFolder(folder, size, multiple=8)
-    return picture_batches(load_pipeline(), found, made.batch, cache=folder.parent / "cache", seed=seed, encode_batch=64, progress=False)
+    return picture_batches(
+        load_pipeline(),
+        found,
+        made.batch,
+        cache=folder.parent / "cache",
+        seed=seed,
+        encode_batch=64,
+        progress=False,
+    )
 
 
 def _measure(pipe: Any, made: Settings, seed: int) -> dict[str, float]:
-    """Loss by region on the held-out scenes, and the share of slots that a reader reads in drawn pictures as their captions say."""
+    """Loss by region on the held-out scenes, and the share of slots that a reader reads in drawn pictures as
+    their captions say.
+    """
     held = evaluate.make_held_out(pipe, made.held_out)
     losses = evaluate.region_loss(evaluate.scene_losses(pipe, held), held)
     labels = data.draw_labels(made.captions, Generator().manual_seed(4242))
     captions = [data.caption_of(row) for row in labels.tolist()]
     drawn = evaluate.generate(pipe, captions, 100 + seed, made.sampling_steps)
-    return {f"loss {region}": loss for region, loss in losses.items()} | evaluate.read_back(load_reader(), drawn, captions)
+    return {f"loss {region}": loss for region, loss in losses.items()} | evaluate.read_back(
+        load_reader(), drawn, captions
+    )
 
 
 def combine(seeds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -142,11 +198,19 @@ def combine(seeds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str,
 
 def markdown(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Rows of variants; every cell is mean ± standard deviation over the seeds."""
-    losses = {"loss all": "loss, all", "loss low": "cards 0-4", "loss high": "cards 5-9", "loss background": "elsewhere"}
+    losses = {
+        "loss all": "loss, all",
+        "loss low": "cards 0-4",
+        "loss high": "cards 5-9",
+        "loss background": "elsewhere",
+    }
     columns = losses | {"digits": "digits read"}
     lines = [f"| variant | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
     for variant, row in table.items():
-        cells = [f"{row[key]['mean']:+.1f} ± {row[key]['sd']:.1f} %" if variant != "none" else "–" for key in losses]
+        cells = [
+            f"{row[key]['mean']:+.1f} ± {row[key]['sd']:.1f} %" if variant != "none" else "–"
+            for key in losses
+        ]
         cells.append(f"{100 * row['digits']['mean']:.0f} ± {100 * row['digits']['sd']:.0f} %")
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -158,7 +222,10 @@ def plot(table: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> No
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axis, key, factor, title in zip(
-        figure.subplots(1, 2), ("loss all", "digits"), (1, 100), ("held-out loss against the base, %", "digits read as captioned, %")
+        figure.subplots(1, 2),
+        ("loss all", "digits"),
+        (1, 100),
+        ("held-out loss against the base, %", "digits read as captioned, %"),
     ):
         for y, variant in enumerate(VARIANTS):
             found = table[variant][key]
@@ -172,11 +239,17 @@ def plot(table: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two seeds and shorter runs")
     parser.add_argument("--seeds", type=int, help="how many, instead")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="of pictures, checkpoints and results (default: build/recipes/mole)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="of pictures, checkpoints and results (default: build/recipes/mole)"
+    )
     args = parser.parse_args()
     made = QUICK if args.quick else Settings()
     made = replace(made, seeds=args.seeds or made.seeds)
@@ -187,13 +260,21 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         seeds = list(pool.map(run_seed, range(made.seeds), [made] * made.seeds, [out] * made.seeds))
     table = combine(seeds)
-    result = {"settings": asdict(made), "torch": torch.__version__, "seconds": time.time() - begun, "table": table, "seeds": seeds}
+    result = {
+        "settings": asdict(made),
+        "torch": torch.__version__,
+        "seconds": time.time() - begun,
+        "table": table,
+        "seeds": seeds,
+    }
     (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "table.md").write_text(markdown(table))
     plot(table, out / "ablation.png")
     print(markdown(table))
     cpu = sum(one["cpu_seconds"] for one in seeds)
-    print(f"{made.seeds} seeds, {time.time() - begun:.0f} s, {cpu:.0f} s of processor time; results.json, table.md, ablation.png in {out}")
+    print(
+        f"{made.seeds} seeds, {time.time() - begun:.0f} s, {cpu:.0f} s of processor time; results.json, table.md, ablation.png in {out}"
+    )
 
 
 if __name__ == "__main__":

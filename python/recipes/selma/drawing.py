@@ -30,9 +30,16 @@ def plot(results: Results, path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     names = list(results)[::-1]
     for axis, column in zip(axes, ("all skills", "other digits"), strict=True):
-        axis.barh(names, [100 * results[name][column]["mean"] for name in names], color="#7aa6c2", height=0.65)
+        axis.barh(
+            names, [100 * results[name][column]["mean"] for name in names], color="#7aa6c2", height=0.65
+        )
         for k, name in enumerate(names):
-            axis.plot([100 * value for value in results[name][column]["seeds"]], [k] * len(results[name][column]["seeds"]), "k.", ms=4)
+            axis.plot(
+                [100 * value for value in results[name][column]["seeds"]],
+                [k] * len(results[name][column]["seeds"]),
+                "k.",
+                ms=4,
+            )
         axis.axvline(100 * results["base"][column]["mean"], color="0.4", lw=0.8, ls="--")
         axis.set_xlabel("DSG score, %")
         axis.set_title(column)
@@ -41,19 +48,27 @@ def plot(results: Results, path: Path) -> None:
 
 
 def gallery(folder: Path, path: Path, pictures: int = 6) -> None:
-    """The first pictures of every skill's captions, one column for each variant of `SHOWN`, of both sources."""
+    """The first pictures of every skill's captions, one column for each variant of `SHOWN`, of both
+    sources.
+    """
     from PIL import Image, ImageDraw
 
     columns = {"base": folder / "base"}
     for source in ("own_pictures", "scans"):
         columns |= {
-            f"{source.split('_')[0]}: {name}": folder / source / "drawn" / name.replace(" ", "_").replace("/", "_") for name in SHOWN[1:]
+            f"{source.split('_')[0]}: {name}": folder
+            / source
+            / "drawn"
+            / name.replace(" ", "_").replace("/", "_")
+            for name in SHOWN[1:]
         }
     found = {title: sorted(where.glob("*.png")) for title, where in columns.items()}
     total = len(next(iter(found.values())))
     rows = [k * total // pictures for k in range(pictures)]
     width, height, gap, top, left = 144, 48, 8, 24, 110
-    sheet = Image.new("RGB", (left + len(columns) * (width + gap) + gap, top + len(rows) * (height + gap)), (250, 250, 252))
+    sheet = Image.new(
+        "RGB", (left + len(columns) * (width + gap) + gap, top + len(rows) * (height + gap)), (250, 250, 252)
+    )
     pen = ImageDraw.Draw(sheet)
     for c, (title, files) in enumerate(found.items()):
         x = left + gap + c * (width + gap)

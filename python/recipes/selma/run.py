@@ -1,8 +1,12 @@
-"""SELMA end to end on the demo's digits: `python python/recipes/selma/run.py [--quick]` writes a table, plots and pictures.
+"""SELMA end to end on the demo's digits: `python python/recipes/selma/run.py [--quick]` writes a table, plots
+and pictures.
 
-The shipped base model reads as the wrong digit where it is asked for a zero, a three or a five. Each of these is a skill: prompts are
-written, pictures made, an expert trained for each; then the experts are merged with weights 1/T and compared with one expert
-trained on all pictures (joint), with each expert alone, and with their plain sum. Twice: on the model's own pictures, as the paper
+The shipped base model reads as the wrong digit where it is asked for a zero, a three or a five. Each of these
+is a skill: prompts are
+written, pictures made, an expert trained for each; then the experts are merged with weights 1/T and compared
+with one expert
+trained on all pictures (joint), with each expert alone, and with their plain sum. Twice: on the model's own
+pictures, as the paper
 has it, and on pictures of real scans, which is the most that other pictures could bring.
 """
 
@@ -27,7 +31,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from drawing import gallery, markdown, plot
 from torch import Generator
-from words import SKILL_WORDS, CaptionWriter, ReaderAnswers, captions_with, captions_without, scenes_of, skill_of, tree_of
+from words import (
+    SKILL_WORDS,
+    CaptionWriter,
+    ReaderAnswers,
+    captions_with,
+    captions_without,
+    scenes_of,
+    skill_of,
+    tree_of,
+)
 
 from mole_kernels.demo import data
 from mole_kernels.demo.classifier import load_reader
@@ -52,7 +65,8 @@ class Plan:
     """How much is done.
 
     prompts, asked  of each skill: prompts to train on, captions to be asked about
-    steps           of each expert; joint training takes T times as many, so that it sees as many pictures as all experts together
+    steps           of each expert; joint training takes T times as many, so that it sees as many pictures as
+                    all experts together
     denoising       steps of each picture that is asked about; those to train on take 20
     """
 
@@ -72,9 +86,18 @@ QUICK = Plan(seeds=2, prompts=48, steps=64, asked=16, denoising=10)
 def main() -> None:
     """All seeds, then the table, the plots and metrics.json."""
     parser = argparse.ArgumentParser(description="SELMA end to end on the demo's digits.")
-    parser.add_argument("--quick", action="store_true", help="fewer seeds, pictures and steps: under ten minutes on two cores")
-    parser.add_argument("--out", type=Path, default=Path("build/recipes/selma"), help="the folder for everything; goes on where it stopped")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="seeds and sources at once, one thread each")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer seeds, pictures and steps: under ten minutes on two cores"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/recipes/selma"),
+        help="the folder for everything; goes on where it stopped",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="seeds and sources at once, one thread each"
+    )
     asked = parser.parse_args()
     plan, begun = (QUICK if asked.quick else Plan()), time.time()
     out = asked.out / ("quick" if asked.quick else "full")
@@ -82,8 +105,15 @@ def main() -> None:
     jobs = [(seed, source) for source in SOURCES for seed in range(plan.seeds)]
     with ProcessPoolExecutor(min(asked.workers, len(jobs)), mp_context=get_context("spawn")) as pool:
         done = dict(zip(jobs, pool.map(partial(run_source, plan, out), jobs), strict=True))
-    results = combine([{name: row for source in SOURCES for name, row in done[seed, source].items()} for seed in range(plan.seeds)])
-    (out / "metrics.json").write_text(json.dumps({"plan": asdict(plan), "seconds": time.time() - begun, "results": results}, indent=1))
+    results = combine(
+        [
+            {name: row for source in SOURCES for name, row in done[seed, source].items()}
+            for seed in range(plan.seeds)
+        ]
+    )
+    (out / "metrics.json").write_text(
+        json.dumps({"plan": asdict(plan), "seconds": time.time() - begun, "results": results}, indent=1)
+    )
     table = markdown(results)
     (out / "table.md").write_text(table)
     plot(results, out / "skills.png")
@@ -93,7 +123,9 @@ def main() -> None:
 
 
 def run_source(plan: Plan, out: Path, job: tuple[int, str]) -> dict[str, dict[str, float]]:
-    """{variant: {skill: DSG score}} of one seed and one source of pictures; all stages. The base is scored with the first source."""
+    """{variant: {skill: DSG score}} of one seed and one source of pictures; all stages. The base is scored
+    with the first source.
+    """
     torch.set_num_threads(1)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     (seed, source), pipe = job, load_pipeline()
@@ -104,11 +136,19 @@ def run_source(plan: Plan, out: Path, job: tuple[int, str]) -> dict[str, dict[st
     bank = skill_bank(project)
     merged = merge_skills(bank)
     save_merged(project, merged)
-    variants: dict[str, Mapping[str, Any]] = {f"{name} alone": {name: bank.experts[name]} for name in bank.names}
-    variants |= {"joint": {"joint": project.expert_file("joint")}, "merged, 1/T": {"merged": merged}, "sum": bank.experts}
+    variants: dict[str, Mapping[str, Any]] = {
+        f"{name} alone": {name: bank.experts[name]} for name in bank.names
+    }
+    variants |= {
+        "joint": {"joint": project.expert_file("joint")},
+        "merged, 1/T": {"merged": merged},
+        "sum": bank.experts,
+    }
     for name, experts in variants.items():
         with patch(pipe, experts):
-            scores[f"{source}: {name}"] = score(plan, project.root / "drawn" / name.replace(" ", "_").replace("/", "_"), pipe, seed)
+            scores[f"{source}: {name}"] = score(
+                plan, project.root / "drawn" / name.replace(" ", "_").replace("/", "_"), pipe, seed
+            )
     print(f"seed {seed}, {source}: done", flush=True)
     return scores
 
@@ -127,14 +167,24 @@ def teach(plan: Plan, project: Project, pipe: Any, source: str, seed: int) -> No
     )
     # not flipped: a mirrored digit is none, and captions name places
     training = SkillTraining(
-        config, plan.rank, float(plan.rank), (data.HEIGHT, data.WIDTH), plan.batch, flip=False, multiple=size_multiple(pipe)
+        config,
+        plan.rank,
+        float(plan.rank),
+        (data.HEIGHT, data.WIDTH),
+        plan.batch,
+        flip=False,
+        multiple=size_multiple(pipe),
     )
     for word in SKILL_WORDS:
-        write_prompts(project, skill_of(word), CaptionWriter(word), PromptSettings(count=plan.prompts, seed=seed))
+        write_prompts(
+            project, skill_of(word), CaptionWriter(word), PromptSettings(count=plan.prompts, seed=seed)
+        )
         if source == "scans":
             scan_pictures(project, word, seed)
         else:
-            make_pictures(project, word, pipe, PictureSettings(1000 + seed, 16, OPTIONS | {"num_inference_steps": 20}))
+            make_pictures(
+                project, word, pipe, PictureSettings(1000 + seed, 16, OPTIONS | {"num_inference_steps": 20})
+            )
         train_skill(project, word, pipe, training, progress=False)
     join_pictures(project, SKILL_WORDS)
     longer = replace(training, config=replace(config, steps=plan.steps * len(SKILL_WORDS)))
@@ -145,16 +195,26 @@ def scan_pictures(project: Project, word: str, seed: int) -> None:
     """The same prompts with pictures of real scans instead of the model's own."""
     folder, prompts = project.pictures_folder(word), project.prompts(word)
     folder.mkdir(parents=True, exist_ok=True)
-    images = scenes_of(prompts, data.load_split("train"), Generator().manual_seed(1000 * seed + data.WORDS.index(word)))
+    images = scenes_of(
+        prompts, data.load_split("train"), Generator().manual_seed(1000 * seed + data.WORDS.index(word))
+    )
     for number, image in enumerate(images):
         image.save(folder / file_name(number))
-    write_lines(folder / METADATA, ({"file_name": file_name(number), "text": text} for number, text in enumerate(prompts)))
+    write_lines(
+        folder / METADATA,
+        ({"file_name": file_name(number), "text": text} for number, text in enumerate(prompts)),
+    )
 
 
 def score(plan: Plan, folder: Path, pipe: Any, seed: int) -> dict[str, float]:
-    """DSG scores of pictures for captions that no training saw, by skill, and for captions of the other digits."""
-    # captions with a skill's digit that the writer of its prompts keeps to itself are asked about by every variant
-    asked = {word: captions_with(word, held=True)[: plan.asked] for word in SKILL_WORDS} | {OTHERS: captions_without()[: plan.asked]}
+    """DSG scores of pictures for captions that no training saw, by skill, and for captions of the other
+    digits.
+    """
+    # captions with a skill's digit that the writer of its prompts keeps to itself are asked about by every
+    # variant
+    asked = {word: captions_with(word, held=True)[: plan.asked] for word in SKILL_WORDS} | {
+        OTHERS: captions_without()[: plan.asked]
+    }
     draw(
         pipe,
         [caption for captions in asked.values() for caption in captions],
@@ -162,7 +222,10 @@ def score(plan: Plan, folder: Path, pipe: Any, seed: int) -> dict[str, float]:
         PictureSettings(seed=seed, batch=32, options=OPTIONS),
     )
     answerer = ReaderAnswers(load_reader())
-    return {name: evaluate(folder, [tree_of(c) for c in captions], answerer)[0].score for name, captions in asked.items()}
+    return {
+        name: evaluate(folder, [tree_of(c) for c in captions], answerer)[0].score
+        for name, captions in asked.items()
+    }
 
 
 def combine(seeds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -171,7 +234,9 @@ def combine(seeds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dic
     for variant in seeds[0]:
         rows = [seed[variant] for seed in seeds]
         out[variant] = {column: spread([row[column] for row in rows]) for column in rows[0]}
-        out[variant]["all skills"] = spread([sum(row[word] for word in SKILL_WORDS) / len(SKILL_WORDS) for row in rows])
+        out[variant]["all skills"] = spread(
+            [sum(row[word] for word in SKILL_WORDS) / len(SKILL_WORDS) for row in rows]
+        )
     return out
 
 

@@ -1,4 +1,6 @@
-"""What SELMA's parts are on the demo's digits: who writes prompts, who answers questions, and pictures of real scans."""
+"""What SELMA's parts are on the demo's digits: who writes prompts, who answers questions, and pictures of
+real scans.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,18 @@ def _captions() -> tuple[str, ...]:
 def captions_with(word: str, held: bool) -> list[str]:
     """Captions with this digit and no other skill's; a quarter is held back from training."""
     strangers = set(SKILL_WORDS) - {word}
-    mine = [caption for caption in _captions() if word in caption.split() and not strangers & set(caption.split())]
+    mine = [
+        caption for caption in _captions() if word in caption.split() and not strangers & set(caption.split())
+    ]
     cut = len(mine) // 4
     return mine[:cut] if held else mine[cut:]
 
 
 def captions_without() -> list[str]:
     """Captions of the other digits alone."""
-    return [c for c in _captions() if not set(SKILL_WORDS) & set(c.split()) and set(c.split()) != {data.BLANK}]
+    return [
+        c for c in _captions() if not set(SKILL_WORDS) & set(c.split()) and set(c.split()) != {data.BLANK}
+    ]
 
 
 def skill_of(word: str) -> Skill:
@@ -51,7 +57,9 @@ def skill_of(word: str) -> Skill:
 
 
 class CaptionWriter:
-    """A `TextGenerator` without a language model: answers with random captions of the skill, repeats included."""
+    """A `TextGenerator` without a language model: answers with random captions of the skill, repeats
+    included.
+    """
 
     def __init__(self, word: str) -> None:
         self.word, self.name = word, f"captions with {word}"
@@ -62,7 +70,9 @@ class CaptionWriter:
 
 
 def tree_of(caption: str) -> Tree:
-    """DSG's questions about a scene: is there a digit in a place, and below it, is it the right one; a blank must be blank."""
+    """DSG's questions about a scene: is there a digit in a place, and below it, is it the right one; a blank
+    must be blank.
+    """
     questions: dict[str, str] = {}
     dependencies: dict[str, list[str]] = {}
     for place, word in zip(PLACES, caption.split(), strict=True):
@@ -76,7 +86,9 @@ def tree_of(caption: str) -> Tree:
 
 
 class ReaderAnswers:
-    """An `Answerer`: the demo's reader of digits (99.5 % right on real scans) in place of a model that answers any question."""
+    """An `Answerer`: the demo's reader of digits (99.5 % right on real scans) in place of a model that
+    answers any question.
+    """
 
     name = "the demo's reader"
 
@@ -101,7 +113,12 @@ def scenes_of(captions: Sequence[str], digits: data.Digits, generator: Generator
     labels = torch.tensor([data.labels_of(caption) for caption in captions]).flatten()
     side = torch.rand(len(labels), generator=generator) * 3.0 + 17.0
     pixels, boxes = data.draw_cards(digits, labels, generator, 0.0, 0.0, side)
-    ground = data.backgrounds(n, data.HEIGHT, data.WIDTH, generator).unflatten(-1, (data.SLOTS, data.SLOT)).movedim(3, 1).flatten(0, 1)
+    ground = (
+        data.backgrounds(n, data.HEIGHT, data.WIDTH, generator)
+        .unflatten(-1, (data.SLOTS, data.SLOT))
+        .movedim(3, 1)
+        .flatten(0, 1)
+    )
     slots = torch.where(boxes.amax(1, keepdim=True) > 0, pixels, ground)
     scenes = slots.unflatten(0, (n, data.SLOTS)).movedim(1, 3).flatten(3) * 2 - 1
     return [to_image(scene, zoom=1) for scene in scenes]

@@ -17,4 +17,6 @@ def check(data: bytes) -> None:
     (root / "sub" / METADATA).write_bytes(data)
     captions, bad = read_captions(root)
     assert set(captions) <= {"a.png", "sub/b.png", f"sub/{METADATA}"}
-    assert all(line.isprintable() for line in bad.values()) and all(isinstance(caption, str) for caption in captions.values())
+    assert all(line.isprintable() for line in bad.values()) and all(
+        isinstance(caption, str) for caption in captions.values()
+    )

@@ -14,7 +14,14 @@ from tests.fuzz.meeting import folder, numbers, same, text
 
 JSON = False
 OURS = stamp() | {"gates": json.dumps({"experts": OFFICIAL_NAMES, "metadata": {}})}
-SHAPES = {"Phi_1.weight": (2, 3), "Phi_1.bias": (2,), "phi": (2, 3), "phi_bias": (2,), "head": (2, 4), "head_bias": (2,)}
+SHAPES = {
+    "Phi_1.weight": (2, 3),
+    "Phi_1.bias": (2,),
+    "phi": (2, 3),
+    "phi_bias": (2,),
+    "head": (2, 4),
+    "head_bias": (2,),
+}
 
 
 def check(data: bytes) -> None:

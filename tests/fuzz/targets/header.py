@@ -16,7 +16,11 @@ def check(data: bytes) -> None:
         tensors = file.read()
     # every byte belongs to exactly one tensor, and none was made up
     held = sum(t.numel() * t.element_size() for t in tensors.values())
-    assert held == sum(e.end - e.begin for e in entries.values()) == len(data) - 8 - int.from_bytes(data[:8], "little")
+    assert (
+        held
+        == sum(e.end - e.begin for e in entries.values())
+        == len(data) - 8 - int.from_bytes(data[:8], "little")
+    )
     assert all(text.isprintable() for item in printable_metadata(metadata).items() for text in item)
     again = folder() / "again.safetensors"
     atomic_save(tensors, again, metadata)

@@ -21,7 +21,9 @@ def check(data: bytes) -> None:
             continue
         assert len(header.entries) <= MAX_TENSORS
         assert sum(e.end - e.begin for e in header.entries.values()) == size
-        assert all(len(e.shape) <= MAX_DIMS and 0 <= e.begin <= e.end <= size for e in header.entries.values())
+        assert all(
+            len(e.shape) <= MAX_DIMS and 0 <= e.begin <= e.end <= size for e in header.entries.values()
+        )
         return
     assert refused is not None
     raise refused

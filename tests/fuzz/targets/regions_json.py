@@ -15,9 +15,14 @@ def check(data: bytes) -> None:
     regions = read_regions(text(data))
     for region in regions:
         assert_plain(region.box, int, float)
-        assert region.prompt.strip() and all(math.isfinite(weight) for weight in (region.experts or {}).values())
+        assert region.prompt.strip() and all(
+            math.isfinite(weight) for weight in (region.experts or {}).values()
+        )
     shares(regions, 8, 8)
-    fields = [{"prompt": r.prompt, "negative": r.negative, "box": r.box, "experts": r.experts or {}} for r in regions]
+    fields = [
+        {"prompt": r.prompt, "negative": r.negative, "box": r.box, "experts": r.experts or {}}
+        for r in regions
+    ]
     again = read_regions(json.dumps(fields))
     assert [(r.prompt, r.negative, tuple(r.box), r.experts or {}) for r in again] == [
         (r.prompt, r.negative, tuple(r.box), r.experts or {}) for r in regions

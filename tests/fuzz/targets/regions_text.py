@@ -15,5 +15,7 @@ def check(data: bytes) -> None:
     table = shares(regions, 8, 12)
     assert table.shape == (1 + len(regions), 96) and bool((table.sum(0) - 1).abs().max() < 1e-5)
     assert all(0 <= v <= 1 for region in regions for v in region.box)
-    again = read_regions(json.dumps([{"prompt": r.prompt, "negative": r.negative, "box": r.box} for r in regions]))
+    again = read_regions(
+        json.dumps([{"prompt": r.prompt, "negative": r.negative, "box": r.box} for r in regions])
+    )
     assert again == regions

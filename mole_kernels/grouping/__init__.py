@@ -1,0 +1,1 @@
+"""Layers that share one input computed as one product."""

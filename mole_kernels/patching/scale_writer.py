@@ -1,0 +1,79 @@
+"""Adapter weights written into every layer's scale at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.patching.block_scales import Weight, weight_at
+
+
+class ScaleWriter:
+    """scale_e = base_scale_e · weight_e in all layers, through one staging tensor for each device that is
+    kept between calls.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        self._weights = torch.ones(len(self._names), dtype=torch.float32)
+        self._groups: list[_Group] = []
+        self._bases: list[Tensor] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle would make of the staged tensor's parts tensors of their own
+        return ScaleWriter, (self._names,)
+
+    @torch.no_grad()
+    def write(self, layers: Mapping[str, LayerExperts], weights: Mapping[str, Weight]) -> None:
+        """layers: path -> its experts; weights: expert name -> its weight, everywhere or by path."""
+        bases = [cast(Tensor, layer._buffers["base_scale"]) for layer in layers.values()]
+        # `.to()` and a swap give the layers other buffers: then what is staged is out of date
+        if len(bases) != len(self._bases) or any(now is not then for now, then in zip(bases, self._bases)):
+            # in this order: a failure in between must not leave old groups for new layers
+            self._groups = self._grouped(layers)
+            self._bases = bases
+        everywhere = all(not isinstance(weights[name], Mapping) for name in self._names)
+        if everywhere:
+            self._weights.copy_(torch.tensor([weights[name] for name in self._names]))
+        for group in self._groups:
+            if everywhere:
+                group.weights.copy_(self._weights)
+                torch.index_select(group.weights, 0, group.rows, out=group.staged)
+            else:
+                group.staged.copy_(
+                    torch.tensor([weight_at(weights[name], path) for path, name in group.places])
+                )
+            group.staged.mul_(group.base)
+            torch._foreach_copy_(
+                [cast(Tensor, layer._buffers["scale"]) for layer in group.layers], group.parts
+            )
+
+    def _grouped(self, layers: Mapping[str, LayerExperts]) -> list[_Group]:
+        by_device: dict[torch.device, dict[str, LayerExperts]] = {}
+        for path, layer in layers.items():
+            by_device.setdefault(layer.base_scale.device, {})[path] = layer
+        return [_Group(members, device, self._names) for device, members in by_device.items()]
+
+
+class _Group:
+    """The layers of one device."""
+
+    def __init__(
+        self, members: Mapping[str, LayerExperts], device: torch.device, names: tuple[str, ...]
+    ) -> None:
+        layers = list(members.values())
+        self.places = [(path, name) for path, layer in members.items() for name in layer.names]
+        # a staging tensor made under inference_mode could not be written outside of it
+        with torch.inference_mode(False):
+            self.layers = layers
+            self.weights = torch.ones(len(names), dtype=torch.float32, device=device)
+            self.rows = torch.tensor(
+                [names.index(name) for layer in layers for name in layer.names], device=device
+            )
+            self.base = torch.cat([layer.base_scale for layer in layers]).clone()
+            self.staged = torch.empty_like(self.base)
+            self.parts = list(self.staged.split([len(layer.names) for layer in layers]))

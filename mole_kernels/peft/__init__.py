@@ -1,0 +1,1 @@
+"""PEFT layers computed by the package's operator."""

@@ -1,0 +1,1 @@
+"""Keys and values of cross-attention computed once per text."""
