@@ -233,7 +233,7 @@ def predict(
     candidate: str,
     problem: Problem,
     device: Device,
-    use: Use = Use(),
+    use: Use = Use(),  # noqa: B008
     loop: Loop | None = None,
 ) -> float:
     """Microseconds of a candidate ("plain" is the layer without experts); `loop` overrides our kernels' own
