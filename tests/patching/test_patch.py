@@ -290,7 +290,7 @@ def check_fault(model: nn.Module, run, monkeypatch, fault: BaseException, place:
         "make_gate": (apply_module, "make_gate"),
         "attach": (apply_module, "attach"),
         "late attach": (apply_module, "attach"),
-        "guards": (apply_module.guards, "install"),
+        "guards": (apply_module.fuse_guard, "install"),
         "handle": (apply_module, "Handle"),
     }[place]
     original, calls = getattr(owner, name), 0
