@@ -1,13 +1,14 @@
 """PEFT's LoRA layers computed by our operator where that is exact, by PEFT's own forward everywhere else.
 
-A base whose weight can be read is one operand of the operator. A base that cannot (quantised, hooked,
-trained, a class of its own) is
-called as it is, and the adapters are added to what it says by two products, however many there are.
+If the base layer's weight can be read, the whole layer is one call of the operator. If it cannot (a quantised
+base, a hooked one, one that trains, another class), the base is called as a module, and the adapters, however
+many there are, are added to its output by two products.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from functools import lru_cache
 from typing import Any
 
@@ -21,44 +22,78 @@ from mole_kernels.errors import MoleBackendError
 from mole_kernels.functional import gated_lora_linear
 from mole_kernels.operands import Experts
 from mole_kernels.peft import status
-from mole_kernels.peft.read import PLAIN_TENSORS, Read, is_quantised, package, read
+from mole_kernels.peft.hooks import captured_forwards, fetched, is_hooked, redirect_forwards
+from mole_kernels.peft.operands import (
+    PLAIN_TENSORS,
+    Factors,
+    Operands,
+    is_quantised,
+    package_of,
+    read_factors,
+    read_operands,
+)
+from mole_kernels.peft.status import OPERATOR, Outcome
 from mole_kernels.precision import gate_dtype
 
-# PEFT's layers over quantised bases whose forward is lora.Linear's, and where they live; classes for them are
-# made on demand
-QUANTISED = {
+# PEFT's layers over quantised bases whose forward is that of lora.Linear, and their modules; classes for them
+# are made on demand
+QUANTISED_LAYERS = {
     "Linear8bitLt": "peft.tuners.lora.bnb",
     "Linear4bit": "peft.tuners.lora.bnb",
     "TorchaoLoraLinear": "peft.tuners.lora.torchao",
 }
+# where `exchange_class` keeps the counts of a layer
+COUNTS = "mole_calls"
 
 
 class Accelerated:
-    """Put before one of PEFT's classes: y = base(x) + Σ_a scaling_a (x A_aᵀ) B_aᵀ over the active adapters;
-    state and tensors stay.
+    """Mixed into one of PEFT's classes: y = base(x) + Σ_a scaling_a (x A_aᵀ) B_aᵀ over the active adapters.
+
+    State and tensors of the layer are PEFT's and stay as they are.
     """
 
     plain: type[nn.Module]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the layer.
+
+        Args:
+            x: Input [..., K].
+            *args: Passed on to PEFT's own forward, which computes calls that have any.
+            **kwargs: Likewise.
+
+        Returns:
+            y [..., N].
+        """
+        # another thread may exchange the class or take the counts away at any time: both are read once
+        cls = type(self)
         # a hook put on while accelerated keeps this function after `remove` has given the class back
-        if not isinstance(self, Accelerated):
-            return type(self).forward(self, x, *args, **kwargs)
-        found = read(self, x, args, kwargs)  # type: ignore[arg-type]
-        if not isinstance(found, str):
-            if found.called is not None:
-                y = _added(x, found)
-                _count(status.accelerated, f"{status.CALLED}{found.called}")
-                return y
+        if not issubclass(cls, Accelerated):
+            return cls.forward(self, x, *args, **kwargs)
+        operands = read_operands(self, x, args, kwargs)  # type: ignore[arg-type]
+        reason = operands.reason
+        if reason is None and operands.base_called is not None:
+            y = _sum(self, x, operands)
+        elif reason is None:
             try:
-                y = _mixture(x, found)
+                y = _mixture(x, operands)
             except MoleBackendError:
-                found = "no backend takes the problem"
-            else:
-                _count(status.accelerated, "linear")
-                return y
-        _count(status.fallbacks, found)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+                reason = "no backend takes the problem"
+        # a compiler would turn the counter's old value into a guard and recompile at each call
+        compiling = torch.compiler.is_compiling()
+        if reason is None:
+            if not compiling:
+                called = operands.base_called
+                outcome = OPERATOR if called is None else Outcome("base called", called)
+                status.count_call(outcome, calls_of(self))  # type: ignore[arg-type]
+            return y
+        if not compiling:
+            status.count_fallback(reason, calls_of(self))  # type: ignore[arg-type]
+        return cls.plain.forward(self, x, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _register(self)  # type: ignore[arg-type]
 
     def _get_name(self) -> str:
         return self.plain.__name__
@@ -72,10 +107,10 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):  # type: ignore[misc]
 
 @lru_cache
 def accelerated_class(plain: type) -> type[Accelerated] | None:
-    """The accelerated class for one of PEFT's, None where we have none."""
+    """The accelerated class for one of PEFT's classes, or None where there is none."""
     if plain is lora.Linear:
         return AcceleratedLoraLinear
-    if QUANTISED.get(plain.__name__) != plain.__module__:
+    if QUANTISED_LAYERS.get(plain.__name__) != plain.__module__:
         return None
     return type(
         f"Accelerated{plain.__name__}",
@@ -87,85 +122,91 @@ def accelerated_class(plain: type) -> type[Accelerated] | None:
 def __getattr__(name: str) -> type[Accelerated]:
     """Where pickle finds the classes that are made on demand."""
     peft_name = name.removeprefix("Accelerated")
-    if peft_name == name or peft_name not in QUANTISED:
+    if peft_name == name or peft_name not in QUANTISED_LAYERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = accelerated_class(getattr(importlib.import_module(QUANTISED[peft_name]), peft_name))
-    assert made is not None
-    return made
+    cls = accelerated_class(getattr(importlib.import_module(QUANTISED_LAYERS[peft_name]), peft_name))
+    assert cls is not None
+    return cls
 
 
-def is_peft_layer(module: nn.Module) -> bool:
-    """Any of PEFT's LoRA layers, accelerated or not."""
+def is_lora_layer(module: nn.Module) -> bool:
+    """Whether the module is one of PEFT's LoRA layers, accelerated or not."""
     return isinstance(module, lora.LoraLayer)
 
 
-def swap(layer: nn.Module) -> str | None:
-    """Give the layer its accelerated class; the reason where it keeps its own. Doing it twice changes
-    nothing.
+def exchange_class(layer: nn.Module) -> str | None:
+    """Give the layer its accelerated class. The second time changes nothing.
+
+    Args:
+        layer: A PEFT LoRA layer of any class.
+
+    Returns:
+        None, or the reason why the layer keeps its class.
     """
-    if isinstance(layer, Accelerated):
-        return None
     plain: Any = type(layer)
+    if issubclass(plain, Accelerated):
+        return None
     ours = accelerated_class(plain)
     if ours is None:
         return f"{plain.__name__} has a forward of its own"
-    own = layer.__dict__.get("forward")
-    if own is not None:
-        if getattr(own, "__func__", None) not in (plain.forward, ours.forward) or own.__self__ is not layer:  # type: ignore[attr-defined]
-            return "its forward was replaced on the instance (an offload or casting hook); accelerate first, then hook"
-        # left behind by a hook that is gone: the class's own forward, bound, which would hide ours
-        del layer.__dict__["forward"]
+    if "forward" in layer.__dict__ and not any(captured_forwards(layer, plain)):
+        return "its forward was replaced on the instance; accelerate first, then replace it"
+    _register(layer)
     layer.__class__ = ours  # type: ignore[assignment]
+    redirect_forwards(layer, plain, ours)  # type: ignore[arg-type]
     return None
 
 
-def restore(layer: nn.Module) -> None:
-    """PEFT's class back."""
-    if isinstance(layer, Accelerated):
-        layer.__class__ = layer.plain  # type: ignore[assignment]
+def restore_class(layer: nn.Module) -> None:
+    """Give the layer its PEFT class back."""
+    cls = type(layer)
+    if issubclass(cls, Accelerated):
+        layer.__class__ = cls.plain  # type: ignore[assignment]
+        redirect_forwards(layer, cls, cls.plain)  # type: ignore[arg-type]
+        layer.__dict__.pop(COUNTS, None)
+        status.accelerated_layers.discard(layer)
 
 
-def _count(counter: Any, key: str) -> None:
-    # a compiler would turn the counter's old value into a guard and recompile at each call
-    if not torch.compiler.is_compiling():
-        counter[key] += 1
+def calls_of(layer: nn.Module) -> Counter[Outcome]:
+    """The counted calls of an accelerated layer; of any other an empty counter."""
+    counts: Counter[Outcome] | None = layer.__dict__.get(COUNTS)
+    return Counter() if counts is None else counts
 
 
-def _kept(found: Read) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """A, B and scaling of the adapters that count: one of weight zero costs nothing; while it trains, it
-    still gets its zero gradients.
-    """
-    down, up, scaling = found.down, found.up, found.scaling
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*down, *up)):
-        kept = [i for i, s in enumerate(scaling) if isinstance(s, Tensor) or s != 0]
-        if len(kept) < len(scaling):
-            return [down[i] for i in kept], [up[i] for i in kept], [scaling[i] for i in kept]
-    return down, up, scaling
+def _register(layer: nn.Module) -> None:
+    # a copy of a layer has not been called yet
+    layer.__dict__[COUNTS] = Counter()
+    status.accelerated_layers.add(layer)
 
 
-def _stacked(down: list[Tensor], up: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """A_a one under the other [R,K], B_a side by side [N,R]"""
-    return (down[0], up[0]) if len(down) == 1 else (torch.cat(down), torch.cat(up, 1))
-
-
-def _mixture(x: Tensor, found: Read) -> Tensor:
-    """The whole layer in one call of the operator."""
-    weight: Any = found.base._parameters["weight"]
-    bias: Any = found.base._parameters["bias"]
-    down, up, scaling = _kept(found)
+def _mixture(x: Tensor, operands: Operands) -> Tensor:
+    """Compute the whole layer in one call of the operator."""
+    parameters: Any = operands.base._parameters
+    down, up, scaling = _weighted(operands.factors)
     if not down:
-        return F.linear(x, weight, bias)
+        return F.linear(x, parameters["weight"], parameters["bias"])
     ranks = tuple([d.shape[0] for d in down])
     stacked, beside = _stacked(down, up)
-    return gated_lora_linear(x, weight, bias, Experts(stacked[None], beside[None], _scale(scaling, x), ranks))
+    experts = Experts(stacked[None], beside[None], _scale(scaling, x), ranks)
+    return gated_lora_linear(x, parameters["weight"], parameters["bias"], experts)
 
 
-def _added(x: Tensor, found: Read) -> Tensor:
-    """base(x) + (scaling ⊙ x Aᵀ) Bᵀ: one shrink and one expand for all adapters, added where the base's
-    output lies if that is ours.
+def _sum(layer: Any, x: Tensor, operands: Operands) -> Tensor:
+    """Call the base, then add the adapters to its output."""
+    y = _call_base(operands.base, x)
+    fresh = not torch.compiler.is_compiling() and not is_hooked(operands.base) and is_quantised(operands.base)
+    factors = operands.factors
+    if not factors.hooks:
+        return _added(y, x, factors, fresh)
+    with fetched(factors.hooks, x) as fetched_x:
+        return _added(y, fetched_x, read_factors(layer), fresh)
+
+
+def _added(y: Tensor, x: Tensor, factors: Factors, fresh: bool) -> Tensor:
+    """y + (scaling ⊙ x Aᵀ) Bᵀ: one shrink and one expand for all adapters; in place if `fresh` says that y is
+    ours.
     """
-    y = _call(found.base, x)
-    down, up, scaling = _kept(found)
+    down, up, scaling = _weighted(factors)
     if not down:
         return y
     stacked, beside = _stacked(down, up)
@@ -176,13 +217,36 @@ def _added(x: Tensor, found: Read) -> Tensor:
         return (y + F.linear(z, beside)).to(y.dtype)
     flat, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
     beside = beside.to(h.dtype).mT
-    if found.fresh and not torch.is_grad_enabled() and y.is_contiguous():
+    if fresh and not torch.is_grad_enabled() and y.is_contiguous():
         return torch.addmm(flat, z, beside, out=flat).view(y.shape)
     return torch.addmm(flat, z, beside).view(y.shape)
 
 
-def _call(base: nn.Module, x: Tensor) -> Tensor:
-    """base(x); where its package has nothing to compute it with, an error that says so."""
+def _weighted(factors: Factors) -> tuple[list[Tensor], list[Tensor], list[float | Tensor]]:
+    """A, B and scaling of the adapters that count.
+
+    An adapter of weight zero costs nothing. While it trains it stays, for it still gets its zero gradients.
+    """
+    down, up, scaling = factors.down, factors.up, factors.scaling
+    for weight in scaling:
+        # a tensor is never looked into: on a GPU that would wait for the device
+        if not isinstance(weight, Tensor) and weight == 0:
+            break
+    else:
+        return down, up, scaling
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*down, *up)):
+        return down, up, scaling
+    count = [i for i, s in enumerate(scaling) if isinstance(s, Tensor) or s != 0]
+    return [down[i] for i in count], [up[i] for i in count], [scaling[i] for i in count]
+
+
+def _stacked(down: list[Tensor], up: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """A_a one beneath the other [R,K], B_a side by side [N,R]."""
+    return (down[0], up[0]) if len(down) == 1 else (torch.cat(down), torch.cat(up, 1))
+
+
+def _call_base(base: nn.Module, x: Tensor) -> Tensor:
+    """base(x); an error that names the base if its package has no kernel for the call."""
     if torch.compiler.is_compiling():
         return base(x)
     try:
@@ -195,12 +259,13 @@ def _call(base: nn.Module, x: Tensor) -> Tensor:
         of = (
             ""
             if weight is None or type(weight) in PLAIN_TENSORS
-            else f" with a {package(type(weight))}.{type(weight).__name__}"
+            else f" with a {package_of(type(weight))}.{type(weight).__name__}"
         )
         raise MoleBackendError(
-            f"{package(kind)}.{kind.__name__}{of}",
-            f"this base layer has no kernel for a {x.dtype} input on {x.device.type}: {str(error) or type(error).__name__}",
-            hint="without adapters it fails alike; another format, dtype, device or build of that package may have one",
+            f"{package_of(kind)}.{kind.__name__}{of}",
+            f"this base layer has no kernel for a {x.dtype} input on {x.device.type}: "
+            f"{str(error) or type(error).__name__}",
+            hint="it fails without adapters too; another format, dtype, device or build may have a kernel",
         ) from error
 
 
@@ -209,8 +274,9 @@ def _scale(scaling: list[float | Tensor], x: Tensor) -> Tensor:
     them.
     """
     dtype, device = gate_dtype(x.dtype), x.device
-    if any(isinstance(s, Tensor) for s in scaling):
-        return torch.stack([torch.as_tensor(s, dtype=dtype, device=device).reshape(()) for s in scaling])
+    for weight in scaling:
+        if isinstance(weight, Tensor):
+            return torch.stack([torch.as_tensor(s, dtype=dtype, device=device).reshape(()) for s in scaling])
     if torch.compiler.is_compiling():
         return torch.tensor(scaling, dtype=dtype, device=device)
     return _constant(tuple(scaling), dtype, device)

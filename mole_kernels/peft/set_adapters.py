@@ -32,7 +32,7 @@ class SetAdapters:
         method(_View(self.model), *args, **kwargs)
 
 
-def install(module: nn.Module) -> bool:
+def replace_set_adapters(module: nn.Module) -> bool:
     """On a diffusers model; any other module is left alone, and so is a model that somebody gave a
     `set_adapters` of its own.
     """
@@ -43,7 +43,7 @@ def install(module: nn.Module) -> bool:
     return isinstance(own, SetAdapters)
 
 
-def uninstall(module: nn.Module) -> None:
+def restore_set_adapters(module: nn.Module) -> None:
     if isinstance(module.__dict__.get(_METHOD), SetAdapters):
         del module.__dict__[_METHOD]
 

@@ -55,14 +55,14 @@ def _stand_in(package: str, *names: str) -> None:
 def _accelerate_every_layer() -> None:
     from peft.tuners import lora
 
-    from mole_kernels.peft.forward import swap
+    from mole_kernels.peft.forward import exchange_class
 
     make = lora.Linear.__init__
 
     @functools.wraps(make)
     def make_accelerated(self, *args, **kwargs):
         make(self, *args, **kwargs)
-        swap(self)
+        exchange_class(self)
 
     lora.Linear.__init__ = make_accelerated
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mole_kernels as mk
-from tests.peft_models import K, calls, draw, twins
+from tests.peft_models import K, calls, draw, make, twins
 
 peft = pytest.importorskip("peft")
 
@@ -75,7 +76,7 @@ ASIDES = [
         lambda layer: layer.lora_B["a0"].register_full_backward_hook(lambda *a: None),
     ),
     Aside("accelerate-up", ON_ADAPTER, offload_hook),
-    Aside("layerwise-casting", ON_ADAPTER, casting_hooks),
+    Aside("layerwise-casting", "hooks fetch lora_A and lora_B, and a gradient is wanted", casting_hooks),
     Aside("adapters-differ", "adapters of different dtypes", half_second),
 ]
 
@@ -152,22 +153,49 @@ def test_removed_hooks_leave_nothing_behind():
     assert calls() == (1, {})
 
 
-def test_hook_on_the_layer_itself_outlives_remove():
+def test_hooks_on_the_layer_itself_come_and_go_in_any_order():
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+    from diffusers.hooks.layerwise_casting import PeftInputAutocastDisableHook
 
-    plain, fast = twins()
-    x = draw(3, K)
-    handle = mk.accelerate(fast)
-    add_hook_to_module(fast[0], ModelHook())
-    fast(x)
-    assert calls() == (1, {})
-    handle.remove()
-    assert torch.equal(fast(x), plain(x)) and calls() == (1, {})
-    assert "replaced on the instance" in mk.accelerate(fast).skipped["0"]
-    remove_hook_from_module(fast[0])
-    assert mk.accelerate(fast).skipped == {}
-    fast(x)
-    assert calls() == (2, {})
+    def by_accelerate(layer: Any) -> Callable[[], object]:
+        add_hook_to_module(layer, ModelHook())
+        return lambda: remove_hook_from_module(layer)
+
+    def by_diffusers(layer: Any) -> Callable[[], object]:
+        registry = HookRegistry.check_if_exists_or_initialize(layer)
+        registry.register_hook(PeftInputAutocastDisableHook(), "peft")
+        return lambda: registry.remove_hook("peft", recurse=False)
+
+    from diffusers.hooks import HookRegistry
+
+    for hook in (by_accelerate, by_diffusers):
+        for order in set(permutations("hHaA")):
+            if order.index("h") > order.index("H") or order.index("a") > order.index("A"):
+                continue
+            plain, fast = make((4, 2)), make((4, 2))
+            x = draw(3, K)
+            accelerated, undo = False, {}
+            for step in order:
+                if step == "h":
+                    undo["h"] = hook(fast[0])
+                elif step == "a":
+                    undo["a"], accelerated = mk.accelerate(fast).remove, True
+                else:
+                    undo[step.lower()]()
+                    accelerated = accelerated and step != "A"
+                before = calls()[0]
+                torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-5)
+                assert calls()[0] - before == accelerated, (hook.__name__, order, step)
+            assert isinstance(fast[0], type(plain[0])) and type(fast[0]) is type(plain[0])
+
+
+def test_a_forward_of_the_callers_own_stays():
+    plain, fast = make((4, 2)), make((4, 2))
+    fast[0].forward = lambda x: 2 * type(plain[0]).forward(fast[0], x)
+    with pytest.warns(match="replaced on the instance"):
+        handle = mk.accelerate(fast)
+    assert "replaced on the instance" in handle.skipped["0"] and not handle.layers
+    assert torch.equal(fast(draw(3, K)), 2 * plain(draw(3, K))) and calls() == (0, {})
 
 
 COMPILED_ASIDES = ("disabled", "merged", "lora-bias", "none-active")

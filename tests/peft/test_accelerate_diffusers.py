@@ -23,7 +23,7 @@ from tests.tiny_models import tiny_pipeline
 
 DISABLED, MERGED = "adapters are disabled", "adapters are merged into the weight"
 VARIANT = "a LoRA variant (DoRA and its like)"
-BASE_HOOKS, ADAPTER_HOOKS = "hooks on the base layer", "hooks on lora_A, lora_B or lora_dropout"
+BASE_HOOKS = "hooks on the base layer"
 
 
 @pytest.fixture(params=FAMILIES)
@@ -34,7 +34,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 def test_both_adapters_every_layer(pair: Pair):
     y = pair.assert_same()
     assert (y - pair.base).norm() > 1e-2 * pair.base.norm()
-    assert pair.counts() == (len(pair.handle.layers), {})
+    assert pair.counts() == (pair.number, {})
     assert not pair.handle.skipped
 
 
@@ -65,7 +65,7 @@ def test_disable_enable(pair: Pair):
     for model in pair.both:
         model.disable_lora()
     assert torch.equal(pair.assert_same(), pair.base)
-    assert pair.counts()[1] == {DISABLED: len(pair.handle.layers)}
+    assert pair.counts()[1] == {DISABLED: pair.number}
     for model in pair.both:
         model.enable_lora()
     assert torch.equal(pair.assert_same(), before)
@@ -76,7 +76,7 @@ def test_fuse_unfuse(pair: Pair):
     for model in pair.both:
         model.fuse_lora(adapter_names=["a", "b"])
     torch.testing.assert_close(pair.assert_same(), before, rtol=1e-3, atol=1e-4)
-    assert pair.counts()[1] == {MERGED: len(pair.handle.layers)}
+    assert pair.counts()[1] == {MERGED: pair.number}
     for model in pair.both:
         model.unfuse_lora()
     torch.testing.assert_close(pair.assert_same(), before, rtol=1e-3, atol=1e-4)
@@ -126,7 +126,7 @@ def test_loading_more_adapters_into_accelerated_layers(pair: Pair):
         model.add_adapter(config, adapter_name="c")
         model.set_adapters(["a", "b", "c"], [0.2, 0.3, 0.4])
     pair.assert_same()
-    assert pair.counts() == (len(pair.handle.layers), {})
+    assert pair.counts() == (pair.number, {})
 
 
 @pytest.mark.parametrize("rank", [2, 4, 6], ids="into-rank-{}".format)
@@ -175,8 +175,8 @@ def test_layerwise_casting_spares_the_adapters(family: str, compute: torch.dtype
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
     theirs, ours = pair.outputs()
     assert (ours - theirs).norm() <= 8 * torch.finfo(compute).eps * theirs.norm()
-    assert mk.status()["base_called"] == {BASE_HOOKS: len(pair.handle.layers)}
-    assert pair.counts() == (len(pair.handle.layers), {})
+    assert mk.status()["base_called"] == {BASE_HOOKS: pair.number}
+    assert pair.counts() == (pair.number, {})
 
 
 def test_layerwise_casting_of_adapters_too(pair: Pair):
@@ -187,8 +187,9 @@ def test_layerwise_casting_of_adapters_too(pair: Pair):
         apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32, DEFAULT_SKIP_MODULES_PATTERN)
     assert pair.fast.state_dict()[_an_adapter(pair.fast)].dtype == torch.float8_e4m3fn
     theirs, ours = pair.outputs()
-    assert torch.equal(ours, theirs)
-    assert pair.counts() == (0, {ADAPTER_HOOKS: len(pair.handle.layers)})
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not pair.handle.skipped and pair.counts() == (pair.number, {})
+    assert pair.fast.state_dict()[_an_adapter(pair.fast)].dtype == torch.float8_e4m3fn
 
 
 def _an_adapter(model: nn.Module) -> str:
@@ -205,12 +206,13 @@ def test_sequential_offload(pair: Pair):
         cpu_offload(model, torch.device("cpu"))
     assert pair.fast.get_parameter(_an_adapter(pair.fast)).is_meta
     theirs, ours = pair.outputs()
-    assert torch.equal(ours, theirs)
-    assert pair.counts() == (0, {ADAPTER_HOOKS: len(pair.handle.layers)})
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not pair.handle.skipped and pair.counts() == (pair.number, {})
+    assert pair.fast.get_parameter(_an_adapter(pair.fast)).is_meta
     for model in pair.both:
         remove_hook_from_submodules(model)
     assert torch.equal(pair.assert_same(), before)
-    assert pair.counts() == (len(pair.handle.layers), {})
+    assert pair.counts() == (pair.number, {})
 
 
 def test_group_offload_of_leaves(pair: Pair):
@@ -219,8 +221,8 @@ def test_group_offload_of_leaves(pair: Pair):
     for model in pair.both:
         apply_group_offloading(model, torch.device("cpu"), torch.device("cpu"), "leaf_level")
     theirs, ours = pair.outputs()
-    assert torch.equal(ours, theirs)
-    assert pair.counts() == (0, {ADAPTER_HOOKS: len(pair.handle.layers)})
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not pair.handle.skipped and pair.counts() == (pair.number, {})
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_variants_step_aside(family: str, extra: dict[str, Any], reason: str):
     assert torch.equal(ours, theirs)
     counted, fallbacks = pair.counts()
     # layers without a bias have no lora_bias to add
-    assert counted + sum(fallbacks.values()) == len(pair.handle.layers) and set(fallbacks) == {reason}
+    assert counted + sum(fallbacks.values()) == pair.number and set(fallbacks) == {reason}
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
@@ -294,7 +296,7 @@ def test_training_gives_the_same_weights(pair: Pair):
             loss.backward()
             optimizer.step()
         trained.append(parameters)
-    assert len(trained[0]) == len(trained[1]) == 4 * len(pair.handle.layers)
+    assert len(trained[0]) == len(trained[1]) == 4 * pair.number
     for theirs, ours in zip(*trained, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -326,7 +328,7 @@ def test_gradient_checkpointing_runs_the_forward_again():
     assert grads[0].keys() == grads[1].keys() and grads[0]
     for name, theirs in grads[0].items():
         torch.testing.assert_close(grads[1][name], theirs, rtol=1e-3, atol=1e-5, msg=name)
-    assert unet.counts()[0] > len(unet.handle.layers)
+    assert unet.counts()[0] > unet.number
 
 
 def test_remove_is_bit_identical(pair: Pair):
