@@ -10,6 +10,7 @@ from torch import Tensor
 from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.operands import Experts, Gates
 from mole_kernels.ops import direct, schema
+from mole_kernels.ops.twice import plain_forward
 from mole_kernels.precision import autocast_dtype
 from mole_kernels.problem import Problem
 
@@ -93,6 +94,12 @@ def gated_lora_linear_with_gates(
             "weight or bias requires a gradient, but the base layer is frozen here and would get none",
             hint="weight.requires_grad_(False)",
         )
+    if save and not unobserved and direct.transformed():
+        # torch gives a registered operator no rule for torch.func.grad; plain operations have theirs
+        experts, gates = Experts(down, up, scale, ranks, assignment), gates._replace(phi=phi)
+        y, token_gate, sample_gate = plain_forward(x3, weight, bias, experts, gates)
+        token_gate, sample_gate = (None if g is None else g.detach() for g in (token_gate, sample_gate))
+        return y if flat else y.reshape(*x.shape[:-1], weight.shape[0]), token_gate, sample_gate
     args = (
         x3,
         weight,

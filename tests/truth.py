@@ -12,11 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mole_kernels.backends.select import BACKENDS
 from mole_kernels.operands import Experts, Gates
 from mole_kernels.problem import Problem
 from mole_kernels.reference import gated_lora_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# backends that take tensors on a CPU; Triton's and CUDA's kernels are held to the same truth by tests/kernels,
+# tests/emulator and, on a device, `make gpu`
+ON_CPU = tuple(name for name in BACKENDS if name not in ("triton", "cuda"))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mole_kernels.backends.triton import why_not_device, why_not_triton
 from mole_kernels.errors import MoleBackendError, MoleShapeError, MoleTypeError, MoleValueError
@@ -65,12 +68,53 @@ def _of_one_layout(
         if lengths is not None:
             mask = (torch.arange(k.shape[3], device=q.device) < lengths[:, s, None])[:, None, None]
         asked = (q if whole else q.index_select(1, rows)).transpose(1, 2)
-        said = F.scaled_dot_product_attention(asked, k[:, s], v[:, s], mask, scale=scale).transpose(1, 2)
+        said = _attention(asked, k[:, s], v[:, s], mask, scale).transpose(1, 2)
         if once:
             out = said if whole else out.index_copy_(1, rows, said)
         else:
             out.index_add_(1, rows, said * shares[s, rows, None, None].to(said.dtype))
     return out
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """softmax(q kᵀ · scale) v.  q [B,H,T,D]   k, v [B,H,L,D]   mask [B,1,1,L] bool -> [B,H,T,D]"""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Attention.apply(q, k, v, mask, scale)  # type: ignore[no-untyped-call]
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+class _Attention(torch.autograd.Function):
+    """torch's fused attention, whose own backward cannot be differentiated, with a gradient that can.
+
+    With `create_graph=True` the gradient is that of the formula in plain torch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in (q, k, v)]
+        with torch.enable_grad():
+            out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], mask, scale=scale)
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale, ctx.leaves, ctx.out = scale, leaves, out
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad[:3]
+        if not torch.is_grad_enabled():
+            wanted = [t for t, wants in zip(ctx.leaves, need) if wants]
+            grads = iter(torch.autograd.grad(ctx.out, wanted, d_out, retain_graph=True))
+        else:
+            q, k, v, mask = ctx.saved_tensors
+            # views, so that an operand that was computed from another one counts by itself
+            views = [t.view_as(t) for t in (q, k, v)]
+            with sdpa_kernel(SDPBackend.MATH):
+                out = F.scaled_dot_product_attention(views[0], views[1], views[2], mask, scale=ctx.scale)
+            wanted = [t for t, wants in zip(views, need) if wants]
+            grads = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
+        return (*(next(grads) if wants else None for wants in need), None, None)
 
 
 def reject(q: Tensor) -> str | None:

@@ -38,9 +38,9 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
         layer = cls(
             base.in_channels,
             base.out_channels,
-            base.kernel_size,
-            base.stride,
-            base.padding,
+            base.kernel_size,  # type: ignore[arg-type]
+            base.stride,  # type: ignore[arg-type]
+            base.padding,  # type: ignore[arg-type]
             base.dilation,  # type: ignore[arg-type]
             bias=base.bias is not None,
             padding_mode=base.padding_mode,

@@ -42,6 +42,11 @@ def unobserved(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
+def transformed() -> bool:
+    """Whether a function transform (torch.func) is at work; false inside a compiler, which must not look."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def forward(problem: Problem, args: tuple[Any, ...], save: bool, backend: str) -> tuple[Tensor, ...]:
     """What `torch.ops.mole.gated_lora_fwd(*args, backend)` gives; args are the backend contract's
     (docs/design.md section 3).
@@ -70,9 +75,8 @@ class Direct(torch.autograd.Function):
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    # what is left out is ranks, need, top_k and the name; a gradient of the gradient is the operator's
-    # matter: it has none, and says so
-    if torch.is_grad_enabled() or not unobserved(args[:6] + args[7:13] + args[14:15]):
+    # what is left out is ranks, need, top_k and the name
+    if not unobserved(args[:6] + args[7:13] + args[14:15]):
         return schema.backward_op(*args)
     with no_autocast(args[1].device.type):
         return backends.BACKENDS[args[-1]].backward(*args[:-1])

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mole_kernels.backends.select import Backend, select
+from mole_kernels.operands import Experts, Gates
+from mole_kernels.ops.twice import differentiable_gradients
 from mole_kernels.precision import gate_dtype, no_autocast
 from mole_kernels.problem import Problem
 
@@ -198,7 +200,7 @@ def _backward_fake(
 
 
 def setup(ctx, inputs, output) -> None:
-    """What the gradient needs of a forward's sixteen inputs and four outputs."""
+    """Keep what the gradient needs of a forward's inputs and outputs."""
     (
         x,
         weight,
@@ -220,9 +222,23 @@ def setup(ctx, inputs, output) -> None:
     _, h, token_gate, sample_gate = output
     ctx.mark_non_differentiable(h, token_gate, sample_gate)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, down, up, scale, gate, phi, pool, h, token_gate, sample_gate, assignment)
+    ctx.save_for_backward(
+        x,
+        weight,
+        down,
+        up,
+        scale,
+        gate,
+        phi,
+        phi_bias,
+        pool,
+        pool_bias,
+        h,
+        token_gate,
+        sample_gate,
+        assignment,
+    )
     ctx.ranks, ctx.backend, ctx.top_k = ranks, backend, top_k
-    ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (phi_bias, pool_bias))
 
 
 # positions of x, down, up, scale, gate, phi, phi_bias, pool, pool_bias among the sixteen inputs
@@ -230,38 +246,58 @@ _DIFFERENTIABLE = (0, 3, 4, 5, 7, 8, 9, 10, 11)
 
 
 def grad(ctx, dy, *_unused, run=None):
-    """The gradients of the sixteen inputs; `run` computes `gated_lora_bwd`."""
+    """The gradients of the sixteen inputs; `run` computes `gated_lora_bwd`.
+
+    With `create_graph=True` the gradients themselves are differentiable: see `ops.twice`.
+    """
     if dy is None:
         return (None,) * 16
-    x, weight, down, up, scale, gate, phi, pool, h, token_gate, sample_gate, assignment = ctx.saved_tensors
-    need = [bool(ctx.needs_input_grad[i]) for i in _DIFFERENTIABLE]
-    grads = (run or backward_op)(
-        dy,
+    (
         x,
         weight,
         down,
         up,
         scale,
-        ctx.ranks,
         gate,
         phi,
+        phi_bias,
         pool,
+        pool_bias,
         h,
         token_gate,
         sample_gate,
-        need,
         assignment,
-        ctx.top_k,
-        ctx.backend,
-    )
+    ) = ctx.saved_tensors
+    need = [bool(ctx.needs_input_grad[i]) for i in _DIFFERENTIABLE]
+    if torch.is_grad_enabled():
+        experts = Experts(down, up, scale, tuple(ctx.ranks), assignment)
+        gates = Gates(gate, phi, phi_bias, pool, pool_bias, ctx.top_k)
+        grads = differentiable_gradients(dy, x, weight, experts, gates, need)
+    else:
+        grads = (run or backward_op)(
+            dy,
+            x,
+            weight,
+            down,
+            up,
+            scale,
+            ctx.ranks,
+            gate,
+            phi,
+            pool,
+            h,
+            token_gate,
+            sample_gate,
+            need,
+            assignment,
+            ctx.top_k,
+            ctx.backend,
+        )
+    like = (x, down, up, scale, gate, phi, phi_bias, pool, pool_bias)
     out: list[Tensor | None] = [None] * 16
-    for i, wanted, g in zip(_DIFFERENTIABLE, need, grads):
-        if wanted:
-            out[i] = g
-    for i, dtype in zip((9, 11), ctx.bias_dtypes):
-        g = out[i]
-        if g is not None and dtype is not None:
-            out[i] = g.to(dtype)
+    for i, wanted, g, t in zip(_DIFFERENTIABLE, need, grads, like):
+        if wanted and g is not None and t is not None:
+            out[i] = g.to(t.dtype)
     return tuple(out)
 
 

@@ -12,10 +12,9 @@ from mole_kernels.errors import MoleValueError
 from mole_kernels.functional import gated_lora_linear, gated_lora_linear_with_gates
 from mole_kernels.operands import Experts, Gates
 from mole_kernels.reference import softmax_of_largest
-from tests.truth import Case
+from tests.truth import ON_CPU, Case
 
 POOL = Case(B=5, T=70, K=96, N=80, ranks=(3, 5), S=-4)
-ON_THE_CPU = [name for name in BACKENDS if name != "triton"]
 
 
 def run(call, assignment, backend="auto", **gates):
@@ -25,7 +24,7 @@ def run(call, assignment, backend="auto", **gates):
     )
 
 
-@pytest.fixture(params=ON_THE_CPU)
+@pytest.fixture(params=ON_CPU)
 def backend(request):
     reason = BACKENDS[request.param].reject(POOL.problem(torch.float32))
     if reason is not None:

@@ -15,8 +15,8 @@ from mole_kernels.io.bank import load_bank
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.handle import Handle
 from mole_kernels.peft.accelerate import AccelerateHandle
-from tests.fuzz.faults import Fault
 from tests import peft_models
+from tests.fuzz.faults import Fault
 from tests.tiny_models import Mlp, State, make_expert
 
 PATHS = ("first", "second", "mix")

@@ -158,14 +158,21 @@ def test_the_order_of_programs_changes_no_bit():
     ids=str,
 )
 def test_the_gradient_of_a_given_gate_of_any_shape(shape, gate):
-    """In the same two launches; alone, without the base product."""
+    """In the same two launches, alone and beside all others; bit for bit the same whatever order programs
+    take.
+
+    Alone and beside the others the sums are laid out differently, so those two agree with the truth, not in
+    bits.
+    """
     call = Case(B=2, T=40, K=24, N=20, ranks=(3, 8), gate=gate).make(F32)
     given = torch.rand(*shape, 2, generator=torch.Generator().manual_seed(2))
     call = replace(call, gates=call.gates._replace(gate=given))
     dy = seed_of(call)
     truth, terms = call.truth_grads(dy)
-    got, counts = gradients(call, Need(*(n == "gate" for n in NAMES)), dy)
-    assert counts.launches == 2 and got["gate"].shape == given.shape
-    assert_gradient(got["gate"], truth["gate"], F32, max(truth["gate"].norm().item(), 2 * terms), 4, "dgate")
-    again, _ = gradients(call, Need(*[True] * 9), dy, seed=3, resident=5)
-    assert torch.equal(again["gate"], got["gate"])
+    for need in (Need(*(n == "gate" for n in NAMES)), Need(*[True] * 9)):
+        got, counts = gradients(call, need, dy)
+        assert counts.launches == 2 and got["gate"].shape == given.shape
+        size = max(truth["gate"].norm().item(), 2 * terms)
+        assert_gradient(got["gate"], truth["gate"], F32, size, 4, "dgate")
+        again, _ = gradients(call, need, dy, seed=3, resident=5)
+        assert torch.equal(again["gate"], got["gate"])

@@ -62,8 +62,8 @@ MUTANTS = [
     Planted(
         "saved",
         GRADIENTS,
-        "b_z = tl.load(h + m_0 * R + o_i",
-        "b_z = tl.load(h + m_0 % T * R + o_i",
+        "b_z = (tl.load(h + m_0 * R + o_i",
+        "b_z = (tl.load(h + m_0 % T * R + o_i",
         backward=True,
     ),
     Planted(

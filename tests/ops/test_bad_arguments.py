@@ -18,7 +18,7 @@ from mole_kernels.errors import (
 )
 from mole_kernels.functional import gated_lora_linear
 from mole_kernels.operands import Experts, Gates
-from tests.truth import Case
+from tests.truth import ON_CPU, Case
 
 CASE = Case(B=2, T=5, K=6, N=4, ranks=(2, 3))
 
@@ -145,7 +145,7 @@ def test_58_zero_tokens_forward_and_backward():
     assert x.grad.shape == (2, 0, 6)
 
 
-@pytest.mark.parametrize("backend", selection.BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_59_offsets_past_two_to_the_31(backend):
     # a row stride that puts the last token beyond 2³¹ elements; only the touched pages exist
     step = 2**30 + 7
@@ -156,9 +156,6 @@ def test_59_offsets_past_two_to_the_31(backend):
     x = storage.as_strided((1, 3, 6), (1, step, 1))
     x.copy_(torch.randn(1, 3, 6))
     case = Case(B=1, T=3, K=6, N=4, ranks=(2, 3))
-    reason = selection.BACKENDS[backend].reject(case.problem(torch.bfloat16))
-    if reason is not None:
-        pytest.skip(reason)
     good = case.make(torch.bfloat16)
     y = gated_lora_linear(x, good.weight, good.bias, good.experts, good.gates, backend=backend)
     near = gated_lora_linear(

@@ -12,7 +12,7 @@ from mole_kernels.functional import gated_lora_linear, gated_lora_linear_with_ga
 from mole_kernels.gates.gate import ConstantGate, MoLEGate
 from mole_kernels.layers.linear import GatedLoRALinear
 from tests.gates.test_mole_gate import experts_of
-from tests.truth import Case
+from tests.truth import ON_CPU, Case
 
 SMALL = [
     Case(T=4, K=5, N=6, ranks=(2, 1)),
@@ -58,7 +58,7 @@ def test_opcheck(case, grad):
     torch.library.opcheck(torch.ops.mole.gated_lora_fwd.default, op_args(call, save=grad))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradcheck_in_float64(case, backend):
     reason = BACKENDS[backend].reject(case.problem(torch.float64))
@@ -76,7 +76,7 @@ def test_gradcheck_in_float64(case, backend):
 
 
 @pytest.mark.parametrize("name", ["x", "down", "up", "scale", "phi", "phi_bias", "pool", "pool_bias"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_each_gradient_alone(backend, name):
     case = Case(T=5, K=6, N=7, ranks=(2, 3))
     reason = BACKENDS[backend].reject(case.problem(torch.float64))

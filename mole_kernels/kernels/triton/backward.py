@@ -141,8 +141,10 @@ def _sums(f: Fused, g: Fused, b: Buffers | None, dy: Tensor, need: Need, tile: T
     like = dict(ddown=f.down, dup=f.up, dphi=f.phi, dpool=f.pool, dgate=f.gate)
     out = {
         name: torch.empty(
-            like[name].shape if on else 0, dtype=like[name].dtype if on else x.dtype, device=x.device
-        )  # type: ignore[union-attr]
+            like[name].shape if on else 0,  # type: ignore[union-attr]
+            dtype=like[name].dtype if on else x.dtype,  # type: ignore[union-attr]
+            device=x.device,
+        )
         for name, on in made.items()
     }
     vectors = torch.empty(3 * E if gates else 0, dtype=torch.float32, device=x.device)

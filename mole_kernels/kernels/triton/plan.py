@@ -147,9 +147,8 @@ def record(key: object, way: str, f: Fused, tile: Tile) -> Buffers:
             if isinstance(value, Tensor):
                 places.append((place, which))
             else:
-                described.append(
-                    (place, which, list(value.shape), list(value.strides), list(value.block_shape))
-                )  # type: ignore[attr-defined]
+                shape, strides, block = value.shape, value.strides, value.block_shape  # type: ignore[attr-defined]
+                described.append((place, which, list(shape), list(strides), list(block)))
         full = grid[0], grid[1] if len(grid) > 1 else 1, 1
         steps.append(Step(kernel, compiled, full, tuple(values), tuple(places), tuple(described)))
     sizes = tuple(

@@ -1,0 +1,79 @@
+"""Gradients that can be differentiated again: what `create_graph=True` asks for.
+
+The kernels' backward is no differentiable program. Where autograd wants a graph of the gradient, the gradient
+is therefore taken of the plain torch formula (`reference.gated_lora_ref`), whatever backend computed the
+forward. It is exact for every gate, set and dtype, and costs the reference's time and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mole_kernels.operands import Experts, Gates
+from mole_kernels.precision import gate_dtype, no_autocast
+from mole_kernels.reference import gated_lora_ref
+
+
+def differentiable_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, experts: Experts, gates: Gates, need: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ⟨dy, y⟩ with respect to x, down, up, scale, gate, phi, phi_bias, pool and pool_bias, as a
+    graph.
+
+    Args:
+        dy: [B,T,N], the gradient that reaches y; may itself require a gradient.
+        x: [B,T,K] in the compute dtype.
+        weight: [N,K], frozen.
+        experts: The call's experts, with its assignment where it has one.
+        gates: The call's gates.
+        need: Nine flags, which gradients are wanted.
+
+    Returns:
+        Nine tensors in their operands' dtypes; None where not wanted or where the call has no such operand.
+    """
+    operands = (x, experts.down, experts.up, experts.scale, *gates[:5])
+    # views, so that an operand that was computed from another one counts by itself
+    views = [None if t is None else t.view_as(t) for t in operands]
+    view_x, down, up, scale, *gate_parts = views
+    assert view_x is not None and down is not None and up is not None and scale is not None
+    y = plain_forward(
+        view_x,
+        weight,
+        None,
+        Experts(down, up, scale, experts.ranks, experts.assignment),
+        Gates(*gate_parts, top_k=gates.top_k),  # type: ignore[arg-type, misc]
+        rounded=False,
+    )[0]
+    with no_autocast(x.device.type):
+        wanted = [t for t, wants in zip(views, need) if wants and t is not None]
+        found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, allow_unused=True))
+    return tuple(next(found) if wants and t is not None else None for t, wants in zip(views, need))
+
+
+def plain_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates, *, rounded: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The operator as a program of plain torch operations, computed in float32 (float64 for float64).
+
+    Args:
+        x: [B,T,K]; weight: [N,K]; bias: [N] or None; experts and gates as in `operands`.
+        rounded: Whether y comes back in x's dtype.
+
+    Returns:
+        y [B,T,N], the token gate [B,T,E] and the sample gate [B,E], or None where the call has none.
+    """
+    wide = gate_dtype(x.dtype)
+    with no_autocast(x.device.type):
+        y, token_gate, sample_gate = gated_lora_ref(
+            x.to(wide),
+            weight.to(wide),
+            None if bias is None else bias.to(wide),
+            experts._replace(
+                down=experts.down.to(wide), up=experts.up.to(wide), scale=experts.scale.to(wide)
+            ),
+            gates.map(lambda t: t.to(wide)),
+        )
+    return (y.to(x.dtype) if rounded else y), token_gate, sample_gate
