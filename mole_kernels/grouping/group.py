@@ -23,7 +23,8 @@ from mole_kernels.layers.linear import GatedLoRALinear, LastGates
 from mole_kernels.ops.direct import PLAIN
 from mole_kernels.ops.group import beside, group_op
 from mole_kernels.precision import autocast_dtype
-from mole_kernels.text_cache.cache import collect, offloaded
+from mole_kernels.text_cache.layer import has_offload_hook
+from mole_kernels.text_cache.state import collect_state
 
 # weights that somebody keeps moving are not laid side by side again and again
 MOST_LAID = 8
@@ -322,7 +323,7 @@ class Pending:
 def _standing(layer: nn.Module) -> tuple[object, ...]:
     tensors: list[Tensor] = []
     settings: list[object] = []
-    collect(layer, tensors, settings)
+    collect_state(layer, tensors, settings)
     return (*settings, *[(id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors])
 
 
@@ -355,7 +356,7 @@ def _stands_aside(layers: Sequence[GatedLoRALinear]) -> str | None:
             return "a base weight wants a gradient"
         if layer.backend != layers[0].backend:
             return "its layers are to use different backends"
-        if offloaded(layer) or spread.offloaded(layer.experts):
+        if has_offload_hook(layer) or spread.offloaded(layer.experts):
             return "offload hooks move its tensors"
     return None
 

@@ -12,7 +12,7 @@ from mole_kernels.grouping import weights as group_weights
 from mole_kernels.grouping.group import Group
 from mole_kernels.layers.linear import GatedLoRALinear
 from mole_kernels.modules.scan import roots
-from mole_kernels.text_cache.cache import offloaded
+from mole_kernels.text_cache.layer import has_offload_hook
 
 # projections of one tensor, by the names that diffusers and transformers give them
 SELF = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
@@ -134,7 +134,7 @@ def _reject(layers: list[nn.Module], tied: set[int]) -> str | None:
         return "a projection is no linear layer of ours"
     if len({id(layer) for layer in layers}) < len(layers):
         return "one layer has two names"
-    if any(offloaded(layer) for layer in layers):
+    if any(has_offload_hook(layer) for layer in layers):
         return "offload hooks move its weights"
     weights = [layer.weight for layer in layers if isinstance(layer, GatedLoRALinear)]
     if reason := group_weights.reject(weights):

@@ -30,7 +30,9 @@ from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.scale_writer import ScaleWriter
 from mole_kernels.patching.sources import read_expert
 from mole_kernels.patching.swap import swap_expert
-from mole_kernels.text_cache.cache import Check, Forward, TextCache, cache_text
+from mole_kernels.text_cache.cache import TextCache, cache_text
+from mole_kernels.text_cache.layer import CachedForward
+from mole_kernels.text_cache.state import Check
 
 # a number, or block weights as diffusers' set_adapters takes them
 Scale: TypeAlias = float | Mapping[str, Any]
@@ -434,7 +436,7 @@ class Handle:
             )
         found = one.module.__dict__.get("forward")
         # a text cache follows the class
-        if found is not None and not isinstance(found, Forward) and not follows_class(one.module):
+        if found is not None and not isinstance(found, CachedForward) and not follows_class(one.module):
             raise MoleStateError(
                 "Handle.remove",
                 f"a hook replaced the forward of {path} after it was patched, and would go on calling the patched one",

@@ -301,7 +301,8 @@ def test_dtype_is_followed():
     s.warm()
     s.model.to(torch.bfloat16)
     # not left to chance: the allocator may put other values at the same address
-    assert not any(len(forward.kept) for forward in s.cache.layers.values())
+    outputs = [item for text in s.cache.texts.known for item in text.outputs.items()]
+    assert len(outputs) == 2 and all(output.epoch is not forward.epoch for forward, output in outputs)
     s.text = s.text.to(torch.bfloat16)
     assert s().dtype == torch.bfloat16 and torch.equal(s(), s.fresh())
 
@@ -400,8 +401,7 @@ def test_guidance_by_two_calls_keeps_both_texts_and_no_more_than_asked():
         s(one), s(two)
     assert (s.cache.computed, s.cache.reused) == (4, 8)
     s(three)
-    gc.collect()
-    assert all(len(forward.kept) <= 2 for forward in s.cache.layers.values()) and len(s.cache.known) == 2
+    assert len(s.cache.texts.known) == 2 and all(len(t.outputs) == 2 for t in s.cache.texts.known)
 
 
 def test_the_same_content_in_a_new_tensor_is_reused():
