@@ -132,11 +132,11 @@ def test_the_search_lets_the_harmless_pass():
 
 
 def test_torch_load_is_called_in_two_places_only():
-    """The converter of Mix-of-Show's files, and this package's own checkpoints."""
+    """What reads pickles for `convert`, and this package's own checkpoints."""
     places = {
         p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if "torch.load(" in p.read_text()
     }
-    assert places == {"io/mix_of_show.py", "training/checkpoint.py"}
+    assert places == {"io/pickles.py", "training/checkpoint.py"}
 
 
 # -- one that tries

@@ -17,7 +17,8 @@ from mole_kernels.cli.screen import facts, number, out, table
 from mole_kernels.errors import MoleError, MoleWarning, printable
 from mole_kernels.experts.format import PREFIX, bank_from_tensors
 from mole_kernels.experts.lowrank import Expert, LowRank, split_component
-from mole_kernels.files.reader import SafetensorsFile, printable_metadata, read_header
+from mole_kernels.files.header import printable_metadata
+from mole_kernels.files.reader import SafetensorsFile, read_header
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.convert import kind_of
 from mole_kernels.io.experts import expert_from_tensors, load_expert

@@ -21,7 +21,7 @@ from typing import Any
 from mole_kernels.dispatch.device import Device
 from mole_kernels.dispatch.work import Use
 from mole_kernels.errors import MoleFileError, MoleWarning, printable
-from mole_kernels.files.reader import open_regular
+from mole_kernels.files.opening import open_regular
 from mole_kernels.problem import Problem
 from mole_kernels.settings import tables_folder
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError, printable
-from mole_kernels.experts.lowrank import Expert, LowRank, flatten
+from mole_kernels.experts.lowrank import Expert, LowRank, flatten, layer_identity
 from mole_kernels.experts.scales import Convention, scale_of
 
 if TYPE_CHECKING:
@@ -41,17 +41,17 @@ class ExpertBank:
                     hint="read a file with mole_kernels.io.load_expert",
                 )
         self.experts: dict[str, Expert] = dict(experts)
-        # flat name -> the spelling with the most dots among the experts: only that one can be walked in a
-        # model
+        # identity of a layer -> the spelling with the most dots among the experts: only that one can be walked in
+        # a model
         self._spelling: dict[str, str] = {}
-        self._by_flat: dict[str, dict[str, LowRank]] = {}
+        self._by_layer: dict[str, dict[str, LowRank]] = {}
         for name, expert in self.experts.items():
             for path, layer in expert.layers.items():
-                flat = flatten(path)
-                known = self._spelling.setdefault(flat, path)
+                layer_id = layer_identity(path)
+                known = self._spelling.setdefault(layer_id, path)
                 if path.count(".") > known.count("."):
-                    self._spelling[flat] = path
-                self._by_flat.setdefault(flat, {})[name] = layer
+                    self._spelling[layer_id] = path
+                self._by_layer.setdefault(layer_id, {})[name] = layer
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,7 +71,12 @@ class ExpertBank:
         """The experts that touch this layer, by name in bank order; {} where none does. Either spelling of
         the path.
         """
-        return dict(self._by_flat.get(flatten(path), {}))
+        layers = self._by_layer.get(layer_identity(path))
+        if layers is None:
+            # a path that is flat as a whole, its component included
+            same = (known for known, spelling in self._spelling.items() if flatten(spelling) == flatten(path))
+            layers = self._by_layer.get(next(same, ""), {})
+        return dict(layers)
 
     def pack(
         self, path: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, printable
-from mole_kernels.experts.lowrank import LowRank
+from mole_kernels.experts.lazy import LazyLayers
+from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.files.limits import DTYPE_NAMES, finite
 
 
@@ -52,7 +53,9 @@ def checked_lowrank(
     return LowRank(down, up, scale, conv)
 
 
-def check_finite(where: str, tensor: Tensor) -> None:
+def check_finite(
+    where: str, tensor: Tensor, hint: str = "the file was written by a run that diverged"
+) -> None:
     """Refuse NaN and Inf, and say how many there are."""
     if tensor.is_meta or tensor.numel() == 0:
         return
@@ -64,8 +67,24 @@ def check_finite(where: str, tensor: Tensor) -> None:
         raise MoleValueError(
             where,
             f"{nan} NaN and {inf} Inf among {tensor.numel():,} values",
-            hint="the file was written by a run that diverged",
+            hint=hint,
         )
+
+
+def check_values(where: str, expert: Expert) -> None:
+    """Refuse NaN and Inf in an expert in memory, as in one from a file; layers that are read later are checked then.
+
+    Raises:
+        MoleValueError: A factor or a scale that is not finite.
+    """
+    if isinstance(expert.layers, LazyLayers):
+        return
+    for path, layer in expert.layers.items():
+        at = f"{where}, {printable(path)}"
+        check_finite(f"{at}, A (down)", layer.down, "its values came from a run that diverged")
+        check_finite(f"{at}, B (up)", layer.up, "its values came from a run that diverged")
+        if not finite(layer.scale):
+            raise MoleValueError(f"{at}, scale", expected="a finite number", got=printable(layer.scale, 40))
 
 
 def checked_alpha(where: str, alpha: Tensor | float) -> float:
@@ -73,10 +92,8 @@ def checked_alpha(where: str, alpha: Tensor | float) -> float:
     if isinstance(alpha, Tensor):
         if alpha.numel() != 1:
             raise MoleShapeError(where, expected="a scalar alpha", got=f"shape {list(alpha.shape)}")
-        if alpha.dtype not in DTYPE_NAMES:
-            raise MoleTypeError(
-                where, expected=f"alpha of dtype {', '.join(DTYPE_NAMES.values())}", got=alpha.dtype
-            )
+        if alpha.dtype == torch.bool or alpha.is_complex():
+            raise MoleTypeError(where, expected="an integer or floating alpha of dtype", got=alpha.dtype)
         alpha = alpha.detach().float().item() if alpha.element_size() == 1 else alpha.item()
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise MoleTypeError(where, expected="a number as alpha", got=type(alpha).__name__)

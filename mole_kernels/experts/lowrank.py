@@ -26,6 +26,26 @@ def flatten(path: str) -> str:
     return path.replace(".", "_")
 
 
+DENOISERS = frozenset({None, "unet", "transformer", "prior"})
+
+
+def is_denoiser(component: str | None) -> bool:
+    """Whether a component's name, or that a file names none, means the pipeline's (first) denoiser."""
+    return component in DENOISERS
+
+
+def layer_identity(path: str) -> str:
+    """What tells a layer of one model from its other layers, however a file spells it.
+
+    Two paths of one model have the same identity exactly where they mean one layer: dots and underscores are alike,
+    the denoiser is the same component under each of its names, and text encoders hold `text_model` or do not.
+    """
+    component, rest = split_component(path)
+    if is_denoiser(component):
+        return flatten(rest)
+    return f"{component}:{flatten(rest).removeprefix('text_model_')}"
+
+
 def split_component(path: str) -> tuple[str | None, str]:
     """("unet", "down_blocks.0…") for a path that names a pipeline component, else (None, path)."""
     head, dot, rest = path.partition(".")
@@ -142,17 +162,19 @@ class Expert:
     dialect   how the file spelled it: "diffusers", "kohya", "mix_of_show", "native", "memory"
     source    the file, for messages
     metadata  the file's own metadata, text as it came: escape before printing
+    strength  one phrase: where the file says how strong its factors are; "" where that is unknown
     """
 
     layers: Mapping[str, LowRank]
     dialect: str = "memory"
     source: str = "memory"
     metadata: Mapping[str, str] = field(default_factory=dict)
+    strength: str = ""
 
     def __post_init__(self) -> None:
-        flat: dict[str, str] = {}
+        seen: dict[str, str] = {}
         for path in self.layers:
-            other = flat.setdefault(flatten(path), path)
+            other = seen.setdefault(layer_identity(path), path)
             if other != path:
                 raise MoleKeyError(
                     printable(self.source),

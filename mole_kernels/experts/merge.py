@@ -17,7 +17,7 @@ import torch
 from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, printable
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lazy import Size, size_of, stored_dtype
-from mole_kernels.experts.lowrank import Expert, LowRank, flatten
+from mole_kernels.experts.lowrank import Expert, LowRank, layer_identity
 from mole_kernels.experts.merge_modes import (
     DENSITY_MODES,
     FACTOR_MODES,
@@ -207,8 +207,8 @@ def _align(
         if not isinstance(expert, Expert):
             raise MoleTypeError(f"merge, expert {name!r}", expected="an Expert", got=type(expert).__name__)
         for path in expert.layers:
-            members.setdefault(flatten(path), []).append((name, path))
-            sizes.setdefault(flatten(path), []).append(size_of(expert.layers, path))
+            members.setdefault(layer_identity(path), []).append((name, path))
+            sizes.setdefault(layer_identity(path), []).append(size_of(expert.layers, path))
     if not members:
         raise MoleValueError("merge", expected="experts with at least one layer", got="none")
     apart = [flat for flat, found in sizes.items() if len({(size.N, size.K) for size in found}) > 1]

@@ -25,6 +25,17 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+# dtypes of settings, such as an alpha, never of weights: of at most MAX_SETTING values under a key that ends so
+SETTINGS = ("alpha", "rank", "scalar", "reshape_weight", "ranknum", "bias_indices", "bias_size")
+INTEGERS: dict[str, torch.dtype] = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MAX_SETTING = 16
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -79,7 +90,7 @@ def parse_json(text: bytes | str, where: str, what: str = "the header") -> Any:
             twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise MoleFileError(
                 where,
-                f"the key '{printable(twice)}' is there twice",
+                f"the key '{printable(twice)}' occurs twice",
                 hint="one name may stand for one thing only",
             )
         return found

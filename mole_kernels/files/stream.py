@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mole_kernels.errors import MoleFileError, printable
-from mole_kernels.files.reader import PathLike
+from mole_kernels.files.opening import PathLike
 from mole_kernels.files.writer import atomic_write, header_of
 
 CHUNK = 4 * 2**20

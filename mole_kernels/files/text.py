@@ -7,7 +7,7 @@ from typing import Any
 
 from mole_kernels.errors import MoleFileError, printable
 from mole_kernels.files.limits import parse_json
-from mole_kernels.files.reader import PathLike, open_regular
+from mole_kernels.files.opening import PathLike, open_regular
 
 # the largest sets of questions and captions are a tenth of it
 MOST_BYTES = 2**30

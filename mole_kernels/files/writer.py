@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mole_kernels.errors import MoleFileError, MoleTypeError, printable
 from mole_kernels.files.limits import DTYPE_NAMES, MAX_DIMS, MAX_HEADER, MAX_TENSORS, check_key
-from mole_kernels.files.reader import PathLike
+from mole_kernels.files.opening import PathLike
 
 
 def atomic_save(

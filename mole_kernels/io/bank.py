@@ -7,7 +7,8 @@ import os
 from mole_kernels.errors import MoleKeyError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.format import bank_from_tensors, bank_tensors
-from mole_kernels.files.reader import PathLike, read_tensors
+from mole_kernels.files.opening import PathLike
+from mole_kernels.files.reader import read_tensors
 from mole_kernels.files.writer import atomic_save
 from mole_kernels.io.gates import GateFile, gates_from_tensors, gates_to_tensors
 

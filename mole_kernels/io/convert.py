@@ -13,15 +13,16 @@ from mole_kernels.errors import MoleKeyError, MoleValueError, printable
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.format import FORMAT
 from mole_kernels.experts.lowrank import Expert
-from mole_kernels.files.reader import PICKLES, PathLike, read_header
+from mole_kernels.files.opening import PICKLES, PathLike
+from mole_kernels.files.reader import read_header
 from mole_kernels.files.writer import atomic_save
 from mole_kernels.io.bank import load_bank, save_bank
 from mole_kernels.io.experts import load_expert
-from mole_kernels.io.foreign import is_foreign
 from mole_kernels.io.gates import OFFICIAL_MIDDLE, GateFile, load_gates, save_gates
-from mole_kernels.io.mix_of_show import load_mix_of_show
+from mole_kernels.io.mix_of_show import is_mix_of_show, load_mix_of_show
+from mole_kernels.io.pickles import load_pickled_expert, read_pickle
 from mole_kernels.io.save import save_expert
-from mole_kernels.io.stream import name_of
+from mole_kernels.io.source import adapter_name, find_adapter
 
 Dialect = Literal["diffusers", "kohya", "native", "official"]
 Kind = Literal["expert", "bank", "gates"]
@@ -36,7 +37,7 @@ class Converted:
 
 def kind_of(path: PathLike) -> Kind:
     """What a safetensors file is, from its header alone; an expert's file where nothing says otherwise."""
-    header = read_header(path)
+    header = read_header(find_adapter(path).weights)
     if header.metadata.get("format") == FORMAT:
         return "bank" if "experts" in header.metadata else "gates"
     return "gates" if any(OFFICIAL_MIDDLE in key for key in header.entries) else "expert"
@@ -83,10 +84,9 @@ def convert(
                 }
             )
         return _expert(_pick(bank, expert, source), target, to, dtype, expert, sdxl)
-    # kohya's and the model's own names need diffusers' converter only to become diffusers'
-    foreign = to == "diffusers" and is_foreign(read_header(source).entries)
+    # names of a model's own code need diffusers' converter only to become diffusers'
     return _expert(
-        load_expert(source, alpha=alpha, pipeline="auto" if foreign else None),
+        load_expert(source, alpha=alpha, pipeline="auto" if to == "diffusers" else None),
         target,
         to,
         dtype,
@@ -110,7 +110,7 @@ def _expert(
             hint="--to diffusers, kohya or native",
         )
     if to == "native":
-        save_bank(_cast(ExpertBank({name or name_of(found.source): found}), dtype), target)
+        save_bank(_cast(ExpertBank({name or adapter_name(found.source): found}), dtype), target)
     else:
         save_expert(found, target, to, dtype, sdxl=sdxl)
     return Converted({os.fsdecode(target): f"{len(found.layers)} layers, {found.dialect} → {to}"})
@@ -149,6 +149,11 @@ def _from_pth(
     alpha: float | None,
     sdxl: bool | None,
 ) -> Converted:
+    if not is_mix_of_show(read_pickle(source)):
+        pipeline = "auto" if to == "diffusers" else None
+        return _expert(
+            load_pickled_expert(source, alpha=alpha, pipeline=pipeline), target, to, dtype, name, sdxl
+        )
     found, embeddings = load_mix_of_show(source, alpha=alpha)
     done = _expert(found, target, to, dtype, name, sdxl)
     if embeddings:

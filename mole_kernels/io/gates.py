@@ -22,7 +22,8 @@ from mole_kernels.experts.checks import check_finite
 from mole_kernels.experts.format import FORMAT, check_stamp, stamp
 from mole_kernels.experts.lowrank import cast, flatten
 from mole_kernels.files.limits import DTYPE_NAMES, parse_json
-from mole_kernels.files.reader import PathLike, read_tensors
+from mole_kernels.files.opening import PathLike
+from mole_kernels.files.reader import read_tensors
 from mole_kernels.files.writer import atomic_save
 from mole_kernels.io.dialects.keys import parse_key, some_keys
 from mole_kernels.io.dialects.paths import kohya_name, looks_like_sdxl, module_path

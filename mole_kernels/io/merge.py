@@ -15,9 +15,10 @@ from mole_kernels.experts.compress import NOMINAL, LayerReport, Predicted, Repor
 from mole_kernels.experts.compress_spectrum import LayerSpectrum, spectrum
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.experts.merge import MergePlan, common_dialect, plan_merge
-from mole_kernels.files.reader import PathLike
-from mole_kernels.io.dialects.paths import looks_like_sdxl
-from mole_kernels.io.stream import Dialect, name_of, open_experts, save_layers
+from mole_kernels.files.opening import PathLike
+from mole_kernels.io.dialects.paths import kohya_name, looks_like_sdxl
+from mole_kernels.io.source import adapter_name
+from mole_kernels.io.stream import Dialect, open_experts, save_layers
 
 # layers done, layers in all, the path of the layer just done
 Progress = Callable[[int, int, str], None]
@@ -94,7 +95,13 @@ def compress_file(
         else:
             said = ", ".join(f"{name}={value:g}" for name, value in vars(asked).items() if value is not None)
             _save(
-                made, target, list(one.layers), to, one.dialect, f"{name_of(source)} compressed, {said}", sdxl
+                made,
+                target,
+                list(one.layers),
+                to,
+                one.dialect,
+                f"{adapter_name(source)} compressed, {said}",
+                sdxl,
             )
     return Report(tuple(reports), predicted)
 
@@ -132,7 +139,8 @@ def _save(
     made: str,
     sdxl: bool | None,
 ) -> None:
-    to = to or ("kohya" if read_as == "kohya" else "diffusers")
+    covered = read_as == "kohya" and all(kohya_name(path, sdxl=False) for path in paths)
+    to = to or ("kohya" if covered else "diffusers")
     save_layers(
         layers, target, to, read_as=read_as, made=made, sdxl=looks_like_sdxl(paths) if sdxl is None else sdxl
     )

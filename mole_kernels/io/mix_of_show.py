@@ -1,5 +1,4 @@
-"""Mix-of-Show's published `.pth` files: the one place where a pickle is opened, with torch's loader that
-builds nothing but tensors.
+"""Mix-of-Show's published `.pth` files.
 
 {"params": {"new_concept_embedding": {"<potter1>": [16,768], …}, "text_encoder": {…}, "unet": {…}}}
 
@@ -10,19 +9,18 @@ new_concept_embedding_2.
 from __future__ import annotations
 
 import os
-import pickle
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mole_kernels.errors import MoleFileError, MoleKeyError, MoleValueError, printable
 from mole_kernels.experts.lowrank import Expert, split_component
-from mole_kernels.files.reader import PathLike, open_regular
+from mole_kernels.files.opening import PathLike
 from mole_kernels.files.writer import atomic_write, torch_save
+from mole_kernels.io.dialects.kinds import kind_of_pickle
 from mole_kernels.io.experts import expert_from_tensors
+from mole_kernels.io.pickles import read_pickle
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 EMBEDDINGS = "new_concept_embedding"
@@ -52,41 +50,14 @@ def load_mix_of_show_parts(
 ) -> tuple[Expert, dict[str, dict[str, Tensor]]]:
     """`load_mix_of_show` with the embeddings as {text encoder: {token: [L,K]}}."""
     where = printable(path, 300)
-    with open_regular(path, pickles=True) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected pickle protocol")
-        try:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-        # torch raises many kinds for a broken file; none of them ran anything of it
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            ValueError,
-            EOFError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            IndexError,
-            OSError,
-        ) as error:
-            reason = printable(str(error).strip().split("\n")[0], 160)
-            raise MoleFileError(
-                where, f"is no torch file of plain tensors ({type(error).__name__}: {reason})"
-            ) from None
-    params = found.get("params", found) if isinstance(found, dict) else None
-    if (
-        not isinstance(params, dict)
-        or not set(params) & set(PARTS)
-        or set(params) - {*PARTS, *TABLES.values()}
-    ):
-        got = (
-            ", ".join(printable(key, 40) for key in list(params)[:5])
-            if isinstance(params, dict)
-            else type(found).__name__
-        )
+    params = _params(read_pickle(path))
+    if params is None:
+        what, hint = kind_of_pickle(read_pickle(path))
         raise MoleFileError(
             where,
             expected=f"params of unet, text_encoder and {EMBEDDINGS}, as Mix-of-Show writes them",
-            got=got,
+            got=what,
+            hint=hint,
         )
     for name, part in params.items():
         if not isinstance(part, dict) or not all(
@@ -99,6 +70,22 @@ def load_mix_of_show_parts(
     return expert_from_tensors(tensors, {}, os.fsdecode(path), alpha=alpha), {
         encoder: params[key] for encoder, key in TABLES.items() if params.get(key)
     }
+
+
+def is_mix_of_show(content: object) -> bool:
+    """Whether a pickle's content is what Mix-of-Show writes."""
+    return _params(content) is not None
+
+
+def _params(content: object) -> dict[str, Any] | None:
+    """The parts of a Mix-of-Show file, or None for any other content."""
+    params = content.get("params", content) if isinstance(content, dict) else None
+    known = (
+        isinstance(params, dict)
+        and bool(set(params) & set(PARTS))
+        and not set(params) - {*PARTS, *TABLES.values()}
+    )
+    return params if known else None
 
 
 def save_mix_of_show(

@@ -11,7 +11,7 @@ from mole_kernels.errors import MoleKeyError, MoleTypeError, MoleValueError, pri
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.experts.scales import alpha_of
 from mole_kernels.files.limits import DTYPE_NAMES
-from mole_kernels.files.reader import PathLike
+from mole_kernels.files.opening import PathLike
 from mole_kernels.files.writer import atomic_save
 from mole_kernels.io import adapter_config
 from mole_kernels.io.dialects.paths import kohya_name, looks_like_sdxl, stayed_flat
@@ -46,7 +46,7 @@ def expert_tensors(
     writers = {"diffusers": _diffusers, "kohya": _kohya}
     if dialect not in writers:
         raise MoleValueError("save_expert", expected=f"dialect {' or '.join(writers)}", got=repr(dialect))
-    kept = {key: value for key, value in expert.metadata.items() if key != adapter_config.KEY}
+    kept = {key: value for key, value in expert.metadata.items() if not adapter_config.is_strength_key(key)}
     tensors, metadata = writers[dialect](expert, dtype, sdxl)
     return tensors, kept | {"format": "pt"} | metadata
 
@@ -65,7 +65,7 @@ def _diffusers(
     for path, layer in expert.layers.items():
         down, up = _as_stored(layer, dtype, path)
         tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = down, up
-    return tensors, adapter_config.describe(expert)
+    return tensors, adapter_config.adapter_metadata(expert)
 
 
 def _kohya(expert: Expert, dtype: torch.dtype | None, sdxl: bool) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -4,7 +4,6 @@ made.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,35 +13,52 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleWarning, printable
+from mole_kernels.errors import MoleKeyError, MoleWarning, printable
 from mole_kernels.experts.format import FORMAT
-from mole_kernels.experts.lazy import LazyLayers, Size, stored_dtype
+from mole_kernels.experts.lazy import LazyLayers
 from mole_kernels.experts.lowrank import Expert, LowRank
-from mole_kernels.files.reader import Entry, PathLike, SafetensorsFile
+from mole_kernels.files.opening import PathLike
+from mole_kernels.files.reader import INDEX, SafetensorsFile
 from mole_kernels.files.stream import atomic_save_stream
-from mole_kernels.io.adapter_config import AdapterConfig
 from mole_kernels.io.bank import load_bank
-from mole_kernels.io.experts import LayerKeys, collect_layers, layer_of, refuse_unsupported
+from mole_kernels.io.experts import account_for, layer_from_tensors, load_expert, settings_beside
+from mole_kernels.io.layer_keys import size_from_shapes
+from mole_kernels.io.resolve import Pipeline, resolve
 from mole_kernels.io.save import expert_tensors
+from mole_kernels.io.source import AdapterSource, adapter_name, find_adapter
+from mole_kernels.io.strength import strength_of
 
 Dialect = Literal["diffusers", "kohya"]
 
 
 @contextmanager
-def open_experts(path: PathLike, *, alpha: float | None = None) -> Iterator[dict[str, Expert]]:
-    """The experts of a safetensors file by name, open until the block ends.
+def open_experts(
+    path: PathLike, *, alpha: float | None = None, pipeline: Pipeline = None
+) -> Iterator[dict[str, Expert]]:
+    """Open the experts of a file by name, until the block ends.
 
-    A LoRA file holds one, named for the file; its layers are read when looked up, so only its header costs
-    memory. Keys and shapes are
-    checked at once, values (NaN) when read. A single file of ours is read whole; its gates are left out, with
-    a warning.
-    alpha  a Mix-of-Show file's scale, which it does not hold (default 1)
+    A LoRA file holds one, named for the file; its layers are read when looked up, so only its header costs memory.
+    Keys and shapes are checked at once, values (NaN) when read. Sharded files, single files of ours (whose gates are
+    left out, with a warning) and files that a converter must see whole are read whole.
+
+    Args:
+        path: A file or an adapter's folder.
+        alpha: A Mix-of-Show file's scale, which it does not hold (default 1).
+        pipeline: As `load_expert`'s: what the names are resolved against.
+
+    Raises:
+        MoleFileError, MoleKeyError, MoleShapeError, MoleTypeError: As `load_expert`.
     """
-    with SafetensorsFile(path) as file:
+    found = find_adapter(path)
+    if found.weights.endswith(INDEX):
+        yield {adapter_name(path): load_expert(path, alpha=alpha, pipeline=pipeline)}
+        return
+    with SafetensorsFile(found.weights) as file:
         if file.header.metadata.get("format") != FORMAT:
-            yield {name_of(path): _lazy(file, os.fsdecode(path), alpha)}
+            expert = _lazy(file, found, os.fsdecode(path), alpha, pipeline)
+            yield {adapter_name(path): expert or load_expert(path, alpha=alpha, pipeline=pipeline)}
             return
-    bank, gates = load_bank(path)
+    bank, gates = load_bank(found.weights)
     if gates is not None:
         warnings.warn(f"{printable(path, 300)}: its gates are left out", MoleWarning, stacklevel=4)
     yield bank.experts
@@ -81,45 +97,26 @@ def save_layers(
     atomic_save_stream(parts(), path, metadata)
 
 
-def name_of(path: PathLike) -> str:
-    """An expert's name from its file's: printable, without dots."""
-    stem = os.path.basename(os.fsdecode(path)).removesuffix(".safetensors")
-    return "".join(c if c.isprintable() and c != "." else "_" for c in stem)[:128] or "expert"
-
-
-def _lazy(file: SafetensorsFile, source: str, alpha: float | None) -> Expert:
-    entries, metadata, where = file.header.entries, file.header.metadata, file.where
+def _lazy(
+    file: SafetensorsFile, found: AdapterSource, source: str, alpha: float | None, pipeline: Pipeline
+) -> Expert | None:
+    """The expert whose layers are read when looked up; None where a converter must see the file whole."""
+    entries, metadata, where = file.header.entries, file.header.metadata, printable(source, 300)
     if not entries:
         raise MoleKeyError(where, "holds no tensors")
-    refuse_unsupported(entries, where)
-    found = {layer.path: layer for layer in collect_layers(entries, where)}
-    config = AdapterConfig.from_metadata(metadata, where)
-    sizes = {path: _size(layer, entries, where) for path, layer in found.items()}
-    layers = LazyLayers(
-        sizes, lambda path: layer_of(found[path], file.read(found[path].keys.values()), config, where, alpha)
-    )
-    return Expert(
-        layers, "+".join(sorted({layer.dialect for layer in found.values()})), source, dict(metadata)
-    )
+    layers = account_for(entries, where, lambda key: file.read([key])[key])
+    resolve(layers, entries, pipeline, where)
+    if any(layer.foreign for layer in layers):
+        return None
+    strength = strength_of(layers, metadata, settings_beside(found, layers, where), alpha, where)
+    by_path = {layer.path: layer for layer in layers}
+    sizes = {
+        path: size_from_shapes(layer, entries, f"{where}, {printable(path)}")
+        for path, layer in by_path.items()
+    }
 
+    def read(path: str) -> LowRank:
+        return layer_from_tensors(by_path[path], file.read(by_path[path].keys.values()), strength, where)
 
-def _size(layer: LayerKeys, entries: Mapping[str, Entry], where: str) -> Size:
-    """Sizes of one layer from the header; what is wrong with them is found before anything is read."""
-    down, up = entries[layer.keys["down"]], entries[layer.keys["up"]]
-    shapes = [entry.shape[:2] if entry.shape[2:] == (1, 1) else entry.shape for entry in (down, up)]
-    if "mid" in layer.keys and len(shapes[0]) == 2:
-        mid = entries[layer.keys["mid"]].shape
-        shapes[0] = (*shapes[0], *mid[2:]) if len(mid) == 4 and mid[:2] == (shapes[0][0],) * 2 else mid
-    if len(shapes[0]) == 4:
-        shapes[0] = (shapes[0][0], math.prod(shapes[0][1:]))
-    if (
-        any(len(shape) != 2 for shape in shapes)
-        or shapes[0][0] != shapes[1][1]
-        or 0 in (*shapes[0], *shapes[1])
-    ):
-        raise MoleShapeError(
-            f"{where}, {printable(layer.path)}",
-            expected="A [R,K] and B [N,R] of one rank, of a linear layer or a convolution",
-            got=f"A {list(down.shape)}, B {list(up.shape)}",
-        )
-    return Size(shapes[1][0], shapes[0][1], shapes[0][0], stored_dtype([down.dtype, up.dtype]))
+    dialect = "+".join(sorted({layer.dialect for layer in layers}))
+    return Expert(LazyLayers(sizes, read), dialect, source, dict(metadata), strength.origin)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 
 from mole_kernels.errors import printable
-from mole_kernels.experts.lowrank import Expert, flatten, split_component
+from mole_kernels.experts.lowrank import Expert, flatten, is_denoiser, split_component
 from mole_kernels.io.dialects.families import agree, families, families_of, titles
 from mole_kernels.modules.scan import Scan, denoiser, sizes
 
@@ -54,6 +54,10 @@ class Names:
         spellings = [key]
         if self.components:
             default = denoiser(self.components)
+            component, rest = split_component(key)
+            # a file calls the denoiser by a name that this pipeline may not have
+            if component is not None and is_denoiser(component) and component not in self.components:
+                key = rest
             if default is not None:
                 spellings.append(f"{default}.{key}")
         else:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from mole_kernels.errors import MoleTypeError, MoleValueError, printable
 from mole_kernels.experts.bank import ExpertBank, check_name
+from mole_kernels.experts.checks import check_values
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.gates.gate import Gate
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.experts import load_expert
-from mole_kernels.io.foreign import pipeline_for
 from mole_kernels.io.gates import GateFile, load_gates
+from mole_kernels.io.resolve import pipeline_for
 
 Path: TypeAlias = str | os.PathLike[str]
 Source: TypeAlias = Path | Mapping[str, Tensor] | Expert
@@ -31,6 +32,8 @@ def read_experts(experts: object, model: object) -> tuple[dict[str, Expert], Gat
              `Handle.save` wrote
     """
     if isinstance(experts, ExpertBank):
+        for name, expert in experts.experts.items():
+            check_values(f"expert {name!r}", expert)
         return dict(experts.experts), None
     if isinstance(experts, str | os.PathLike):
         bank, gates = load_bank(experts)
@@ -59,6 +62,7 @@ def read_experts(experts: object, model: object) -> tuple[dict[str, Expert], Gat
 def read_expert(name: str, source: Source, model: object) -> Expert:
     """One expert from a path, a mapping of tensors, or as it is."""
     if isinstance(source, Expert):
+        check_values(f"expert {name!r}", source)
         return source
     if not isinstance(source, str | os.PathLike | Mapping):
         raise MoleTypeError(
@@ -66,12 +70,8 @@ def read_expert(name: str, source: Source, model: object) -> Expert:
             expected="a path, a mapping of tensors or an Expert",
             got=type(source).__name__,
         )
-    pipeline = (
-        model
-        if hasattr(model, "lora_state_dict") and not isinstance(model, nn.Module)
-        else pipeline_for(model)
-    )
-    return load_expert(source, pipeline=pipeline)
+    known = pipeline_for(model) if isinstance(model, nn.Module) else hasattr(model, "lora_state_dict")
+    return load_expert(source, pipeline=model if known else None)
 
 
 def read_gates(gates: object) -> GateFile | GateMaker | str | None:

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from mole_kernels.errors import MoleError, MoleFileError, MoleKeyError, MoleTypeError, printable
 from mole_kernels.files import limits, reader
-from mole_kernels.files.reader import printable_metadata, read_header, read_tensors
+from mole_kernels.files.header import printable_metadata
+from mole_kernels.files.reader import read_header, read_tensors
 from tests.raw import entry, raw, write
 
 FOUR = b"\0\0\x80\x3f"
@@ -104,19 +105,19 @@ CASES = [
     Broken("17-size", raw({"a": entry((3,))}, FOUR), ("'a'", "expected 12 bytes for F32 [3], got 4")),
     Broken("18-overflow", raw({"a": entry((2**32, 2**32), 0, 0)}), ("'a'", "overflows")),
     Broken("18-overflow-behind-zero", raw({"a": entry((0, 2**40, 2**40), 0, 0)}), ("'a'", "overflows")),
-    Broken("19-duplicate", raw(duplicate(b'"a":' + SECOND), FOUR * 2), ("'a' is there twice",)),
-    Broken("20-decoy-escaped", raw(duplicate(b'"\\u0061":' + SECOND), FOUR * 2), ("'a' is there twice",)),
+    Broken("19-duplicate", raw(duplicate(b'"a":' + SECOND), FOUR * 2), ("'a' occurs twice",)),
+    Broken("20-decoy-escaped", raw(duplicate(b'"\\u0061":' + SECOND), FOUR * 2), ("'a' occurs twice",)),
     Broken(
         "20-decoy-inside",
         raw(b'{"a":{"dtype":"F32","shape":[1],"shape":[2],"data_offsets":[0,4]}}', FOUR),
-        ("'shape' is there twice",),
+        ("'shape' occurs twice",),
     ),
     Broken(
         "20-decoy-metadata",
         raw(b'{"__metadata__":{"a":"1"},"__metadata__":{"a":"2"}}'),
-        ("'__metadata__' is there twice",),
+        ("'__metadata__' occurs twice",),
     ),
-    Broken("20-decoy-in-metadata", raw(b'{"__metadata__":{"a":"1","a":"2"}}'), ("'a' is there twice",)),
+    Broken("20-decoy-in-metadata", raw(b'{"__metadata__":{"a":"1","a":"2"}}'), ("'a' occurs twice",)),
     Broken("20-decoy-invisible", raw({"a\u200b": entry()}, FOUR), ("bad tensor key", "\\u200b")),
     Broken("22-metadata-number", raw({"__metadata__": {"a": 1}}), ("__metadata__ as an object of strings",)),
     Broken(

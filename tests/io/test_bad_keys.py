@@ -269,6 +269,10 @@ def test_wrong_tensors_are_refused_by_name(case: Wrong, form: str, tmp_path: Pat
 def test_44_dtype(dtype: torch.dtype):
     with pytest.raises(MoleTypeError, match="expected dtype F64"):
         load_expert(good() | {A: torch.ones(R, K).to(dtype)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
+def test_44_dtype_of_alpha(dtype: torch.dtype):
     with pytest.raises(MoleTypeError, match="alpha of dtype"):
         load_expert(kohya(alpha=torch.ones((), dtype=dtype)))
 
@@ -344,7 +348,7 @@ def config(**fields: object) -> dict[str, str]:
         ({"lora_adapter_metadata": '{"unet.lora_alpha": NaN}'}, "NaN is not JSON"),
         ({"lora_adapter_metadata": '{"unet.lora_alpha": 1e999}'}, "a finite alpha"),
         ({"lora_adapter_metadata": "[" * 30_000}, "nested too deep|not JSON"),
-        ({"lora_adapter_metadata": '{"unet.r": 1, "unet.r": 2}'}, "there twice"),
+        ({"lora_adapter_metadata": '{"unet.r": 1, "unet.r": 2}'}, "occurs twice"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:20],
 )

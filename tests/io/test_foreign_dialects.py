@@ -417,7 +417,7 @@ def test_a_file_that_cannot_be_told_is_not_converted(tmp_path: Path):
 
 def test_what_only_a_converter_reads_says_so(monkeypatch: pytest.MonkeyPatch):
     modules, _ = known_lora(MODELS["flux1"].make(), XLABS)
-    with pytest.raises(MoleKeyError, match="are not LoRA keys") as caught:
+    with pytest.raises(MoleKeyError, match="another tool's names") as caught:
         load_expert(xlabs(modules))
     assert 'pipeline="auto"' in caught.value.hint
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from mole_kernels.errors import MoleFileError
 from mole_kernels.files import reader
-from mole_kernels.files.reader import printable_metadata, read_header, read_tensors
+from mole_kernels.files.header import printable_metadata
+from mole_kernels.files.reader import read_header, read_tensors
 from mole_kernels.io import load_expert
 from mole_kernels.patching.apply import patch
 from tests.files import test_bad_files as there

@@ -177,11 +177,11 @@ def rescaled(g: Ground) -> None:
 
 
 def folded_nan(g: Ground) -> None:
-    """An expert made in memory is the caller's own and may hold NaN; folding it into the weights is
-    refused.
-    """
-    nan = LowRank(torch.full((2, 6), float("nan")), torch.ones(10, 2))
-    handle = patch(g.model, {"a": Expert({"first": nan})})
+    """A run that diverges leaves NaN in a patched expert; folding it into the weights is refused."""
+    handle = patch(g.model, {"a": Expert({"first": LowRank(torch.ones(2, 6), torch.ones(10, 2))})})
+    with torch.no_grad():
+        for parameter in handle.expert_parameters():
+            parameter.fill_(float("nan"))
     held = [parameter.clone() for parameter in g.model.parameters()]
     try:
         handle.fold()

@@ -7,24 +7,36 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from mole_kernels.experts.lowrank import flatten, split_component
+from mole_kernels.experts.lowrank import COMPONENTS, flatten, split_component
 from mole_kernels.io.dialects import ldm
+from mole_kernels.io.dialects.keys import Ending
+from mole_kernels.io.dialects.own import classes_with_layers
 
-# kohya's prefix -> the pipeline's component
-KOHYA_PREFIXES = {
-    "lora_unet_": "unet",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te3_": "text_encoder_3",
-    "lora_te_": "text_encoder",
-}
-
+# what tools put before a path -> the pipeline's component ("": its denoiser, whatever that is called there). The
+# first that fits counts; what follows is flat after an underscore, and dotted after a dot.
+PREFIXES: tuple[tuple[str, str], ...] = (
+    ("lora_unet_", ""),
+    ("lora_transformer_", ""),
+    ("lora_te1_", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"),
+    ("lora_te3_", "text_encoder_3"),
+    ("lora_te_", "text_encoder"),
+    ("text_encoders.clip_l.transformer.", "text_encoder"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2"),
+    ("text_encoders.t5xxl.transformer.", "text_encoder_3"),
+    ("model.diffusion_model.", ""),
+    ("diffusion_model.", ""),
+    ("pipe.dit.", ""),
+    *((f"{component}.", component) for component in COMPONENTS),
+)
 # LyCORIS used as a library puts this before the flat name of a module of whatever it wrapped
 LYCORIS = "lycoris_"
-
-# wrappers that tools put before the path
-WRAPPERS = ("base_model.model.",)
+# wrappers of one module, which say nothing of what it is
+WRAPPERS = ("base_model.model.", "_orig_mod.")
+# parts that wrappers of inner modules add to a path
+_INNER = re.compile(r"\.(?:base_layer|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|\Z)")
 
 # parts of a module path that hold an underscore themselves; every other underscore of a flat name was a dot
 ATOMS = (
@@ -75,6 +87,16 @@ WORDS = (
     "fc2",
 )
 UNET_PARTS = (*ATOMS, *WORDS)
+# what T5 and the language models among text encoders add
+TEXT_PARTS = (
+    *UNET_PARTS,
+    "block",
+    "layer",
+    "SelfAttention",
+    "DenseReluDense",
+    *("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"),
+    *("model", "gate_proj", "up_proj", "down_proj"),
+)
 
 # before PEFT, attention processors held the LoRA, under names of their own
 PROCESSOR = {"to_out": "to_out.0"}
@@ -103,26 +125,64 @@ def unflatten(flat: str, known: tuple[str, ...] = UNET_PARTS) -> str:
 def stayed_flat(path: str) -> bool:
     """Whether a path read from a kohya file is one flat name that the tables could not cut."""
     rest = split_component(path)[1]
-    return "." not in rest and rest not in ATOMS and rest not in WORDS
+    return "." not in rest and rest not in ATOMS and rest not in WORDS and not classes_with_layers((rest,))
 
 
-def module_path(module: str, dialect: str) -> tuple[str, str]:
-    """(dotted path with its component, dialect) of a module as a key spells it.
+class Spelled(NamedTuple):
+    """A module's name without what a tool put before it.
 
-    dialect  what the key's ending says (`keys.ENDINGS`); the module's own spelling decides between kohya and
-             Mix-of-Show
+    Attributes:
+        component: The pipeline's component; "" for its denoiser, None where the name does not say.
+        rest: What follows, flat or dotted.
+        flat: Whether the prefix is one that flat names have.
+        prefix: What was taken off, wrappers left out.
     """
-    for prefix, component in KOHYA_PREFIXES.items():
-        if module.startswith(prefix):
-            return f"{component}.{unflatten(ldm.to_diffusers(module.removeprefix(prefix)))}", "kohya"
-    if module.startswith(LYCORIS):
-        return unflatten(ldm.to_diffusers(module.removeprefix(LYCORIS))), "kohya"
-    for wrapper in WRAPPERS:
-        module = module.removeprefix(wrapper)
-    if dialect == "processor":
-        return _processor_path(module)
-    module = module.replace(".processor.", ".")
-    return module, "mix_of_show" if dialect == "kohya" else dialect
+
+    component: str | None
+    rest: str
+    flat: bool
+    prefix: str
+
+
+def spelled(module: str) -> Spelled:
+    """Take wrappers and one tool's prefix off a module's name."""
+    name = _unwrapped(_INNER.sub("", module))
+    for prefix, component in PREFIXES:
+        if name.startswith(prefix) and len(name) > len(prefix):
+            rest = _unwrapped(name.removeprefix(prefix))
+            return Spelled(component, rest, prefix.endswith("_"), prefix)
+    if name.startswith(LYCORIS):
+        return Spelled(None, name.removeprefix(LYCORIS), True, LYCORIS)
+    return Spelled(None, name, False, "")
+
+
+def _unwrapped(name: str) -> str:
+    while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), ""):
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def module_path(module: str, ending: Ending) -> tuple[str, str]:
+    """(dotted path with its component, dialect) of a module as a key spells it, by the tables of UNets and text
+    encoders; a name that they do not hold stays as it is.
+
+    Args:
+        module: The module's name in the file.
+        ending: Who ends keys so (`keys.ENDINGS`); the module's own spelling decides between kohya and Mix-of-Show.
+    """
+    name = spelled(module)
+    component = "unet" if name.component == "" else name.component
+    if name.flat or (name.component == "" and ldm.is_ldm(flatten(name.rest))):
+        known = TEXT_PARTS if component and component.startswith("text_encoder") else UNET_PARTS
+        rest, dialect = unflatten(ldm.to_diffusers(flatten(name.rest)), known), "kohya"
+    elif name.component == "":
+        # what the tables do not hold keeps its prefix: a converter may read it
+        return f"{name.prefix}{name.rest}", ending
+    elif ending == "processor":
+        rest, dialect = _processor_path(name.rest)
+    else:
+        rest, dialect = name.rest.replace(".processor.", "."), "mix_of_show" if ending == "kohya" else ending
+    return (f"{component}.{rest}" if component else rest), dialect
 
 
 def _processor_path(module: str) -> tuple[str, str]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from mole_kernels.errors import MoleFileError, MoleKeyError, MoleTypeError, MoleValueError, printable
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.files.limits import finite
-from mole_kernels.files.reader import PathLike, read_tensors
+from mole_kernels.files.opening import PathLike
+from mole_kernels.files.reader import read_tensors
 from mole_kernels.files.text import read_json
 from mole_kernels.files.writer import atomic_save
 from mole_kernels.io import load_expert, save_expert

@@ -6,7 +6,7 @@ import math
 
 from mole_kernels.errors import MoleError
 from mole_kernels.experts.lowrank import Expert
-from mole_kernels.io.adapter_config import KEY, AdapterConfig, describe
+from mole_kernels.io.adapter_config import KEY, AdapterConfig, adapter_metadata
 from mole_kernels.io.experts import expert_from_tensors
 from tests.fuzz.meeting import numbers, text
 
@@ -27,7 +27,7 @@ def check(data: bytes) -> None:
             continue
     expert = expert_from_tensors(TENSORS, {KEY: text(data)}, "file")
     assert all(math.isfinite(layer.scale) for layer in expert.layers.values())
-    told = AdapterConfig.from_metadata(describe(Expert(expert.layers)), "again")
+    told = AdapterConfig.from_metadata(adapter_metadata(Expert(expert.layers)), "again")
     for path, layer in expert.layers.items():
         # α is kept, s = α/r: one rounding each way
         assert math.isclose(told.scale(path, layer.rank, "again"), layer.scale, rel_tol=1e-12), path

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mole_kernels.files.reader import SafetensorsFile, printable_metadata
+from mole_kernels.files.header import printable_metadata
+from mole_kernels.files.reader import SafetensorsFile
 from mole_kernels.files.writer import atomic_save
 from tests.fuzz.meeting import file_of, folder, same
 

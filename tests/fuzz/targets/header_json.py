@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mole_kernels.errors import MoleError
+from mole_kernels.files.header import parse_header
 from mole_kernels.files.limits import MAX_DIMS, MAX_TENSORS, check_json_size, parse_json
-from mole_kernels.files.reader import parse_header
 
 JSON = True
 SIZES = (0, 4, 24, 2**40)

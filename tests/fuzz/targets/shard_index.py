@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from mole_kernels.files.index import read_index
+from mole_kernels.files.reader import read_index
 from tests.fuzz.meeting import file_of, folder
 
 JSON = True
