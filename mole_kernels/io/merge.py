@@ -142,7 +142,13 @@ def _save(
     covered = read_as == "kohya" and all(kohya_name(path, sdxl=False) for path in paths)
     to = to or ("kohya" if covered else "diffusers")
     save_layers(
-        layers, target, to, read_as=read_as, made=made, sdxl=looks_like_sdxl(paths) if sdxl is None else sdxl
+        layers,
+        target,
+        to,
+        read_as=read_as,
+        made=made,
+        sdxl=looks_like_sdxl(paths) if sdxl is None else sdxl,
+        paths=paths,
     )
 
 

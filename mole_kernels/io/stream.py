@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mole_kernels.errors import MoleKeyError, MoleWarning, printable
@@ -24,7 +23,7 @@ from mole_kernels.io.bank import load_bank
 from mole_kernels.io.experts import account_for, layer_from_tensors, load_expert, settings_beside
 from mole_kernels.io.layer_keys import size_from_shapes
 from mole_kernels.io.resolve import Pipeline, resolve
-from mole_kernels.io.save import expert_tensors
+from mole_kernels.io.save import LayerWriter
 from mole_kernels.io.source import AdapterSource, adapter_name, find_adapter
 from mole_kernels.io.strength import strength_of
 
@@ -72,29 +71,23 @@ def save_layers(
     read_as: str = "memory",
     made: str = "",
     sdxl: bool = False,
+    paths: Sequence[str] = (),
 ) -> None:
     """`save_expert` for layers that come one by one; only the one at hand is in memory. Atomic.
 
     read_as  the dialect that the paths were read in: a kohya name that stayed flat cannot be written in
              diffusers' dialect
     made     how this expert came about, for the file's metadata
+    paths    of all layers, where they are known: their names are checked before the first layer is asked for
     """
-    seen: dict[str, tuple[int, int, int, float, bool | tuple[int, int]]] = {}
-    note = {"mole_kernels": made} if made else {}
+    writer = LayerWriter(to, read_as, made, sdxl=sdxl)
+    writer.check(list(paths))
 
     def parts() -> Iterator[tuple[str, Tensor]]:
         for name, layer in layers:
-            seen[name] = (layer.out_features, layer.in_features, layer.rank, layer.scale, layer.conv)
-            yield from expert_tensors(Expert({name: layer}, read_as, made), to, None, sdxl)[0].items()
+            yield from writer.tensors(name, layer).items()
 
-    def metadata() -> Mapping[str, str]:
-        empty = {
-            name: LowRank(torch.empty(R, K, device="meta"), torch.empty(N, R, device="meta"), scale, conv)
-            for name, (N, K, R, scale, conv) in seen.items()
-        }
-        return expert_tensors(Expert(empty, read_as, made, note), to, None, sdxl)[1]
-
-    atomic_save_stream(parts(), path, metadata)
+    atomic_save_stream(parts(), path, lambda: writer.metadata({"mole_kernels": made} if made else {}))
 
 
 def _lazy(

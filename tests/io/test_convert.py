@@ -59,8 +59,9 @@ def same(found: Expert, truth: Expert) -> None:
     assert set(found.layers) == set(truth.layers)
     for path, layer in truth.layers.items():
         other = found.layers[path]
-        assert torch.equal(other.down, layer.down) and torch.equal(other.up, layer.up), path
-        assert (other.scale, other.conv) == (layer.scale, layer.conv), path
+        # kohya's files hold one alpha: the rest of a scale lies in B, here a power of two
+        assert torch.equal(other.down, layer.down) and other.conv == layer.conv, path
+        assert torch.equal(other.scale * other.up, layer.scale * layer.up), path
 
 
 @pytest.mark.parametrize("to", ["diffusers", "kohya", "native"])
