@@ -1,11 +1,10 @@
-"""q, k and v as one product: layers of one attention that are called with the same tensor, computed by the
-first call for all of them.
+"""q, k and v as one product: the first layer that is called computes the outputs of all that share its
+input.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,36 +16,50 @@ from torch.autograd import forward_ad
 
 from mole_kernels.functional import _as_samples, gated_lora_linear_with_gates
 from mole_kernels.grouping import weights as group_weights
-from mole_kernels.grouping.pack import Packed, Part, not_worth, pack, part_of, problem_of, refuse, same_down
-from mole_kernels.layers import spread
+from mole_kernels.grouping.compiled import CompiledOutputs, all_trusted, compiled_output
+from mole_kernels.grouping.operands import (
+    LayerOperands,
+    PackedOperands,
+    has_equal_down,
+    operands_of_layer,
+    pack_operands,
+    problem_of_group,
+    reason_against_packing,
+    split_output,
+    wants_gradient,
+)
+from mole_kernels.grouping.pending import CallState, PendingOutputs, call_state
+from mole_kernels.grouping.reasons import reason_against_layers, reason_against_one_product
 from mole_kernels.layers.linear import GatedLoRALinear, LastGates
 from mole_kernels.ops.direct import PLAIN
-from mole_kernels.ops.group import beside, group_op
-from mole_kernels.precision import autocast_dtype
-from mole_kernels.text_cache.layer import has_offload_hook
-from mole_kernels.text_cache.state import collect_state
+from mole_kernels.ops.group import beside
+from mole_kernels.tally import count, totals
+from mole_kernels.text_cache.state import layout_of
 
-# weights that somebody keeps moving are not laid side by side again and again
-MOST_LAID = 8
-# groups of a call that nobody took the rest of: so many are forgiven
+# weights that are moved again and again are not laid side by side for ever
+MOST_MOVES = 8
+# so many forwards whose layers were called with different inputs are forgiven
 FORGIVEN = 3
-# of K: B's zeros inside compiled graphs, where the number of rows is not looked at
-MOST_EXTRA = 1 / 16
 # two threads that lay the same weights would each lay some of them
 _laying = threading.Lock()
-# their attention reads its input for the projections and writes nothing into it
-TRUSTED = ("diffusers.", "transformers.")
+
+COMPUTED, SHARED, WASTED, MOVED = "computed", "shared", "wasted", "moved"
 
 
 class Group:
-    """Layers of `owner` with one input; the first that is called in a forward of `owner` makes the outputs of
+    """Layers with one input; the first that is called in a forward of their owner computes the outputs of
     all.
 
-    An output is handed on only within that forward and thread, for the very tensor (object and version) that
-    it was made of, and while
-    all that its layer's output depends on stands as it stood; everything else is computed by the layer
-    itself.
-    always  compute as a group whatever it costs (tests, measurements)
+    An output is handed out only within that forward and thread, for the very tensor (object and version) that
+    it was made of, and while all that it depends on stands as it stood; everything else is computed by the
+    layer itself.
+
+    Args:
+        owner: The module whose forward calls the layers, or None for an empty group.
+        layers: The layers, in the order of their rows.
+        processors: Modules that must be known to leave their input alone, where a compiled graph cannot see
+        it.
+        always: Compute as a group whatever it costs (for tests and measurements).
     """
 
     def __init__(
@@ -59,11 +72,12 @@ class Group:
         self.layers, self.processors, self.always = list(layers), list(processors), always
         # FSDP puts Parameters of its own there for a forward, whose memory is not ours to move
         self.weights = [layer.weight for layer in self.layers]
-        self.open: dict[int, Pending | str | None] = {}
-        self.traced: list[Any] | None = None
+        # of each thread inside a forward of the owner: outputs, or the reason why there are none
+        self.open: dict[int, PendingOutputs | str | None] = {}
+        self.compiled: CompiledOutputs | None = None
         self.trusted = False
-        self.kept: Kept | None = None
-        self.laid = self.taken = self.wasted = self.shared = 0
+        self.packing: CachedPacking | None = None
+        self.counts: Counter[str] = Counter()
         self.apart: Counter[str] = Counter()
         self.hooks: list[Any] = []
         if owner is not None:
@@ -71,17 +85,17 @@ class Group:
                 owner.register_forward_pre_hook(self.begin),
                 owner.register_forward_hook(self.end, always_call=True),
             ]
-        for seat, layer in enumerate(self.layers):
-            layer.group = Seat(self, seat)
+        for place, layer in enumerate(self.layers):
+            layer.group = GroupMember(self, place)
 
     def remove(self) -> None:
-        """Layers and weights as they were before, each in memory of its own."""
-        group_weights.part([layer.weight for layer in self.layers])
+        """Leave layers and weights as they were before, each weight in memory of its own."""
+        group_weights.take_apart([layer.weight for layer in self.layers])
         for hook in self.hooks:
             hook.remove()
         for layer in self.layers:
             layer.__dict__.pop("group", None)
-        self.layers, self.weights, self.hooks, self.kept = [], [], [], None
+        self.layers, self.weights, self.hooks, self.packing = [], [], [], None
         self.open.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -89,309 +103,196 @@ class Group:
         return Group, (None, (), (), False)
 
     # -- the owner's forward
-    # --------------------------------------------------------------------------------------------------------
 
     def begin(self, *_: Any) -> None:
+        """Before a forward of the owner."""
         if torch.compiler.is_compiling():
-            self.traced = None
-            self.trusted = bool(self.layers) and (
-                self.always or all(_trusts(module) for module in self.processors)
-            )
+            self.compiled = None
+            self.trusted = bool(self.layers) and (self.always or all_trusted(self.processors))
         elif self.layers:
+            # a forward inside a forward ends the outer one's outputs
+            self._finish(self.open.get(threading.get_ident()))
             self.open[threading.get_ident()] = None
 
     def end(self, *_: Any) -> None:
+        """After a forward of the owner, and after an exception in it."""
         if torch.compiler.is_compiling():
-            self.traced, self.trusted = None, False
+            self.compiled, self.trusted = None, False
             return
-        found = self.open.pop(threading.get_ident(), None)
-        if isinstance(found, Pending):
-            self._spent(found)
+        self._finish(self.open.pop(threading.get_ident(), None))
 
     # -- a layer's forward
-    # ----------------------------------------------------------------------------------------------------------
 
-    def take(self, seat: int, layer: GatedLoRALinear, x: Tensor) -> Tensor | None:
-        """The layer's output for x; None: the layer is to compute it."""
+    def take(self, place: int, layer: GatedLoRALinear, x: Tensor) -> Tensor | None:
+        """The output of one layer for x [..., K], or None if the layer is to compute it."""
         if torch.compiler.is_compiling():
-            return self._traced(seat, x)
+            return compiled_output(self, place, x)
         thread = threading.get_ident()
         # the second: a replica of the layer, which has kept its attributes
-        if thread not in self.open or self.layers[seat] is not layer:
+        if thread not in self.open or self.layers[place] is not layer:
             return None
-        found = self.open[thread]
-        if isinstance(found, str):
+        outputs = self.open[thread]
+        if isinstance(outputs, str):
             return None
-        if found is not None:
-            y = found.give(seat, layer, x)
+        if outputs is not None:
+            y = outputs.hand_out(place, layer, x)
             if y is not None:
                 return y
-            self._spent(found)
+            self._finish(outputs)
             self.open[thread] = None
-        made = self._compute(x)
-        if isinstance(made, str):
-            self.apart[made] += 1
+        outputs = self._compute(x)
+        self.open[thread] = outputs
+        if isinstance(outputs, str):
             # for the rest of this forward
-            self.open[thread] = made
+            count(outputs, self.apart)
             return None
-        self.open[thread] = made
-        return made.give(seat, layer, x)
+        return outputs.hand_out(place, layer, x)
 
-    def _spent(self, pending: Pending) -> None:
-        if any(y is not None for y in pending.ys):
-            self.wasted += 1
-        else:
-            self.taken += 1
+    def _finish(self, outputs: PendingOutputs | str | None) -> None:
+        if isinstance(outputs, PendingOutputs):
+            count(COMPUTED if outputs.all_handed_out() else WASTED, self.counts)
 
-    def _compute(self, x: Tensor) -> Pending | str:
+    def _compute(self, x: Tensor) -> PendingOutputs | str:
+        """The outputs of all layers, or the reason why each is to compute its own."""
         layers = self.layers
-        if reason := self._reason(x):
+        if reason := self._reason_against(x):
             return reason
-        parts = [part_of(layer) for layer in layers]
-        if reason := refuse(parts):
+        # before anything is read: what another thread writes meanwhile must show
+        state = call_state(x, layers)
+        if state is None:
+            return "a tensor of its layers was made under inference_mode and counts no versions"
+        operands = [operands_of_layer(layer) for layer in layers]
+        if reason := reason_against_packing(operands):
             return reason
-        kept = self._known(parts, x)
+        packing = self._packing(operands, x)
         if not self.always:
-            whole = problem_of(_as_samples(x), parts, kept.shared)
-            split = tuple([(part.N, part.experts.ranks) for part in parts])
-            if reason := not_worth(whole, split, x.device.index, _wants_gradient(parts, x)):
+            whole = problem_of_group(_as_samples(x), operands, packing.shared)
+            split = tuple([(part.N, part.experts.ranks) for part in operands])
+            if reason := reason_against_one_product(
+                whole, split, x.device.index, wants_gradient(operands, x)
+            ):
                 return reason
         weights = [layer.weight for layer in layers]
         weight = beside(weights)
         if weight is None:
-            if reason := self._lay(weights, x):
-                return reason
-            weight = beside(weights)
-            if weight is None:
-                return "its weights were moved meanwhile"
-        packed = kept.pack(parts)
-        y, token, sample = gated_lora_linear_with_gates(
-            x, weight, packed.bias, packed.experts, packed.gates, backend=layers[0].backend
-        )
-        _note(layers, parts, token, sample)
-        self.shared += kept.shared
-        return Pending(x, layers, _split(y, parts))
+            # once they lie side by side, all is read again: their addresses are part of the state
+            return self._lay(weights, x) or self._compute(x)
+        return self._product(x, weight, operands, packing, state)
 
-    def _reason(self, x: Tensor) -> str | None:
-        """Why this forward's layers compute by themselves."""
-        if self.wasted > max(FORGIVEN, self.taken):
+    def _product(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        operands: list[LayerOperands],
+        packing: CachedPacking,
+        state: CallState,
+    ) -> PendingOutputs:
+        packed = packing.pack(operands)
+        y, token_gate, sample_gate = gated_lora_linear_with_gates(
+            x, weight, packed.bias, packed.experts, packed.gates, backend=self.layers[0].backend
+        )
+        _note_gates(self.layers, operands, token_gate, sample_gate)
+        if packing.shared:
+            count(SHARED, self.counts)
+        return PendingOutputs(state, split_output(y, operands))
+
+    def _reason_against(self, x: Tensor) -> str | None:
+        """Why this forward's layers compute by themselves, or None."""
+        counts = totals(self.counts)
+        if counts.get(WASTED, 0) > max(FORGIVEN, counts.get(COMPUTED, 0)):
             return "its layers are not called with one input"
-        if not _seen_by_none(x):
-            return "a tracer, tensor mode or tensor subclass looks on"
+        if _is_observed(x):
+            return "a tracer, tensor mode or tensor subclass observes the call"
         if x.is_inference():
             return "an input made under inference_mode counts no versions"
-        return _stands_aside(self.layers)
+        return reason_against_layers(self.layers)
 
     def _lay(self, weights: list[Tensor], x: Tensor) -> str | None:
+        """Move the weights side by side; the reason if they stay where they are."""
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return "its weights do not lie side by side, and a CUDA graph is being captured"
-        if self.laid >= MOST_LAID:
-            return f"its weights were moved {MOST_LAID} times"
+        if totals(self.counts).get(MOVED, 0) >= MOST_MOVES:
+            return f"its weights were moved {MOST_MOVES} times"
         if any(now is not then for now, then in zip(weights, self.weights)):
             return "its weights are other Parameters than those that were grouped"
-        if reason := group_weights.reject(weights):
+        if reason := group_weights.reason_against_moving(weights):
             return reason
-        self.laid += 1
+        count(MOVED, self.counts)
         with _laying:
-            group_weights.lay(weights)
+            group_weights.lay_side_by_side(weights)
         return None
 
-    def _known(self, parts: list[Part], x: Tensor) -> Kept:
-        """What was packed of these operands and how, while none of them was written to; begun anew where one
-        was.
-        """
-        tensors = [tensor for part in parts for tensor in part.tensors()]
+    def _packing(self, operands: list[LayerOperands], x: Tensor) -> CachedPacking:
+        """The packing of these operands; begun anew if one of them was written to."""
+        tensors = [tensor for part in operands for tensor in part.tensors()]
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if capturing or any(t.is_inference() for t in tensors) or _wants_gradient(parts, None):
+        if capturing or any(t.is_inference() for t in tensors) or wants_gradient(operands, None):
             # in a captured graph, values may be others when it is run again
-            return Kept((), [], False)
-        key = tuple([(t.data_ptr(), t._version) for t in tensors])
-        if self.kept is None or self.kept.key != key:
+            return CachedPacking((), [], False)
+        key = tuple([(t.data_ptr(), t._version, layout_of(t)) for t in tensors])
+        packing = self.packing
+        if packing is None or packing.key != key:
             # their memory is held, so that nothing else comes to lie there
-            self.kept = Kept(key, [t.detach() for t in tensors], same_down(parts))
-        return self.kept
-
-    # -- inside a compiled graph
-    # ----------------------------------------------------------------------------------------------------
-
-    def _traced(self, seat: int, x: Tensor) -> Tensor | None:
-        """`take` as a compiler may see it: no addresses, no versions, no numbers of rows. Reasons are not
-        counted.
-        """
-        held = self.traced
-        if held is not None and held[0] is x and held[1][seat] is not None:
-            y: Tensor = held[1][seat]
-            held[1][seat] = None
-            return y
-        layers = self.layers
-        # an exported program has copies of the weights, which do not lie side by side
-        if (
-            torch.compiler.is_exporting()
-            or not self.trusted
-            or _stands_aside(layers)
-            or autocast_dtype(x.device.type) is not None
-        ):
-            return None
-        parts = [part_of(layer) for layer in layers]
-        if (
-            refuse(parts)
-            or _wants_gradient(parts, x)
-            or any(layer.weight.dtype != x.dtype for layer in layers)
-        ):
-            return None
-        R = sum([sum(part.experts.ranks) for part in parts])
-        extra = R - max([sum(part.experts.ranks) for part in parts])
-        if not self.always and (x.device.type != "cuda" or extra > MOST_EXTRA * x.shape[-1]):
-            return None
-        packed = pack(parts, False)
-        (down, up, scale, ranks, _), (gate, phi, phi_bias, pool, pool_bias, _) = packed.experts, packed.gates
-        down, up, phi = down.to(x.dtype), up.to(x.dtype), None if phi is None else phi.to(x.dtype)
-        weights = [layer.weight for layer in layers]
-        bias, backend = packed.bias, layers[0].backend
-        y, _, _, _ = group_op(
-            _as_samples(x),
-            weights,
-            bias,
-            down,
-            up,
-            scale,
-            ranks,
-            gate,
-            phi,
-            phi_bias,
-            pool,
-            pool_bias,
-            backend,
-        )
-        ys = _split(y.reshape(*x.shape[:-1], y.shape[-1]), parts)
-        own = ys[seat]
-        ys[seat] = None
-        self.traced = [x, ys]
-        return own
+            packing = CachedPacking(key, [t.detach() for t in tensors], has_equal_down(operands))
+            self.packing = packing
+        return packing
 
 
-class Seat(NamedTuple):
+class GroupMember(NamedTuple):
     """What a layer knows of its group."""
 
     group: Group
-    seat: int
+    place: int
 
     def take(self, layer: GatedLoRALinear, x: Tensor) -> Tensor | None:
-        return self.group.take(self.seat, layer, x)
+        """The layer's output for x, or None if the layer is to compute it."""
+        return self.group.take(self.place, layer, x)
 
 
 @dataclass
-class Kept:
+class CachedPacking:
     """How operands stood (held), whether they share A, and their packed form once it was needed."""
 
-    key: tuple[tuple[int, int], ...]
-    made_of: list[Tensor]
+    key: tuple[tuple[object, ...], ...]
+    held: list[Tensor]
     shared: bool
-    packed: Packed | None = None
+    packed: PackedOperands | None = None
 
-    def pack(self, parts: Sequence[Part]) -> Packed:
-        if not self.made_of:
-            return pack(parts, False)
+    def pack(self, operands: Sequence[LayerOperands]) -> PackedOperands:
+        """The operands of the one call."""
+        if not self.held:
+            return pack_operands(operands, False)
         if self.packed is None:
             with torch.inference_mode(False), torch.no_grad():
-                self.packed = pack(parts, self.shared)
+                self.packed = pack_operands(operands, self.shared)
         return self.packed
 
 
-class Pending:
-    """Outputs made of x for layers that have not been called yet, and how x and the layers stood."""
-
-    def __init__(self, x: Tensor, layers: Sequence[nn.Module], ys: list[Tensor | None]) -> None:
-        self.x, self.version, self.mode = weakref.ref(x), x._version, _mode(x)
-        self.ys, self.stood = ys, [_standing(layer) for layer in layers]
-
-    def give(self, seat: int, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """The output of one layer, once; None where anything is not as it was."""
-        y = self.ys[seat]
-        if (
-            y is None
-            or self.x() is not x
-            or x._version != self.version
-            or _mode(x) != self.mode
-            or _standing(layer) != self.stood[seat]
-        ):
-            return None
-        self.ys[seat] = None
-        return y
-
-
-def _standing(layer: nn.Module) -> tuple[object, ...]:
-    tensors: list[Tensor] = []
-    settings: list[object] = []
-    collect_state(layer, tensors, settings)
-    return (*settings, *[(id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors])
-
-
-def _mode(x: Tensor) -> tuple[object, ...]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(x.device.type)
-
-
-def _seen_by_none(x: Tensor) -> bool:
+def _is_observed(x: Tensor) -> bool:
     return (
-        type(x) in PLAIN
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_torch_function_mode_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
+        type(x) not in PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     )
 
 
-def _stands_aside(layers: Sequence[GatedLoRALinear]) -> str | None:
-    for layer in layers:
-        if type(layer) is not GatedLoRALinear:
-            return "a layer holds experts no longer"
-        if not layer.experts_on:
-            return "the experts are off"
-        if layer.tokens_group is not None:
-            return "its tokens are split over ranks"
-        if type(layer.weight) not in PLAIN:
-            return f"a weight is stored as {type(layer.weight).__name__}"
-        if layer.weight.requires_grad:
-            return "a base weight wants a gradient"
-        if layer.backend != layers[0].backend:
-            return "its layers are to use different backends"
-        if has_offload_hook(layer) or spread.offloaded(layer.experts):
-            return "offload hooks move its tensors"
-    return None
-
-
-def _trusts(module: nn.Module) -> bool:
-    processor = getattr(module, "processor", None)
-    return type(module if processor is None else processor).__module__.startswith(TRUSTED)
-
-
-def _wants_gradient(parts: Sequence[Part], x: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return (x is not None and x.requires_grad) or any(
-        t.requires_grad for part in parts for t in part.tensors()
-    )
-
-
-def _split(y: Tensor, parts: Sequence[Part]) -> list[Tensor | None]:
-    ys: list[Tensor | None] = []
-    start = 0
-    for part in parts:
-        ys.append(y.narrow(-1, start, part.N))
-        start += part.N
-    return ys
-
-
-def _note(
-    layers: Sequence[GatedLoRALinear], parts: Sequence[Part], token: Tensor | None, sample: Tensor | None
+def _note_gates(
+    layers: Sequence[GatedLoRALinear],
+    operands: Sequence[LayerOperands],
+    token_gate: Tensor | None,
+    sample_gate: Tensor | None,
 ) -> None:
-    """What the gates said, layer by layer."""
+    """Give each layer its share of the gates' values."""
     start = 0
-    for layer, part in zip(layers, parts):
+    for layer, part in zip(layers, operands):
         mine = slice(start, start := start + len(part.experts.ranks))
-        given = None if part.gates.gate is None else part.gates.gate.detach()
+        given_gate = None if part.gates.gate is None else part.gates.gate.detach()
         last = LastGates(
-            None if token is None else token[..., mine], None if sample is None else sample[..., mine], given
+            None if token_gate is None else token_gate[..., mine],
+            None if sample_gate is None else sample_gate[..., mine],
+            given_gate,
         )
         object.__setattr__(layer, "last_gates", last)

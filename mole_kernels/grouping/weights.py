@@ -1,6 +1,4 @@
-"""Weights laid one behind the other, so that layers with one input are one product, and taken apart again;
-none is there twice.
-"""
+"""Weights that lie one behind the other in memory, so that layers with one input are one product."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from torch import Tensor, nn
 from mole_kernels.ops.group import beside
 
 
-def reject(weights: Sequence[Tensor]) -> str | None:
-    """Why they cannot be laid side by side, or None."""
+def reason_against_moving(weights: Sequence[Tensor]) -> str | None:
+    """Why these weights cannot be laid side by side, or None."""
     first = weights[0]
     for weight in weights:
         if type(weight) is not nn.Parameter:
@@ -33,9 +31,10 @@ def reject(weights: Sequence[Tensor]) -> str | None:
     return None
 
 
-def lay(weights: Sequence[Tensor]) -> None:
-    """Give the weights [N,K] one allocation: values and Parameters stay, their old memory is freed, or all is
-    as it was.
+def lay_side_by_side(weights: Sequence[Tensor]) -> None:
+    """Move the weights [N,K] into one allocation.
+
+    Values and Parameters stay, and their old memory is freed; if memory runs out, everything is as it was.
     """
     if beside(weights) is not None:
         return
@@ -45,21 +44,21 @@ def lay(weights: Sequence[Tensor]) -> None:
             weight.data = rows
 
 
-def part(weights: Iterable[Tensor]) -> None:
-    """Give each weight memory of its own again, bit for bit the same; all are made before the first is
-    changed.
+def take_apart(weights: Iterable[Tensor]) -> None:
+    """Give each weight memory of its own again, bit for bit; all copies are made before the first is put in
+    place.
     """
     with torch.inference_mode(False), torch.no_grad():
-        parted = [
+        copies = [
             (weight, weight.detach().clone())
             for weight in weights
             if weight.untyped_storage().nbytes() != weight.nbytes
         ]
-        for weight, own in parted:
+        for weight, own in copies:
             weight.data = own
 
 
-def tied(modules: Iterable[nn.Module]) -> set[int]:
+def tied_addresses(modules: Iterable[nn.Module]) -> set[int]:
     """Addresses at which more than one parameter or buffer begins: moving one of them would part it from the
     others.
     """
@@ -69,4 +68,4 @@ def tied(modules: Iterable[nn.Module]) -> set[int]:
             # a tensor without memory (meta, fetched when needed) has no address that says anything
             if tensor is not None and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
                 objects.setdefault(tensor.data_ptr(), set()).add(id(tensor))
-    return {place for place, found in objects.items() if len(found) > 1 and place}
+    return {address for address, ids in objects.items() if len(ids) > 1 and address}

@@ -26,7 +26,8 @@ def beside(weights: Sequence[Tensor]) -> Tensor | None:
     """The tensor [ΣN,K] that the weights [N,K] are the parts of; None where they do not lie one behind the
     other in one allocation.
     """
-    first = weights[0]
+    # an alias: another thread may move the weights while they are looked at
+    first = weights[0].detach()
     K, home, place = first.shape[1], first.untyped_storage().data_ptr(), first.data_ptr()
     for weight in weights:
         if (
@@ -38,7 +39,7 @@ def beside(weights: Sequence[Tensor]) -> Tensor | None:
         if weight.shape[1] != K or not weight.is_contiguous():
             return None
         place += weight.numel() * weight.element_size()
-    return first.detach().as_strided((sum(weight.shape[0] for weight in weights), K), (K, 1))
+    return first.as_strided((sum(weight.shape[0] for weight in weights), K), (K, 1))
 
 
 def _forward(x, weights, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, backend):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import mole_kernels as mk
 from mole_kernels.dispatch.device import KNOWN
 from mole_kernels.gates.softmax import SoftmaxGate
-from mole_kernels.grouping import pack as group_pack
 from mole_kernels.grouping.groups import Groups
+from mole_kernels.grouping.reasons import reason_against_one_product
 from mole_kernels.modules.scan import scan
 from mole_kernels.ops.group import beside, group_op
 from mole_kernels.problem import Problem
@@ -362,17 +362,17 @@ def test_operator_over_separate_weights():
 def test_the_choice_by_cost(monkeypatch: pytest.MonkeyPatch):
     cpu = Problem(2, 1024, 640, 1920, (16,), 1, torch.float32, "cpu")
     split = ((640, (16,)),) * 3
-    assert group_pack.not_worth(cpu, split, None, False) is None
-    assert "too few rows" in str(group_pack.not_worth(replace(cpu, B=1, T=8), split, None, False))
-    assert "zeros" in str(group_pack.not_worth(replace(cpu, ranks=(16, 16, 16)), split, None, False))
-    monkeypatch.setattr(group_pack, "present", lambda index: KNOWN["h200"])
+    assert reason_against_one_product(cpu, split, None, False) is None
+    assert "too few rows" in str(reason_against_one_product(replace(cpu, B=1, T=8), split, None, False))
+    assert "zeros" in str(reason_against_one_product(replace(cpu, ranks=(16, 16, 16)), split, None, False))
+    monkeypatch.setattr("mole_kernels.grouping.reasons.present", lambda index: KNOWN["h200"])
     gpu = replace(cpu, device="cuda", dtype=torch.bfloat16, ranks=(16, 16, 16))
     assert (
-        group_pack.not_worth(gpu, split, 0, False) is None
-        and group_pack.not_worth(replace(gpu, ranks=(16,)), split, 0, True) is None
+        reason_against_one_product(gpu, split, 0, False) is None
+        and reason_against_one_product(replace(gpu, ranks=(16,)), split, 0, True) is None
     )
     large, shape = (
         ((12288, (512,)),) * 3,
         replace(gpu, T=8192, K=3072, N=36864, ranks=(512,) * 3, token_gate=True),
     )
-    assert "predicted slower" in str(group_pack.not_worth(shape, large, 0, False))
+    assert "predicted slower" in str(reason_against_one_product(shape, large, 0, False))
