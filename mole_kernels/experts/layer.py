@@ -14,8 +14,11 @@ from mole_kernels.files.limits import finite
 from mole_kernels.operands import Experts
 
 
-class Route(Protocol):
-    """Says which set each sample takes: current [B] int64, −1 for none."""
+class AssignmentSource(Protocol):
+    """Says which set each sample of the running forward takes: current [B] int64, −1 for none.
+
+    None: the base alone, for all of them.
+    """
 
     @property
     def current(self) -> Tensor | None: ...
@@ -29,7 +32,7 @@ class LayerExperts(nn.Module):
     base_scale  [E] float32  the convention's scale of each expert (alpha/r, …)
     scale       [E] float32  base_scale times the adapter weights: what the operator multiplies by
     route       None, or what says which of the S sets each sample of the running forward takes
-                (`serving.Route`)
+                (`serving.ComponentRoute`)
     S = 1 for experts shared by the batch, the number of samples, or with a route any.
     The scales stay float32 whatever `.to(dtype)` does to the rest.
     """
@@ -61,7 +64,7 @@ class LayerExperts(nn.Module):
                 got=f"{list(down.shape)}, {list(up.shape)}, {list(base_scale.shape)}",
             )
         self.names, self.ranks = tuple(names), tuple(ranks)
-        self.route: Route | None = None
+        self.route: AssignmentSource | None = None
         self.down, self.up = nn.Parameter(down, requires_grad=False), nn.Parameter(up, requires_grad=False)
         self.register_buffer("base_scale", base_scale.to(torch.float32))
         self.register_buffer("scale", self.base_scale.clone())
@@ -93,6 +96,10 @@ class LayerExperts(nn.Module):
         return Experts(
             self.down, self.up, self.scale, self.ranks, None if self.route is None else self.route.current
         )
+
+    def is_idle(self) -> bool:
+        """Whether no sample of the running forward takes a set: the layer is then the base alone."""
+        return self.route is not None and self.route.current is None
 
     def span(self, name: str) -> slice:
         """The rank columns of one expert."""

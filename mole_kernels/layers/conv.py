@@ -52,7 +52,7 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
         return layer.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.experts_on:
+        if not self.experts_on or self.experts.is_idle():
             return nn.Conv2d.forward(self, x)
         if x.dim() not in (3, 4):
             raise MoleShapeError("GatedLoRAConv2d", expected="x [B,K,H,W] or [K,H,W]", got=tuple(x.shape))

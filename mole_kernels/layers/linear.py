@@ -50,6 +50,8 @@ class Gated(nn.Module):
     def mixture(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x Wᵀ + b + Σ_e s_e·g_e·(x A_eᵀ) B_eᵀ for tokens x [...,K] and weight [N,K]."""
         experts = self.experts
+        if experts.route is not None and experts.is_idle():
+            return F.linear(x, weight, bias)
         if spread.offloaded(experts):
             with spread.loaded(experts, self.gate):
                 return self.mixture_of(x, weight, bias, experts.operands(), self.operands_of_gate())
@@ -62,6 +64,9 @@ class Gated(nn.Module):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates
     ) -> Tensor:
         """`mixture` of operands given; what the gates said is kept."""
+        if experts.assignment is not None and x.dim() == 2 and x.shape[0] == experts.assignment.shape[0]:
+            # without a token axis each row is a sample of one token (time_emb_proj)
+            return self.mixture_of(x[:, None], weight, bias, experts, gates)[:, 0]
         if gates.pool is not None and self.tokens_group is not None:
             gates = spread.pool_over(self.tokens_group, x, experts, gates)
         if type(weight) not in PLAIN and spread.is_sharded(weight):

@@ -71,9 +71,17 @@ def patch(
         raise
 
 
-def apply(made: Plan, *, scales: Mapping[str, Scale] | None = None, backend: str = "auto") -> Handle:
+def apply(
+    made: Plan,
+    *,
+    scales: Mapping[str, Scale] | None = None,
+    backend: str = "auto",
+    packed: Mapping[str, LayerExperts] | None = None,
+) -> Handle:
     """Carry out a plan. Whatever is raised on the way, Ctrl-C and a full memory included, the model is as it
     was.
+
+    packed  path -> the experts of each planned layer, where they are not to be packed from its factors
     """
     if backend != "auto" and backend not in BACKENDS:
         raise MoleValueError("backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend))
@@ -83,7 +91,8 @@ def apply(made: Plan, *, scales: Mapping[str, Scale] | None = None, backend: str
             raise MoleStateError(f"patch, layer {path}", f"it has changed since it was planned: {reason}")
     # a model patched under inference_mode must still be trainable afterwards
     with torch.inference_mode(False), torch.no_grad():
-        packed = {path: pack(path, layer.factors, layer.module) for path, layer in made.layers.items()}
+        if packed is None:
+            packed = {path: pack(path, layer.factors, layer.module) for path, layer in made.layers.items()}
         made_gates = {
             path: make_gate(made.gates, layer, layer.gates, packed[path])
             for path, layer in made.layers.items()

@@ -1,103 +1,192 @@
-"""From a batch of prompts to the samples a model really sees: guidance doubles them, pictures per prompt
-repeat them.
+"""From the caller's assignment to the set of each sample, for one component and one forward at a time.
+
+The sets of a running forward are the thread's: a forward runs in one thread from beginning to end, so that
+any number of threads run one model, each with its own batch.
 """
 
 from __future__ import annotations
 
+import inspect
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from mole_kernels.errors import MoleShapeError
+from mole_kernels.errors import MoleShapeError, MoleStateError
+from mole_kernels.experts.layer import LayerExperts
+from mole_kernels.serving.batching import Batch, SampleOrder, running_call, sample_order
+from mole_kernels.serving.pool import Lease
+
+if TYPE_CHECKING:
+    from mole_kernels.serving.assignment import Assignment
+    from mole_kernels.serving.serve import Served
+
+_OUTSIDE: Final = object()
+# orders that are remembered, for the latents and embeddings need not be compared at every step
+MOST_ORDERS = 64
 
 
-class Route:
-    """The assignment of one component: what its layers read, made anew when the batch changes, written in
-    place when the assignment does.
+class ComponentRoute:
+    """What the layers of one component read: which set each sample of the running forward takes.
 
-    current  [B] int64, the set of each sample of the forward that is running; None before the first one
-
-    A compiled model sees only the number of prompts, never which sets they take: that is in tensors, so it is
-    compiled once.
+    Args:
+        component: Name of the component, for messages.
+        module: The component.
+        served: Whose assignments it follows.
+        first: The component's first layer, whose memory tells whether the component was moved.
     """
 
-    def __init__(self, component: str, module: nn.Module, pipeline: object | None) -> None:
-        self.component, self.module, self.pipeline = component, module, pipeline
-        self.sets = torch.zeros(0, dtype=torch.int64)
-        self.parts: int | None = None
-        self.current: Tensor | None = None
-        # B, device, parts and number of prompts that `current` was made for
-        self._made: tuple[int, torch.device, int, int] | None = None
-        self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
+    def __init__(self, component: str, module: nn.Module, served: Served, first: LayerExperts) -> None:
+        self.component, self.module, self.first = component, module, first
+        self._served = served
+        # rows of this thread's forward, and what its outer forwards had (a component may call itself)
+        self._running = threading.local()
+        self._orders: OrderedDict[tuple[object, ...], SampleOrder] = OrderedDict()
+        parameters = list(inspect.signature(type(module).forward).parameters)
+        self._first = parameters[1] if len(parameters) > 1 else ""
+        _keep_hooks_out_of_graphs()
+        self._hooks = [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after, always_call=True),
+        ]
 
-    def assign(self, sets: list[int], parts: int | None) -> None:
-        """The set of each prompt; parts: how often the pipeline lays the whole batch behind itself (2 under
-        classifier-free guidance).
+    @property
+    def current(self) -> Tensor | None:
+        """[B] int64, the set of each sample of this thread's forward, −1 for none; None for the base alone.
+
+        Raises:
+            MoleStateError: A layer is called outside of a forward of its component, under an assignment.
         """
-        new = torch.tensor(sets, dtype=torch.int64)
-        self.parts = parts
-        if new.shape != self.sets.shape:
-            self.sets, self._made = new, None
-            return
-        self.sets.copy_(new)
-        if self._made is not None and self.current is not None:
-            self.current.copy_(self._rows(self._made[0], self._made[2]))
+        rows = getattr(self._running, "rows", _OUTSIDE)
+        if rows is _OUTSIDE:
+            self._check_outside()
+            return None
+        return rows  # type: ignore[no-any-return]
+
+    def _check_outside(self) -> None:
+        if self._served.assignment_of_caller() is not None:
+            raise MoleStateError(
+                f"serve, {self.component}",
+                "a layer was called outside of a forward of its component, which alone knows the batch",
+                hint=f"call the {type(self.module).__name__} itself, not a method or a part of it",
+            )
 
     def remove(self) -> None:
-        self._hook.remove()
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    # -- a forward
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 0), None)
-        if first is None:
-            raise MoleShapeError(
-                f"serve, {self.component}",
-                expected="a tensor among the inputs, to know the batch",
-                got="none",
-            )
-        self.set_batch(first.shape[0], first.device)
+        outer = getattr(self._running, "outer", [])
+        outer.append((getattr(self._running, "rows", _OUTSIDE), None))
+        self._running.outer = outer
+        rows, lease = self._begin(self._batch_of(args, kwargs))
+        outer[-1] = (outer[-1][0], lease)
+        self._running.rows = rows
 
-    def set_batch(self, B: int, device: torch.device) -> None:
-        """Make `current` for a batch of B samples on `device`, where it was made for another."""
-        parts = self._parts(B)
-        made = (B, device, parts, self.sets.shape[0])
-        if made == self._made and self.current is not None:
-            return
-        rows = self._rows(B, parts)
-        if self.current is not None and self.current.shape == rows.shape and self.current.device == device:
-            self.current.copy_(rows)
-        else:
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if outer := getattr(self._running, "outer", None):
+            rows, lease = outer.pop()
+            if lease is not None:
+                lease.release()
+            if rows is _OUTSIDE:
+                self._running.__dict__.pop("rows", None)
+            else:
+                self._running.rows = rows
+
+    def _begin(self, batch: Batch) -> tuple[Tensor | None, Lease | None]:
+        """The rows of a forward that begins, and the lease on the sets they name."""
+        assignment = self._served.assignment_of_caller()
+        if assignment is None:
+            return None, None
+        prompts = self._rows(assignment, batch)
+        self._served.keep_in_place(self.module)
+        lease = self._served.lease(assignment)
+        sets = [lease.index(assignment.adapters[p]) for p in prompts]
+        device = batch.device if isinstance(batch, Tensor) else batch[0].device
+        return self._tensor(sets, device), lease
+
+    def _tensor(self, sets: list[int], device: torch.device) -> Tensor:
+        """The rows as a tensor, the same one for as long as they stay the same."""
+        last = getattr(self._running, "last", None)
+        if last is None or last[0] != (sets, device):
             with torch.inference_mode(False):
-                self.current = rows.to(device)
-        self._made = made
+                last = self._running.last = ((sets, device), torch.tensor(sets, device=device))
+        return last[1]
 
-    def _rows(self, B: int, parts: int) -> Tensor:
-        """Pipelines repeat each prompt for its pictures, then lay the conditional batch behind the
-        unconditional one: [B] int64.
-        """
-        P = self.sets.shape[0]
-        return (
-            self.sets.repeat_interleave(B // (P * parts)).repeat(parts)
-            if P
-            else torch.full((B,), -1, dtype=torch.int64)
+    def _rows(self, assignment: Assignment, batch: Batch) -> list[int]:
+        """The prompt of each sample."""
+        B, P = len(batch), len(assignment.adapters)
+        if all(adapter is assignment.adapters[0] for adapter in assignment.adapters):
+            return [0] * B
+        # an encoder sees the prompts, before they are repeated
+        call = None if "encoder" in self.component else running_call(self.module)
+        shape = None if call is None else (call.name, call.prompts, call.pictures, _length(call.latents))
+        key = (B, P, assignment.parts, shape)
+        order = self._orders.get(key)
+        if order is None:
+            order = sample_order(f"serve, {self.component}", P, batch, call, assignment.parts)
+            self._orders[key] = order
+            if len(self._orders) > MOST_ORDERS:
+                self._orders.popitem(last=False)
+        return order.rows()
+
+    def _batch_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+        """The samples among a forward's inputs: its first argument, or else its first tensor."""
+        for value in (*args[:1], kwargs.get(self._first), *args[1:], *kwargs.values()):
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return value
+            if isinstance(value, list | tuple) and value and all(isinstance(t, Tensor) for t in value):
+                return value
+        raise MoleShapeError(
+            f"serve, {self.component}",
+            expected="a tensor among the inputs, to know the batch",
+            got="none",
         )
 
-    def _parts(self, B: int) -> int:
-        P, parts = self.sets.shape[0], self.parts
-        if not P:
-            return 1
-        if parts is None:
-            guided = not self.component.startswith("text_encoder") and getattr(
-                self.pipeline, "do_classifier_free_guidance", False
-            )
-            # some pipelines guide by two calls instead of one of twice the size
-            parts = 2 if guided and B % (2 * P) == 0 else 1
-        if B % (P * parts):
-            raise MoleShapeError(
-                f"serve, {self.component}",
-                expected=f"a batch that is a multiple of the {P} prompts assigned (times {parts})",
-                got=B,
-                hint="assign one identity, or None, to every prompt of the call",
-            )
-        return parts
+    # -- copies
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # also of copy.deepcopy
+        return CopiedRoute, (self.component,)
+
+
+class CopiedRoute(ComponentRoute):
+    """What a copy of a served model has for a route: it refuses, as no `Served` assigns for the copy."""
+
+    def __init__(self, component: str) -> None:
+        self.component = component
+        self._running = threading.local()
+
+    def _check_outside(self) -> None:
+        raise self._error()
+
+    def _batch_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+        raise self._error()
+
+    def _error(self) -> MoleStateError:
+        return MoleStateError(
+            f"serve, {self.component}",
+            "this model is a copy of a served one, and assignments are made for the original",
+            hint="Served.remove(), copy, and serve each of the two",
+        )
+
+
+@lru_cache(1)
+def _keep_hooks_out_of_graphs() -> None:
+    """Contexts cannot be traced; a compiled module's hooks are frames of their own, around its graph.
+
+    Done when a model is served, as it imports torch's compiler.
+    """
+    for name in ("_before", "_after"):
+        setattr(ComponentRoute, name, torch.compiler.disable(getattr(ComponentRoute, name)))
+
+
+def _length(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else len(tensor)

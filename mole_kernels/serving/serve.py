@@ -1,8 +1,10 @@
-"""`serve`: a pipeline whose every prompt names the expert it wants."""
+"""`serve`: a pipeline whose every prompt names the adapter it takes."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,25 +13,28 @@ from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.layers import spread
-from mole_kernels.layers.conv import conv_of
 from mole_kernels.modules.group_offload import in_groups, regroup
 from mole_kernels.modules.scan import roots, sizes
 from mole_kernels.modules.snapshot import all_or_nothing
-from mole_kernels.patching.apply import patch
-from mole_kernels.patching.handle import Handle
-from mole_kernels.patching.plan import Targets, plan
+from mole_kernels.patching.apply import apply
+from mole_kernels.patching.block_scales import by_layer, check_weight
+from mole_kernels.patching.handle import Handle, Scale
+from mole_kernels.patching.patched import Patched
+from mole_kernels.patching.plan import Plan, Targets, plan
 from mole_kernels.patching.sources import Source, read_expert
 from mole_kernels.patching.swap import match_held
-from mole_kernels.serving.layout import Layout
-from mole_kernels.serving.pool import Pool, Stats
-from mole_kernels.serving.route import Route
+from mole_kernels.serving.assignment import Assignment, AssignmentScope, CallerStacks
+from mole_kernels.serving.layout import AdapterLayout
+from mole_kernels.serving.pool import AdapterPool, Lease, PoolStats, StoredAdapter
+from mole_kernels.serving.route import ComponentRoute
 
-IDENTITY = "identity"
+# the one expert of every served layer: the set that a sample takes
+ADAPTER = "adapter"
 
 
 def serve(
     model: object,
-    identities: Mapping[str, Source],
+    adapters: Mapping[str, Source],
     *,
     capacity: int | None = None,
     rank: int | None = None,
@@ -37,70 +42,96 @@ def serve(
     evict: bool = True,
     backend: str = "auto",
 ) -> Served:
-    """Patch a model so that every sample of a batch has its own expert, or none; all or nothing, and
-    `Served.remove` takes it off.
+    """Give every sample of a batch its own adapter, or none. In-process: this starts no server.
 
-        served = mk.serve(pipe, {"anna": "anna.safetensors", "ben": "ben.safetensors"}, capacity=8)
-        with served.assign(["anna", "ben", None]):
-            images = pipe(["a portrait of anna", "ben on a bike", "a tree"]).images
+    The layers that any of the adapters has are patched, all or nothing, and read their factors from a pool on
+    the device. Each adapter is stored once; samples that share one read the same memory. Changing an
+    assignment recompiles nothing. See docs/serving.md for lifetimes, threads and guidance.
 
-    model       an nn.Module or a diffusers pipeline
-    identities  {name: path | tensors | Expert}; at least one, whose layers (all of them together) are those
-                that can be adapted
-    capacity    identities on the device at a time; the others wait on the host. Default: as many as are given
-    rank        the pool's rank, that of the largest identity by default; smaller ones are padded with zeros
-    targets     as in `patch`
-    evict       whether a full pool pushes out the least recently used identity, or refuses
+    Args:
+        model: An nn.Module or a diffusers pipeline.
+        adapters: {name: path, tensors or Expert}, at least one. The layers of all of them together are those
+            that can be adapted.
+        capacity: Number of adapters on the device at a time; the others wait on the host. Default: as many as
+            are given.
+        rank: Rank of the pool; smaller adapters are padded with zeros. Default: the largest rank given.
+        targets: Restrict the layers, as in `patch`.
+        evict: Whether a full pool pushes out the least recently used adapter, or refuses.
+        backend: "auto", or the backend of every patched layer.
 
-    Every identity is stored once; samples that share one read the same memory. An assignment is a tensor:
-    changing it recompiles nothing.
-    The errors are those of `plan`; MoleValueError where there are no identities.
+    Returns:
+        The served model. `Served.remove` restores it bit for bit.
+
+    Raises:
+        MoleValueError: No adapters, or a capacity below 1.
+        MoleKeyError, MoleShapeError, MoleTypeError, MoleStateError, MoleFileError: As in `plan`.
+
+    Example:
+        >>> served = mk.serve(pipe, {"anna": "anna.safetensors", "ben": "ben.safetensors"}, capacity=8)
+        >>> with served.assign(["anna", "ben", None]):
+        ...     images = pipe(["a portrait of anna", "ben on a bike", "a tree"]).images
     """
-    experts = {name: read_expert(name, source, model) for name, source in identities.items()}
+    experts = {name: read_expert(name, source, model) for name, source in adapters.items()}
     if not experts:
         raise MoleValueError(
-            "serve", expected="at least one identity", got="none", hint='{"anna": "anna.safetensors"}'
+            "serve", expected="at least one adapter", got="none", hint='{"anna": "anna.safetensors"}'
         )
-    made = plan(model, experts, targets=targets)
-    largest = max(f.rank for layer in made.layers.values() for f in layer.factors.values())
-    union = {path: _zeros(layer.module) for path, layer in made.layers.items()}
-    handle = patch(model, {IDENTITY: Expert(union, source="serve")}, targets=targets, backend=backend)
-    try:
-        return Served(handle, experts, capacity or len(experts), largest if rank is None else rank, evict)
-    # a wrong rank or capacity, a full memory, Ctrl-C: the model must be as it was
-    except BaseException:
-        handle.remove()
-        raise
-
-
-def _zeros(module: nn.Module) -> LowRank:
-    N, K = sizes(module)
-    return LowRank(torch.zeros(1, K), torch.zeros(N, 1), conv=conv_of(module))
+    layers = plan(model, experts, targets=targets)
+    largest = max(f.rank for layer in layers.layers.values() for f in layer.factors.values())
+    return Served(
+        layers,
+        experts,
+        capacity=capacity if capacity is not None else len(experts),
+        rank=largest if rank is None else rank,
+        evict=evict,
+        backend=backend,
+    )
 
 
 class Served:
-    """What `serve` returns: identities to add and drop, batches to assign. Also a context manager that
-    removes it all at its end.
+    """A model under `serve`: adapters to add and drop, batches to assign.
+
+    Any thread and any asyncio task may call any method, and run the model under an assignment of its own. As
+    a context manager it removes everything at the end of the block.
     """
 
     def __init__(
-        self, handle: Handle, experts: Mapping[str, Expert], capacity: int, rank: int, evict: bool
+        self,
+        layers: Plan,
+        experts: Mapping[str, Expert],
+        *,
+        capacity: int,
+        rank: int,
+        evict: bool,
+        backend: str,
     ) -> None:
-        self._handle = handle
-        # layers read the assignment of the one batch that runs
-        handle._turns.one_at_a_time = True
-        layers = handle.layers
-        self._layout = Layout.of({path: sizes(module) for path, module in layers.items()}, rank)
-        first = self._experts(next(iter(layers)))
-        self._pool = Pool(capacity, self._layout.size, first.down.dtype, first.down.device, evict=evict)
-        self._routes = self._make_routes()
+        if rank < 1:
+            raise MoleValueError("serve", expected="rank >= 1", got=rank)
+        modules = {path: layer.module for path, layer in layers.layers.items()}
+        self._plan = layers
+        self._layout = AdapterLayout.of({path: sizes(module) for path, module in modules.items()}, rank)
+        dtype, device = spread.compute_dtype(next(iter(modules.values()))), _device(layers)
+        self._pool = AdapterPool(capacity, self._layout.size, dtype, device, evict=evict)
+        self._stacks = CallerStacks()
+        # (adapter, strengths) -> the adapter at those strengths, while an assignment has it
+        self._variants: weakref.WeakValueDictionary[tuple[object, ...], StoredAdapter] = (
+            weakref.WeakValueDictionary()
+        )
+        self._experts = {path: self._views(path) for path in modules}
+        for name in experts:
+            self._store(
+                name, {path: l.factors[name] for path, l in layers.layers.items() if name in l.factors}, 1.0
+            )
+        shapes = replace(layers, names=(ADAPTER,), experts={}, unmatched={})
+        self._handle: Handle = apply(shapes, packed=self._experts, backend=backend)
+        self._routes: dict[str, ComponentRoute] = {}
         try:
-            self._place()
-            for name, expert in experts.items():
-                self.add(name, expert)
-            self._route_to([], None)
+            self._add_routes()
+            # the caller that serves has no adapter until it assigns one
+            self._stacks.leave(self._stacks.push(Assignment((), ()))[0])
+        # Ctrl-C: the model must be as it was
         except BaseException:
-            self._unroute()
+            self._take_off()
             raise
 
     def __enter__(self) -> Served:
@@ -111,24 +142,31 @@ class Served:
             self.remove()
 
     def __repr__(self) -> str:
-        pool, where = self._pool, f"{self.nbytes / 1e6:.1f} MB on {self._pool.sets.device}"
-        return f"Served({len(pool.names)} identities, {len(pool.resident)} of {pool.capacity} sets in use, {where})"
+        pool = self._pool
+        used = f"{len(pool.resident)} of {pool.capacity} sets in use"
+        return f"Served({len(pool.names)} adapters, {used}, {self.nbytes / 1e6:.1f} MB on {pool.sets.device})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise MoleStateError(
+            "copy of a Served",
+            "its pool and its callers belong to this process and this model",
+            hint="remove(), copy the model, and serve each of the two",
+        )
 
     # -- what is there
-    # --------------------------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every identity, on the device or not."""
+        """Every adapter, on the device or not."""
         return self._pool.names
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """The identities on the device, the least recently used first."""
+        """The adapters on the device, the least recently used first."""
         return self._pool.resident
 
     @property
-    def stats(self) -> Stats:
+    def stats(self) -> PoolStats:
         """Hits, misses and evictions so far."""
         return self._pool.stats
 
@@ -143,133 +181,211 @@ class Served:
         return self._pool.sets.numel() * self._pool.sets.element_size()
 
     @property
-    def layout(self) -> Layout:
-        """Where every layer's factors lie in an identity's vector."""
+    def layout(self) -> AdapterLayout:
+        """Where every layer's factors lie in an adapter's vector."""
         return self._layout
 
-    # -- identities
-    # -----------------------------------------------------------------------------------------------------------------
+    # -- adapters
 
-    def add(self, name: str, source: Source) -> None:
-        """Take an identity, or replace one (from the next `assign` on); a key that meets no layer is an error
-        and changes nothing.
+    def add(self, name: str, source: Source, *, scale: Scale = 1.0) -> None:
+        """Take an adapter, or replace one for every later `assign`.
+
+        Assignments that have the old one keep computing with it.
+
+        Args:
+            name: The name to assign it by.
+            source: Path, tensors or Expert.
+            scale: A number, or numbers by component and block as in `Handle.set_scales`.
+
+        Raises:
+            MoleKeyError: A key of it matches no served layer; nothing has changed then, as with every error.
+            MoleShapeError: Its rank is above the pool's, or a layer has another size.
         """
         self._check_active("add")
         expert = read_expert(name, source, self._handle.model)
-        held = list(self._handle._patched.values())
-        factors = match_held(held, self._handle._plan, name, expert, strict=True)
-        vector = self._pool.empty_vector()
-        self._layout.flatten(name, factors, vector)
-        with self._handle.change():
-            self._pool.add(name, vector)
+        held = [Patched(path, m, self._experts[path], None, {}, {}) for path, m in self.layers.items()]
+        self._store(name, match_held(held, self._plan, name, expert, strict=True), scale)
 
     def drop(self, name: str) -> None:
-        """Forget an identity; samples that are still assigned to it read whatever comes into its place, so
-        assign anew.
+        """Forget an adapter: later assignments of it are refused, those that have it keep computing with it.
+
+        Raises:
+            MoleKeyError: There is no such adapter.
         """
         self._check_active("drop")
-        with self._handle.change():
-            self._pool.drop(name)
-            self._route_to([], None)
+        self._pool.drop(name)
 
     # -- batches
-    # --------------------------------------------------------------------------------------------------------------------
 
-    def assign(self, names: Sequence[str | None], *, parts: int | None = None) -> _Assigned:
-        """Each prompt's identity, or None for the bare base, from now on; `with served.assign(…):` ends with
-        none for all.
+    def assign(
+        self,
+        names: Sequence[str | None],
+        *,
+        parts: int | None = None,
+        scales: Mapping[str, Scale] | None = None,
+    ) -> AssignmentScope:
+        """Name the adapter of each prompt, for this thread or asyncio task, until it assigns again.
 
-        parts  how often the pipeline lays its batch behind itself: found out by itself for classifier-free
-               guidance (2)
-        Pictures per prompt and guidance are followed by themselves; a batch of another size is an error
-        before anything is drawn.
-        Raises MoleKeyError for an unknown identity, MoleStateError where the pool has no room; nothing
-        changes then.
+        In a `with` statement it ends with the block, and what was assigned before holds again. Tasks, and
+        calls through `asyncio.to_thread`, inherit the assignment they start under; plain threads do not.
+        Guidance, perturbed copies and several pictures per prompt are read from the diffusers pipeline that
+        runs; a batch whose order cannot be told is refused before anything is drawn.
+
+        Args:
+            names: One name for each prompt of the call, None for the base alone. One name for each picture is
+                taken too. An empty list: the base for all.
+            parts: How often the batch is laid behind itself, where no pipeline runs that tells it (2 for a
+                loop of one's own with classifier-free guidance).
+            scales: {name: scale} for this assignment only, as in `add`. Each takes a set of its own.
+
+        Raises:
+            MoleKeyError: An unknown adapter; the sample is named.
+            MoleStateError: More adapters than the pool has room for, or a full pool that does not evict.
+                Whatever is raised, the assignment before it holds.
         """
         self._check_active("assign")
         if isinstance(names, str):
             raise MoleValueError(
                 "assign", expected="one name, or None, for each prompt in a list", got=repr(names)
             )
-        with self._handle.change():
-            self._place()
-            self._route_to(self._pool.take(list(names)), parts)
-        return _Assigned(self)
+        if parts is not None and parts < 1:
+            raise MoleValueError("assign", expected="parts >= 1", got=parts)
+        adapters = self._scaled(self._pool.look_up(list(names)), scales or {})
+        assignment = Assignment(tuple(names), adapters, parts)
+        self._pool.admit(assignment, self._stacks.replaceable())
+        return AssignmentScope(self, self._stacks, *self._stacks.push(assignment))
 
     def prefetch(self, names: Sequence[str | None]) -> None:
-        """Start bringing identities to the device for a batch to come; those of the current batch stay, and
-        what finds no room waits.
+        """Start copying adapters that a later batch takes; on a GPU beside whatever runs.
+
+        Sets that anything assigned has are left alone; what finds no room is copied when it is needed.
+
+        Raises:
+            MoleKeyError: An unknown adapter.
         """
         self._check_active("prefetch")
-        with self._handle.change():
-            self._place()
-            self._pool.prefetch(names)
+        self._pool.prefetch(self._pool.look_up(list(names)))
 
     def remove(self) -> None:
-        """Take everything off: the model is bit for bit as before."""
+        """Take everything off, once the forwards that run have ended: the model is bit for bit as before."""
         self._check_active("remove")
         with self._handle.change():
-            self._handle.remove()
-            self._unroute()
+            self._take_off()
+        for assignment in self._pool.assigned:
+            assignment.close()
+        self._stacks.forget()
+
+    # -- for the routes
+
+    def assignment_of_caller(self) -> Assignment | None:
+        """The assignment that a forward of this thread or task computes with; None for the base alone.
+
+        Raises:
+            MoleStateError: The caller has never assigned, while others have: it may not mean the base.
+        """
+        assignment = self._stacks.current()
+        if assignment is None and self._pool.assigned:
+            raise MoleStateError(
+                "serve",
+                "this thread has no assignment of its own, and another one has",
+                hint="assign in the thread that runs the model ([] for the base alone), or hand the "
+                "assignment over: asyncio.to_thread, or contextvars.copy_context().run",
+            )
+        return assignment if assignment is not None and any(assignment.adapters) else None
+
+    def lease(self, assignment: Assignment) -> Lease:
+        """Hold the sets of an assignment's adapters for a forward."""
+        return self._pool.lease(assignment.adapters)
+
+    def keep_in_place(self, component: nn.Module) -> None:
+        """The layers' factors are views of the pool; made anew where `.to()` gave them memory of their own.
+
+        Args:
+            component: The one whose forward begins.
+        """
+        if self._is_in_place(component):
+            return
+        with self._handle.change():
+            # another thread may have done so while this one waited
+            if not self._is_in_place(component):
+                self._place(component)
 
     # -- inside
-    # ---------------------------------------------------------------------------------------------------------------------
 
-    def _experts(self, path: str) -> LayerExperts:
-        return self._handle._patched[path].experts
+    def _views(self, path: str) -> LayerExperts:
+        down, up = self._layout.views(self._pool.sets, path)
+        with torch.inference_mode(False):
+            scale = torch.ones(1, device=down.device)
+            return LayerExperts(down, up, scale, (ADAPTER,), (self._layout.rank,))
 
-    def _make_routes(self) -> dict[str, Route]:
-        model = self._handle.model
-        parts = roots(model)
-        pipeline = None if isinstance(model, nn.Module) else model
-        used = {
-            name
-            for name in parts
-            if name == "" or any(path.startswith(f"{name}.") for path in self._handle.layers)
-        }
-        return {name: Route(name or "model", parts[name], pipeline) for name in parts if name in used}
+    def _store(self, name: str, factors: Mapping[str, LowRank], scale: Scale) -> None:
+        strengths = self._strengths(name, scale)
+        vector = self._pool.empty_vector()
+        scaled = {path: replace(f, scale=f.scale * strengths[path]) for path, f in factors.items()}
+        self._layout.flatten(name, scaled, vector)
+        self._pool.add(name, vector)
 
-    def _place(self) -> None:
-        """The layers' factors are views of the pool; made anew where `.to()` or a hook has given the layers
-        tensors of their own.
-        """
-        pool = self._pool
-        for path in self._handle.layers:
+    def _strengths(self, name: str, scale: Scale) -> dict[str, float]:
+        """path -> the number that multiplies the adapter there."""
+        check_weight(name, scale)
+        if isinstance(scale, Mapping):
+            return by_layer(name, scale, self._plan.model, self._experts)
+        return dict.fromkeys(self._experts, float(scale))
+
+    def _scaled(
+        self, adapters: Sequence[StoredAdapter | None], scales: Mapping[str, Scale]
+    ) -> tuple[StoredAdapter | None, ...]:
+        """The adapters with the scales of one assignment; equal ones are one adapter while any is used."""
+        if unknown := [name for name in scales if name not in {a.name for a in adapters if a is not None}]:
+            raise MoleValueError("assign", expected="scales of the adapters assigned", got=repr(unknown[0]))
+        strengths = {name: self._strengths(name, scale) for name, scale in scales.items()}
+        out: list[StoredAdapter | None] = []
+        for adapter in adapters:
+            if adapter is not None and adapter.name in strengths:
+                own = strengths[adapter.name]
+                key = (adapter, *own.values())
+                scaled = self._variants.get(key)
+                if scaled is None:
+                    scaled = StoredAdapter(adapter.name, self._layout.scaled(adapter.vector, own))
+                    self._variants[key] = scaled
+                adapter = scaled
+            out.append(adapter)
+        return tuple(out)
+
+    def _is_in_place(self, component: nn.Module) -> bool:
+        pool = self._pool.sets
+        for route in self._routes.values():
+            if route.module is component and spread.offloaded(route.first):
+                return False
+            if route.module is component and route.first.down.dtype == pool.dtype:
+                return route.first.down.untyped_storage().data_ptr() == pool.untyped_storage().data_ptr()
+        return False
+
+    def _place(self, component: nn.Module) -> None:
+        for experts in self._experts.values():
             # a hook would bring the whole pool with every call
-            spread.stay(self._experts(path))
-        first = self._experts(next(iter(self._handle.layers))).down
-        if first.untyped_storage().data_ptr() == pool.sets.untyped_storage().data_ptr():
-            return
-        if first.device != pool.sets.device:
-            pool.place(first.device)
-        with (
-            all_or_nothing([self._experts(path) for path in self._handle.layers]),
-            torch.inference_mode(False),
-        ):
-            for path in self._handle.layers:
-                experts = self._experts(path)
-                down, up = self._layout.views(pool.sets, path)
-                experts.ranks = (self._layout.rank,)
-                experts.down, experts.up = (
-                    nn.Parameter(down, requires_grad=False),
-                    nn.Parameter(up, requires_grad=False),
-                )
-                experts.route = next(
-                    route for name, route in self._routes.items() if name == "" or path.startswith(f"{name}.")
-                )
-        regroup(in_groups(self._handle._roots))
+            spread.stay(experts)
+        first = next(route.first for route in self._routes.values() if route.module is component).down
+        if (first.device, first.dtype) != (self._pool.sets.device, self._pool.sets.dtype):
+            self._pool.place(first.dtype, first.device)
+        with all_or_nothing(list(self._experts.values())), torch.inference_mode(False):
+            for path, experts in self._experts.items():
+                down, up = self._layout.views(self._pool.sets, path)
+                experts.down = nn.Parameter(down, requires_grad=False)
+                experts.up = nn.Parameter(up, requires_grad=False)
+        regroup(in_groups(route.module for route in self._routes.values()))
 
-    def _route_to(self, sets: list[int], parts: int | None) -> None:
-        """With no sets at all the layers are switched off: the base at its own speed, bit for bit."""
-        with self._handle.change():
-            if sets:
-                self._handle.enable()
-            else:
-                self._handle.disable()
-            for route in self._routes.values():
-                route.assign(sets, parts)
+    def _add_routes(self) -> None:
+        for name, root in roots(self._handle.model).items():
+            paths = [path for path in self.layers if not name or path.startswith(f"{name}.")]
+            if paths:
+                route = ComponentRoute(name or "model", root, self, self._experts[paths[0]])
+                self._routes[name] = route
+                for path in paths:
+                    self._experts[path].route = route
 
-    def _unroute(self) -> None:
+    def _take_off(self) -> None:
+        self._handle.remove()
         for route in self._routes.values():
             route.remove()
 
@@ -280,14 +396,12 @@ class Served:
             )
 
 
-class _Assigned:
-    """What `assign` returns: nothing to do with it, or `with` it to end with no identity for anyone."""
-
-    def __init__(self, served: Served) -> None:
-        self._served = served
-
-    def __enter__(self) -> Served:
-        return self._served
-
-    def __exit__(self, *exc: object) -> None:
-        self._served._route_to([], None)
+def _device(layers: Plan) -> torch.device:
+    """Where the first layer computes."""
+    module = next(iter(layers.layers.values())).module
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    if not weight.is_meta:
+        return weight.device
+    factor = next(iter(next(iter(layers.layers.values())).factors.values()))
+    return spread.execution_device(module) or factor.down.device
