@@ -40,7 +40,9 @@ def check_stamp(metadata: Mapping[str, str], source: str) -> None:
     """Refuse what is not ours, and what a later version wrote."""
     if metadata.get("format") != FORMAT:
         raise MoleFileError(
-            printable(source), "is not a mole_kernels file", hint="mole-kernels inspect says what it is"
+            printable(source),
+            "is not a mole_kernels file",
+            hint='a LoRA file is given with a name, experts={"face": path}, and mole_kernels.io.load_expert reads it',
         )
     version = metadata.get("format_version", "")
     if version != str(VERSION):

@@ -18,7 +18,7 @@ from mole_kernels.errors import MoleFileError, MoleKeyError, MoleValueError, pri
 from mole_kernels.experts.lowrank import Expert, split_component
 from mole_kernels.files.opening import PathLike
 from mole_kernels.files.writer import atomic_write, torch_save
-from mole_kernels.io.dialects.kinds import kind_of_pickle
+from mole_kernels.io.dialects.kinds import kind_of_pickle, list_form
 from mole_kernels.io.experts import expert_from_tensors
 from mole_kernels.io.pickles import read_pickle
 
@@ -50,9 +50,10 @@ def load_mix_of_show_parts(
 ) -> tuple[Expert, dict[str, dict[str, Tensor]]]:
     """`load_mix_of_show` with the embeddings as {text encoder: {token: [L,K]}}."""
     where = printable(path, 300)
-    params = _params(read_pickle(path))
+    content = read_pickle(path)
+    params = _params(content)
     if params is None:
-        what, hint = kind_of_pickle(read_pickle(path))
+        what, hint = kind_of_pickle(content)
         raise MoleFileError(
             where,
             expected=f"params of unet, text_encoder and {EMBEDDINGS}, as Mix-of-Show writes them",
@@ -82,6 +83,7 @@ def _params(content: object) -> dict[str, Any] | None:
     params = content.get("params", content) if isinstance(content, dict) else None
     known = (
         isinstance(params, dict)
+        and not list_form(params)
         and bool(set(params) & set(PARTS))
         and not set(params) - {*PARTS, *TABLES.values()}
     )

@@ -89,7 +89,7 @@ def resolve(layers: list[LayerKeys], entries: Mapping[str, Any], pipeline: Pipel
             hint='load_expert(path, pipeline=…) with the pipeline or its class, or pipeline="auto"',
         )
     named = {spelled(layer.module).component for layer in layers}
-    if target.second and not named & {"transformer", "transformer_2"} and any(is_denoiser(c) for c in named):
+    if target.second and not named & {"transformer", "transformer_2"} and any(map(_of_denoiser, named)):
         warnings.warn(
             f"{where}: the file names neither transformer nor transformer_2; its layers go to transformer, the "
             "denoiser of the first (noisy) steps. For the other, patch pipe.transformer_2 with it",
@@ -197,7 +197,7 @@ def _place(layer: LayerKeys, target: Target) -> None:
     layer.path, layer.dialect = module_path(layer.module, layer.ending)
     if layer.dialect == "mix_of_show" and "alpha" in layer.keys:
         layer.dialect = "kohya"
-    if not (is_denoiser(name.component) or name.component in ("", "transformer_2")):
+    if not _of_denoiser(name.component):
         if layer.module.startswith(("lora_te3_", "text_encoders.t5xxl.")):
             layer.path = f"{target.t5}.{layer.path.partition('.')[2]}"
         return
@@ -215,7 +215,7 @@ def _own_layers_of_file(layers: Iterable[LayerKeys], entries: Mapping[str, Any])
     for layer in layers:
         name = spelled(layer.module)
         xlabs = xlabs or layer.ending == "xlabs"
-        if is_denoiser(name.component) or name.component in ("", "transformer_2"):
+        if _of_denoiser(name.component):
             names.append(name.rest)
     found = families(_widths(layers, entries))
     if not names or xlabs or set(found) & UNETS:
@@ -240,7 +240,7 @@ def _widths(layers: Iterable[LayerKeys], entries: Mapping[str, Any]) -> dict[str
     widths: dict[str, int | None] = {}
     for layer in layers:
         name = spelled(layer.module)
-        if is_denoiser(name.component) or name.component in ("", "transformer_2"):
+        if _of_denoiser(name.component):
             shape = tuple(getattr(entries.get(layer.keys["down"]), "shape", ()))
             widths[name.rest] = shape[1] if len(shape) > 1 else None
     return widths
@@ -250,6 +250,11 @@ def _t5(cls: type) -> Literal["text_encoder_2", "text_encoder_3"]:
     """kohya numbers text encoders by kind: the third is T5, which is a FLUX pipeline's second."""
     flux = any(base.__name__ == "FluxLoraLoaderMixin" for base in cls.__mro__)
     return "text_encoder_2" if flux else "text_encoder_3"
+
+
+def _of_denoiser(component: str | None) -> bool:
+    """Whether a name's component (`dialects.paths.Spelled`) is one of the pipeline's denoisers."""
+    return is_denoiser(component) or component in ("", "transformer_2")
 
 
 def _is_denoiser_part(name: str, part: object) -> bool:

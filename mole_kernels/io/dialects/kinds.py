@@ -69,7 +69,8 @@ def list_form(value: object) -> bool:
 
 def kind_of_pickle(value: object) -> tuple[str, str]:
     """(what the content of a pickle without LoRA keys is, what to do with it)."""
-    if list_form(value):
+    numbered = isinstance(value, Mapping) and bool(value) and all(_LIST_FORM.match(str(key)) for key in value)
+    if numbered or list_form(value):
         return LIST_FORM
     if isinstance(value, Mapping):
         if "string_to_param" in value or "string_to_token" in value:

@@ -175,6 +175,8 @@ def module_path(module: str, ending: Ending) -> tuple[str, str]:
     if name.flat or (name.component == "" and ldm.is_ldm(flatten(name.rest))):
         known = TEXT_PARTS if component and component.startswith("text_encoder") else UNET_PARTS
         rest, dialect = unflatten(ldm.to_diffusers(flatten(name.rest)), known), "kohya"
+    elif name.component == "" and unflatten(flatten(name.rest)) == name.rest:
+        rest, dialect = name.rest, ending
     elif name.component == "":
         # what the tables do not hold keeps its prefix: a converter may read it
         return f"{name.prefix}{name.rest}", ending
