@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleValueError
 from mole_kernels.experts.lowrank import LowRank
@@ -65,6 +66,8 @@ class LayerExperts(nn.Module):
             )
         self.names, self.ranks = tuple(names), tuple(ranks)
         self.route: AssignmentSource | None = None
+        # ranks of the widest layer in the same place of another block; what a compiled block pads to
+        self.block_ranks: tuple[int, ...] | None = None
         self.down, self.up = nn.Parameter(down, requires_grad=False), nn.Parameter(up, requires_grad=False)
         self.register_buffer("base_scale", base_scale.to(torch.float32))
         self.register_buffer("scale", self.base_scale.clone())
@@ -100,6 +103,23 @@ class LayerExperts(nn.Module):
     def is_idle(self) -> bool:
         """Whether no sample of the running forward takes a set: the layer is then the base alone."""
         return self.route is not None and self.route.current is None
+
+    @torch.no_grad()
+    def pad_to(self, ranks: tuple[int, ...]) -> None:
+        """Widen every expert to R_e = ranks[e] by zeros, in the same Parameter objects; the output stays the same.
+
+        Raises:
+            MoleValueError: Fewer ranks than there are now, or another number of experts.
+        """
+        if len(ranks) != len(self.ranks) or any(new < old for new, old in zip(ranks, self.ranks)):
+            raise MoleValueError("LayerExperts.pad_to", expected=f"ranks of at least {self.ranks}", got=ranks)
+        if tuple(ranks) == self.ranks:
+            return
+        downs, ups = self.down.split(self.ranks, 1), self.up.split(self.ranks, 2)
+        more = [new - old for new, old in zip(ranks, self.ranks)]
+        down = torch.cat([F.pad(part, (0, 0, 0, extra)) for part, extra in zip(downs, more)], 1)
+        up = torch.cat([F.pad(part, (0, extra)) for part, extra in zip(ups, more)], 2)
+        self.down.data, self.up.data, self.ranks = down, up, tuple(ranks)
 
     def span(self, name: str) -> slice:
         """The rank columns of one expert."""

@@ -22,7 +22,7 @@ from mole_kernels.layers.linear import Gated, GatedLoRALinear, check_fit
 
 GATED_CLASS: dict[type, type] = {nn.Linear: GatedLoRALinear, nn.Conv2d: GatedLoRAConv2d}
 PLAIN_CLASS: dict[type, type] = {gated: plain for plain, gated in GATED_CLASS.items()}
-ATTRIBUTES = ("experts", "gate", "backend", "experts_on", "last_gates")
+ATTRIBUTES = ("experts", "gate", "backend", "experts_on", "last_gates", "experts_in_state")
 
 
 def reject(module: nn.Module) -> str | None:
@@ -59,7 +59,7 @@ def attach(
         check_fit("attach", *conv_sizes(module), experts)  # type: ignore[arg-type]
     before, module.__class__ = type(module), GATED_CLASS[type(module)]
     follow_class(module, before)
-    module.attach_experts(experts, gate, backend)  # type: ignore[operator]
+    module.attach_experts(experts, gate, backend, in_state=False)  # type: ignore[operator]
     return module  # type: ignore[return-value]
 
 

@@ -4,6 +4,7 @@ tensors and do no arithmetic.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ class Gated(nn.Module):
     backend: str
     experts_on: bool
     last_gates: LastGates | None
+    # False for a layer that was patched in place: its state dict is the base's
+    experts_in_state: bool
     # the ranks that share a batch's tokens, whose pooled gates look at all of them: `Handle.split_tokens`
     tokens_group: ProcessGroup | None = None
     # layers with the same input, whose outputs one of them makes for all: `Handle.group`
@@ -84,9 +87,39 @@ class Gated(nn.Module):
             )
         return y
 
-    def attach_experts(self, experts: LayerExperts, gate: Gate | None, backend: str) -> None:
+    def attach_experts(
+        self, experts: LayerExperts, gate: Gate | None, backend: str, *, in_state: bool = True
+    ) -> None:
+        """`in_state`: whether experts and gate are part of the layer's state dict."""
         self.experts, self.gate, self.backend = experts, gate, backend
-        self.experts_on, self.last_gates = True, None
+        self.experts_on, self.last_gates, self.experts_in_state = True, None, in_state
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The base layer's names and tensors; with experts and gate only where the layer was built with them.
+
+        A layer that was patched in place reads as the base to whatever copies, averages or saves weights. accelerate
+        alone gets everything: its offload hooks find each module's tensors in the model's state dict, and
+        `Accelerator.save_state` is meant to keep what trains.
+        """
+        state = super().state_dict(*args, **kwargs)
+        if not self.experts_in_state and not _asked_by_accelerate():
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            inner = tuple(f"{prefix}{child}" for child in ("experts", "gate"))
+            for table in (state, getattr(state, "_metadata", {})):
+                for key in [k for k in table if f"{k}.".startswith(tuple(f"{name}." for name in inner))]:
+                    del table[key]
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not self.experts_in_state:
+            # what the base's state lacks stays as it is; what a state does hold of them is loaded
+            for name in ("experts", "gate"):
+                child = self._modules.get(name)
+                for key, tensor in () if child is None else child.state_dict(keep_vars=True).items():
+                    state_dict.setdefault(f"{prefix}{name}.{key}", tensor)
 
     def __getstate__(self):
         # the last call's activations are no part of the layer, and a process group belongs to its process
@@ -142,6 +175,17 @@ class GatedLoRALinear(Gated, nn.Linear):
             if self.experts_on
             else F.linear(x, self.weight, self.bias)
         )
+
+
+def _asked_by_accelerate() -> bool:
+    """Whether the first caller outside of torch and of this file is accelerate."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module != __name__ and not module.startswith("torch."):
+            return module.startswith("accelerate.")
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _not_in_8_bits(old: Tensor, new: Tensor) -> Tensor:

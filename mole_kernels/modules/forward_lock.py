@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mole_kernels.layers.linear import Gated
-
 # seconds between two looks whether those who are waited for are still there
 POLL = 1.0
 
@@ -165,22 +163,6 @@ class Turns:
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy of the model takes turns of its own
         return _copy, (self.one_at_a_time,)
-
-
-class Switch:
-    """What `enable` and `disable` return: nothing to do with it, or `with` it to go back at the end."""
-
-    def __init__(self, modules: list[nn.Module], before: list[bool], turns: Turns) -> None:
-        self._modules, self._before, self._turns = modules, before, turns
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exc: object) -> None:
-        with self._turns.change():
-            for module, on in zip(self._modules, self._before):
-                if isinstance(module, Gated):
-                    module.experts_on = on
 
 
 def _copy(one_at_a_time: bool) -> Turns:

@@ -18,9 +18,10 @@ from mole_kernels.modules.forward_lock import Turns
 from mole_kernels.modules.group_offload import in_groups, regroup
 from mole_kernels.modules.scan import roots
 from mole_kernels.modules.snapshot import Before
-from mole_kernels.patching import fuse_guard
+from mole_kernels.patching import block_ranks, guards
+from mole_kernels.patching.block_scales import Scale, check_scales
 from mole_kernels.patching.gates import make_gate
-from mole_kernels.patching.handle import Handle, Scale, check_weights
+from mole_kernels.patching.handle import Handle
 from mole_kernels.patching.pack import pack
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, PlannedLayer, Targets, plan
@@ -85,7 +86,7 @@ def apply(
     """
     if backend != "auto" and backend not in BACKENDS:
         raise MoleValueError("backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend))
-    check_weights(scales or {}, made.names)
+    check_scales(scales or {}, made.names)
     for path, layer in made.layers.items():
         if reason := reject(layer.module):
             raise MoleStateError(f"patch, layer {path}", f"it has changed since it was planned: {reason}")
@@ -98,7 +99,7 @@ def apply(
             for path, layer in made.layers.items()
         }
     patched = [_record(layer, packed[path], made_gates[path]) for path, layer in made.layers.items()]
-    places = fuse_guard.guarded(
+    places = guards.guarded(
         roots(made.model),
         {path: layer.parent for path, layer in made.layers.items() if layer.parent is not None},
     )
@@ -112,7 +113,9 @@ def apply(
             for name in one.flags:
                 one.module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
             attach(one.module, one.experts, one.gate, backend)
-        fuse_guard.install(places)
+        block_ranks.mark({one.path: one.module for one in patched})
+        block_ranks.pad(block_ranks.compiled(module for module, _, _ in places))
+        guards.install(places)
         turns.watch(parts)
         handle = Handle(patched, made, places, parts, turns)
         handle.set_scales(scales or {})

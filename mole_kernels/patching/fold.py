@@ -142,6 +142,8 @@ def reject(one: Patched, owners: dict[int, int]) -> str | None:
         return "its weight is not in memory (an offload hook holds it)"
     if is_sharded(weight):
         return "its weight is sharded over ranks"
+    if weight.element_size() == 1:
+        return f"its weight is stored in 8 bits ({weight.dtype}), where a sum with the experts would be rounded away"
     if weight.is_inference():
         return "its weight was made under inference_mode and cannot be written to"
     if owners.get(id(weight), 1) > 1:

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.grouping.groups import Groups
 from mole_kernels.io.bank import save_bank
@@ -19,23 +19,21 @@ from mole_kernels.io.gates import GateFile, save_gates
 from mole_kernels.layers import spread
 from mole_kernels.layers.attach import PLAIN_CLASS, detach, follows_class
 from mole_kernels.layers.linear import Gated
-from mole_kernels.modules.forward_lock import Switch, Turns
+from mole_kernels.modules.forward_lock import Turns
 from mole_kernels.modules.group_offload import in_groups, regroup
 from mole_kernels.modules.snapshot import all_or_nothing
-from mole_kernels.patching import fuse_guard
-from mole_kernels.patching.block_scales import Weight, by_layer, check_weight
+from mole_kernels.patching import block_ranks, guards
+from mole_kernels.patching.block_scales import LayerScale, Scale, check_scales, layer_scales
 from mole_kernels.patching.collect import collect_bank, collect_gates
 from mole_kernels.patching.fold import Folded, fold
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.scale_writer import ScaleWriter
 from mole_kernels.patching.sources import read_expert
 from mole_kernels.patching.swap import swap_expert
+from mole_kernels.patching.switches import Switch, Switches
 from mole_kernels.text_cache.cache import TextCache, cache_text
 from mole_kernels.text_cache.layer import CachedForward
 from mole_kernels.text_cache.state import Check
-
-# a number, or block weights as diffusers' set_adapters takes them
-Scale: TypeAlias = float | Mapping[str, Any]
 
 if TYPE_CHECKING:
     import os
@@ -77,8 +75,9 @@ class Handle:
         self._names = made.names
         self._writer = ScaleWriter(made.names)
         self._scales: dict[str, Scale] = dict.fromkeys(made.names, 1.0)
-        self._weights: dict[str, Weight] = dict.fromkeys(made.names, 1.0)
+        self._layer_scales: dict[str, LayerScale] = dict.fromkeys(made.names, 1.0)
         self._active = True
+        self._switches = Switches(self._turns, self._set_experts_on)
         self._folded: Folded | None = None
         self._cache: TextCache | None = None
         self.groups = Groups(nn.Module(), ())
@@ -183,30 +182,40 @@ class Handle:
     # ---------------------------------------------------------------------------------------------------------------------
 
     def set_scales(self, scales: Mapping[str, Scale]) -> None:
-        """Set adapter weights by name; the others keep theirs. A tensor write: nothing recompiles.
+        """Set scales by adapter name; the other adapters keep theirs. A tensor write: nothing recompiles.
 
-        A weight is a number, or a number for each block of a UNet as diffusers' `set_adapters` takes them:
-        {"down": 0.5, "mid": 1.0, "up": {"block_0": 0.2, "block_1": [0.4, 0.8, 1.0]}}, blocks left out count
-        1.
+        Args:
+            scales: {adapter: scale}; a scale is a number, or numbers by component or block as diffusers'
+                `set_adapters` takes them: {"unet": 0.8, "text_encoder": 0.4}, {"down": 0.5, "up": {"block_0": 0.2}},
+                {"transformer": {"transformer_blocks.0": 0.5}}. What a mapping leaves out counts 1.
+
+        Raises:
+            MoleStateError: The patch was removed, or is folded.
+            MoleTypeError, MoleValueError: No such adapter, component or block, or no finite number. Nothing changes.
         """
         self._check_active("set_scales")
-        checked = check_weights(scales, self._names)
-        weights = dict(self._weights)
-        weights |= {
-            n: by_layer(n, s, self.model, self._patched) if isinstance(s, Mapping) else s
-            for n, s in checked.items()
+        checked = check_scales(scales, self._names)
+        new = {
+            name: layer_scales(
+                name,
+                scale,
+                self.model,
+                [path for path, one in self._patched.items() if name in one.experts.names],
+            )
+            for name, scale in checked.items()
         }
         layers = {path: one.experts for path, one in self._patched.items()}
+        # merged with what is set under the lock: another thread may set other adapters' scales meanwhile
         with (
             self._turns.change(),
             self._fetched(write=True, always=any(one.scale.is_meta for one in layers.values())),
         ):
             try:
-                self._writer.write(layers, weights)
-                self._scales, self._weights = self._scales | checked, weights
+                self._writer.write(layers, self._layer_scales | new)
+                self._scales, self._layer_scales = self._scales | checked, self._layer_scales | new
             # layers of one device may have been written, those of another not
             except BaseException:
-                self._writer.write(layers, self._weights)
+                self._writer.write(layers, self._layer_scales)
                 raise
 
     def swap(self, name: str, source: Source, *, strict: bool = True) -> None:
@@ -231,7 +240,9 @@ class Handle:
             with self._fetched(write=True):
                 # the old one has staged the old base scales
                 self._writer = ScaleWriter(self._names)
-                swap_expert(self._patched, self._plan, name, expert, strict, self._weights)
+                swap_expert(self._patched, self._plan, name, expert, strict, self._layer_scales)
+            block_ranks.mark(self.layers)
+            block_ranks.pad(block_ranks.compiled(module for module, _, _ in self._places))
             anew = [
                 (one.experts, old)
                 for one, old in zip(self._patched.values(), before)
@@ -300,6 +311,23 @@ class Handle:
                 self._folded = self._folded if self._folded else None
                 raise
 
+    def bake(self) -> None:
+        """End the patch with the mixture in the weights for good: W' = W + Σ s g B A, and nothing of ours left.
+
+        The experts are folded first where they are not; the model is then a plain one, to be saved or compiled as such.
+
+        Raises:
+            MoleStateError: The patch was removed, or cannot be folded (see `fold`). Nothing changes.
+        """
+        if self._folded is None:
+            self.fold(keep=False)
+        folded, self._folded = self._folded, None
+        try:
+            self.remove()
+        except BaseException:
+            self._folded = folded
+            raise
+
     def hold(self) -> AbstractContextManager[None]:
         """`with handle.hold(): pipe(…)`: no other thread's change comes in between, so that all steps of a
         picture see one model.
@@ -351,7 +379,7 @@ class Handle:
                         parameter = one.module._parameters.get(name)
                         if parameter is not None and parameter.requires_grad != flag:
                             parameter.requires_grad_(flag)
-                fuse_guard.uninstall(self._places)
+                guards.uninstall(self._places)
                 self._turns.unwatch(self._roots)
                 self._active = False
             if self._cache is not None:
@@ -445,17 +473,20 @@ class Handle:
 
     def _switch(self, on: bool) -> Switch:
         self._check_active("enable" if on else "disable")
-        modules = list(self.layers.values())
+        return self._switches.add(on)
+
+    def _set_experts_on(self, on: bool) -> None:
+        # a block that ends after `remove` has nothing left to switch
+        modules = [module for module in self.layers.values() if isinstance(module, Gated)]
         before = [bool(module.experts_on) for module in modules]
         with self._turns.change():
             try:
                 for module in modules:
-                    module.experts_on = on  # type: ignore[assignment]
+                    module.experts_on = on
             except BaseException:
                 for module, was in zip(modules, before):
-                    module.experts_on = was  # type: ignore[assignment]
+                    module.experts_on = was
                 raise
-        return Switch(modules, before, self._turns)
 
     @contextmanager
     def _fetched(self, *, write: bool = False, always: bool = True) -> Iterator[None]:
@@ -474,23 +505,3 @@ def _require_grad(parameters: list[nn.Parameter], on: bool) -> list[nn.Parameter
     for parameter in parameters:
         parameter.requires_grad_(on)
     return parameters
-
-
-def check_weights(scales: Mapping[str, Scale], names: Sequence[str]) -> dict[str, Scale]:
-    """Adapter weights as finite floats, or block weights of such, for experts that exist."""
-    if not isinstance(scales, Mapping):
-        raise MoleTypeError("scales", expected="{expert name: weight}", got=type(scales).__name__)
-    for name, weight in scales.items():
-        if name not in names:
-            raise MoleValueError(
-                "scales", expected=f"weights for the experts {', '.join(names)}", got=f"one for {name!r}"
-            )
-        if isinstance(weight, list | tuple):
-            raise MoleTypeError(
-                f"scale of expert {name!r}", expected="a number, or block weights", got=type(weight).__name__
-            )
-        check_weight(name, weight)
-    return {
-        name: dict(weight) if isinstance(weight, Mapping) else float(weight)
-        for name, weight in scales.items()
-    }

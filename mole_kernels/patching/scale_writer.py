@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mole_kernels.experts.layer import LayerExperts
-from mole_kernels.patching.block_scales import Weight, weight_at
+from mole_kernels.patching.block_scales import LayerScale, scale_at
 
 
 class ScaleWriter:
@@ -28,7 +28,7 @@ class ScaleWriter:
         return ScaleWriter, (self._names,)
 
     @torch.no_grad()
-    def write(self, layers: Mapping[str, LayerExperts], weights: Mapping[str, Weight]) -> None:
+    def write(self, layers: Mapping[str, LayerExperts], weights: Mapping[str, LayerScale]) -> None:
         """layers: path -> its experts; weights: expert name -> its weight, everywhere or by path."""
         bases = [cast(Tensor, layer._buffers["base_scale"]) for layer in layers.values()]
         # `.to()` and a swap give the layers other buffers: then what is staged is out of date
@@ -45,7 +45,7 @@ class ScaleWriter:
                 torch.index_select(group.weights, 0, group.rows, out=group.staged)
             else:
                 group.staged.copy_(
-                    torch.tensor([weight_at(weights[name], path) for path, name in group.places])
+                    torch.tensor([scale_at(weights[name], path) for path, name in group.places])
                 )
             group.staged.mul_(group.base)
             torch._foreach_copy_(

@@ -15,7 +15,7 @@ from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.modules.names import Names, few
 from mole_kernels.modules.scan import scan
 from mole_kernels.modules.snapshot import all_or_nothing
-from mole_kernels.patching.block_scales import Weight, weight_at
+from mole_kernels.patching.block_scales import LayerScale, scale_at
 from mole_kernels.patching.pack import check_narrowing
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, PlannedLayer, check_factor, source_of, where_in
@@ -28,7 +28,7 @@ def swap_expert(
     name: str,
     source: Source,
     strict: bool,
-    weights: Mapping[str, Weight],
+    weights: Mapping[str, LayerScale],
 ) -> Expert:
     """Write the expert read from `source` into the place of `name`, and into the plan; returns it. Whatever
     it raises, nothing has changed.
@@ -48,7 +48,7 @@ def swap_expert(
             for one in in_place
             for target, value in zip(
                 _places(one, name),
-                _stage(one, name, factors.get(one.path), weight_at(weights[name], one.path)),
+                _stage(one, name, factors.get(one.path), scale_at(weights[name], one.path)),
             )
         ]
         known, books = made.experts, [(one, one.experts, one.ranks) for one in held]
@@ -136,7 +136,7 @@ def _stage(
     return down, up, base, scale
 
 
-def _repack(one: Patched, name: str, factor: LowRank, weights: Mapping[str, Weight]) -> LayerExperts:
+def _repack(one: Patched, name: str, factor: LowRank, weights: Mapping[str, LayerScale]) -> LayerExperts:
     """The layer's experts packed anew, with a larger rank for one of them; device, dtype, flags and weights
     as before.
     """
@@ -145,7 +145,7 @@ def _repack(one: Patched, name: str, factor: LowRank, weights: Mapping[str, Weig
     new = LayerExperts.from_factors(factors, dtype=old.down.dtype, device=old.down.device)
     span = new.span(name)
     check_narrowing(name, one.path, factor, new.down[:, span], new.up[:, :, span])
-    new.set_weights({other: weight_at(weights[other], one.path) for other in new.names})
+    new.set_weights({other: scale_at(weights[other], one.path) for other in new.names})
     new.down.requires_grad_(old.down.requires_grad)
     new.up.requires_grad_(old.up.requires_grad)
     return new.train(old.training)

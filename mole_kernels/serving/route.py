@@ -65,7 +65,7 @@ class ComponentRoute:
         if rows is _OUTSIDE:
             self._check_outside()
             return None
-        return rows  # type: ignore[no-any-return]
+        return rows  # type: ignore[no-any-return, return-value]
 
     def _check_outside(self) -> None:
         if self._served.assignment_of_caller() is not None:

@@ -17,8 +17,8 @@ from mole_kernels.modules.group_offload import in_groups, regroup
 from mole_kernels.modules.scan import roots, sizes
 from mole_kernels.modules.snapshot import all_or_nothing
 from mole_kernels.patching.apply import apply
-from mole_kernels.patching.block_scales import by_layer, check_weight
-from mole_kernels.patching.handle import Handle, Scale
+from mole_kernels.patching.block_scales import Scale, check_scales, layer_scales
+from mole_kernels.patching.handle import Handle
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, Targets, plan
 from mole_kernels.patching.sources import Source, read_expert
@@ -327,10 +327,9 @@ class Served:
 
     def _strengths(self, name: str, scale: Scale) -> dict[str, float]:
         """path -> the number that multiplies the adapter there."""
-        check_weight(name, scale)
-        if isinstance(scale, Mapping):
-            return by_layer(name, scale, self._plan.model, self._experts)
-        return dict.fromkeys(self._experts, float(scale))
+        checked = check_scales({name: scale}, [name])[name]
+        scales = layer_scales(name, checked, self._plan.model, self._experts)
+        return dict(scales) if isinstance(scales, Mapping) else dict.fromkeys(self._experts, scales)
 
     def _scaled(
         self, adapters: Sequence[StoredAdapter | None], scales: Mapping[str, Scale]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mole_kernels.gates.gate import ConstantGate
 from mole_kernels.grouping import group as grouping
 from mole_kernels.grouping.group import Group
-from tests.grouping.test_group import K, Attention, B, E, T, Twins, a_model, draw, expert
+from tests.grouping.test_group import Attention, B, E, K, T, Twins, a_model, draw, expert
 
 INPUTS = st.integers(0, 2)
 

@@ -114,8 +114,10 @@ def test_deepcopy_pickle_and_dtype():
     assert low.experts.up.dtype == torch.bfloat16 and torch.equal(low.experts.scale, kept)
 
 
-def test_state_dict_round_trip():
-    layer, other = (attach(frozen_linear(), experts(8, 6), MoLEGate(8, 6, 2)) for _ in range(2))
+def test_state_dict_round_trip_of_a_layer_built_with_its_experts():
+    layer, other = (
+        GatedLoRALinear.from_linear(frozen_linear(), experts(8, 6), MoLEGate(8, 6, 2)) for _ in range(2)
+    )
     assert {"weight", "bias", "experts.down", "experts.up", "experts.scale", "gate.phi", "gate.head"} <= set(
         layer.state_dict()
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.errors import MoleTypeError, MoleValueError
 from mole_kernels.patching.apply import patch
 from tests.tiny_models import Mlp, make_expert, run_unet, tiny_unet
 
@@ -60,7 +60,7 @@ def test_a_number_and_blocks_together_and_back_again():
         ({"down": "much"}, MoleTypeError, "a number, got str"),
         ({"up": {"block_1": [0.5, float("nan")]}}, MoleValueError, "a finite number"),
         ({"up": {"block_1": [0.5, 1.0, 1.0, 1.0]}}, MoleValueError, "do not fit this UNet"),
-        ([0.5], MoleTypeError, "a number, or block weights"),
+        ([0.5], MoleTypeError, "a number, or a mapping by component or block"),
     ],
 )
 def test_bad_block_weights_change_nothing(weight, error, words):
@@ -74,6 +74,6 @@ def test_bad_block_weights_change_nothing(weight, error, words):
 
 def test_block_weights_need_a_unet():
     model = Mlp()
-    with pytest.raises(MoleStateError, match="one UNet, for block weights"):
+    with pytest.raises(MoleValueError, match="no layer of this adapter lies in a block 'down'"):
         patch(model, {"a": make_expert(model)}, scales={"a": {"down": 1.0}})
     assert type(model.first) is nn.Linear

@@ -118,10 +118,10 @@ def test_set_scales_allocates_nothing(handle):
 @pytest.mark.parametrize(
     ("scales", "error", "words"),
     [
-        ({"a": 2.0, "c": 1.0}, MoleValueError, "the experts a, b, got one for 'c'"),
-        ({"a": 2.0, "b": float("nan")}, MoleValueError, "expert 'b': expected a finite number, got nan"),
+        ({"a": 2.0, "c": 1.0}, MoleValueError, "the adapters a, b, got one for 'c'"),
+        ({"a": 2.0, "b": float("nan")}, MoleValueError, "scale of 'b': expected a finite number, got nan"),
         ({"a": 2.0, "b": float("inf")}, MoleValueError, "finite"),
-        ({"a": 2.0, "b": "much"}, MoleTypeError, "expert 'b': expected a number, got str"),
+        ({"a": 2.0, "b": "much"}, MoleTypeError, "scale of 'b': expected a number, got str"),
         ([1.0, 2.0], MoleTypeError, "scales"),
     ],
     ids=["unknown", "nan", "inf", "text", "list"],

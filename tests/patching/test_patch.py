@@ -290,7 +290,7 @@ def check_fault(model: nn.Module, run, monkeypatch, fault: BaseException, place:
         "make_gate": (apply_module, "make_gate"),
         "attach": (apply_module, "attach"),
         "late attach": (apply_module, "attach"),
-        "guards": (apply_module.fuse_guard, "install"),
+        "guards": (apply_module.guards, "install"),
         "handle": (apply_module, "Handle"),
     }[place]
     original, calls = getattr(owner, name), 0
@@ -335,7 +335,7 @@ def test_bad_arguments_change_nothing(mlp, x):
     experts = {"a": make_expert(mlp, PATHS)}
     with pytest.raises(MoleValueError, match="backend"):
         patch(mlp, experts, backend="fastest")
-    with pytest.raises(MoleValueError, match="weights for the experts a, got one for 'b'"):
+    with pytest.raises(MoleValueError, match="scales for the adapters a, got one for 'b'"):
         patch(mlp, experts, scales={"b": 1.0})
     with pytest.raises(MoleValueError, match="finite"):
         patch(mlp, experts, scales={"a": float("nan")})
