@@ -25,7 +25,6 @@ from mole_kernels.peft import status
 from mole_kernels.peft.hooks import captured_forwards, fetched, is_hooked, redirect_forwards
 from mole_kernels.peft.operands import (
     PLAIN_TENSORS,
-    Factors,
     Operands,
     is_quantised,
     package_of,
@@ -34,6 +33,7 @@ from mole_kernels.peft.operands import (
 )
 from mole_kernels.peft.status import OPERATOR, Outcome
 from mole_kernels.precision import gate_dtype
+from mole_kernels.tally import count
 
 # PEFT's layers over quantised bases whose forward is that of lora.Linear, and their modules; classes for them
 # are made on demand
@@ -44,6 +44,8 @@ QUANTISED_LAYERS = {
 }
 # where `exchange_class` keeps the counts of a layer
 COUNTS = "mole_calls"
+# counts of a layer that another thread gives its class back in the middle of a call
+NOT_KEPT: Counter[Outcome] = Counter()
 
 
 class Accelerated:
@@ -70,26 +72,25 @@ class Accelerated:
         # a hook put on while accelerated keeps this function after `remove` has given the class back
         if not issubclass(cls, Accelerated):
             return cls.forward(self, x, *args, **kwargs)
-        operands = read_operands(self, x, args, kwargs)  # type: ignore[arg-type]
-        reason = operands.reason
+        compiling = torch.compiler.is_compiling()
+        operands = read_operands(self, x, args, kwargs, compiling)  # type: ignore[arg-type]
+        reason, outcome = operands.reason, OPERATOR
         if reason is None and operands.base_called is not None:
-            y = _sum(self, x, operands)
+            y = _sum(self, x, operands, compiling)
+            outcome = Outcome("base called", operands.base_called)
         elif reason is None:
             try:
-                y = _mixture(x, operands)
+                y = _mixture(x, operands, compiling)
             except MoleBackendError:
                 reason = "no backend takes the problem"
-        # a compiler would turn the counter's old value into a guard and recompile at each call
-        compiling = torch.compiler.is_compiling()
-        if reason is None:
+        if reason is not None:
+            # a compiler would turn the counter's old value into a guard and recompile at each call
             if not compiling:
-                called = operands.base_called
-                outcome = OPERATOR if called is None else Outcome("base called", called)
-                status.count_call(outcome, calls_of(self))  # type: ignore[arg-type]
-            return y
+                status.count_fallback(reason, self.__dict__.get(COUNTS, NOT_KEPT))
+            return cls.plain.forward(self, x, *args, **kwargs)
         if not compiling:
-            status.count_fallback(reason, calls_of(self))  # type: ignore[arg-type]
-        return cls.plain.forward(self, x, *args, **kwargs)
+            count(outcome, status.all_calls, self.__dict__.get(COUNTS, NOT_KEPT))
+        return y
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -169,8 +170,7 @@ def restore_class(layer: nn.Module) -> None:
 
 def calls_of(layer: nn.Module) -> Counter[Outcome]:
     """The counted calls of an accelerated layer; of any other an empty counter."""
-    counts: Counter[Outcome] | None = layer.__dict__.get(COUNTS)
-    return Counter() if counts is None else counts
+    return layer.__dict__.get(COUNTS, Counter())
 
 
 def _register(layer: nn.Module) -> None:
@@ -179,40 +179,55 @@ def _register(layer: nn.Module) -> None:
     status.accelerated_layers.add(layer)
 
 
-def _mixture(x: Tensor, operands: Operands) -> Tensor:
+def _mixture(x: Tensor, operands: Operands, compiling: bool) -> Tensor:
     """Compute the whole layer in one call of the operator."""
     parameters: Any = operands.base._parameters
-    down, up, scaling = _weighted(operands.factors)
+    _, _, _, down, up, scaling, _ = operands
+    constant = not compiling
+    for weight in scaling:
+        # a tensor is never looked into: on a GPU that would wait for the device
+        if isinstance(weight, Tensor):
+            constant = False
+        elif weight == 0:
+            down, up, scaling = _without_zeros(operands)
+            break
     if not down:
         return F.linear(x, parameters["weight"], parameters["bias"])
-    ranks = tuple([d.shape[0] for d in down])
-    stacked, beside = _stacked(down, up)
-    experts = Experts(stacked[None], beside[None], _scale(scaling, x), ranks)
+    ranks: tuple[int, ...] = ()
+    for factor in down:
+        ranks += (factor.shape[0],)
+    # made afresh for each call: see the head of `operands`
+    stacked, beside = (down[0], up[0]) if len(down) == 1 else (torch.cat(down), torch.cat(up, 1))
+    scale = _constant_scale(tuple(scaling), x.dtype, x.device) if constant else _scale(scaling, x, compiling)
+    experts = Experts(stacked[None], beside[None], scale, ranks)
     return gated_lora_linear(x, parameters["weight"], parameters["bias"], experts)
 
 
-def _sum(layer: Any, x: Tensor, operands: Operands) -> Tensor:
+def _sum(layer: Any, x: Tensor, operands: Operands, compiling: bool) -> Tensor:
     """Call the base, then add the adapters to its output."""
     y = _call_base(operands.base, x)
-    fresh = not torch.compiler.is_compiling() and not is_hooked(operands.base) and is_quantised(operands.base)
-    factors = operands.factors
-    if not factors.hooks:
-        return _added(y, x, factors, fresh)
-    with fetched(factors.hooks, x) as fetched_x:
-        return _added(y, fetched_x, read_factors(layer), fresh)
+    fresh = not compiling and not is_hooked(operands.base) and is_quantised(operands.base)
+    if not operands.hooks:
+        return _added(y, x, operands, fresh, compiling)
+    with fetched(operands.hooks, x) as fetched_x:
+        now = operands._replace(down=[], up=[], scaling=[])
+        read_factors(layer, now.down, now.up, now.scaling, [])
+        return _added(y, fetched_x, now, fresh, compiling)
 
 
-def _added(y: Tensor, x: Tensor, factors: Factors, fresh: bool) -> Tensor:
-    """y + (scaling ⊙ x Aᵀ) Bᵀ: one shrink and one expand for all adapters; in place if `fresh` says that y is
-    ours.
+def _added(y: Tensor, x: Tensor, operands: Operands, fresh: bool, compiling: bool) -> Tensor:
+    """y + (scaling ⊙ x Aᵀ) Bᵀ: one shrink and one expand for all adapters.
+
+    In place if `fresh` says that y belongs to this call alone.
     """
-    down, up, scaling = _weighted(factors)
+    down, up, scaling = _without_zeros(operands)
     if not down:
         return y
-    stacked, beside = _stacked(down, up)
+    stacked, beside = (down[0], up[0]) if len(down) == 1 else (torch.cat(down), torch.cat(up, 1))
     # as PEFT does: the adapters compute in their own dtype, or autocast's
     h = F.linear(x if x.dtype == stacked.dtype else x.to(stacked.dtype), stacked)
-    z = (h * widen(_scale(scaling, h), tuple([d.shape[0] for d in down]))).to(h.dtype)
+    scale = widen(_scale(scaling, h, compiling), tuple([d.shape[0] for d in down]))
+    z = (h * scale).to(h.dtype)
     if type(y) not in PLAIN_TENSORS or y.dtype != h.dtype or y.shape[:-1] != h.shape[:-1]:
         return (y + F.linear(z, beside)).to(y.dtype)
     flat, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
@@ -222,27 +237,16 @@ def _added(y: Tensor, x: Tensor, factors: Factors, fresh: bool) -> Tensor:
     return torch.addmm(flat, z, beside).view(y.shape)
 
 
-def _weighted(factors: Factors) -> tuple[list[Tensor], list[Tensor], list[float | Tensor]]:
+def _without_zeros(operands: Operands) -> tuple[list[Tensor], list[Tensor], list[float | Tensor]]:
     """A, B and scaling of the adapters that count.
 
     An adapter of weight zero costs nothing. While it trains it stays, for it still gets its zero gradients.
     """
-    down, up, scaling = factors.down, factors.up, factors.scaling
-    for weight in scaling:
-        # a tensor is never looked into: on a GPU that would wait for the device
-        if not isinstance(weight, Tensor) and weight == 0:
-            break
-    else:
-        return down, up, scaling
+    down, up, scaling = operands.down, operands.up, operands.scaling
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*down, *up)):
         return down, up, scaling
-    count = [i for i, s in enumerate(scaling) if isinstance(s, Tensor) or s != 0]
-    return [down[i] for i in count], [up[i] for i in count], [scaling[i] for i in count]
-
-
-def _stacked(down: list[Tensor], up: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """A_a one beneath the other [R,K], B_a side by side [N,R]."""
-    return (down[0], up[0]) if len(down) == 1 else (torch.cat(down), torch.cat(up, 1))
+    places = [i for i, s in enumerate(scaling) if isinstance(s, Tensor) or s != 0]
+    return [down[i] for i in places], [up[i] for i in places], [scaling[i] for i in places]
 
 
 def _call_base(base: nn.Module, x: Tensor) -> Tensor:
@@ -269,21 +273,18 @@ def _call_base(base: nn.Module, x: Tensor) -> Tensor:
         ) from error
 
 
-def _scale(scaling: list[float | Tensor], x: Tensor) -> Tensor:
-    """[E] in the gates' dtype, from Python numbers or from the tensors that `enable_lora_hotswap` makes of
-    them.
-    """
+def _scale(scaling: list[float | Tensor], x: Tensor, compiling: bool) -> Tensor:
+    """[E] in the gates' dtype, from Python numbers or from tensors (`enable_lora_hotswap`)."""
     dtype, device = gate_dtype(x.dtype), x.device
-    for weight in scaling:
-        if isinstance(weight, Tensor):
-            return torch.stack([torch.as_tensor(s, dtype=dtype, device=device).reshape(()) for s in scaling])
-    if torch.compiler.is_compiling():
+    if any(isinstance(s, Tensor) for s in scaling):
+        return torch.stack([torch.as_tensor(s, dtype=dtype, device=device).reshape(()) for s in scaling])
+    if compiling:
         return torch.tensor(scaling, dtype=dtype, device=device)
-    return _constant(tuple(scaling), dtype, device)
+    return _constant_scale(tuple(scaling), x.dtype, device)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=1024)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _constant_scale(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     # made under inference_mode it could not be saved for a later backward
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
+        return torch.tensor(values, dtype=gate_dtype(dtype), device=device)

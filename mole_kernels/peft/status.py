@@ -54,21 +54,17 @@ class Outcome(NamedTuple):
 
 
 OPERATOR = Outcome("operator", "")
-_calls: Counter[Outcome] = Counter()
+# of the whole process
+all_calls: Counter[Outcome] = Counter()
 # every layer whose class was exchanged, in any model
 accelerated_layers: WeakSet[nn.Module] = WeakSet()
 # reasons that were warned about: each once in a process
 _warned: set[str] = set()
 
 
-def count_call(outcome: Outcome, layer_calls: Counter[Outcome]) -> None:
-    """Count one call, for the process and for its layer."""
-    count(outcome, _calls, layer_calls)
-
-
 def count_fallback(reason: str, layer_calls: Counter[Outcome]) -> None:
     """Count one call of PEFT's own forward; warn of a reason that the caller did not ask for, once."""
-    count(Outcome("fallback", reason), _calls, layer_calls)
+    count(Outcome("fallback", reason), all_calls, layer_calls)
     if reason not in REQUESTED and reason not in _warned:
         _warned.add(reason)
         warnings.warn(
@@ -112,7 +108,7 @@ def status(*, reset: bool = False, device: str = "cpu") -> Status:
         {}
     """
     report: Status = {
-        **call_report(_calls, reset=reset),  # type: ignore[typeddict-item]
+        **call_report(all_calls, reset=reset),  # type: ignore[typeddict-item]
         "layers": dict(Counter(state_of_layer(layer) for layer in list(accelerated_layers)).most_common()),
         "backends": select.report(device),
         "refusals": {
