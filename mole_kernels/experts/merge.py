@@ -1,23 +1,24 @@
 """Several experts into one: ΔW = Σ_e w_e ΔW_e and its relatives, layer by layer.
 
-merge({"counting": a, "fairy": b})                          # w_e = 1/T exactly, exact sum of the deltas
-(SELMA)
+merge({"counting": a, "fairy": b})                          # w_e = 1/T, exact sum of the deltas (SELMA)
 merge(bank, mode="ties", weights=[0.7, 0.7], density=0.5)   # PEFT's names and results
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import TypedDict, get_args
 
 import torch
+from typing_extensions import Unpack
 
-from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, printable
+from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError, printable
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lazy import Size, size_of, stored_dtype
-from mole_kernels.experts.lowrank import Expert, LowRank, layer_identity
+from mole_kernels.experts.lowrank import Expert, LowRank, is_denoiser, layer_identity, split_component
 from mole_kernels.experts.merge_modes import (
     DENSITY_MODES,
     FACTOR_MODES,
@@ -29,19 +30,39 @@ from mole_kernels.experts.merge_modes import (
 )
 
 MODES: tuple[str, ...] = get_args(Mode)
+# layer of the result -> (expert, its own spelling of the layer) of the experts that have it
+Members = Mapping[str, tuple[tuple[str, str], ...]]
+
+
+class MergeOptions(TypedDict, total=False):
+    """What `merge` takes beside experts, weights and mode."""
+
+    rank: int | None
+    density: float | None
+    majority_sign_method: SignMethod
+    seed: int | None
+    dtype: torch.dtype | None
 
 
 @dataclass(frozen=True)
 class MergePlan:
     """A merge that can be carried out: settings and sizes are checked, no factor has been read.
 
-    where  path of the result -> (expert, its own spelling of the path) of the experts that have the layer
+    Attributes:
+        experts: The experts by name.
+        weights: Theirs.
+        how: Mode and settings.
+        where: Layer of the result -> (expert, its own spelling of the layer) of the experts that have it.
+        sizes: Layer of the result -> the sizes of these experts' layers.
+        dtype: Of the result.
+        seed: Of dare's random numbers.
     """
 
     experts: Mapping[str, Expert]
     weights: Mapping[str, float]
     how: Settings
-    where: Mapping[str, tuple[tuple[str, str], ...]]
+    where: Members
+    sizes: Mapping[str, list[Size]]
     dtype: torch.dtype
     seed: int | None
 
@@ -53,9 +74,24 @@ class MergePlan:
         """(path, merged layer) one after the other; only one layer's factors are held at a time."""
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
         for path, members in self.where.items():
-            found = [self.experts[name].layers[spelled] for name, spelled in members]
-            made = merge_layer(found, [self.weights[name] for name, _ in members], self.how, generator)
-            yield path, made.to(self.dtype, where=f"merge, layer {printable(path)}")
+            layers = [self.experts[name].layers[spelling] for name, spelling in members]
+            layer = merge_layer(layers, [self.weights[name] for name, _ in members], self.how, generator)
+            yield path, layer.to(self.dtype, where=f"merge, layer {printable(path)}")
+
+    def size(self) -> int:
+        """Bytes of the result's factors, before one is read."""
+        return sum(self._rank(sizes) * (sizes[0].N + sizes[0].K) for sizes in self.sizes.values()) * (
+            self.dtype.itemsize
+        )
+
+    def _rank(self, sizes: list[Size]) -> int:
+        if self.how.mode in FACTOR_MODES:
+            return sizes[0].R
+        smallest = min(sizes[0].N, sizes[0].K)
+        total = sum(size.R for size in sizes)
+        if self.how.mode == "cat":
+            return total
+        return min(smallest, total if self.how.mode == "delta_mean" else self.how.rank or total)
 
 
 def plan_merge(
@@ -69,7 +105,7 @@ def plan_merge(
     seed: int | None = 0,
     dtype: torch.dtype | None = None,
 ) -> MergePlan:
-    """Check a merge before a factor is read; the arguments are `merge`'s."""
+    """Check a merge before a factor is read; the arguments and errors are `merge`'s."""
     members = experts.experts if isinstance(experts, ExpertBank) else dict(experts)
     if not members:
         raise MoleValueError("merge", expected="at least one expert", got="none")
@@ -80,52 +116,51 @@ def plan_merge(
         _check_ranks(how.mode, where, sizes)
     if how.mode in RANK_MODES and how.rank is None:
         how = replace(how, rank=max(size.R for layer in sizes.values() for size in layer))
-    kept = dtype or stored_dtype([size.dtype for layer in sizes.values() for size in layer])
-    return MergePlan(members, checked, how, where, kept, seed)
+    stored = dtype or stored_dtype([size.dtype for layer in sizes.values() for size in layer])
+    return MergePlan(members, checked, how, where, sizes, stored, seed)
 
 
 def merge(
     experts: Mapping[str, Expert] | ExpertBank,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     mode: str = "delta_mean",
-    *,
-    rank: int | None = None,
-    density: float | None = None,
-    majority_sign_method: SignMethod = "total",
-    seed: int | None = 0,
-    dtype: torch.dtype | None = None,
+    **options: Unpack[MergeOptions],
 ) -> Expert:
-    """One expert of many.
+    """Merge experts into one: ΔW = Σ_e w_e ΔW_e, or by PEFT's other rules.
 
-    weights  by name or in the experts' order, may be negative; None: exactly 1/T, T the number of experts,
-             for every mode and layer
-    mode     "delta_mean"  Σ w ΔW, exact; rank Σ R_e, never above the layer's own
-             "cat"         the same with rank Σ R_e always (PEFT)
-             "svd"         the best approximation of Σ w ΔW of rank `rank` (PEFT)
-             "factor_mean" s (Σ w B)(Σ w A): another operator, with cross terms
-             "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune" on A and B, and their "_svd"
-             forms on ΔW, as PEFT has them
-    density, majority_sign_method  as PEFT's; density in (0, 1]
-    rank     for svd and the "_svd" modes; None: the largest rank among all experts, as PEFT has it
-    seed     of dare's random numbers: what `torch.manual_seed(seed)` gives PEFT; None draws from torch's own
-             generator
-    dtype    of the result; None: the narrowest that holds all inputs exactly
-    A layer that an expert lacks counts as zero. Raises MoleValueError, MoleShapeError, MoleTypeError.
+    Layers are matched by what they are in the model, whatever the spelling of each expert's file. A layer
+    that an expert lacks counts as zero.
+
+    Args:
+        experts: The experts by name, or a bank.
+        weights: By name or in the order of the experts, may be negative; None: exactly 1/T for each of T.
+        mode: "delta_mean": Σ w ΔW, exact; rank Σ R_e, never above the layer's own. "cat": the same with rank
+            Σ R_e always (PEFT). "svd": the best approximation of Σ w ΔW of rank `rank` (PEFT). "factor_mean":
+            s (Σ w B)(Σ w A), another operator, with cross terms. "linear", "ties", "dare_linear",
+            "dare_ties", "magnitude_prune" on A and B, and their "_svd" forms on ΔW: as PEFT has them.
+        **options: `rank`: for svd and the "_svd" modes; None: the largest rank among all experts, as PEFT
+            has it. `density`, in (0, 1], and `majority_sign_method`, "total" or "frequency": as PEFT's.
+            `seed`: of dare's random numbers, what `torch.manual_seed(seed)` gives PEFT (default 0); None
+            draws from torch's own generator.
+            `dtype`: of the result; None: the narrowest that holds all inputs exactly.
+
+    Returns:
+        The merged expert, under the most dotted spelling of each layer.
+
+    Raises:
+        MoleKeyError: Experts in several tools' names that were not resolved against a model.
+        MoleShapeError: Layers of one name and several sizes, or of several ranks where the mode needs one.
+        MoleTypeError: What is no expert, or a weight that is no number.
+        MoleValueError: Weights, mode or options that do not fit.
+
+    Example:
+        >>> merged = mk.merge({"face": face, "style": style}, [0.7, 0.3])
     """
-    made = plan_merge(
-        experts,
-        weights,
-        mode,
-        rank=rank,
-        density=density,
-        majority_sign_method=majority_sign_method,
-        seed=seed,
-        dtype=dtype,
-    )
+    plan = plan_merge(experts, weights, mode, **options)
     return Expert(
-        dict(made.layers()),
-        dialect=common_dialect(made.experts),
-        source=f"{mode} of {', '.join(made.experts)}",
+        dict(plan.layers()),
+        dialect=common_dialect(plan.experts),
+        source=f"{mode} of {', '.join(plan.experts)}",
     )
 
 
@@ -174,16 +209,16 @@ def _weights(
                 expected=f"one for each of {', '.join(names)}",
                 got=", ".join(map(str, weights)),
             )
-        given = [weights[name] for name in names]
+        numbers = [weights[name] for name in names]
     else:
-        given = list(weights)
-        if len(given) != len(names):
+        numbers = list(weights)
+        if len(numbers) != len(names):
             raise MoleValueError(
                 "merge, weights",
                 expected=f"{len(names)} numbers, in the order {', '.join(names)}",
-                got=len(given),
+                got=len(numbers),
             )
-    for name, weight in zip(names, given):
+    for name, weight in zip(names, numbers):
         if not isinstance(weight, int | float) or isinstance(weight, bool):
             raise MoleTypeError(
                 f"merge, weight of {printable(name)}", expected="a number", got=type(weight).__name__
@@ -192,14 +227,17 @@ def _weights(
             raise MoleValueError(
                 f"merge, weight of {printable(name)}", expected="a finite number", got=weight
             )
-    return {name: float(weight) for name, weight in zip(names, given)}
+    return {name: float(weight) for name, weight in zip(names, numbers)}
 
 
 def _align(
     experts: Mapping[str, Expert],
 ) -> tuple[dict[str, tuple[tuple[str, str], ...]], dict[str, list[Size]]]:
-    """(members, sizes) of each layer under its most dotted spelling; layers of different sizes are refused,
-    and named.
+    """(members, sizes) of each layer under its most dotted spelling.
+
+    Raises:
+        MoleKeyError: As `_check_names`.
+        MoleShapeError: Layers of one identity and several sizes.
     """
     members: dict[str, list[tuple[str, str]]] = {}
     sizes: dict[str, list[Size]] = {}
@@ -211,13 +249,13 @@ def _align(
             sizes.setdefault(layer_identity(path), []).append(size_of(expert.layers, path))
     if not members:
         raise MoleValueError("merge", expected="experts with at least one layer", got="none")
-    apart = [flat for flat, found in sizes.items() if len({(size.N, size.K) for size in found}) > 1]
+    apart = [layer for layer, several in sizes.items() if len({(size.N, size.K) for size in several}) > 1]
     if apart:
         lines = [
-            f"{printable(members[flat][0][1])} ("
-            + ", ".join(f"{name} {size.N}x{size.K}" for (name, _), size in zip(members[flat], sizes[flat]))
+            f"{printable(members[layer][0][1])} ("
+            + ", ".join(f"{name} {size.N}x{size.K}" for (name, _), size in zip(members[layer], sizes[layer]))
             + ")"
-            for flat in apart[:5]
+            for layer in apart[:5]
         ]
         more = f" and {len(apart) - 5} more" if len(apart) > 5 else ""
         raise MoleShapeError(
@@ -225,22 +263,47 @@ def _align(
             f"{len(apart)} of {len(members)} layers have different sizes [N,K]: {', '.join(lines)}{more}",
             hint="are these experts of one base model?",
         )
-    spelled = {
-        flat: max((path for _, path in found), key=lambda path: path.count("."))
-        for flat, found in members.items()
+    spellings = {
+        layer: max((path for _, path in several), key=lambda path: path.count("."))
+        for layer, several in members.items()
     }
-    return {spelled[flat]: tuple(found) for flat, found in members.items()}, {
-        spelled[flat]: found for flat, found in sizes.items()
+    _check_names(experts, list(spellings.values()))
+    return {spellings[layer]: tuple(several) for layer, several in members.items()}, {
+        spellings[layer]: several for layer, several in sizes.items()
     }
 
 
-def _check_ranks(
-    mode: str, where: Mapping[str, tuple[tuple[str, str], ...]], sizes: Mapping[str, list[Size]]
-) -> None:
+# a tool's prefix that stayed, and names of blocks that no model of diffusers has
+_TOOL = re.compile(r"(?:model\.)?diffusion_model\.|(?:double|single|joint)_blocks\.")
+_FLAT = re.compile(r"[^.]*_\d+_[^.]*\Z")
+
+
+def _check_names(experts: Mapping[str, Expert], paths: Sequence[str]) -> None:
+    """Refuse a result whose layers of the denoiser are named in several ways: no reader would know them all.
+
+    Raises:
+        MoleKeyError: Names of two tools that no other expert's spelling resolves.
+    """
+    by_way: dict[str, str] = {}
+    for path in paths:
+        component, rest = split_component(path)
+        if is_denoiser(component):
+            tool = _TOOL.match(rest)
+            way = tool.group() if tool else "flat" if _FLAT.match(rest) else "dotted"
+            by_way.setdefault(way, path)
+    if len(by_way) > 1:
+        raise MoleKeyError(
+            f"merge, {' and '.join(map(printable, experts))}",
+            f"their layers have names of several tools: {' and '.join(map(printable, by_way.values()))}",
+            hint="resolve them against the model: load_expert(path, pipeline=…), or --pipeline",
+        )
+
+
+def _check_ranks(mode: str, where: Members, sizes: Mapping[str, list[Size]]) -> None:
     """Modes that add factor to factor need one rank on each layer."""
-    for path, found in sizes.items():
-        if len({size.R for size in found}) > 1:
-            got = ", ".join(f"{name} {size.R}" for (name, _), size in zip(where[path], found))
+    for path, several in sizes.items():
+        if len({size.R for size in several}) > 1:
+            got = ", ".join(f"{name} {size.R}" for (name, _), size in zip(where[path], several))
             raise MoleShapeError(
                 f"merge, {mode}, layer {printable(path)}",
                 expected="experts of one rank",

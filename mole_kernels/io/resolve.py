@@ -139,7 +139,7 @@ def pipeline_of_file(layers: list[LayerKeys], entries: Mapping[str, Any], where:
             f"its dialect cannot be told: these keys are those of a {titles(found)}"
             if found
             else "its dialect is not known",
-            hint="give the pipeline or its class: load_expert(path, pipeline=diffusers.FluxPipeline)",
+            hint="give the pipeline or its class: pipeline=diffusers.FluxPipeline, or --pipeline FluxPipeline",
         )
     (name,) = by_pipeline
     if name is None or set(found) & UNETS:

@@ -34,10 +34,11 @@ def save_expert(
     Args:
         expert: The expert; its layers may be read from another file one by one.
         path: The safetensors file to write.
-        dialect: "diffusers": lora_A and lora_B, the scales in PEFT's metadata. "kohya": lora_down, lora_up and one
-            alpha for all layers of a component (see `LayerWriter`).
+        dialect: "diffusers": lora_A and lora_B, the scales in PEFT's metadata. "kohya": lora_down, lora_up
+            and one alpha for all layers of a component (see `LayerWriter`).
         dtype: Of the factors; None keeps theirs.
-        sdxl: Kohya's dialect only: LDM's block names, as kohya's tools want them for SDXL; None decides by the layers.
+        sdxl: Kohya's dialect only: LDM's block names, as kohya's tools want them for SDXL; None decides by
+            the layers.
 
     Raises:
         MoleKeyError: A layer whose name the dialect does not cover.
@@ -69,9 +70,10 @@ def expert_tensors(
 class LayerWriter:
     """The tensors of a LoRA file, layer by layer, and the metadata that belong to them.
 
-    A file in kohya's dialect gets one alpha for all layers of a component, the first layer's: diffusers' loader keeps
-    the alphas of attention layers under names that PEFT does not match, and gives every such layer the alpha that is
-    most frequent. A layer of another alpha has the quotient multiplied into B, with one rounding in B's dtype.
+    A file in kohya's dialect gets one alpha for all layers of a component, the first layer's: diffusers'
+    loader keeps the alphas of attention layers under names that PEFT does not match, and gives every such
+    layer the alpha that is most frequent. A layer of another alpha has the quotient multiplied into B, with
+    one rounding in B's dtype.
 
     Args:
         dialect: Of the file.

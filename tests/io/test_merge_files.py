@@ -308,8 +308,11 @@ def test_a_flat_kohya_name_is_not_written_as_diffusers(files: list[Path], tmp_pa
     layers = {"unet.some_unknown_block": LowRank(torch.ones(2, 3), torch.ones(4, 2))}
     save_expert(Expert(layers), tmp_path / "flat.safetensors", "kohya")
     before = snapshot(tmp_path)
-    with pytest.raises(MoleKeyError, match="known by a flat name only"):
-        merge_files([tmp_path / "flat.safetensors", files[1]], tmp_path / "out.safetensors")
+    both = [tmp_path / "flat.safetensors", files[1]]
+    with pytest.raises(MoleKeyError, match=r"its dialect is not known.*\n.*--pipeline FluxPipeline"):
+        merge_files(both, tmp_path / "out.safetensors")
+    with pytest.raises(MoleKeyError, match=r"known by a flat name only.*\n.*--pipeline"):
+        merge_files(both, tmp_path / "out.safetensors", pipeline=None)
     unchanged(tmp_path, before)
     merge_files([tmp_path / "flat.safetensors", files[1]], tmp_path / "out.safetensors", to="kohya")
     assert len(load_expert(tmp_path / "out.safetensors").layers) == 5
