@@ -33,7 +33,7 @@ class Denoiser(TypedDict):
     layers: list[str]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def denoisers() -> Mapping[str, Denoiser]:
     """The table, by the denoiser's class."""
     return json.loads(TABLE.read_text())
