@@ -46,6 +46,8 @@ WAN_PARTS = tuple(
 BFL_ROOT = re.compile(
     r"(?:(?:double|single)_blocks|(?:double|single)_stream_modulation(?:_img|_txt)?|(?:img|txt|time|vector|guidance)_in|final_layer)\b"
 )
+# these know their model's own code without any prefix
+PLAIN_LOADERS = {"HunyuanVideoLoraLoaderMixin"}
 DOTTED_LOADERS = {"Flux2LoraLoaderMixin", "WanLoraLoaderMixin", "SkyReelsV2LoraLoaderMixin"}
 
 
@@ -148,21 +150,22 @@ def _swap_halves(state: dict[str, Any], names: Sequence[str], loaders: set[str])
 
 
 def _respelled(layer: LayerKeys, half: Half, key: str, loaders: set[str]) -> str:
-    """The spelling of a key that the converter reads whole: kohya's for FLUX.1, dotted names for FLUX.2 and Wan; PEFT's
-    adapter names are left out.
+    """The spelling of a key that the converter reads whole: kohya's flat names for FLUX.1 and Z-Image (whose fused
+    q, k, v it cuts only there), dotted names behind `diffusion_model.` for the others; PEFT's adapter names go.
     """
     name = spelled(layer.module)
     if layer.ending in ("xlabs", "processor"):
         return key
-    if "FluxLoraLoaderMixin" in loaders:
-        if BFL_ROOT.match(name.rest) and ".processor." not in name.rest:
-            return f"lora_unet_{flatten(name.rest)}{KOHYA[half]}"
-    elif loaders & DOTTED_LOADERS and name.flat:
+    bfl = BFL_ROOT.match(name.rest) is not None and ".processor." not in name.rest
+    if "ZImageLoraLoaderMixin" in loaders or ("FluxLoraLoaderMixin" in loaders and (bfl or name.flat)):
+        return f"lora_unet_{flatten(name.rest)}{KOHYA[half]}"
+    if loaders & DOTTED_LOADERS and name.flat:
         parts = BFL_PARTS if "Flux2LoraLoaderMixin" in loaders else WAN_PARTS
         return f"diffusion_model.{unflatten(name.rest, parts)}{DOTTED[half]}"
-    elif not name.prefix and "HunyuanVideoLoraLoaderMixin" not in loaders:
-        return f"diffusion_model.{name.rest}{DOTTED[half]}"
-    return f"{name.prefix}{name.rest}{(KOHYA if layer.ending == 'kohya' else DOTTED)[half]}"
+    if name.flat:
+        return f"lora_unet_{name.rest}{KOHYA[half]}"
+    unnamed = name.component in (None, "", "transformer") and not loaders & PLAIN_LOADERS
+    return f"{'diffusion_model.' if unnamed else name.prefix}{name.rest}{DOTTED[half]}"
 
 
 @contextmanager

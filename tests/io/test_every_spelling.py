@@ -23,6 +23,7 @@ from mole_kernels.io.stream import open_experts
 from mole_kernels.modules.scan import scan, sizes
 from mole_kernels.patching.plan import plan
 from tests.denoisers import DENOISERS, pipeline_of
+from tests.io.dialect_files import FLUX1, FLUX2, WAN, ZIMAGE_FUSED, Names, known_lora
 
 pytest.importorskip("diffusers")
 
@@ -193,6 +194,49 @@ def test_mixed_spellings_in_one_file(folder, data, name):
         return
     planned = plan(pipe, {"e": tensors})
     assert set(planned.layers) == {f"{component}.{path}" for path in factors}
+
+
+FOREIGN_PREFIXES = (
+    "",
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "base_model.model.",
+    "base_model.model.diffusion_model.",
+    "pipe.dit.",
+    "transformer.",
+    "lora_unet_",
+)
+FOREIGN: dict[str, Names] = {
+    "flux1": [row for row in FLUX1 if not row[1].endswith("linear1")],
+    "flux2": FLUX2,
+    "wan": WAN,
+    "z-image": ZIMAGE_FUSED,
+}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(FOREIGN)),
+    prefix=st.sampled_from(FOREIGN_PREFIXES),
+    ending=st.sampled_from(
+        [ending for ending in ENDINGS if "linear" not in ending[0] and "lora." not in ending[0]]
+    ),
+    strength=st.sampled_from(STRENGTHS),
+    bare=st.booleans(),
+)
+def test_names_of_a_models_own_code_under_every_prefix(folder, name, prefix, ending, strength, bare):
+    """What goes to a converter: wrappers, adapter names and strengths are taken off before, whatever they are."""
+    model, pipe, _ = model_of(name)
+    modules, layers = known_lora(model, FOREIGN[name], rank=RANK)
+    factors = {module: (lora.down, lora.up) for module, lora in modules.items()}
+    source, scale = write(folder, Spelling(prefix, ending, strength), factors, "transformer", 3)
+    planned = plan(model if bare else pipe, {"e": source})
+    component = "" if bare else "transformer."
+    assert set(planned.layers) == {f"{component}{path}" for path in layers}
+    for path, layer in layers.items():
+        factor = planned.layers[f"{component}{path}"].factors["e"]
+        assert factor.scale == pytest.approx(scale, rel=1e-6)
+        torch.testing.assert_close(factor.delta(torch.float64), scale * layer.delta(torch.float64))
 
 
 def test_flat_names_of_all_denoisers_are_unambiguous():
