@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from mole_kernels.errors import MoleStateError, MoleValueError, printable
+from mole_kernels.methods.selma.deadline import Deadline, silent_transport, watched_session
 from mole_kernels.methods.selma.generators import UnusableAnswer, without_last_line
 
+if TYPE_CHECKING:
+    from requests import PreparedRequest, Response
+
 MAX_BYTES = 4 << 20
-# worth another attempt: time-out, conflict, too early, too many requests, and whatever is the server's own
-# fault
+# worth another attempt: time-out, conflict, too early, too many requests, and every error of the server (5xx)
 _PASSING = {408, 409, 425, 429}
+# a shorter key is a placeholder such as "x", which would be found in every other word of an answer
+_SHORTEST_SECRET = 4
 
 
 class EndpointText:
-    """POST {url}/chat/completions, or {url}/completions.
+    """A `TextGenerator` that sends POST {url}/chat/completions, or {url}/completions.
 
-    url          up to and with the version, as in http://127.0.0.1:8000/v1
-    key          sent as a bearer token, never written down
-    timeout      seconds for one answer in all
-    Redirects are not followed: a key is for the server it was given for.
+    Redirects are not followed: a key is for the server it was given for. An answer that repeats the key is
+    cleaned before anything is read from it, so that the key reaches no message, log or saved file.
+
+    Args:
+        url: Address up to and with the version, as in ``http://127.0.0.1:8000/v1``; no login and no query.
+        model: The model's name, as the server knows it.
+        key: Sent as a bearer token, never written down.
+        kind: ``"chat"`` for chat completions, ``"completion"`` for plain ones.
+        temperature: Sampling temperature.
+        max_tokens: Longest answer in tokens.
+        timeout: Seconds for one answer in all, from the first byte sent to the last byte received.
+
+    Raises:
+        MoleValueError: For an address, key, kind or timeout of another form.
     """
 
     def __init__(
@@ -37,12 +51,7 @@ class EndpointText:
         max_tokens: int = 2048,
         timeout: float = 120.0,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            hint = "a key belongs in key=, not in the address"
-            raise MoleValueError(
-                "EndpointText: url", expected="http(s)://host[:port]/v1", got=_without_login(url), hint=hint
-            )
+        _check_url(url)
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
             raise MoleValueError(
                 "EndpointText: key", expected="printable letters without a space", got="something else"
@@ -56,76 +65,85 @@ class EndpointText:
         self.name = f"{kind} {model} at {self.url}"
 
     def write(self, request: str, number: int, seed: int) -> str:
-        about: dict[str, Any] = {
+        """The server's answer to `request`; see `TextGenerator.write`.
+
+        Raises:
+            UnusableAnswer: No answer in time, a broken connection, 408, 409, 425, 429, 5xx, or no text.
+            MoleStateError: Any other status: another attempt would not help.
+        """
+        settings: dict[str, Any] = {
             "model": self.model,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
             "seed": seed,
         }
-        said = (
-            {"messages": [{"role": "user", "content": request}]}
-            if self.kind == "chat"
-            else {"prompt": request}
-        )
-        return self._text_of(
-            self._post(f"{self.url}/{'chat/' if self.kind == 'chat' else ''}completions", about | said)
-        )
+        chat = self.kind == "chat"
+        prompt = {"messages": [{"role": "user", "content": request}]} if chat else {"prompt": request}
+        path = "chat/completions" if chat else "completions"
+        return self._text_of(self._post(f"{self.url}/{path}", settings | prompt))
 
     def _post(self, url: str, body: dict[str, Any]) -> bytes:
         import requests
 
-        until = time.monotonic() + self.timeout
-        connect = min(10.0, self.timeout)
-        try:
-            with requests.post(
-                url,
-                json=body,
-                auth=self._sign,
-                timeout=(connect, self.timeout),
-                stream=True,
-                allow_redirects=False,
-            ) as response:
-                content = self._read(response, until)
-                self._check(response, content)
-                return content
-        except requests.RequestException as error:
-            raise UnusableAnswer(f"endpoint {self.url}", _reason(error)) from error
+        where, began = f"endpoint {self.url}", False
+        with Deadline(self.timeout) as deadline, watched_session(deadline) as session, silent_transport():
+            try:
+                with session.post(
+                    url,
+                    json=body,
+                    auth=self._sign,
+                    timeout=(min(10.0, self.timeout), self.timeout),
+                    stream=True,
+                    allow_redirects=False,
+                ) as response:
+                    # headers that the deadline cut off may look like whole ones
+                    began = not deadline.passed
+                    content = self._read(response)
+                    if not deadline.passed:
+                        self._check(response, content)
+                        return content
+                problem = ""
+            # a broken status line or header stands in the message of the exception, and may repeat the key
+            except (requests.RequestException, OSError, _transport_error()) as error:
+                problem = _problem(error)
+        if deadline.passed and began:
+            problem = f"had not finished its answer after {self.timeout:g} s"
+        elif deadline.passed:
+            problem = "did not answer in time"
+        raise UnusableAnswer(where, problem)
 
-    def _sign(self, request: Any) -> Any:
-        """The key into the request; given as auth, since requests would otherwise put in what a .netrc holds
-        for the host.
-        """
+    def _sign(self, request: PreparedRequest) -> PreparedRequest:
+        """Put the key into the request, as `auth`: else requests takes the login of a .netrc for the host."""
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
 
-    def _read(self, response: Any, until: float) -> bytes:
-        """The body, within the time and size allowed: a server may send a byte now and then for ever."""
-        import urllib3
-
+    def _read(self, response: Response) -> bytes:
+        """The body, at most `MAX_BYTES`."""
         content = b""
-        try:
-            while part := response.raw.read1(1 << 16, decode_content=True):
-                content += part
-                if len(content) > MAX_BYTES:
-                    raise UnusableAnswer(
-                        f"endpoint {self.url}", f"answered with more than {MAX_BYTES >> 20} MB"
-                    )
-                if time.monotonic() > until:
-                    raise UnusableAnswer(
-                        f"endpoint {self.url}", f"had not finished its answer after {self.timeout:g} s"
-                    )
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise UnusableAnswer(f"endpoint {self.url}", _reason(error)) from error
+        while chunk := response.raw.read1(1 << 16, decode_content=True):
+            content += chunk
+            if len(content) > MAX_BYTES:
+                raise UnusableAnswer(f"endpoint {self.url}", f"answered with more than {MAX_BYTES >> 20} MB")
         return content
 
-    def _check(self, response: Any, content: bytes) -> None:
+    def _without_key(self, text: str) -> str:
+        """The text with the key blotted out, before any of it is cut off, shown or kept."""
+        if self._key and len(self._key) >= _SHORTEST_SECRET:
+            return text.replace(self._key, "<key>")
+        return text
+
+    def _excerpt(self, content: bytes) -> str:
+        return printable(self._without_key(content.decode("utf-8", "replace"))[:200], 200)
+
+    def _check(self, response: Response, content: bytes) -> None:
         status = response.status_code
         if status == 200:
             return
-        said = f"answered {status} {printable(response.reason or '', 60)}: {printable(content[:200].decode('utf-8', 'replace'), 200)}"
+        reason = printable(self._without_key(response.reason or ""), 60)
+        problem = f"answered {status} {reason}: {self._excerpt(content)}"
         if status in _PASSING or status >= 500:
-            error = UnusableAnswer(f"endpoint {self.url}", said)
+            error = UnusableAnswer(f"endpoint {self.url}", problem)
             error.wait = _seconds(response.headers.get("Retry-After"))
             raise error
         hint = (
@@ -133,7 +151,7 @@ class EndpointText:
             if status == 404
             else "look at the model's name and the key"
         )
-        raise MoleStateError(f"endpoint {self.url}", said, hint=hint)
+        raise MoleStateError(f"endpoint {self.url}", problem, hint=hint)
 
     def _text_of(self, content: bytes) -> str:
         try:
@@ -143,14 +161,24 @@ class EndpointText:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             text, cut = None, False
         if not isinstance(text, str) or not text.strip():
-            got = printable(content[:200].decode("utf-8", "replace"), 200)
             raise UnusableAnswer(
-                f"endpoint {self.url}", expected="JSON with choices[0] and a text in it", got=got or "nothing"
+                f"endpoint {self.url}",
+                expected="JSON with choices[0] and a text in it",
+                got=self._excerpt(content) or "nothing",
             )
+        # after JSON's escapes are undone, under which a key would not be recognised
+        text = self._without_key(text)
         return without_last_line(text) if cut else text
 
 
-def _reason(error: Exception) -> str:
+def _transport_error() -> type[Exception]:
+    """What urllib3 raises while a body is read, which requests does not turn into its own exceptions."""
+    import urllib3
+
+    return urllib3.exceptions.HTTPError
+
+
+def _problem(error: Exception) -> str:
     import requests
 
     slow = isinstance(error, requests.Timeout) or "timed out" in str(error)
@@ -158,13 +186,27 @@ def _reason(error: Exception) -> str:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """What a Retry-After header asks for, at most two minutes; dates count as no wish."""
+    """What a Retry-After header asks for, at most two minutes; a date counts as 0."""
     try:
-        return min(120.0, max(0.0, float(retry_after or 0)))
+        seconds = float(retry_after or 0)
     except ValueError:
         return 0.0
+    return min(120.0, max(0.0, seconds)) if math.isfinite(seconds) else 0.0
 
 
-def _without_login(url: str) -> str:
-    head, _, tail = url.rpartition("@")
-    return printable(f"…@{tail}" if head else url)
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        # raises ValueError for a port that is no number
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        extra = "@" in url or bool(parts.query or parts.fragment)
+    except ValueError:
+        usable, extra = False, True
+    if not usable or extra:
+        # a login or a query may be a key, and an address is shown and saved with every request
+        raise MoleValueError(
+            "EndpointText: url",
+            expected="http(s)://host[:port]/v1",
+            got="something with a login, a query or a port that is no number" if extra else printable(url),
+            hint="a key belongs in key=, not in the address",
+        )
