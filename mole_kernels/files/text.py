@@ -32,6 +32,18 @@ def read_text(path: PathLike, most: int = MOST_BYTES) -> str:
         raise MoleFileError(where, f"cannot be read: byte {error.start} is not UTF-8") from None
 
 
+def text_lines(text: str) -> list[str]:
+    """The lines of a text, ended by \\n or \\r\\n alone; a last empty one is left out.
+
+    `str.splitlines` also cuts at U+2028, U+2029, U+0085, \\v, \\f and \\x1c to \\x1e, which captions and strings of
+    JSON may hold.
+    """
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
 def read_json(path: PathLike) -> Any:
     """The JSON of a regular file. Raises MoleFileError as `read_text`, and for what `parse_json` refuses."""
     return parse_json(read_text(path), printable(path, 300), "the file")

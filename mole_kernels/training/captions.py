@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from mole_kernels.errors import MoleFileError, printable
-from mole_kernels.files.text import read_text
+from mole_kernels.files.text import read_text, text_lines
 
 METADATA = "metadata.jsonl"
 
@@ -26,7 +26,7 @@ def read_captions(root: Path, column: str = "text") -> tuple[dict[str, str], dic
     for path in sorted(root.rglob(METADATA)):
         name = path.relative_to(root).as_posix()
         try:
-            lines = read_text(path).splitlines()
+            lines = text_lines(read_text(path).removeprefix("\ufeff"))
         except MoleFileError as error:
             bad[name] = f"cannot be read as text ({error.problem or error})"
             continue
@@ -42,9 +42,13 @@ def read_captions(root: Path, column: str = "text") -> tuple[dict[str, str], dic
 
 
 def read_beside(picture: Path) -> str | None:
-    """The text of the .txt beside a picture, None where there is none. Raises OSError, UnicodeDecodeError."""
+    """The text of the .txt beside a picture, None where there is none.
+
+    Raises:
+        MoleFileError: The text cannot be read, or is not UTF-8.
+    """
     path = picture.with_suffix(".txt")
-    return path.read_text("utf-8").strip() if path.is_file() else None
+    return read_text(path).removeprefix("\ufeff").strip() if path.is_file() else None
 
 
 def _parse(line: str, column: str, root: Path, folder: Path) -> tuple[str, str] | str:

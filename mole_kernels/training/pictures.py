@@ -6,8 +6,9 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -131,8 +132,8 @@ class PictureFolder:
         path = self.root / name
         try:
             caption = read_beside(path) if caption is None else caption
-        except (OSError, UnicodeDecodeError) as error:
-            return f"its .txt cannot be read as text ({type(error).__name__})"
+        except MoleFileError as error:
+            return f"its .txt cannot be read as text ({error.problem})"
         if not caption:
             return "has no caption" if caption is None else "has an empty caption"
         try:
@@ -181,32 +182,45 @@ def _sizes(resolution: int | Size, buckets: bool | Sequence[Size], multiple: int
     return sizes
 
 
-def decode(path: Path) -> Image:
-    """The picture upright in RGB; what is transparent becomes white."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+@contextmanager
+def picture_errors(path: Path, hint: str = "") -> Iterator[None]:
+    """Turn what PIL raises for a file that is broken, or too large, into Mole errors.
 
-    broken = (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        Image.DecompressionBombError,
-        UnidentifiedImageError,
-    )
+    Args:
+        path: The file, for the message.
+        hint: What to do about it.
+
+    Raises:
+        MoleFileError: The file is no picture that can be read.
+        MoleStateError: There is no memory to decode it.
+    """
+    from PIL import Image
+
     try:
-        with Image.open(path) as opened:
-            # PIL itself refuses at twice this size only
-            if Image.MAX_IMAGE_PIXELS is not None and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(ground, image)
-            return image.convert("RGB")
-    except broken as error:
+        yield
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise MoleFileError(
-            printable(path, 300), f"is no picture that can be read ({type(error).__name__})"
+            printable(path, 300), f"is no picture that can be read ({type(error).__name__})", hint=hint
         ) from error
     except MemoryError as error:
         raise MoleStateError(printable(path, 300), "no memory to decode it") from error
+
+
+def decode(path: Path) -> Image:
+    """The picture upright in RGB; what is transparent becomes white.
+
+    Raises:
+        MoleFileError: The file is no picture that can be read.
+    """
+    from PIL import Image, ImageOps
+
+    with picture_errors(path), Image.open(path) as opened:
+        # PIL itself refuses at twice this size only
+        if Image.MAX_IMAGE_PIXELS is not None and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        image = ImageOps.exif_transpose(opened)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(ground, image)
+        return image.convert("RGB")

@@ -154,6 +154,31 @@ def test_what_a_resume_and_a_start_refuse(project, pipe):
         attention_targets(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_resume_with_another_caption_is_refused(project, pipe, steps):
+    """In the middle of a run, and where the expert would only be read."""
+
+    def stop(step, loss):
+        if step == steps:
+            raise KeyboardInterrupt
+
+    if steps < TRAINING.config.steps:
+        with pytest.raises(KeyboardInterrupt):
+            train_skill(project, "low", pipe, TRAINING, progress=False, on_step=stop)
+    else:
+        train_skill(project, "low", pipe, TRAINING, progress=False)
+    metadata = project.pictures_folder("low") / "metadata.jsonl"
+    rows = read_lines(metadata)
+    write_lines(metadata, [rows[0] | {"text": "another caption"}, *rows[1:]])
+    with pytest.raises(MoleStateError, match="caption"):
+        train_skill(project, "low", pipe, TRAINING, progress=False)
+    write_lines(metadata, rows)
+    train_skill(project, "low", pipe, TRAINING, progress=False)
+    # pictures may go once the expert is there
+    metadata.unlink()
+    train_skill(project, "low", pipe, TRAINING, progress=False)
+
+
 def test_one_prompt_for_all_pictures_is_remarked_and_trains(project, pipe):
     rows = read_lines(project.pictures_folder("low") / "metadata.jsonl")
     write_lines(project.pictures_folder("low") / "metadata.jsonl", [row | {"text": "one"} for row in rows])

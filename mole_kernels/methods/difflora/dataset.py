@@ -266,7 +266,7 @@ def pack_shards(work: str | Path, names: Sequence[str] | None = None) -> LoRADat
         raise MoleFileError(
             printable(work / "experts", 300), expected="at least one trained expert", got="none"
         )
-    settings = read_json(work / "settings.json", FORMAT, "the work folder of train_identities")["training"]
+    settings = _settings_of(work)
     first = _widened(load_expert(files[chosen[0]]))
     manifest = Manifest.of_expert(first).fit(
         tensors_of(_widened(load_expert(files[name]))) for name in chosen
@@ -408,6 +408,20 @@ def _train_one(
         )
 
 
+def _settings_of(work: Path) -> dict[str, Any]:
+    """The settings that a set was begun with, as `as_plain` makes them."""
+    path = work / "settings.json"
+    settings = read_json(path, FORMAT, "the work folder of train_identities").get("training")
+    per_shard = settings.get("per_shard") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or type(per_shard) is not int or per_shard < 1:
+        raise MoleFileError(
+            f"{printable(path, 300)}, training",
+            expected="settings with per_shard of at least 1",
+            got=printable(settings),
+        )
+    return settings
+
+
 def _settle(work: Path, training: IdentityTraining) -> None:
     """Notes the settings of a set, or checks that they are those it was begun with."""
     path, here = work / "settings.json", as_plain(training)
@@ -415,7 +429,7 @@ def _settle(work: Path, training: IdentityTraining) -> None:
     if not path.exists():
         write_json(path, {"format": FORMAT, "training": here})
         return
-    before = read_json(path, FORMAT, "the work folder of train_identities")["training"]
+    before = _settings_of(work)
     for key in here:
         # how they are packed changes no expert
         if key != "per_shard" and before.get(key) != here[key]:

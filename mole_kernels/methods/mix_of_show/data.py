@@ -4,6 +4,7 @@ where there are any.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mole_kernels.methods.mix_of_show.tokens import concept_tokens, new_embeddin
 from mole_kernels.training.buckets import cover
 from mole_kernels.training.data import TensorBatches
 from mole_kernels.training.encode import Encoder
-from mole_kernels.training.pictures import PictureFolder
+from mole_kernels.training.pictures import PictureFolder, picture_errors
 
 PLACE = "<TOK>"
 
@@ -69,7 +70,11 @@ def concept_batches(
     if masks is not None:
         size = found["latents"].shape[-2:]
         found["mask"] = torch.stack([_mask(folder, i, masks, (size[0], size[1])) for i in range(len(folder))])
-    return TensorBatches(found, min(batch_size, len(folder)), seed=seed)
+    pictures = hashlib.blake2b(digest_size=12)
+    for picture in folder.pictures:
+        pictures.update(f"{picture.digest} {picture.bucket};".encode())
+    sources = {"latents": f"pictures {pictures.hexdigest()}, vae {encoder.latent_key()}"}
+    return TensorBatches(found, min(batch_size, len(folder)), seed=seed, sources=sources)
 
 
 def _ids(
@@ -94,7 +99,7 @@ def _ids(
 
 def _mask(folder: PictureFolder, i: int, masks: Path, size: tuple[int, int]) -> Tensor:
     """[1,h,w] in 0…1."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     picture = folder[i]
     stem = Path(picture.name).with_suffix("")
@@ -105,13 +110,8 @@ def _mask(folder: PictureFolder, i: int, masks: Path, size: tuple[int, int]) -> 
         raise MoleFileError(
             printable(masks, 300), expected=f"a mask for {printable(picture.name)}", got="none"
         )
-    try:
-        with Image.open(found[0]) as opened:
-            image = opened.convert("L").resize(picture.size[::-1], Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise MoleFileError(
-            printable(found[0], 300), f"is no picture that can be read ({type(error).__name__})"
-        ) from error
+    with picture_errors(found[0]), Image.open(found[0]) as opened:
+        image = opened.convert("L").resize(picture.size[::-1], Image.Resampling.BOX)
     (h, w), (top, left) = cover(picture.size, picture.bucket)
     image = image.resize((w, h), Image.Resampling.BOX).crop(
         (left, top, left + picture.bucket[1], top + picture.bucket[0])

@@ -43,7 +43,7 @@ def parse_prompts(answer: str, start: int = 1) -> list[str]:
     thousand items are enough.
     """
     items = list(islice(_json_items(answer), MAX_ITEMS)) or list(
-        islice(_items(answer.splitlines(), start), MAX_ITEMS)
+        islice(_items(answer.replace("\r", "\n").split("\n"), start), MAX_ITEMS)
     )
     return [text for item in items if (text := tidy(item)) is not None]
 

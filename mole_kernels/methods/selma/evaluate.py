@@ -15,6 +15,7 @@ from mole_kernels.errors import MoleFileError, MoleKeyError, printable
 from mole_kernels.methods.selma.pictures import METADATA
 from mole_kernels.methods.selma.project import checked, read_lines, write_lines
 from mole_kernels.methods.selma.questions import Question, Tree
+from mole_kernels.training.pictures import decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -207,24 +208,12 @@ def _ask_about(path: Path, tree: Tree, answerer: Answerer, kept: _Kept) -> Answe
         def look() -> str:
             # a picture all of whose answers are kept is not opened
             if not opened:
-                opened.append(_open(path))
+                opened.append(decode(path))
             return answerer.answer(opened[0], question.text, question.choices)
 
         return kept.get(path.name, question, look)
 
     return ask(tree, put)
-
-
-def _open(path: Path) -> Image:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise MoleFileError(
-            printable(path, 300), f"is no picture that can be read ({printable(error)})"
-        ) from error
 
 
 def _metadata(folder: Path) -> Iterator[Mapping[str, Any]]:

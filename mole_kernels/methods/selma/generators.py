@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from mole_kernels.errors import MoleError, MoleFileError, MoleStateError, printable
+from mole_kernels.files.text import read_text, text_lines
 from mole_kernels.methods.selma.asking import tidy
 
 
@@ -115,13 +116,8 @@ class FileText:
 
     def __init__(self, path: str | Path, *, batch: int = 20) -> None:
         self.path, self.batch, self.name = Path(path), batch, f"file {Path(path).name}"
-        try:
-            lines = self.path.read_text("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise MoleFileError(
-                printable(path, 300), f"cannot be read as UTF-8 text ({printable(error)})"
-            ) from error
-        self.lines = [text for line in lines if (text := tidy(line)) is not None]
+        text = read_text(path).removeprefix("\ufeff").replace("\r", "\n")
+        self.lines = [prompt for line in text_lines(text) if (prompt := tidy(line)) is not None]
         if not self.lines:
             raise MoleFileError(
                 printable(path, 300), expected="a prompt on each line", got="no prompt at all"

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 import torch
 
 from mole_kernels.errors import (
-    MoleFileError,
     MoleStateError,
     MoleTypeError,
     MoleValueError,
@@ -24,6 +23,7 @@ from mole_kernels.errors import (
 from mole_kernels.files.writer import atomic_write
 from mole_kernels.methods.selma.project import Project, write_lines
 from mole_kernels.training.data import counted_generator
+from mole_kernels.training.pictures import picture_errors
 
 METADATA = "metadata.jsonl"
 
@@ -235,16 +235,10 @@ def _found(folder: Path, number: int) -> Path | None:
 
 def _about(path: Path) -> dict[str, Any]:
     """The texts of a PNG, from its header alone."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            return dict(image.info)
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        hint = "remove it and it is made again"
-        raise MoleFileError(
-            printable(path, 300), f"is no picture that can be read ({printable(error)})", hint=hint
-        ) from error
+    with picture_errors(path, "remove it and it is made again"), Image.open(path) as image:
+        return dict(image.info)
 
 
 def _write_metadata(prompts: Sequence[str], folder: Path, seed: int) -> None:

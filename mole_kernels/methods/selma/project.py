@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
-from mole_kernels.files.text import read_text
+from mole_kernels.files.text import read_json, read_text, text_lines
 from mole_kernels.files.writer import atomic_write
 from mole_kernels.methods.selma.skills import Skill
 
@@ -39,8 +39,16 @@ class Project:
 
     def skills(self) -> dict[str, Skill]:
         """The skills by name, in the order they came in; {} for a folder that holds no run yet."""
-        saved = _read(self.root / "manifest.json").get("skills", {})
-        return {name: Skill(name, tuple(entry["seeds"]), entry["about"]) for name, entry in saved.items()}
+        path = self.root / "manifest.json"
+        saved = _read(path).get("skills", {})
+        for name, entry in saved.items():
+            if not (isinstance(entry, dict) and isinstance(entry.get("about"), str)):
+                raise MoleFileError(
+                    f"{printable(path, 300)}, skills.{printable(name)}",
+                    expected='{"seeds": [three prompts], "about": "…"}',
+                    got=printable(entry),
+                )
+        return {name: Skill(name, entry.get("seeds", ()), entry["about"]) for name, entry in saved.items()}
 
     def add_skills(self, skills: Iterable[Skill]) -> None:
         """Notes skills; one that is there with other seeds is a MoleStateError and nothing is written."""
@@ -107,7 +115,7 @@ class Project:
         MoleStateError.
         """
         plain = json.loads(json.dumps(dict(settings)))
-        stages = _read(self.folder(skill) / "manifest.json")
+        stages = self._stages(skill)
         saved = stages.get(stage, {}).get("settings")
         for key in sorted({*(saved or {}), *plain} - set(free)) if saved is not None else ():
             if saved.get(key) != plain.get(key):
@@ -122,13 +130,26 @@ class Project:
 
     def note(self, stage: str, skill: str, figures: Mapping[str, Any]) -> None:
         """What came of a stage."""
-        stages = _read(self.folder(skill) / "manifest.json")
+        stages = self._stages(skill)
         entry = stages.get(stage, {}) | {"done": dict(figures)}
         _write(self.folder(skill) / "manifest.json", stages | {"format": FORMAT, stage: entry})
 
     def noted(self, stage: str, skill: str) -> dict[str, Any] | None:
         """The figures of a stage that is done, else None."""
-        return _read(self.folder(skill) / "manifest.json").get(stage, {}).get("done")
+        return self._stages(skill).get(stage, {}).get("done")
+
+    def _stages(self, skill: str) -> dict[str, Any]:
+        """{stage: {"settings": {…}, "done": {…}}} of a skill's manifest; either may be missing."""
+        path = self.folder(skill) / "manifest.json"
+        stages = _read(path)
+        for stage in STAGES:
+            for key in ("settings", "done"):
+                value = stages.get(stage, {}).get(key, {})
+                if not isinstance(value, dict):
+                    raise MoleFileError(
+                        f"{printable(path, 300)}, {stage}.{key}", expected="an object", got=printable(value)
+                    )
+        return stages
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -136,7 +157,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(text_lines(read_text(path)), 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -168,19 +189,17 @@ def _read(path: Path) -> dict[str, Any]:
     """A manifest, {} where there is none."""
     if not path.exists():
         return {}
-    try:
-        found = json.loads(_text(path))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise MoleFileError(
             printable(path, 300), expected=f"a manifest of the format {FORMAT}", got="something else"
         )
-    return found
-
-
-def _text(path: Path) -> str:
-    return read_text(path)
+    for name, entry in manifest.items():
+        if name != "format" and not isinstance(entry, dict):
+            raise MoleFileError(
+                f"{printable(path, 300)}, {printable(name)}", expected="an object", got=printable(entry)
+            )
+    return manifest
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mole_kernels.errors import MoleStateError, MoleValueError
+from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
 from mole_kernels.methods.selma.asking import parse_prompts, request_text
 from mole_kernels.methods.selma.generators import TextGenerator, UnusableAnswer
 from mole_kernels.methods.selma.likeness import LIMIT, Likeness
@@ -111,10 +111,13 @@ def write_prompts(
 def kept_requests(project: Project, skill: str) -> Rows:
     """The requests made so far, with what came of each; [] before the first."""
     path = project.folder(skill) / REQUESTS
-    return [
-        checked(row, path, number, by=str, accepted=list, rejected=list, spare=list)
-        for number, row in enumerate(read_lines(path), 1)
-    ]
+    rows = []
+    for number, row in enumerate(read_lines(path), 1):
+        rows.append(checked(row, path, number, by=str, accepted=list, rejected=list, spare=list))
+        if not all(isinstance(text, str) for text in row["accepted"]):
+            where = f"{printable(path, 300)}, line {number}, accepted"
+            raise MoleFileError(where, expected="prompts", got=printable(row["accepted"]))
+    return rows
 
 
 def _ask(

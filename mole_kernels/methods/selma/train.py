@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing_extensions import Unpack
 
 from mole_kernels.errors import MoleStateError, MoleValueError, printable
 from mole_kernels.experts.lowrank import Expert
+from mole_kernels.files.text import read_text
 from mole_kernels.io import load_expert, save_expert
 from mole_kernels.methods.mole.stages import train_expert
 from mole_kernels.methods.selma.pictures import METADATA
-from mole_kernels.methods.selma.project import Project, read_lines, write_lines
+from mole_kernels.methods.selma.project import Project, checked, read_lines, write_lines
 from mole_kernels.modules.scan import mole_targets
 from mole_kernels.training.cached import PictureBatches, picture_batches
 from mole_kernels.training.config import TrainConfig
@@ -109,8 +111,17 @@ def train_skill(
     if state.is_main_process:
         project.settle("train", skill, training.lasting())
     state.wait_for_everyone()
-    done = project.noted("train", skill)
-    if done is not None and done["steps"] >= training.config.steps and target.exists():
+    captions = _digest_of(project.pictures_folder(skill) / METADATA)
+    done = project.noted("train", skill) or {}
+    steps = done.get("steps")
+    if isinstance(steps, int) and steps >= training.config.steps and target.exists():
+        # an expert outlives its pictures, which may be removed to save room
+        if captions is not None and done.get("captions") not in (None, captions):
+            raise MoleStateError(
+                f"{project.root}: train of {skill}, captions",
+                "pictures or captions have changed since the expert was trained",
+                hint=f"take {target.name} and the run folder of {skill} away to train it anew",
+            )
         return load_expert(target)
     batches = _batches(pipe, project.pictures_folder(skill), training, cache, bool(run.get("progress", True)))
     options: RunOptions = {"run_dir": project.run_folder(skill), "resume": True, **run}
@@ -129,9 +140,8 @@ def train_skill(
     expert = replace(expert, metadata={**expert.metadata, "method": "selma"})
     if state.is_main_process:
         save_expert(expert, target)
-        project.note(
-            "train", skill, {"steps": int(expert.metadata["steps"]), "loss": float(expert.metadata["loss"])}
-        )
+        figures = {"steps": int(expert.metadata["steps"]), "loss": float(expert.metadata["loss"])}
+        project.note("train", skill, figures | {"captions": captions})
     state.wait_for_everyone()
     return expert
 
@@ -145,7 +155,8 @@ def join_pictures(project: Project, skills: Sequence[str], name: str = "joint") 
     folder.mkdir(parents=True, exist_ok=True)
     for skill in skills:
         own = project.pictures_folder(skill)
-        for row in read_lines(own / METADATA):
+        for number, row in enumerate(read_lines(own / METADATA), 1):
+            checked(row, own / METADATA, number, file_name=str, text=str)
             link = folder / f"{skill}-{row['file_name']}"
             if not link.is_symlink():
                 link.symlink_to(Path("..", "..", skill, own.name, row["file_name"]))
@@ -194,6 +205,11 @@ class MirroredFolder(PictureFolder):
     def pixels(self, i: int) -> Tensor:
         pixels = super().pixels(i % self._own)
         return pixels if i < self._own else pixels.flip(-1)
+
+
+def _digest_of(path: Path) -> str | None:
+    """A hash of metadata.jsonl, which holds every caption and its picture's name; None where there is none."""
+    return hashlib.blake2b(read_text(path).encode(), digest_size=12).hexdigest() if path.exists() else None
 
 
 def _batches(
