@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -18,7 +21,7 @@ from mole_kernels.methods.mix_of_show.edlora import (
     paper_training,
     train_edlora,
 )
-from mole_kernels.methods.mix_of_show.prompts import encode_prompts, layered, sample, token_ids
+from mole_kernels.methods.mix_of_show.prompts import _own_part, encode_prompts, layered, sample, token_ids
 from mole_kernels.methods.mix_of_show.tokens import (
     class_embedding,
     concept_tokens,
@@ -232,6 +235,55 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(folder, tmp_path):
     )
     with pytest.raises(MoleStateError, match="embedding_lr"):
         train(folder, replace(TRAINING, embedding_lr=1.0), run_dir=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("change", ["caption", "picture", "mask"])
+def test_a_resume_with_other_data_is_refused_and_named(folder, tmp_path, change):
+    own = tmp_path / "data"
+    shutil.copytree(folder, own)
+
+    def masked(**options):
+        pipe = sd_pipeline()
+        batches = concept_batches(pipe, pictures(own), TOKENS, 3, masks=own / "masks")
+        return train_edlora(pipe, batches, TOKENS, TRAINING, progress=False, **options)
+
+    masked(run_dir=tmp_path / "run")
+    masked(run_dir=tmp_path / "run", resume=True)
+    if change == "caption":
+        (own / "1.txt").write_text("<TOK> one")
+    else:
+        path = own / "1.png" if change == "picture" else own / "masks" / "1.png"
+        shutil.copy(folder / "0.png", path)
+    name = {"caption": "ids_text_encoder", "picture": "latents", "mask": "mask"}[change]
+    with pytest.raises(MoleStateError, match=f"resume: batches, {name}"):
+        masked(run_dir=tmp_path / "run", resume=True)
+
+
+def test_two_threads_draw_each_with_its_own_text():
+    """Through the hooks of `layered`, which keep the part of the text that a layer took last."""
+    length, layers = 2, 3
+    last, failures = [], []
+
+    def draw(value):
+        states = torch.full((1, layers * length, 4), float(value))
+        for _ in range(3000):
+            (_, options) = _own_part(
+                1, layers, length, last, None, (None,), {"encoder_hidden_states": states}
+            )
+            if float(options["encoder_hidden_states"][0, 0, 0]) != value:
+                failures.append(value)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=draw, args=(value,)) for value in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failures
 
 
 def test_masks_noise_offset_and_attention_count(folder):

@@ -145,6 +145,10 @@ def test_stage_two_resumed_with_another_rank_name_or_data(tmp_path):
             train_expert(pipe, batches(), **({"name": "face", "rank": 3} | options | change), resume=True)
     with pytest.raises(MoleStateError, match=r"4, 8, 8.*got.*4, 16, 16"):
         train_expert(pipe, batches(size=16), name="face", rank=3, resume=True, **options)
+    other = data()
+    other["encoder_hidden_states"][0] += 0.5
+    with pytest.raises(MoleStateError, match="resume: batches, encoder_hidden_states: has other values"):
+        train_expert(pipe, TensorBatches(other, 2), name="face", rank=3, resume=True, **options)
     wider = pipeline(block_out_channels=(12, 16))
     with pytest.raises(MoleStateError, match=r"experts\.down: expected .* as in the checkpoint"):
         train_expert(wider, batches(), name="face", rank=3, resume=True, **options)

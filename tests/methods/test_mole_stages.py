@@ -208,6 +208,19 @@ def test_pictures_are_drawn_with_ddim_and_each_from_its_own_seed():
     assert seen[-1][1] == [" poor quality, unclear hand, bad face "]
 
 
+def test_drawing_leaves_the_pipelines_scheduler_to_other_threads():
+    pipe = sd_pipeline()
+    before, config, seen = pipe.scheduler, dict(pipe.config), []
+
+    def spy(module, args, options):
+        seen.append(pipe.scheduler)
+
+    hook = pipe.unet.register_forward_pre_hook(spy, with_kwargs=True)
+    sample(pipe, ["one"], steps=2, height=16, width=16, output_type="np")
+    hook.remove()
+    assert seen and all(scheduler is before for scheduler in seen) and dict(pipe.config) == config
+
+
 def test_presets_of_stage_one_and_of_small_machines():
     stage = PRESETS["sd15"].unet
     assert (stage.optimiser, stage.lr, stage.steps, stage.snr_gamma, stage.accumulation) == (

@@ -346,6 +346,17 @@ def test_bad_calls_are_named_and_change_nothing(pipe, call, error, words):
     assert pipe.unet.attn_processors == before and not hooks
 
 
+def test_a_second_regional_on_one_unet_is_refused_and_leaves_the_first(pipe):
+    before = dict(pipe.unet.attn_processors)
+    with regional(pipe, REGIONS, embeds=(texts(1, 2), texts(1, 2))) as first:
+        wanted, inside = draw(pipe), dict(pipe.unet.attn_processors)
+        with pytest.raises(MoleStateError, match="already draws by regions"):
+            regional(pipe, REGIONS[:1], embeds=(texts(1, 1), texts(1, 1))).__enter__()
+        assert pipe.unet.attn_processors == inside and first.by_prompt == [REGIONS]
+        torch.testing.assert_close(draw(pipe), wanted, rtol=0, atol=0)
+    assert pipe.unet.attn_processors == before
+
+
 def test_an_error_inside_restores_the_processors(pipe):
     before = dict(pipe.unet.attn_processors)
     with (

@@ -113,7 +113,13 @@ def layered(unet: nn.Module, tokens: int) -> Iterator[None]:
 
 
 def _own_part(
-    i: int, layers: int, tokens: int, last: list[Tensor], module: nn.Module, args: tuple, kwargs: dict
+    i: int,
+    layers: int,
+    tokens: int,
+    last: list[tuple[Tensor, Tensor]],
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict,
 ) -> tuple[tuple, dict] | None:
     states = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
     if not isinstance(states, Tensor) or states.shape[1] == tokens:
@@ -125,9 +131,12 @@ def _own_part(
             got=list(states.shape),
         )
     # the very same part at every step, so that keys and values made of it can be kept
-    if not last or last[0] is not states or states.requires_grad:
-        last[:] = [states, states[:, i * tokens : (i + 1) * tokens]]
-    own = last[1]
+    kept = last[0] if last else None
+    if kept is None or kept[0] is not states or states.requires_grad:
+        kept = (states, states[:, i * tokens : (i + 1) * tokens])
+        # one assignment: another thread may draw with another text through the same layers
+        last[:] = [kept]
+    own = kept[1]
     return (
         (args[:1], kwargs | {"encoder_hidden_states": own})
         if len(args) < 3

@@ -4,6 +4,7 @@ prompt, and its own experts.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,9 @@ from mole_kernels.layers.linear import Gated
 from mole_kernels.methods.mix_of_show.adapters import Weights, weigh
 from mole_kernels.methods.mix_of_show.regions import Region, check_box, grid_of, shares
 from mole_kernels.patching.handle import Handle
+
+# two threads that open `regional` on one UNet at the same time
+_OPENING = threading.Lock()
 
 
 def region_gates(path: str, module: nn.Module, experts: Any) -> GivenGate:
@@ -113,7 +117,19 @@ class regional:
             self.embeds = self._encode()
         self._check_embeds()
         unet = self.pipe.unet
+        with _OPENING:
+            self._open(unet)
+        return self
+
+    def _open(self, unet: Any) -> None:
+        """Install the processors and hooks; all or none."""
         self._before = dict(unet.attn_processors)
+        if any(isinstance(processor, RegionalProcessor) for processor in self._before.values()):
+            raise MoleStateError(
+                "regional",
+                "this UNet already draws by regions: another `with regional(…)` is open on it",
+                hint="end it first; a second thread needs a pipeline of its own",
+            )
         made = dict(self._before)
         # down, mid, up, as embeddings are counted; diffusers names up_blocks before mid_block
         parts = ("down_blocks", "mid_block", "up_blocks")
@@ -135,7 +151,6 @@ class regional:
         except BaseException:
             self._restore()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -293,7 +308,8 @@ class RegionalProcessor:
 
     def __init__(self, state: regional, place: int) -> None:
         self.state, self.place = state, place
-        self._kept: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+        # (key, (k, v), the text they were made of, so that no other tensor can come to have its address)
+        self._kept: tuple[tuple[object, ...], tuple[Tensor, Tensor], Tensor] | None = None
 
     def __call__(
         self,
@@ -343,8 +359,10 @@ class RegionalProcessor:
             and _depends_on_text_alone(attn.to_v)
             and not torch.is_grad_enabled()
         )
-        if fixed and self._kept is not None and self._kept[0] == key:
-            return self._kept[1]
+        # read once: another thread may replace it
+        kept = self._kept
+        if fixed and kept is not None and kept[0] == key:
+            return kept[1]
         own = text[:, self.place] if text.dim() == 4 else text
         regions = self.state.texts(B, self.place).to(own)
         if regions.shape[2:] != own.shape[1:]:
@@ -364,9 +382,7 @@ class RegionalProcessor:
             _heads(attn, proj(flat), norm).unflatten(0, (B, -1))
             for proj, norm in ((attn.to_k, attn.norm_k), (attn.to_v, None))
         )
-        # the text itself is kept too, so that no other tensor can come to have its address
-        self._kept = (key, (k, v)) if fixed else None
-        self._text = text
+        self._kept = (key, (k, v), text) if fixed else None
         return k, v
 
 

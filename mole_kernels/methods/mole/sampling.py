@@ -4,6 +4,7 @@ suffixes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,18 +38,16 @@ def sample(
     **more: Any,
 ) -> Any:
     """`pipe(...).images` with the paper's settings; picture i is drawn from seed + i alone. The pipeline
-    keeps its own scheduler.
+    keeps its own scheduler, also while it draws, so that several threads may sample from it.
 
     more  goes to the pipeline: height, width, output_type, …
     """
     from diffusers import DDIMScheduler
 
-    before, generators = pipe.scheduler, [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
-    pipe.scheduler = DDIMScheduler.from_config(before.config)
-    try:
-        said = prompts(texts, negative, suffixes=suffixes)
-        return pipe(
-            **said, num_inference_steps=steps, guidance_scale=guidance, generator=generators, **more
-        ).images
-    finally:
-        pipe.scheduler = before
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
+    own = copy.copy(pipe)
+    own.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    texts_of_both = prompts(texts, negative, suffixes=suffixes)
+    return own(
+        **texts_of_both, num_inference_steps=steps, guidance_scale=guidance, generator=generators, **more
+    ).images
