@@ -14,7 +14,8 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mole_kernels.errors import MoleFileError, MoleStateError, MoleWarning
+from mole_kernels.errors import MoleError, MoleFileError, MoleStateError, MoleWarning, printable
+from mole_kernels.files.text import read_json
 from mole_kernels.files.writer import torch_save
 
-FORMAT = "mole-kernels-run-1"
+FORMAT = "mole-kernels-run-2"
 _PREFIX, _UNFINISHED = "step-", ".unfinished-"
 _BROKEN = (
     OSError,
     ValueError,
     KeyError,
     TypeError,
+    AttributeError,
     EOFError,
     RuntimeError,
     SafetensorError,
@@ -72,6 +75,21 @@ class Checkpoint:
                 raise MoleStateError(
                     f"resume: {name}", expected=f"{saved} as in the checkpoint", got=here, hint=hint
                 )
+
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """Turn what optimiser, batches and generators raise for a state that is not theirs into MoleStateError."""
+        try:
+            yield
+        except MoleError:
+            raise
+        except _BROKEN as error:
+            raise MoleStateError(
+                "resume",
+                f"the state in the checkpoint of step {self.step} cannot be taken over"
+                f" ({type(error).__name__}: {printable(error, 200)})",
+                hint="remove that checkpoint's folder to go on from the one before it",
+            ) from error
 
     def check_identity(self, identity: Mapping[str, str]) -> None:
         """MoleStateError naming the first thing said of the run that differs."""
@@ -138,13 +156,13 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Reads one checkpoint's folder; a broken one is a MoleFileError."""
     try:
-        about = json.loads((folder / "run.json").read_text())
+        about = read_json(folder / "run.json")
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}, expected {FORMAT!r}")
         state = torch.load(folder / "optimiser.pt", map_location="cpu", weights_only=True)
         ema = load_file(folder / "ema.safetensors") if about["ema"] else None
-        return Checkpoint(
-            step=int(about["step"]),
+        checkpoint = Checkpoint(
+            step=about["step"],
             weights=load_file(folder / "weights.safetensors"),
             config=about["config"],
             identity=about["identity"],
@@ -155,10 +173,38 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             data=state["data"],
             scaler=state["scaler"],
         )
-    except _BROKEN as error:
+        _check_kinds(checkpoint)
+        return checkpoint
+    except (MoleFileError, *_BROKEN) as error:
         raise MoleFileError(
             str(folder), f"this checkpoint cannot be read ({type(error).__name__}: {error})"
         ) from error
+
+
+def _check_kinds(c: Checkpoint) -> None:
+    """TypeError or ValueError where an entry is not of its kind, so that a resume need not look again."""
+    for name in ("config", "identity", "optimiser", "data", "scaler"):
+        _check_kind(name, getattr(c, name), dict)
+    for key, kind in (("position", int), ("processes", int), ("checksums", dict)):
+        _check_kind(f"data.{key}", c.data.get(key), kind)
+    _check_kind("rng", c.rng, list)
+    for state in c.rng:
+        _check_kind("rng", state, dict)
+        _check_kind("rng.cpu", state.get("cpu"), Tensor)
+    if type(c.step) is not int or c.step != len(c.losses):
+        raise ValueError(f"step {c.step!r} with {len(c.losses)} losses")
+    if len(c.rng) != c.data["processes"]:
+        raise ValueError(f"random states of {len(c.rng)} processes of {c.data['processes']}")
+    if (c.ema is None) != (c.config.get("ema_decay") is None):
+        raise ValueError("a running mean where the settings have none, or none where they have one")
+    shapes = {name: tensor.shape for name, tensor in c.weights.items()}
+    if c.ema is not None and {name: tensor.shape for name, tensor in c.ema.items()} != shapes:
+        raise ValueError("the running mean is not of the weights")
+
+
+def _check_kind(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
 
 
 def clear_unfinished(run_dir: Path) -> None:

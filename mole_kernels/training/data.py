@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.training.checksums import Checksums, check_same_data, checksums
 
 Signature = dict[str, list[Any]]
 
@@ -19,10 +21,25 @@ class TensorBatches:
     n) alone.
 
     Each epoch goes through all D samples in its own order, but for the last D mod batch_size of that order.
+    A run resumes with the same tensors only, bit for bit.
+
+    Args:
+        tensors: Tensors [D,…] by name, one row per sample.
+        batch_size: Samples per batch, at most D.
+        seed: Decides the order of each epoch.
+        shuffle: False takes the samples in their own order.
+        sources: What a tensor was computed from, by its name. It is compared on resume in the place of the
+            tensor's values, which another device would compute a little differently.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], batch_size: int, *, seed: int = 0, shuffle: bool = True
+        self,
+        tensors: Mapping[str, Tensor],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
         lengths = {key: len(value) for key, value in tensors.items()}
         if not lengths or len(set(lengths.values())) != 1:
@@ -35,7 +52,7 @@ class TensorBatches:
                 expected=f"1 to {self.samples}, the number of samples",
                 got=batch_size,
             )
-        self.drawn = 0
+        self.drawn, self._sources = 0, dict(sources or {})
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         per_epoch = self.samples // self.batch_size
@@ -55,11 +72,17 @@ class TensorBatches:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "shuffle": self.shuffle,
+            "shapes": signature(self.tensors),
         }
+
+    @cached_property
+    def _contents(self) -> dict[str, int | str]:
+        computed = {name: value for name, value in self.tensors.items() if name not in self._sources}
+        return checksums(computed) | self._sources
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on with the very next batch."""
-        return self._settings() | {"drawn": self.drawn}
+        return self._settings() | {"drawn": self.drawn, "contents": self._contents}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on after the batch at which `state` was taken; other data is a MoleStateError."""
@@ -70,6 +93,7 @@ class TensorBatches:
                     expected=f"{state.get(key)!r} as when the run began",
                     got=repr(here),
                 )
+        check_same_data(state["contents"], self._contents)
         self.drawn = int(state["drawn"])
 
 
@@ -82,7 +106,7 @@ class BatchStream:
     A source with `state_dict` and `load_state_dict` is put back by its own state when a run resumes; any
     other is
     counted, and as many batches are drawn and dropped, so it must yield the same ones in the same order each
-    time.
+    time: a checksum of every entry's values tells whether it does.
     The source may describe its batches by a method `signature()`; else the first batch's keys, dtypes and
     shapes
     (without the batch dimension) must be the same when a run resumes.
@@ -96,6 +120,8 @@ class BatchStream:
         self.source, self.process, self.processes = batches, process, processes
         self.position = 0
         self.signature: Signature | None = None
+        # of the values drawn so far; of batch 0 alone where batches are asked for by number
+        self.checksums: Checksums = {}
         self._expected: Signature | None = None
         self._iterator: Iterator[Mapping[str, Tensor]] | None = None
 
@@ -108,15 +134,17 @@ class BatchStream:
         number = self.position + self.process
         if hasattr(self.source, "batch"):
             batch = self._checked(self.source.batch(number))
+            if number == 0 and not self.stateful:
+                self.checksums = checksums(batch)
         else:
             batch = [self._next() for _ in range(self.processes)][self.process]
         self.position += self.processes
         return number, batch
 
     def describe(self, number: int) -> str:
-        """What the source says a batch is made of, for messages; "" where it says nothing."""
-        said = getattr(self.source, "describe", None)
-        return str(said(number)) if callable(said) else ""
+        """What a batch is made of, for messages; "" where the source has no method `describe`."""
+        describe = getattr(self.source, "describe", None)
+        return str(describe(number)) if callable(describe) else ""
 
     def state(self) -> dict[str, Any]:
         own = self.source.state_dict() if self.stateful else None  # type: ignore[attr-defined]
@@ -124,6 +152,7 @@ class BatchStream:
             "position": self.position,
             "processes": self.processes,
             "signature": self.signature,
+            "checksums": self.checksums,
             "source": own,
         }
 
@@ -142,9 +171,15 @@ class BatchStream:
         if self.stateful:
             self.source.load_state_dict(state["source"])  # type: ignore[attr-defined]
             self.position = int(state["position"])
+        elif hasattr(self.source, "batch"):
+            if state["checksums"]:
+                check_same_data(state["checksums"], checksums(self.source.batch(0)))
+            self.position, self.checksums = int(state["position"]), state["checksums"]
         while self.position < state["position"]:
             self._next()
             self.position += 1
+        if not hasattr(self.source, "batch"):
+            check_same_data(state["checksums"], self.checksums)
 
     def _next(self) -> Mapping[str, Tensor]:
         if self._iterator is None:
@@ -152,7 +187,10 @@ class BatchStream:
         batch = next(self._iterator, None)
         if batch is None:
             batch = self._again()
-        return self._checked(batch)
+        batch = self._checked(batch)
+        if not self.stateful:
+            self.checksums = checksums(batch, self.checksums)
+        return batch
 
     def _again(self) -> Mapping[str, Tensor]:
         """The first batch of the next round through the source."""

@@ -172,10 +172,12 @@ class _Run:
         )
         self.step, self.samples, self.losses = 0, 0, []  # type: tuple[int, int, list[float]]
         self._saved = -1
+        self._dtypes = {name: p.dtype for name, p in named.items()}
         torch.manual_seed(config.seed + accelerator.process_index)
 
     def advance(self) -> float:
         """One optimiser step; returns its loss, the mean over batches and processes."""
+        self._check_dtypes()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.config, self.step) * group.get("rate", 1.0)
         total = 0.0
@@ -194,6 +196,7 @@ class _Run:
                 self.optimiser.step()
                 self.optimiser.zero_grad()
             self.samples += _samples(batch) * self.accelerator.num_processes
+        self._check_dtypes()
         if self.ema is not None:
             for name, p in self.named.items():
                 self.ema[name].lerp_(p.detach(), 1.0 - float(self.config.ema_decay or 0.0))
@@ -219,13 +222,23 @@ class _Run:
         if self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
             self._stop(f"the gradient's norm is {float(norm)}")
 
-    def _stop(self, what: str) -> None:
+    def _check_dtypes(self) -> None:
+        """MoleStateError where `model.to(dtype)` has rounded what trains."""
+        for name, dtype in self._dtypes.items():
+            if self.named[name].dtype != dtype:
+                self._stop(
+                    f"{name} was cast to {self.named[name].dtype} in the middle of training, which rounds it; "
+                    f"it began as {dtype}",
+                    "train first and cast a copy afterwards; for speed, mixed_precision keeps float32 tensors",
+                )
+
+    def _stop(self, problem: str, advice: str = "try a lower lr, more warmup, or look at that batch") -> None:
         kept = list_checkpoints(self.folder)[-1:] if self.folder is not None else []
         where = f"the last good checkpoint is {kept[0][1]}" if kept else "there is no checkpoint"
         raise MoleStateError(
             f"fit: step {self.step + 1}",
-            what,
-            hint=f"{where}; try a lower lr, more warmup, or look at that batch",
+            problem,
+            hint=f"{where}; {advice}",
         )
 
     def anywhere(self, flag: bool) -> bool:
@@ -256,21 +269,24 @@ class _Run:
             )
         c.check_identity(self.identity)
         c.check_weights(self.named)
-        self.stream.restore(c.data)
+        # the model comes last: nothing that a broken checkpoint raises finds it changed
+        with c.understood():
+            self.stream.restore(c.data)
+            self.optimiser.load_state_dict(c.optimiser)
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(c.scaler)
+            set_rng(c.rng[self.accelerator.process_index])
         with torch.no_grad():
             for name, p in self.named.items():
                 p.copy_(c.weights[name])
         if self.ema is not None and c.ema is not None:
             self.ema = {name: c.ema[name].to(p) for name, p in self.named.items()}
-        self.optimiser.load_state_dict(c.optimiser)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(c.scaler)
-        set_rng(c.rng[self.accelerator.process_index])
         self.step = self._saved = c.step
         self.losses = list(c.losses)
 
     def save(self) -> None:
         """A checkpoint of this step, unless it has one."""
+        self._check_dtypes()
         if self.folder is None or self._saved == self.step:
             return
         rng = gather_object([get_rng()])
@@ -294,6 +310,7 @@ class _Run:
 
     def finish(self) -> None:
         """The running mean, where there is one, becomes the result."""
+        self._check_dtypes()
         if self.ema is not None:
             with torch.no_grad():
                 for name, p in self.named.items():

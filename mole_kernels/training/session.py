@@ -29,7 +29,8 @@ Parameters = Mapping[str, Parameter] | Iterable[Parameter | tuple[str, Parameter
 def accelerated(
     config: TrainConfig, trackers: Sequence[str] = (), folder: Path | None = None
 ) -> Iterator[Accelerator]:
-    """An Accelerator for one run. Its process-wide state goes with it, if it was not there before.
+    """An Accelerator for one run. Its process-wide state goes with the last run of this process that uses it,
+    if it was not there before the first.
 
     trackers  accelerate's names, such as "tensorboard", which writes below `folder`
     """
@@ -38,33 +39,64 @@ def accelerated(
     known = [str(kind) for kind in LoggerType.list() if kind != "all"]
     if unknown := [name for name in trackers if name not in known]:
         raise MoleValueError("fit: trackers", expected=f"among {', '.join(known)}", got=", ".join(unknown))
-    owned = not is_initialized()
     # the plugin and not the number, which an environment variable of the launcher would override
     plugin = GradientAccumulationPlugin(
         num_steps=config.accumulation, adjust_scheduler=False, sync_with_dataloader=False
     )
     more: dict[str, Any] = {"log_with": list(trackers), "project_dir": str(folder)} if trackers else {}
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, gradient_accumulation_plugin=plugin, **more
-        )
-    except ValueError as error:
-        hint = "mixed_precision=None takes what this process already uses"
-        problem = f"{config.mixed_precision!r} was refused by accelerate ({error})"
-        raise MoleValueError("fit: mixed_precision", problem, hint=hint) from error
+    with _shared_state():
+        try:
+            accelerator = Accelerator(
+                mixed_precision=config.mixed_precision, gradient_accumulation_plugin=plugin, **more
+            )
+        except ValueError as error:
+            hint = "mixed_precision=None takes what this process already uses"
+            problem = f"{config.mixed_precision!r} was refused by accelerate ({error})"
+            raise MoleValueError("fit: mixed_precision", problem, hint=hint) from error
+        with _tracked(accelerator, config, trackers):
+            yield accelerator
+
+
+@contextmanager
+def _tracked(accelerator: Accelerator, config: TrainConfig, trackers: Sequence[str]) -> Iterator[None]:
     try:
         if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
             # accelerate would go on in float32 without a word
             raise MoleValueError("fit: mixed_precision", expected="'no' or 'bf16' on a CPU", got="'fp16'")
         if trackers:
             _begin_tracking(accelerator, config, trackers)
-        yield accelerator
+        yield
     finally:
         if trackers:
             accelerator.end_training()
-        if owned:
-            # else the next run of this process could not choose another mixed precision
-            AcceleratorState._reset_state()
+
+
+class _Runs:
+    """The runs of this process that are under way, in any thread, and whether they made accelerate's state."""
+
+    lock = threading.Lock()
+    count = 0
+    made_state = False
+
+
+@contextmanager
+def _shared_state() -> Iterator[None]:
+    """accelerate's process-wide state for one run among several.
+
+    It is dropped with the last of them, if the first one made it: else the next run of this process could not
+    choose another mixed precision.
+    """
+    with _Runs.lock:
+        if _Runs.count == 0:
+            _Runs.made_state = not is_initialized()
+        _Runs.count += 1
+    try:
+        yield
+    finally:
+        with _Runs.lock:
+            _Runs.count -= 1
+            if _Runs.count == 0 and _Runs.made_state:
+                AcceleratorState._reset_state()
 
 
 def _begin_tracking(accelerator: Accelerator, config: TrainConfig, trackers: Sequence[str]) -> None:

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.training.checksums import checksums
 from mole_kernels.training.data import BatchStream, TensorBatches, counted_generator
 
 
@@ -75,10 +78,92 @@ def test_other_data_on_resume_is_refused():
     with pytest.raises(MoleStateError, match=r"expected .*4.*got .*5"):
         BatchStream(counted(5)).restore(listed.state())
     wider = TensorBatches({"latents": torch.zeros(10, 2), "text": torch.zeros(10)}, 3)
-    resumed = BatchStream(wider)
-    resumed.restore(stream.state())
-    with pytest.raises(MoleStateError, match="as when the run began"):
-        resumed.draw()
+    with pytest.raises(MoleStateError, match=r"shapes: expected .* as when the run began, got .*2"):
+        BatchStream(wider).restore(stream.state())
+
+
+class Numbered:
+    """A source that is asked for batches by number, without a state of its own."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def batch(self, number):
+        return self.rows[number % len(self.rows)]
+
+
+def rows_of(words):
+    """Batches with latents, text states of the captions, and the captions themselves."""
+    return [
+        {
+            "latents": torch.full((2, 3), float(i)),
+            "states": torch.tensor([[float(len(w)), float(sum(map(ord, w)))] for w in pair]),
+            "captions": list(pair),
+        }
+        for i, pair in enumerate(words)
+    ]
+
+
+def stacked(words, sources=None):
+    rows = rows_of(words)
+    tensors = {key: torch.cat([row[key] for row in rows]) for key in ("latents", "states")}
+    return TensorBatches(tensors, 2, sources=sources)
+
+
+SOURCES = {
+    "list": rows_of,
+    "loader": lambda words: torch.utils.data.DataLoader(rows_of(words), batch_size=None),
+    "generator": lambda words: (row for row in rows_of(words)),
+    "numbered": lambda words: Numbered(rows_of(words)),
+    "tensors": stacked,
+}
+CAPTIONS = [("a cat", "a dog"), ("a red cup", "two owls"), ("a hat", "the sea")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(SOURCES)),
+    drawn=st.integers(1, 3),
+    row=st.integers(0, 2),
+    place=st.integers(0, 1),
+    word=st.text("abc\u2028", min_size=1, max_size=4),
+)
+def test_other_captions_on_resume_are_refused_and_named(kind, drawn, row, place, word):
+    stream = BatchStream(SOURCES[kind](CAPTIONS))
+    draws(stream, drawn)
+    state = stream.state()
+    BatchStream(SOURCES[kind](CAPTIONS)).restore(state)
+    changed = [list(pair) for pair in CAPTIONS]
+    changed[row][place] += word
+    # what a run has not seen yet is known to a source that holds all of its data at once
+    seen = kind == "tensors" or (row == 0 if kind == "numbered" else row < drawn)
+    if not seen:
+        BatchStream(SOURCES[kind](changed)).restore(state)
+        return
+    with pytest.raises(MoleStateError, match=r"resume: batches, (captions|states): has other values"):
+        BatchStream(SOURCES[kind](changed)).restore(state)
+
+
+def test_a_tensor_with_a_source_is_known_by_it():
+    state = BatchStream(stacked(CAPTIONS, {"latents": "vae 1"})).state()
+    again = stacked(CAPTIONS, {"latents": "vae 1"})
+    # as another device computes it
+    again.tensors["latents"] += 1e-6
+    BatchStream(again).restore(state)
+    with pytest.raises(MoleStateError, match="batches, latents"):
+        BatchStream(stacked(CAPTIONS, {"latents": "vae 2"})).restore(state)
+
+
+def test_checksums_know_kinds_and_order():
+    values = [torch.tensor([1, 2]), torch.tensor([2, 1]), torch.tensor(True), "ab", b"ab", ["a", "b"], ["ab"]]
+    values += [{"a": "b"}, {"b": "a"}, None, 0, 0.0, (), torch.tensor([1.0, 2.0], dtype=torch.bfloat16)]
+    sums = [checksums({"x": value})["x"] for value in values]
+    assert len(set(sums)) == len(values)
+    once = checksums({"x": values[0]})
+    assert checksums({"x": values[1]}, once) != checksums({"x": values[0]}, checksums({"x": values[1]}))
 
 
 def test_sources_that_cannot_be():

@@ -324,6 +324,16 @@ def test_resume_with_other_data_names_what_differs(root, tmp_path):
         BatchStream(batches(pipe, root)).restore(unnamed)
 
 
+def test_another_caption_among_more_pictures_than_are_named(root, monkeypatch):
+    monkeypatch.setattr(cached, "NAMED", 0)
+    pipe = sd_pipeline()
+    state = BatchStream(batches(pipe, root)).state()
+    BatchStream(batches(pipe, root)).restore(state)
+    (root / "c.txt").write_text("nine")
+    with pytest.raises(MoleStateError, match="pictures or captions are not those"):
+        BatchStream(batches(pipe, root)).restore(state)
+
+
 def test_two_processes_take_turns(root):
     source = batches(sd_pipeline(), root)
     streams = [BatchStream(source, process, 2) for process in range(2)]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import threading
 from dataclasses import replace
 from itertools import pairwise
 
@@ -195,6 +196,7 @@ def test_resume_with_another_run_is_refused_and_changes_nothing(tmp_path):
         "names": ({"trained": (0, 2)}, r"3\.\w+: expected .* got nothing"),
         "dtype": ({"model": toy().double()}, "float64"),
         "data": ({"batches": TensorBatches({"x": torch.randn(12, 4)}, 3)}, "samples"),
+        "values": ({"batches": TensorBatches({"x": torch.randn(11, 4)}, 3)}, "batches, x: has other values"),
         "identity": ({"identity": {"experts": "hand:3"}}, "experts: expected 'face:3', got 'hand:3'"),
     }
     for name, (options, message) in cases.items():
@@ -203,6 +205,46 @@ def test_resume_with_another_run_is_refused_and_changes_nothing(tmp_path):
         with pytest.raises(MoleStateError, match=message):
             run(run_dir=tmp_path, resume=True, **options)
         assert all(torch.equal(before[k], v) for k, v in options["model"].state_dict().items()), name
+
+
+@pytest.mark.parametrize("when", ["between steps", "within a step", "after the last step"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_in_the_middle_of_training_is_not_silent(tmp_path, when, dtype):
+    model, at = toy(), 7 if when == "after the last step" else 4
+
+    def on_step(step, loss):
+        if when != "within a step" and step == at:
+            model.to(dtype)
+
+    def loss_fn(model, batch, generator):
+        loss = noisy_loss(model, batch, generator)
+        if when == "within a step" and len(list_checkpoints(tmp_path)) == 1:
+            model.to(dtype)
+        return loss
+
+    with pytest.raises(
+        (MoleStateError, RuntimeError), match=r"2\.weight was cast to torch\.|dtype"
+    ) as caught:
+        run(model=model, run_dir=tmp_path, on_step=on_step, loss_fn=loss_fn)
+    if isinstance(caught.value, MoleStateError):
+        assert "the last good checkpoint is" in str(caught.value)
+    # no checkpoint holds what was rounded, and the run goes on from the last good one
+    saved = load_latest(tmp_path)
+    assert {value.dtype for value in saved.weights.values()} == {torch.float32}
+    assert not all(torch.equal(v, v.to(dtype).float()) for v in saved.weights.values())
+    resumed, result = run(run_dir=tmp_path, resume=True)
+    whole, wanted = run()
+    assert result.losses == wanted.losses and same(resumed, whole)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_mixed_precision_keeps_steps_that_16_bits_would_lose(precision):
+    config = replace(BASE, lr=1e-6, warmup=0, weight_decay=0.0, mixed_precision=precision)
+    before, (after, _) = toy(), run(config)
+    for name, p in after.named_parameters():
+        moved = (p - dict(before.named_parameters())[name]).abs()
+        if name[0] in "23":
+            assert p.dtype == torch.float32 and 0 < moved.max() < 1e-5
 
 
 def test_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -356,6 +398,41 @@ def test_what_cannot_train():
         run(loss_fn=lambda model, batch, generator: batch["x"].mean())
     with pytest.raises(MoleValueError, match="'no' or 'bf16' on a CPU"):
         run(replace(BASE, mixed_precision="fp16"))
+
+
+def test_two_runs_in_two_threads_do_not_end_each_other():
+    config = replace(BASE, mixed_precision="no")
+    long_has_begun, short_has_ended = threading.Event(), threading.Event()
+    _, wanted = run(config, trained=(2,))
+    results, errors = {}, []
+
+    def train(name, **options):
+        try:
+            # no dropout, whose draws come from the generator that threads share
+            results[name] = run(config, model=toy().eval(), trained=(2,), **options)[1]
+        except BaseException as error:
+            errors.append(error)
+
+    def long_step(step, loss):
+        if step == 2:
+            long_has_begun.set()
+            assert short_has_ended.wait(60)
+
+    # the short run makes accelerate's state and ends while the long one is in the middle
+    def short_step(step, loss):
+        if step == 1:
+            threads[1].start()
+            assert long_has_begun.wait(60)
+
+    threads = [
+        threading.Thread(target=lambda: (train("short", on_step=short_step), short_has_ended.set())),
+        threading.Thread(target=lambda: train("long", on_step=long_step)),
+    ]
+    threads[0].start()
+    for thread in threads:
+        thread.join(120)
+    assert not errors and not is_initialized()
+    assert len(results["short"].losses) == len(results["long"].losses) == len(wanted.losses)
 
 
 def test_a_process_that_already_chose_its_precision():
