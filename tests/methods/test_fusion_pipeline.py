@@ -311,7 +311,7 @@ def test_bad_concepts_are_refused_by_name_and_change_nothing():
         (replace(first), SETTINGS, MoleValueError, "'<a0>'.*collides"),
         (replace(second, embeddings=short), SETTINGS, MoleShapeError, r"'<a1>'.*expected \[4,12\]"),
         (second, replace(SETTINGS, templates=("three three {}",)), MoleValueError, "cuts <b"),
-        (replace(second, expert=Expert(nan)), SETTINGS, MoleValueError, "finite"),
+        (replace(second, expert=Expert(nan)), SETTINGS, MoleValueError, "NaN"),
         (replace(second, name="<a1>"), SETTINGS, MoleValueError, "all of its tokens"),
     ):
         with pytest.raises(error, match=match):

@@ -68,7 +68,8 @@ def two_experts(model, seed=2, ranks=(2, 3)):
 
 
 def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    """All tensors by name: a patched model's state dict has neither experts nor gates."""
+    return {name: t.detach().clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def equal(before, after):
