@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOME = {
     "patch": "mole_kernels.patching.apply",
     "plan": "mole_kernels.patching.plan",
+    "handles": "mole_kernels.patching.handles",
     "cache_text": "mole_kernels.text_cache.cache",
     "accelerate": "mole_kernels.peft.accelerate",
     "status": "mole_kernels.peft.status",

@@ -128,13 +128,17 @@ class Gated(nn.Module):
         }
 
     def _apply(self, fn, recurse: bool = True):
-        """Storage in 8 bits (diffusers' layerwise casting) is for the base: experts and gates keep the dtype
-        they have.
+        """Cast and move; experts and gates are never stored in 8 bits, and not narrowed while they train.
+
+        Storage in 8 bits (diffusers' layerwise casting) is for the base. Parameters that require a gradient keep
+        their dtype when the model is cast to a narrower one: they are the optimiser's master weights, and each call
+        computes in the layer's dtype anyway.
         """
         super()._apply(fn, recurse=False)
         if recurse:
             for child in self.children():
-                child._apply(lambda t: _not_in_8_bits(t, fn(t)))
+                trains = any(p.requires_grad for p in child.parameters())
+                child._apply(lambda t, trains=trains: _wide_enough(t, fn(t), trains))
         return self
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -188,10 +192,10 @@ def _asked_by_accelerate() -> bool:
     return False
 
 
-def _not_in_8_bits(old: Tensor, new: Tensor) -> Tensor:
-    if new.is_floating_point() and new.element_size() == 1 and old.element_size() > 1:
-        return old.to(new.device)
-    return new
+def _wide_enough(old: Tensor, new: Tensor, trains: bool) -> Tensor:
+    """`new`, or `old` on new's device where the cast would lose what must not be lost."""
+    narrower = new.is_floating_point() and new.element_size() < old.element_size()
+    return old.to(new.device) if narrower and (trains or new.element_size() == 1) else new
 
 
 def check_fit(where: str, K: int, N: int, experts: LayerExperts) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +50,20 @@ class Scan:
     def all_paths(self) -> Iterator[str]:
         for part in (self.layers, self.patched, self.skipped, self.others):
             yield from part
+
+
+# begins the reason against a layer whose weight is quantised
+STORED_AS = "its weight is stored as"
+
+
+def quantised_hint(reasons: Iterable[str]) -> str:
+    """What takes LoRAs over a quantised base, where that is among the reasons; else the empty string."""
+    if not any(STORED_AS in reason for reason in reasons):
+        return ""
+    return (
+        "over a quantised base: pipe.load_lora_weights(…), then mole_kernels.accelerate(pipe) computes the "
+        "LoRAs beside the layers as they are"
+    )
 
 
 def roots(model: object) -> dict[str, nn.Module]:
@@ -117,7 +131,7 @@ def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str | Non
     if is_sharded(weight):
         return reject(module) or reject_sharded(module)
     if type(weight) is not nn.Parameter or compute_dtype(module) not in _PLAIN_DTYPES:
-        return f"its weight is stored as {type(weight).__name__}, {str(weight.dtype)[6:]}"
+        return f"{STORED_AS} {type(weight).__name__}, {str(weight.dtype)[6:]}"
     return reject(module)
 
 

@@ -22,6 +22,7 @@ from mole_kernels.patching import block_ranks, guards
 from mole_kernels.patching.block_scales import Scale, check_scales
 from mole_kernels.patching.gates import make_gate
 from mole_kernels.patching.handle import Handle
+from mole_kernels.patching.handles import keep
 from mole_kernels.patching.pack import pack
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, PlannedLayer, Targets, plan
@@ -120,6 +121,7 @@ def apply(
         handle = Handle(patched, made, places, parts, turns)
         handle.set_scales(scales or {})
         regroup(regrouped)
+        keep(handle, parts)
         return handle
     # Ctrl-C and running out of memory must not leave half a patch either
     except BaseException:

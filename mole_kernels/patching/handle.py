@@ -26,6 +26,7 @@ from mole_kernels.patching import block_ranks, guards
 from mole_kernels.patching.block_scales import LayerScale, Scale, check_scales, layer_scales
 from mole_kernels.patching.collect import collect_bank, collect_gates
 from mole_kernels.patching.fold import Folded, fold
+from mole_kernels.patching.handles import forget
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.scale_writer import ScaleWriter
 from mole_kernels.patching.sources import read_expert
@@ -381,6 +382,7 @@ class Handle:
                             parameter.requires_grad_(flag)
                 guards.uninstall(self._places)
                 self._turns.unwatch(self._roots)
+                forget(self, self._roots)
                 self._active = False
             if self._cache is not None:
                 self._cache.close()

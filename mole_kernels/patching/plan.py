@@ -21,7 +21,7 @@ from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.io.gates import GateFile, GateTensors
 from mole_kernels.layers.attach import reject
 from mole_kernels.modules.names import Names, few, hint_for, other_family
-from mole_kernels.modules.scan import Scan, scan, sizes
+from mole_kernels.modules.scan import Scan, quantised_hint, scan, sizes
 from mole_kernels.patching.gates import match_gates
 from mole_kernels.patching.plan_table import plan_table
 from mole_kernels.patching.sources import GateMaker, Source, read_experts, read_gates
@@ -208,7 +208,10 @@ def _check_some_match(
             f"{key}: {found.skipped[path]}" for key in keys if (path := names.find(key)) in found.skipped
         ]:
             raise MoleKeyError(
-                source_of(name, expert), f"none of its {len(keys)} layers takes experts here: {few(reasons)}"
+                source_of(name, expert),
+                f"none of its {len(keys)} layers takes experts here"
+                f"{' (mole_kernels.accelerate does)' if quantised_hint(reasons) else ''}: {few(reasons)}",
+                hint=quantised_hint(reasons),
             )
         raise MoleKeyError(
             source_of(name, expert),
@@ -219,7 +222,7 @@ def _check_some_match(
 
 def _report(made: Plan, names: Names, found: Scan, strict: bool) -> None:
     """Unused keys: an error, or a warning where the caller asked for one."""
-    problems = []
+    problems, against = [], list[str]()
     for name, keys in made.unmatched.items():
         if not keys:
             continue
@@ -230,6 +233,7 @@ def _report(made: Plan, names: Names, found: Scan, strict: bool) -> None:
             for key in keys
             if (path := names.find(key)) in made.skipped
         ]
+        against += reasons
         nearest = names.nearest(keys[0])
         other = other_family(expert, found, made.model)
         text += (
@@ -246,7 +250,8 @@ def _report(made: Plan, names: Names, found: Scan, strict: bool) -> None:
         raise MoleKeyError(
             "experts",
             "; ".join(problems),
-            hint="strict=False goes on without them and lists them in plan.unmatched",
+            hint=quantised_hint(against)
+            or "strict=False goes on without them and lists them in plan.unmatched",
         )
     for text in problems:
         warnings.warn(f"mole_kernels: {text}", MoleWarning, stacklevel=4)
