@@ -24,6 +24,10 @@ class AssignmentSource(Protocol):
     @property
     def current(self) -> Tensor | None: ...
 
+    def regrouped(self, samples: int) -> Tensor:
+        """The sets of a layer's batch of another size than the forward's."""
+        ...
+
 
 class LayerExperts(nn.Module):
     """E named experts of one layer: A_e one under the other, B_e side by side.
@@ -95,10 +99,13 @@ class LayerExperts(nn.Module):
             down, up, torch.tensor([layer.scale for layer in layers], device=device), tuple(factors), ranks
         )
 
-    def operands(self) -> Experts:
-        return Experts(
-            self.down, self.up, self.scale, self.ranks, None if self.route is None else self.route.current
-        )
+    def operands(self, samples: int | None = None) -> Experts:
+        """The tensors of one call; samples: how many the layer sees, where a route assigns their sets."""
+        assignment = None if self.route is None else self.route.current
+        if assignment is not None and samples is not None and samples != assignment.shape[0]:
+            assert self.route is not None
+            assignment = self.route.regrouped(samples)
+        return Experts(self.down, self.up, self.scale, self.ranks, assignment)
 
     def is_idle(self) -> bool:
         """Whether no sample of the running forward takes a set: the layer is then the base alone."""

@@ -79,7 +79,7 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
         return self._beside(images, base)
 
     def _beside(self, images: Tensor, base: Tensor) -> Tensor:
-        experts = self.experts.operands()
+        experts = self.experts.operands(images.shape[0])
         gates = self.operands_of_gate()
         z, inner, logits = self._shrunk(images, experts, gates)
         weight = z.new_zeros(self.out_channels, z.shape[1])

@@ -53,12 +53,15 @@ class Gated(nn.Module):
     def mixture(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x Wᵀ + b + Σ_e s_e·g_e·(x A_eᵀ) B_eᵀ for tokens x [...,K] and weight [N,K]."""
         experts = self.experts
-        if experts.route is not None and experts.is_idle():
-            return F.linear(x, weight, bias)
+        samples = None
+        if experts.route is not None:
+            if experts.is_idle():
+                return F.linear(x, weight, bias)
+            samples = x.shape[0] if x.dim() > 2 else None
         if spread.offloaded(experts):
             with spread.loaded(experts, self.gate):
-                return self.mixture_of(x, weight, bias, experts.operands(), self.operands_of_gate())
-        return self.mixture_of(x, weight, bias, experts.operands(), self.operands_of_gate())
+                return self.mixture_of(x, weight, bias, experts.operands(samples), self.operands_of_gate())
+        return self.mixture_of(x, weight, bias, experts.operands(samples), self.operands_of_gate())
 
     def operands_of_gate(self) -> Gates:
         return NO_GATES if self.gate is None else self.gate.operands(self.experts)

@@ -67,6 +67,24 @@ class ComponentRoute:
             return None
         return rows  # type: ignore[no-any-return, return-value]
 
+    def regrouped(self, samples: int) -> Tensor:
+        """The sets of a layer that sees another number of samples than the forward has (perturbed attention).
+
+        Raises:
+            MoleShapeError: The samples take different sets, and are not whole parts of the batch.
+        """
+        rows: Tensor = self._running.rows
+        if self._running.part == 1:
+            return rows[:1].expand(samples).contiguous()
+        # every part of the batch takes the same sets, so that some of the parts take those of the first ones
+        if samples < len(rows) and samples % self._running.part == 0:
+            return rows[:samples]
+        raise MoleShapeError(
+            f"serve, {self.component}",
+            f"a layer sees {samples} samples in a forward of {len(rows)}, and cannot tell whose they are",
+            hint="assign one adapter to every prompt of a call of this model",
+        )
+
     def _check_outside(self) -> None:
         if self._served.assignment_of_caller() is not None:
             raise MoleStateError(
@@ -83,33 +101,32 @@ class ComponentRoute:
     # -- a forward
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        outer = getattr(self._running, "outer", [])
-        outer.append((getattr(self._running, "rows", _OUTSIDE), None))
-        self._running.outer = outer
-        rows, lease = self._begin(self._batch_of(args, kwargs))
-        outer[-1] = (outer[-1][0], lease)
-        self._running.rows = rows
+        running = self._running
+        outer: list[tuple[Any, int, Lease | None]] = getattr(running, "outer", [])
+        before = (getattr(running, "rows", _OUTSIDE), getattr(running, "part", 1))
+        outer.append((*before, None))
+        running.outer = outer
+        running.rows, lease = self._begin(self._batch_of(args, kwargs))
+        outer[-1] = (*before, lease)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if outer := getattr(self._running, "outer", None):
-            rows, lease = outer.pop()
+            self._running.rows, self._running.part, lease = outer.pop()
             if lease is not None:
                 lease.release()
-            if rows is _OUTSIDE:
-                self._running.__dict__.pop("rows", None)
-            else:
-                self._running.rows = rows
 
     def _begin(self, batch: Batch) -> tuple[Tensor | None, Lease | None]:
         """The rows of a forward that begins, and the lease on the sets they name."""
         assignment = self._served.assignment_of_caller()
         if assignment is None:
             return None, None
-        prompts = self._rows(assignment, batch)
+        prompts, part = self._rows(assignment, batch)
         self._served.keep_in_place(self.module)
         lease = self._served.lease(assignment)
         sets = [lease.index(assignment.adapters[p]) for p in prompts]
         device = batch.device if isinstance(batch, Tensor) else batch[0].device
+        # the number of samples after which the sets repeat
+        self._running.part = 1 if len(set(sets)) == 1 else part
         return self._tensor(sets, device), lease
 
     def _tensor(self, sets: list[int], device: torch.device) -> Tensor:
@@ -120,11 +137,11 @@ class ComponentRoute:
                 last = self._running.last = ((sets, device), torch.tensor(sets, device=device))
         return last[1]
 
-    def _rows(self, assignment: Assignment, batch: Batch) -> list[int]:
-        """The prompt of each sample."""
+    def _rows(self, assignment: Assignment, batch: Batch) -> tuple[list[int], int]:
+        """The prompt of each sample, and how many samples a part of the batch has."""
         B, P = len(batch), len(assignment.adapters)
         if all(adapter is assignment.adapters[0] for adapter in assignment.adapters):
-            return [0] * B
+            return [0] * B, 1
         # an encoder sees the prompts, before they are repeated
         call = None if "encoder" in self.component else running_call(self.module)
         shape = None if call is None else (call.name, call.prompts, call.pictures, _length(call.latents))
@@ -135,7 +152,7 @@ class ComponentRoute:
             self._orders[key] = order
             if len(self._orders) > MOST_ORDERS:
                 self._orders.popitem(last=False)
-        return order.rows()
+        return order.rows(), order.prompts * order.pictures
 
     def _batch_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
         """The samples among a forward's inputs: its first argument, or else its first tensor."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -319,25 +319,24 @@ class Served:
             return LayerExperts(down, up, scale, (ADAPTER,), (self._layout.rank,))
 
     def _store(self, name: str, factors: Mapping[str, LowRank], scale: Scale) -> None:
-        strengths = self._strengths(name, scale)
+        strengths = self._strengths(name, scale, factors)
         vector = self._pool.empty_vector()
         scaled = {path: replace(f, scale=f.scale * strengths[path]) for path, f in factors.items()}
         self._layout.flatten(name, scaled, vector)
         self._pool.add(name, vector)
 
-    def _strengths(self, name: str, scale: Scale) -> dict[str, float]:
+    def _strengths(self, name: str, scale: Scale, paths: Collection[str]) -> dict[str, float]:
         """path -> the number that multiplies the adapter there."""
         checked = check_scales({name: scale}, [name])[name]
-        scales = layer_scales(name, checked, self._plan.model, self._experts)
-        return dict(scales) if isinstance(scales, Mapping) else dict.fromkeys(self._experts, scales)
+        scales = layer_scales(name, checked, self._plan.model, paths)
+        return dict(scales) if isinstance(scales, Mapping) else dict.fromkeys(paths, scales)
 
     def _scaled(
         self, adapters: Sequence[StoredAdapter | None], scales: Mapping[str, Scale]
     ) -> tuple[StoredAdapter | None, ...]:
         """The adapters with the scales of one assignment; equal ones are one adapter while any is used."""
-        if unknown := [name for name in scales if name not in {a.name for a in adapters if a is not None}]:
-            raise MoleValueError("assign", expected="scales of the adapters assigned", got=repr(unknown[0]))
-        strengths = {name: self._strengths(name, scale) for name, scale in scales.items()}
+        check_scales(scales, list(dict.fromkeys(a.name for a in adapters if a is not None)))
+        strengths = {name: self._strengths(name, scale, self._experts) for name, scale in scales.items()}
         out: list[StoredAdapter | None] = []
         for adapter in adapters:
             if adapter is not None and adapter.name in strengths:

@@ -215,12 +215,12 @@ def test_what_the_hooks_let_go_of_is_free(offload, monkeypatch):
     fetched: list[StorageWeakRef] = []
     operands = LayerExperts.operands
 
-    def seen(experts: LayerExperts) -> Any:
+    def seen(experts: LayerExperts, samples: int | None = None) -> Any:
         # on a CPU accelerate fetches an alias of what it keeps
         if offload == "sequential":
             experts.up.data = experts.up.data.clone()
         fetched.append(StorageWeakRef(experts.up.untyped_storage()))
-        return operands(experts)
+        return operands(experts, samples)
 
     monkeypatch.setattr(LayerExperts, "operands", seen)
     with torch.no_grad():

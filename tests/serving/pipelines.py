@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-
 from transformers import BatchEncoding
 
 from tests.denoisers import DENOISERS, ENCODERS
@@ -60,8 +59,10 @@ class Case:
         return out[0]
 
 
-def around(cls: str, denoiser: nn.Module, part: str = "transformer", scheduler: Any = None, **more: Any) -> Any:
-    """The pipeline with its denoiser and scheduler; what a call that ends with latents does not need is None."""
+def around(
+    cls: str, denoiser: nn.Module, part: str = "transformer", scheduler: Any = None, **more: Any
+) -> Any:
+    """The pipeline with its denoiser and scheduler; what a call does not need is None."""
     import diffusers
 
     pipeline = getattr(diffusers, cls)
@@ -151,7 +152,9 @@ def clip(projected: bool = False) -> nn.Module:
     return ENCODER["clip-projected" if projected else "clip"].make().float()
 
 
-def texts(width: int, length: int = 5, negative: bool = True, **more: int) -> Callable[[slice], dict[str, Any]]:
+def texts(
+    width: int, length: int = 5, negative: bool = True, **more: int
+) -> Callable[[slice], dict[str, Any]]:
     """Embeddings of both prompts and their negatives; `more`: name -> width of pooled ones."""
 
     def call(which: slice) -> dict[str, Any]:
@@ -191,7 +194,13 @@ SIZE = {"height": 16, "width": 16}
 
 def sd(cls: str = "StableDiffusionPipeline", **more: Any) -> Any:
     parts = {"vae": vae(), "requires_safety_checker": False} | more
-    return around(cls, diffusers_model("UNet2DConditionModel", **unet_config()), "unet", **{"scheduler": ddim()} | parts)
+    return around(
+        cls, diffusers_model("UNet2DConditionModel", **unet_config()), "unet", **{"scheduler": ddim()} | parts
+    )
+
+
+def pag() -> Any:
+    return sd("StableDiffusionPAGPipeline", pag_applied_layers=["mid"])
 
 
 def sdxl(cls: str = "StableDiffusionXLPipeline") -> Any:
@@ -201,7 +210,12 @@ def sdxl(cls: str = "StableDiffusionXLPipeline") -> Any:
         hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=10
     )
     return around(
-        cls, tiny("sdxl"), "unet", ddim(), vae=vae(), text_encoder_2=CLIPTextModelWithProjection(config).eval()
+        cls,
+        tiny("sdxl"),
+        "unet",
+        ddim(),
+        vae=vae(),
+        text_encoder_2=CLIPTextModelWithProjection(config).eval(),
     )
 
 
@@ -223,18 +237,20 @@ def qwen_texts(which: slice) -> dict[str, Any]:
     return given | {"prompt_embeds_mask": rows, "negative_prompt_embeds_mask": rows, "true_cfg_scale": 4.0}
 
 
-
 def sd3(cls: str = "StableDiffusion3Pipeline") -> Any:
     words = {f"tokenizer{end}": Words() for end in ("", "_2", "_3")}
     encoders = {"text_encoder": clip(True), "text_encoder_2": clip(True), "text_encoder_3": t5(24)}
     denoiser = diffusers_model(
-        "SD3Transformer2DModel", **BY_ID["sd3"].config | {"joint_attention_dim": 24, "pooled_projection_dim": 20}
+        "SD3Transformer2DModel",
+        **BY_ID["sd3"].config | {"joint_attention_dim": 24, "pooled_projection_dim": 20},
     )
     return around(cls, denoiser, **words, **encoders)
 
 
 def flux(cls: str = "FluxPipeline") -> Any:
-    denoiser = diffusers_model("FluxTransformer2DModel", **BY_ID["flux1"].config | {"pooled_projection_dim": 12})
+    denoiser = diffusers_model(
+        "FluxTransformer2DModel", **BY_ID["flux1"].config | {"pooled_projection_dim": 12}
+    )
     return around(
         cls, denoiser, tokenizer=Words(), tokenizer_2=Words(), text_encoder=clip(), text_encoder_2=t5()
     )
@@ -318,6 +334,8 @@ CASES = [
         prompts(**SIZE, **GUIDED),
         "unet",
     ),
+    Case("sd-perturbed", pag, (4, 8, 8), joined(texts(12), always(**SIZE, guidance_scale=1.0)), "unet"),
+    Case("sd-guided-perturbed", pag, (4, 8, 8), joined(texts(12), always(**SIZE, **GUIDED)), "unet"),
     Case("sdxl", sdxl, (4, 8, 8), SDXL_TEXTS, "unet"),
     Case("sd3", sd3, (4, 8, 8), prompts(height=64, width=64, max_sequence_length=8, **GUIDED)),
     Case("flux", flux, (6, 4), prompts(negative=False, max_sequence_length=8, **SMALL)),
@@ -328,7 +346,9 @@ CASES = [
         (6, 16),
         joined(qwen_texts, always(**SMALL)),
     ),
-    Case("wan-two-calls", lambda: with_t5("WanPipeline", tiny("wan")), (4, 2, 2, 2), prompts(**VIDEO, **GUIDED)),
+    Case(
+        "wan-two-calls", lambda: with_t5("WanPipeline", tiny("wan")), (4, 2, 2, 2), prompts(**VIDEO, **GUIDED)
+    ),
     Case(
         "wan-plain",
         lambda: with_t5("WanPipeline", tiny("wan")),

@@ -426,6 +426,30 @@ def test_layers_without_a_token_axis_have_a_sample_in_each_row():
     torch.testing.assert_close(one, alone[0][:1], rtol=1e-5, atol=1e-5)
 
 
+class Frames(Timed):
+    """A model that lays its frames into the batch, as video models do between their layers."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1), t).unflatten(0, x.shape[:2])
+
+
+def test_samples_regrouped_inside_a_model_are_served_where_all_take_one_adapter():
+    torch.manual_seed(0)
+    model = Frames()
+    experts = {n: make_expert(model, ["tokens"], seed=i) for i, n in enumerate("ab")}
+    x, t = torch.randn(2, 3, 4, 6), torch.randn(6, 6)
+    with torch.no_grad():
+        want = merged(model, experts["b"])(x, t)
+        with mk.serve(model, experts) as served, served.assign(["b", "b"]):
+            torch.testing.assert_close(model(x, t), want, rtol=1e-5, atol=1e-5)
+            with (
+                served.assign(["a", "b"]),
+                pytest.raises(mk.MoleError, match="sees 6 samples in a forward of 2"),
+            ):
+                model(x, t)
+            torch.testing.assert_close(model(x, t), want, rtol=1e-5, atol=1e-5)
+
+
 def test_every_layer_of_a_unet_is_served():
     """Time embeddings, convolutions and all: what LoCon files hold."""
     from mole_kernels.modules.scan import scan

@@ -53,7 +53,9 @@ def test_two_prompts_of_two_outputs(case: Case):
         got = case.draw(pipe, slice(None))
     assert len(got) == PROMPTS * PICTURES
     scale = torch.cat(want).abs().max()
-    assert (torch.cat(want) - torch.cat(other)).abs().max() > 1e-2 * scale, "the adapters are too weak to tell apart"
+    assert (torch.cat(want) - torch.cat(other)).abs().max() > 1e-2 * scale, (
+        "the adapters are too weak to tell apart"
+    )
     assert (got - torch.cat(want)).abs().max() <= 1e-3 * scale
 
 
@@ -95,9 +97,9 @@ def test_names_that_do_not_fit_the_prompts_are_refused(names, which, words):
     case = CASES[0]
     pipe = case.make()
     pictures = 1 if which == slice(0, 1) else PICTURES
-    with mk.serve(pipe, experts(pipe, case.denoiser)) as served, served.assign(names):
-        with pytest.raises(MoleShapeError, match=words):
-            case.draw(pipe, which, pictures)
+    served = mk.serve(pipe, experts(pipe, case.denoiser))
+    with served.assign(names), pytest.raises(MoleShapeError, match=words):
+        case.draw(pipe, which, pictures)
 
 
 @given(
@@ -111,7 +113,7 @@ def test_names_that_do_not_fit_the_prompts_are_refused(names, which, words):
 )
 @settings(max_examples=300, deadline=None)
 def test_the_order_is_what_the_pipeline_made(prompts, pictures, parts, by_prompt, as_list, conditions, data):
-    """Batches made in any order from latents, as pipelines make them; never another order, at worst a refusal."""
+    """Batches as pipelines make them from latents: that order or, where samples are shuffled, a refusal."""
     count = prompts * pictures
     owner = [i // pictures if by_prompt else i % prompts for i in range(count)]
     latents = torch.randn(count, 3, 2)
