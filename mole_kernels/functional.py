@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mole_kernels.backends.select import Backend, select
 from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.operands import Experts, Gates
 from mole_kernels.ops import direct, schema
@@ -74,7 +75,7 @@ def gated_lora_linear_with_gates(
     gate, phi, phi_bias, pool, pool_bias, top_k = gates
     tensors = (x, weight, bias, down, up, scale, gate, phi, phi_bias, pool, pool_bias, assignment)
     unobserved = direct.unobserved(tensors)
-    known = _look_up(tensors, x, weight, bias, experts, gates) if unobserved else None
+    known = _look_up(tensors, backend, x, weight, bias, experts, gates) if unobserved else None
     if known is None:
         _check_types(x, weight, bias, experts, gates)
         _check_shapes(_as_samples(x), weight, bias, experts, gates)
@@ -117,31 +118,48 @@ def gated_lora_linear_with_gates(
         assignment,
         top_k,
     )
-    if known is None or known.problem.device not in DEVICES or trains:
+    if known is None or known.backend is None or trains:
         y, _, token_gate, sample_gate = schema.forward_op(*args, backend)
     else:
-        y, _, token_gate, sample_gate = direct.forward(known.problem, args, save, backend)
+        y, _, token_gate, sample_gate = direct.forward(known.backend, args, save, known.autocast)
     y = y if flat else y.reshape(*x.shape[:-1], weight.shape[0])
     return y, token_gate if phi is not None else None, sample_gate if pool is not None else None
 
 
 class Known(NamedTuple):
-    """What the shapes, dtypes and devices of a call's tensors settle, once they were found good."""
+    """What a call's shapes, dtypes, devices and backend name settle, once they were found good.
+
+    Attributes:
+        problem: The problem that the tensors pose.
+        casts: Whether an operand must be cast to the compute dtype.
+        autocast: Whether autocast is on.
+        backend: The backend that computes it; None on a device that only torch's dispatcher knows.
+    """
 
     problem: Problem
     casts: bool
+    autocast: bool
+    backend: Backend | None
 
 
-# (shape, dtype, device of each tensor, ranks, top_k, autocast's dtype) -> what follows from nothing else
+# (backend's name, ranks, top_k, autocast's dtype; shape, dtype, device of each tensor) -> what follows from
+# nothing else. The environment (MOLE_NO_EXTENSION) is read once for each kind of call, not at each call
 _KNOWN: dict[tuple, Known] = {}
 
 
 def _look_up(
-    tensors: tuple, x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates
+    tensors: tuple,
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    experts: Experts,
+    gates: Gates,
 ) -> Known:
     """What is known of such a call; the first of its kind is checked."""
     ranks, autocast = tuple(experts.ranks), autocast_dtype(x.device.type)
     key = (
+        backend,
         ranks,
         gates.top_k,
         autocast,
@@ -168,9 +186,10 @@ def _look_up(
             experts.assignment,
             gates.top_k,
         )
+        chosen = select(problem, backend) if problem.device in DEVICES else None
         if len(_KNOWN) >= MOST_KNOWN:
             _KNOWN.clear()
-        known = _KNOWN[key] = Known(problem, casts)
+        known = _KNOWN[key] = Known(problem, casts, autocast is not None, chosen)
     return known
 
 

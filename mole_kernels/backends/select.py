@@ -32,7 +32,10 @@ BACKENDS: dict[str, Backend] = {b.name: b for b in (cuda, triton, cpu, stacked, 
 # the compiled backend of each device type: passing it over is worth a warning
 COMPILED = {"cpu": "cpu", "cuda": "triton"}
 
-# (backend, reason) -> how often "auto" passed it over for that reason
+# the device types of backends that are bound to some; elsewhere they are no candidates, and nothing to report
+DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+
+# (backend, reason) -> for how many kinds of calls "auto" passed it over for that reason
 refusals: Counter[tuple[str, str]] = Counter()
 
 
@@ -59,6 +62,8 @@ def select(problem: Problem, backend: str = "auto") -> Backend:
         reason = candidate.reject(problem)
         if reason is None:
             return candidate
+        if problem.device not in DEVICES.get(candidate.name, (problem.device,)):
+            continue
         refusals[candidate.name, reason] += 1
         if candidate.name == COMPILED.get(problem.device) and refusals[candidate.name, reason] == 1:
             warnings.warn(

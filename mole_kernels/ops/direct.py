@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 from mole_kernels.backends import select as backends
 from mole_kernels.ops import schema
 from mole_kernels.precision import no_autocast
-from mole_kernels.problem import Problem
 
 # what has no __torch_function__ or __torch_dispatch__ of its own
 PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
@@ -47,15 +46,23 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def forward(problem: Problem, args: tuple[Any, ...], save: bool, backend: str) -> tuple[Tensor, ...]:
-    """What `torch.ops.mole.gated_lora_fwd(*args, backend)` gives; args are the backend contract's
-    (docs/design.md section 3).
+def forward(
+    backend: backends.Backend, args: tuple[Any, ...], save: bool, autocast: bool
+) -> tuple[Tensor, ...]:
+    """What `torch.ops.mole.gated_lora_fwd(*args, backend.name)` gives.
+
+    Args:
+        backend: The backend that computes the call.
+        args: The arguments of the backend contract (docs/design.md section 3).
+        save: Whether autograd records the call.
+        autocast: Whether autocast is on; products keep their operands' dtype all the same.
     """
-    chosen = backends.select(problem, backend)
     if save:
-        return Direct.apply(*args, chosen.name)  # type: ignore[no-untyped-call]
-    with no_autocast(problem.device):
-        return chosen.forward(*args)
+        return Direct.apply(*args, backend.name)  # type: ignore[no-untyped-call]
+    if not autocast:
+        return backend.forward(*args)
+    with no_autocast(args[0].device.type):
+        return backend.forward(*args)
 
 
 class Direct(torch.autograd.Function):

@@ -99,7 +99,8 @@ def status(*, reset: bool = False, device: str = "cpu") -> Status:
             way}.
             backends: {name: None where it takes a small float32 problem on `device`, else the reason against
             it}.
-            refusals: {"backend: reason": times that "auto" passed the backend over}.
+            refusals: {"backend: reason": kinds of calls for which "auto" passed a backend of their device
+            over}.
 
     Example:
         >>> handle = mk.accelerate(pipe)

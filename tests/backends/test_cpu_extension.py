@@ -238,6 +238,7 @@ def test_reasons():
 
 def test_disabled_by_the_environment(monkeypatch):
     monkeypatch.setenv("MOLE_NO_EXTENSION", "1")
+    monkeypatch.setattr("mole_kernels.functional._KNOWN", {})
     assert extension.why_not() == "MOLE_NO_EXTENSION is set"
     call = Case().make(torch.float32)
     with pytest.raises(MoleBackendError, match="MOLE_NO_EXTENSION"):

@@ -223,6 +223,7 @@ def test_gradients_modes_and_devices_may_change_between_two_calls(monkeypatch):
     assert copy.deepcopy(layer).to("meta")(x.to("meta")).is_meta
     layer.backend = "cpu"
     monkeypatch.setenv("MOLE_NO_EXTENSION", "1")
+    monkeypatch.setattr(functional, "_KNOWN", {})
     with pytest.raises(MoleBackendError, match="MOLE_NO_EXTENSION"):
         layer(x)
 

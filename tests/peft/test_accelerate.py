@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import mole_kernels as mk
+from mole_kernels import functional
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from tests.peft_models import K, N, assert_as_right, calls, draw, make, twins
 
@@ -230,6 +231,7 @@ def test_backend_refusals_step_aside_and_are_counted(monkeypatch: pytest.MonkeyP
     from mole_kernels.backends import select
 
     plain, fast = twins()
+    monkeypatch.setattr(functional, "_KNOWN", {})
     for backend in select.BACKENDS.values():
         monkeypatch.setattr(backend, "reject", lambda problem: "not today")
     x = draw(3, K)

@@ -1,0 +1,60 @@
+"""What an eager call of an accelerated layer costs in Python calls, and what it must not do at each call."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import mole_kernels as mk
+from tests.peft_models import K, draw, twins
+
+pytest.importorskip("peft")
+
+
+def python_calls(work: Callable[[], object]) -> list[str]:
+    """The functions written in Python that `work` enters, in order."""
+    names: list[str] = []
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            names.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_code.co_name}")
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    # the frame of `work` itself
+    return names[1:]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("loaded", [0, 20])
+def test_calls_of_a_layer(count: int, loaded: int):
+    _, fast = twins((4,) * (count + loaded))
+    fast[0].set_adapter([f"a{i}" for i in range(count)])
+    layer, x = fast[0].eval(), draw(1, 7, K)
+    with torch.no_grad():
+        layer(x)
+        calls = python_calls(lambda: layer(x))
+    assert len(calls) <= 25, "\n".join(calls)
+
+
+def test_no_call_asks_the_environment_or_a_backend_again(monkeypatch: pytest.MonkeyPatch):
+    _, fast = twins((4, 2))
+    x = draw(1, 7, K)
+    with torch.no_grad():
+        fast(x)
+        mk.status(reset=True)
+        calls = python_calls(lambda: fast(x))
+    assert not [
+        name for name in calls if "reject" in name or name.startswith(("settings.py", "select.py", "os"))
+    ]
+    # backends of other devices are no news
+    assert mk.status()["refusals"] == {}
