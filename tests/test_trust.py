@@ -20,11 +20,10 @@ import mole_kernels
 from mole_kernels.cli import app
 from mole_kernels.dispatch.tables import load as load_table
 from mole_kernels.errors import MoleFileError
-from mole_kernels.experts.bank import ExpertBank
-from mole_kernels.experts.format import bank_tensors
+from mole_kernels.experts.format import tensors_of_experts
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.files.reader import read_header
-from mole_kernels.files.text import read_json
+from mole_kernels.files.text import read_json_file
 from mole_kernels.io import load_expert, load_gates, save_expert
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.convert import convert
@@ -178,7 +177,7 @@ DOORS = {
     "embeddings": load_embeddings,
     "header": read_header,
     "table": load_table,
-    "json": read_json,
+    "json": read_json_file,
 }
 # commands that read a file from elsewhere
 COMMANDS = {
@@ -313,7 +312,7 @@ def measured(folder: Path) -> dict[str, dict]:
     expert = Expert(
         {"unet.x": LowRank(torch.empty(1024, 2**19, device="meta"), torch.empty(2**19, 1024, device="meta"))}
     )
-    bank = bank_tensors(ExpertBank({"e": expert}))[1]
+    bank = tensors_of_experts({"e": expert})[1]
     paths["4GB-lora"] = four_gigabytes(folder, ("unet.x.lora_A.weight", "unet.x.lora_B.weight"), {})
     paths["4GB-single-file"] = four_gigabytes(folder, ("expert.e.unet.x.down", "expert.e.unet.x.up"), bank)
     files = [str(small_expert(folder)), *map(str, paths.values())]

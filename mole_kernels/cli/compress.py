@@ -11,7 +11,7 @@ import torch
 from mole_kernels.cli.merge import layer_bar
 from mole_kernels.cli.screen import done, facts, number, out, table
 from mole_kernels.errors import MoleValueError
-from mole_kernels.experts.compress import NOMINAL, LayerReport, Predicted, Report
+from mole_kernels.experts.compress import NOMINAL, CompressedLayer, Predicted, Report
 from mole_kernels.experts.compress_spectrum import to_json
 from mole_kernels.files.writer import atomic_write
 from mole_kernels.io.merge import compress_file, spectra_of_file
@@ -92,7 +92,7 @@ def show(made: Report, every: bool) -> None:
     )
 
 
-def _row(layer: LayerReport) -> Sequence[object]:
+def _row(layer: CompressedLayer) -> Sequence[object]:
     norm, spectral = layer.frobenius or 1.0, layer.spectral or 1.0
     relative = (
         layer.error_frobenius / norm,

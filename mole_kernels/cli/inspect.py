@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mole_kernels.cli.screen import facts, number, out, table
 from mole_kernels.errors import MoleError, MoleWarning, printable
-from mole_kernels.experts.format import PREFIX, bank_from_tensors
+from mole_kernels.experts.format import PREFIX, experts_from_tensors
 from mole_kernels.experts.lowrank import Expert, LowRank, split_component
 from mole_kernels.files.header import printable_metadata
 from mole_kernels.files.reader import SafetensorsFile, read_header
@@ -75,8 +75,8 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Expert], GateFile | None]:
         # the order of the header is the order of the layers
         tensors = {key: tensors[key] for key in entries}
     if kind == "bank":
-        bank, rest = bank_from_tensors(tensors, metadata, source)
-        return bank.experts, gates_from_tensors(rest, metadata, source)
+        of_bank, rest = experts_from_tensors(tensors, metadata, source)
+        return of_bank, gates_from_tensors(rest, metadata, source)
     return {name: expert_from_tensors(tensors, metadata, source)}, None
 
 

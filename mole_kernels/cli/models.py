@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
-from mole_kernels.files.text import read_json
+from mole_kernels.files.text import read_json_file
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 CLIP_L = {
@@ -135,7 +135,7 @@ def _import(package: str) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found = read_json(path)
+    found = read_json_file(path)
     if not isinstance(found, dict):
         raise MoleFileError(printable(path, 300), expected="a JSON object", got=type(found).__name__)
     return found

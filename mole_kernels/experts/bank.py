@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError, printable
-from mole_kernels.experts.lowrank import Expert, LowRank, flatten, layer_identity
+from mole_kernels.experts.format import experts_from_tensors, tensors_of_experts
+from mole_kernels.experts.lowrank import Expert, LowRank, canonical_path, flatten
 from mole_kernels.experts.scales import Convention, scale_of
+from mole_kernels.files.reader import read_tensors
+from mole_kernels.files.writer import atomic_save
 
 if TYPE_CHECKING:
     import os
@@ -47,7 +50,7 @@ class ExpertBank:
         self._by_layer: dict[str, dict[str, LowRank]] = {}
         for name, expert in self.experts.items():
             for path, layer in expert.layers.items():
-                layer_id = layer_identity(path)
+                layer_id = canonical_path(path)
                 known = self._spelling.setdefault(layer_id, path)
                 if path.count(".") > known.count("."):
                     self._spelling[layer_id] = path
@@ -71,7 +74,7 @@ class ExpertBank:
         """The experts that touch this layer, by name in bank order; {} where none does. Either spelling of
         the path.
         """
-        layers = self._by_layer.get(layer_identity(path))
+        layers = self._by_layer.get(canonical_path(path))
         if layers is None:
             # a path that is flat as a whole, its component included
             same = (known for known, spelling in self._spelling.items() if flatten(spelling) == flatten(path))
@@ -140,20 +143,14 @@ class ExpertBank:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all experts to one safetensors file, exactly and atomically; `io.save_bank` adds gates."""
-        from mole_kernels.experts.format import bank_tensors
-        from mole_kernels.files.writer import atomic_save
-
-        tensors, metadata = bank_tensors(self)
+        tensors, metadata = tensors_of_experts(self.experts)
         atomic_save(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertBank:
         """Read the experts of a file written by `save`; `io.load_bank` also reads its gates."""
-        from mole_kernels.experts.format import bank_from_tensors
-        from mole_kernels.files.reader import read_tensors
-
         tensors, metadata = read_tensors(path)
-        return bank_from_tensors(tensors, metadata, str(path))[0]
+        return cls(experts_from_tensors(tensors, metadata, str(path))[0])
 
 
 def check_name(name: str) -> None:

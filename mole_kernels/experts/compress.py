@@ -32,7 +32,7 @@ from mole_kernels.problem import Problem
 
 
 @dataclass(frozen=True)
-class Target:
+class CompressionTarget:
     """What decides each layer's rank: exactly one of the three.
 
     rank       at most this
@@ -46,14 +46,14 @@ class Target:
     max_error: float | None = None
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        if len(given) != 1:
+        limits = {name: value for name, value in asdict(self).items() if value is not None}
+        if len(limits) != 1:
             raise MoleValueError(
                 "compress",
                 expected="exactly one of rank, energy and max_error",
-                got=", ".join(given) or "none",
+                got=", ".join(limits) or "none",
             )
-        name, value = given.popitem()
+        name, value = limits.popitem()
         if name == "rank" and (type(value) is not int or value < 1):
             raise MoleValueError("compress, rank", expected="a whole number >= 1", got=printable(value))
         if name != "rank":
@@ -81,12 +81,12 @@ class Target:
         else:
             assert self.max_error is not None
             enough = values <= max(self.max_error - stored, 0.0) * values[0]
-        found = torch.nonzero(enough)
-        return max(int(found[0]) if len(found) else len(values), 1)
+        indices = torch.nonzero(enough)
+        return max(int(indices[0]) if len(indices) else len(values), 1)
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class CompressedLayer:
     """One layer before and after. Norms and errors are of ΔW, scale included: Frobenius, and spectral (‖·‖₂,
     the worst case over inputs).
 
@@ -141,7 +141,7 @@ NOMINAL = Predicted()
 class Report:
     """All layers of one expert."""
 
-    layers: tuple[LayerReport, ...]
+    layers: tuple[CompressedLayer, ...]
     predicted: Predicted = NOMINAL
 
     def total(self) -> dict[str, float]:
@@ -173,12 +173,12 @@ class Report:
             "tokens": self.predicted.tokens,
             "dtype": str(self.predicted.dtype)[6:],
         }
-        found: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "total": self.total(),
             "predicted_for": predicted,
             "layers": [asdict(layer) for layer in self.layers],
         }
-        return json.dumps(found, indent=1)
+        return json.dumps(fields, indent=1)
 
 
 class Compressed(NamedTuple):
@@ -200,22 +200,22 @@ def compress(
     predicted: Predicted = NOMINAL,
 ) -> Compressed:
     """(result, report): the best experts of smaller rank, by exactly one of rank, energy and max_error (see
-    `Target`).
+    `CompressionTarget`).
 
     experts  an Expert -> (Expert, Report); an ExpertBank -> (ExpertBank, {name: Report})
     dtype    of the result; None: the input's
     A layer whose rank is already small enough keeps its factors bit for bit. Raises MoleValueError,
     MoleTypeError.
     """
-    target = Target(rank, energy, max_error)
+    target = CompressionTarget(rank, energy, max_error)
     if isinstance(experts, ExpertBank):
-        made = {
+        results = {
             name: _compress_expert(expert, target, dtype, predicted)
             for name, expert in experts.experts.items()
         }
         return Compressed(
-            ExpertBank({name: one for name, (one, _) in made.items()}),
-            {name: said for name, (_, said) in made.items()},
+            ExpertBank({name: smaller for name, (smaller, _) in results.items()}),
+            {name: report for name, (_, report) in results.items()},
         )
     if not isinstance(experts, Expert):
         raise MoleTypeError("compress", expected="an Expert or an ExpertBank", got=type(experts).__name__)
@@ -223,7 +223,7 @@ def compress(
 
 
 def _compress_expert(
-    expert: Expert, target: Target, dtype: torch.dtype | None, predicted: Predicted
+    expert: Expert, target: CompressionTarget, dtype: torch.dtype | None, predicted: Predicted
 ) -> tuple[Expert, Report]:
     layers, reports = {}, []
     for path, layer, report in compress_layers(expert.layers, target, dtype, predicted):
@@ -234,10 +234,10 @@ def _compress_expert(
 
 def compress_layers(
     layers: Mapping[str, LowRank],
-    target: Target,
+    target: CompressionTarget,
     dtype: torch.dtype | None = None,
     predicted: Predicted = NOMINAL,
-) -> Iterator[tuple[str, LowRank, LayerReport]]:
+) -> Iterator[tuple[str, LowRank, CompressedLayer]]:
     """(path, smaller layer, report), one layer at a time."""
     for path in layers:
         smaller, report = compress_layer(path, layers[path], target, dtype, predicted)
@@ -247,60 +247,64 @@ def compress_layers(
 def compress_layer(
     path: str,
     layer: LowRank,
-    target: Target,
+    target: CompressionTarget,
     dtype: torch.dtype | None = None,
     predicted: Predicted = NOMINAL,
-) -> tuple[LowRank, LayerReport]:
+) -> tuple[LowRank, CompressedLayer]:
     """One layer's (smaller LowRank, report)."""
-    kept = dtype or stored_dtype([layer.down.dtype, layer.up.dtype])
+    stored = dtype or stored_dtype([layer.down.dtype, layer.up.dtype])
     parts = svd(layer)
     values = parts.values.double() * abs(layer.scale)
-    made = _stored(path, layer, parts, target.ranks(values), kept)
-    errors = _errors(layer, made)
+    smaller = _stored(path, layer, parts, target.ranks(values), stored)
+    errors = _errors(layer, smaller)
     if target.max_error is not None and errors[1] > target.max_error * values[0].item():
         # what rounding adds must come out of the truncation's share; a little over, as the two add up
         # otherwise at another rank
-        left_out = _at(values, made.rank)
+        left_out = _at(values, smaller.rank)
         rounding = 1.25 * (errors[1] - left_out) / values[0].item()
-        made = _stored(path, layer, parts, target.ranks(values, stored=rounding), kept)
-        errors = _errors(layer, made)
+        smaller = _stored(path, layer, parts, target.ranks(values, stored=rounding), stored)
+        errors = _errors(layer, smaller)
         if errors[1] > target.max_error * values[0].item():
             raise MoleValueError(
                 f"compress, layer {printable(path)}",
                 expected=f"a relative spectral error of at most {target.max_error:g}",
-                got=f"{errors[1] / values[0].item():.3g} at rank {made.rank} stored in {str(kept)[6:]}",
+                got=f"{errors[1] / values[0].item():.3g} at rank {smaller.rank} stored in {str(stored)[6:]}",
                 hint="give a wider dtype",
             )
-    return made, _report(path, layer, made, values, errors, predicted)
+    return smaller, _report(path, layer, smaller, values, errors, predicted)
 
 
 def _stored(path: str, layer: LowRank, parts: Svd, rank: int, dtype: torch.dtype) -> LowRank:
     """Truncated to `rank` and cast; what needs no truncation keeps its factors."""
-    made = layer if rank >= layer.rank else truncate(layer, rank, parts)
-    return made.to(dtype, where=f"compress, layer {printable(path)}")
+    smaller = layer if rank >= layer.rank else truncate(layer, rank, parts)
+    return smaller.to(dtype, where=f"compress, layer {printable(path)}")
 
 
-def _errors(layer: LowRank, made: LowRank) -> tuple[float, float]:
+def _errors(layer: LowRank, smaller: LowRank) -> tuple[float, float]:
     """(Frobenius, spectral) of ΔW − ΔW' as stored, in float64."""
-    if made.rank == layer.rank and torch.equal(made.down, layer.down) and torch.equal(made.up, layer.up):
+    if (
+        smaller.rank == layer.rank
+        and torch.equal(smaller.down, layer.down)
+        and torch.equal(smaller.up, layer.up)
+    ):
         return 0.0, 0.0
-    apart = singular_values(difference(layer, made))
+    apart = singular_values(difference(layer, smaller))
     return apart.norm().item(), apart[0].item()
 
 
-def _rounding(layer: LowRank, made: LowRank, values: Tensor) -> float:
+def _rounding(layer: LowRank, smaller: LowRank, values: Tensor) -> float:
     """How far storing and the SVD's own arithmetic can move ΔW' (Frobenius).
 
     Storing: ‖δB‖‖A'‖ + ‖B'‖‖δA‖ with |δ| ≤ u|·| + half the smallest subnormal. The arithmetic: a small
     multiple of its own u, of σ_1.
     """
-    info = torch.finfo(made.up.dtype)
+    info = torch.finfo(smaller.up.dtype)
     half = info.eps / 2
-    down, up = (t.detach().double().norm().item() for t in (made.down, made.up))
+    down, up = (t.detach().double().norm().item() for t in (smaller.down, smaller.up))
     tiny = info.smallest_normal * info.eps / 2
     moved = sum(
         (half * size + tiny * math.sqrt(t.numel())) * other
-        for size, t, other in ((down, made.down, up), (up, made.up, down))
+        for size, t, other in ((down, smaller.down, up), (up, smaller.up, down))
     )
     work = torch.finfo(torch.float64 if layer.up.dtype == torch.float64 else torch.float32).eps
     return abs(layer.scale) * moved * (1 + half) + 8 * work * math.sqrt(len(values)) * values[
@@ -311,27 +315,27 @@ def _rounding(layer: LowRank, made: LowRank, values: Tensor) -> float:
 def _report(
     path: str,
     layer: LowRank,
-    made: LowRank,
+    smaller: LowRank,
     values: Tensor,
     errors: tuple[float, float],
     predicted: Predicted,
-) -> LayerReport:
+) -> CompressedLayer:
     N, K, same = layer.out_features, layer.in_features, errors == (0.0, 0.0)
-    rounding = 0.0 if same else _rounding(layer, made, values)
-    us = [predicted_us(N, K, one.rank, predicted) for one in (layer, made)]
-    return LayerReport(
+    rounding = 0.0 if same else _rounding(layer, smaller, values)
+    us = [predicted_us(N, K, factors.rank, predicted) for factors in (layer, smaller)]
+    return CompressedLayer(
         path,
         N,
         K,
         layer.rank,
-        made.rank,
+        smaller.rank,
         values.norm().item(),
         values[0].item(),
-        0.0 if same else values[made.rank :].norm().item() + rounding,
-        0.0 if same else _at(values, made.rank) + rounding,
+        0.0 if same else values[smaller.rank :].norm().item() + rounding,
+        0.0 if same else _at(values, smaller.rank) + rounding,
         *errors,
         2 * layer.rank * (K + N),
-        2 * made.rank * (K + N),
+        2 * smaller.rank * (K + N),
         *us,
     )
 

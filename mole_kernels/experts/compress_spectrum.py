@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mole_kernels.experts.compress import Target
+from mole_kernels.experts.compress import CompressionTarget
 from mole_kernels.experts.compress_svd import singular_values
 from mole_kernels.experts.lowrank import LowRank
 
@@ -32,23 +32,25 @@ class LayerSpectrum:
     effective: float
 
 
-def spectrum(path: str, layer: LowRank, dtype: torch.dtype = torch.float64) -> LayerSpectrum:
+def layer_spectrum(path: str, layer: LowRank, dtype: torch.dtype = torch.float64) -> LayerSpectrum:
     """The spectrum of one layer's ΔW, scale included."""
     values = singular_values(layer, dtype).double()
     share = values.square() / values.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
     effective = torch.special.entr(share).sum().exp().item() if values[0] > 0 else 0.0
-    ranks = tuple(Target(energy=energy).ranks(values) for energy in ENERGIES)
+    ranks = tuple(CompressionTarget(energy=energy).ranks(values) for energy in ENERGIES)
     return LayerSpectrum(
         path, layer.out_features, layer.in_features, layer.rank, tuple(values.tolist()), ranks, effective
     )
 
 
-def spectra(layers: Mapping[str, LowRank], dtype: torch.dtype = torch.float32) -> list[LayerSpectrum]:
+def layer_spectra(layers: Mapping[str, LowRank], dtype: torch.dtype = torch.float32) -> list[LayerSpectrum]:
     """Every layer's spectrum, in the expert's order; one layer at a time, ΔW is never formed."""
-    return [spectrum(path, layers[path], dtype) for path in layers]
+    return [layer_spectrum(path, layers[path], dtype) for path in layers]
 
 
-def to_json(found: list[LayerSpectrum]) -> str:
+def to_json(spectra: list[LayerSpectrum]) -> str:
     """{energies, layers: [{path, N, K, rank, values, ranks, effective}]}"""
-    layers = [{**vars(one), "values": [float(f"{value:.6g}") for value in one.values]} for one in found]
+    layers = [
+        {**vars(layer), "values": [float(f"{value:.6g}") for value in layer.values]} for layer in spectra
+    ]
     return json.dumps({"energies": ENERGIES, "layers": layers})

@@ -50,10 +50,12 @@ def truncate(layer: LowRank, rank: int, parts: Svd | None = None) -> LowRank:
     return LowRank((right[:, :rank] * root).mT.contiguous(), left[:, :rank] * root, layer.scale, layer.conv)
 
 
-def difference(one: LowRank, other: LowRank, dtype: torch.dtype = torch.float64) -> LowRank:
+def difference(first: LowRank, second: LowRank, dtype: torch.dtype = torch.float64) -> LowRank:
     """ΔW_one − ΔW_other as factors of rank R + R'."""
-    down = torch.cat([one.down.detach().to(dtype) * one.scale, other.down.detach().to(dtype) * -other.scale])
-    return LowRank(down, torch.cat([one.up.detach().to(dtype), other.up.detach().to(dtype)], 1))
+    down = torch.cat(
+        [first.down.detach().to(dtype) * first.scale, second.down.detach().to(dtype) * -second.scale]
+    )
+    return LowRank(down, torch.cat([first.up.detach().to(dtype), second.up.detach().to(dtype)], 1))
 
 
 def _wide(tensor: Tensor) -> Tensor:

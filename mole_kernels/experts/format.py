@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -23,9 +23,6 @@ from mole_kernels.errors import MoleFileError, MoleKeyError, printable
 from mole_kernels.experts.checks import checked_lowrank
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.files.limits import finite, parse_json
-
-if TYPE_CHECKING:
-    from mole_kernels.experts.bank import ExpertBank
 
 FORMAT, VERSION = "mole_kernels", 1
 PREFIX = "expert."
@@ -54,11 +51,11 @@ def check_stamp(metadata: Mapping[str, str], source: str) -> None:
         )
 
 
-def bank_tensors(bank: ExpertBank) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a file that holds this bank."""
+def tensors_of_experts(experts: Mapping[str, Expert]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file that holds these experts, in their order."""
     tensors: dict[str, Tensor] = {}
     records = []
-    for name, expert in bank.experts.items():
+    for name, expert in experts.items():
         scales = Counter(layer.scale for layer in expert.layers.values())
         usual = scales.most_common(1)[0][0] if scales else 1.0
         for path, layer in expert.layers.items():
@@ -84,14 +81,20 @@ def bank_tensors(bank: ExpertBank) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, stamp() | {"experts": json.dumps(records)}
 
 
-def bank_from_tensors(
+def experts_from_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str
-) -> tuple[ExpertBank, dict[str, Tensor]]:
-    """(the bank, the tensors that belong to no expert) of a file of ours; every expert tensor must be
-    used.
-    """
-    from mole_kernels.experts.bank import ExpertBank
+) -> tuple[dict[str, Expert], dict[str, Tensor]]:
+    """(experts by name, tensors that belong to no expert) of a file of ours.
 
+    Args:
+        tensors: The file's tensors by key.
+        metadata: The header's metadata.
+        source: The file, for messages.
+
+    Raises:
+        MoleFileError: Not a file of ours, or of a later version.
+        MoleKeyError: A tensor of an expert that the metadata do not name, or an expert that lacks a half.
+    """
     check_stamp(metadata, source)
     records = _records(metadata, source)
     halves: dict[str, dict[str, dict[str, Tensor]]] = {record["name"]: {} for record in records}
@@ -108,7 +111,7 @@ def bank_from_tensors(
             )
         halves[name].setdefault(path, {})[half] = tensor
     experts = {record["name"]: _expert(record, halves[record["name"]], source) for record in records}
-    return ExpertBank(experts), rest
+    return experts, rest
 
 
 def _expert(record: dict[str, Any], layers: dict[str, dict[str, Tensor]], source: str) -> Expert:
@@ -123,8 +126,10 @@ def _expert(record: dict[str, Any], layers: dict[str, dict[str, Tensor]], source
             f"expert {record['name']!r} lacks half of {', '.join(map(printable, single[:5]))}",
         )
     conv: dict[str, bool | tuple[int, int]] = {
-        one if isinstance(one, str) else one[0]: True if isinstance(one, str) else (one[1], one[2])
-        for one in record["conv"]
+        entry if isinstance(entry, str) else entry[0]: (
+            True if isinstance(entry, str) else (entry[1], entry[2])
+        )
+        for entry in record["conv"]
     }
     unknown = (set(record["scales"]) | set(conv)) - set(layers)
     if unknown:
@@ -132,7 +137,7 @@ def _expert(record: dict[str, Any], layers: dict[str, dict[str, Tensor]], source
             printable(source),
             f"the metadata of expert {record['name']!r} names {printable(sorted(unknown)[0])}, which has no tensors",
         )
-    found = {
+    layers_read = {
         path: checked_lowrank(
             f"{printable(source)}, expert {record['name']!r}, {printable(path)}",
             half["down"],
@@ -142,7 +147,7 @@ def _expert(record: dict[str, Any], layers: dict[str, dict[str, Tensor]], source
         )
         for path, half in layers.items()
     }
-    expert = Expert(found, dialect=record["dialect"], source=source, metadata=record["metadata"])
+    expert = Expert(layers_read, dialect=record["dialect"], source=source, metadata=record["metadata"])
     if sorted(expert.ranks()) != record["ranks"]:
         raise MoleFileError(
             printable(source),
@@ -170,7 +175,7 @@ def _records(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]]:
             and isinstance(record["dialect"], str)
             and isinstance(record["ranks"], list)
             and isinstance(record["conv"], list)
-            and all(isinstance(one, str) or _kernel(one) for one in record["conv"])
+            and all(isinstance(entry, str) or _kernel(entry) for entry in record["conv"])
             and isinstance(record["metadata"], dict)
             and all(isinstance(value, str) for value in record["metadata"].values())
             and isinstance(record["scales"], dict)

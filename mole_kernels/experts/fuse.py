@@ -121,11 +121,11 @@ def fuse_layer(
     if not any(sums.rows.values()):
         return Solved(averaged, 0.0, 0.0, 0.0, 0, 1.0)
     values, vectors = _directions(sums)
-    kept = values > max(cutoff, torch.finfo(torch.float64).eps * K) * values[-1].clamp_min(0)
+    counted = values > max(cutoff, torch.finfo(torch.float64).eps * K) * values[-1].clamp_min(0)
     inverse = (
         1 / (values + ridge * sums.gram.diagonal().mean())
         if ridge
-        else torch.where(kept, 1 / values.where(kept, values.new_ones(())), 0)
+        else torch.where(counted, 1 / values.where(counted, values.new_ones(())), 0)
     )
     downs, ups = [], []
     for name, factor in factors.items():
@@ -136,13 +136,13 @@ def fuse_layer(
         ups.append(factor.up.detach().to(sums.gram))
     dtype = next(iter(factors.values())).down.dtype
     down, up = torch.cat(downs), torch.cat(ups, 1)
-    made = LowRank(down.to(dtype), up.to(dtype), 1.0, next(iter(factors.values())).conv)
+    factor_out = LowRank(down.to(dtype), up.to(dtype), 1.0, next(iter(factors.values())).conv)
     base, by_weights, fused = (
         objective(factors, sums, alpha, delta) for delta in (None, averaged, LowRank(down, up))
     )
-    reached = values[kept]
+    reached = values[counted]
     spread = (reached[-1] / reached[0]).item() if len(reached) else 1.0
-    return Solved(made, base, by_weights, fused, int(kept.sum()), spread)
+    return Solved(factor_out, base, by_weights, fused, int(counted.sum()), spread)
 
 
 def _directions(sums: Sums) -> tuple[Tensor, Tensor]:

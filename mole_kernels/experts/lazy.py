@@ -43,7 +43,7 @@ class LazyLayers(Mapping[str, LowRank]):
         return len(self.sizes)
 
 
-def size_of(layers: Mapping[str, LowRank], path: str) -> Size:
+def layer_size(layers: Mapping[str, LowRank], path: str) -> Size:
     """The layer's sizes, without reading it where that is possible."""
     if isinstance(layers, LazyLayers):
         return layers.sizes[path]
@@ -57,7 +57,7 @@ def stored_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     """The narrowest dtype that holds all of these exactly; of 8 bits, float16, since results are no longer
     what was rounded to 8.
     """
-    found = torch.float16 if dtypes[0].itemsize == 1 else dtypes[0]
+    widest = torch.float16 if dtypes[0].itemsize == 1 else dtypes[0]
     for dtype in dtypes[1:]:
-        found = torch.promote_types(found, torch.float16 if dtype.itemsize == 1 else dtype)
-    return found
+        widest = torch.promote_types(widest, torch.float16 if dtype.itemsize == 1 else dtype)
+    return widest

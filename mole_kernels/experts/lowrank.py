@@ -34,7 +34,7 @@ def is_denoiser(component: str | None) -> bool:
     return component in DENOISERS
 
 
-def layer_identity(path: str) -> str:
+def canonical_path(path: str) -> str:
     """What tells a layer of one model from its other layers, however a file spells it.
 
     Two paths of one model have the same identity exactly where they mean one layer: dots and underscores are alike,
@@ -174,7 +174,7 @@ class Expert:
     def __post_init__(self) -> None:
         seen: dict[str, str] = {}
         for path in self.layers:
-            other = seen.setdefault(layer_identity(path), path)
+            other = seen.setdefault(canonical_path(path), path)
             if other != path:
                 raise MoleKeyError(
                     printable(self.source),

@@ -17,8 +17,8 @@ from typing_extensions import Unpack
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError, printable
 from mole_kernels.experts.bank import ExpertBank
-from mole_kernels.experts.lazy import Size, size_of, stored_dtype
-from mole_kernels.experts.lowrank import Expert, LowRank, is_denoiser, layer_identity, split_component
+from mole_kernels.experts.lazy import Size, layer_size, stored_dtype
+from mole_kernels.experts.lowrank import Expert, LowRank, canonical_path, is_denoiser, split_component
 from mole_kernels.experts.merge_modes import (
     DENSITY_MODES,
     FACTOR_MODES,
@@ -199,7 +199,7 @@ def _settings(mode: str, rank: int | None, density: float | None, signs: SignMet
 def _weights(
     weights: Sequence[float] | Mapping[str, float] | None, names: tuple[str, ...]
 ) -> dict[str, float]:
-    """One finite number for each expert; 1/T where none are given."""
+    """One finite number for each expert; 1/T where there are no weights."""
     if weights is None:
         return dict.fromkeys(names, 1 / len(names))
     if isinstance(weights, Mapping):
@@ -245,8 +245,8 @@ def _align(
         if not isinstance(expert, Expert):
             raise MoleTypeError(f"merge, expert {name!r}", expected="an Expert", got=type(expert).__name__)
         for path in expert.layers:
-            members.setdefault(layer_identity(path), []).append((name, path))
-            sizes.setdefault(layer_identity(path), []).append(size_of(expert.layers, path))
+            members.setdefault(canonical_path(path), []).append((name, path))
+            sizes.setdefault(canonical_path(path), []).append(layer_size(expert.layers, path))
     if not members:
         raise MoleValueError("merge", expected="experts with at least one layer", got="none")
     apart = [layer for layer, several in sizes.items() if len({(size.N, size.K) for size in several}) > 1]

@@ -82,7 +82,8 @@ def merge_layer(
         else torch.float32
     )
     layers = [
-        LowRank(one.down.detach().to(wide), one.up.detach().to(wide), one.scale, one.conv) for one in layers
+        LowRank(layer.down.detach().to(wide), layer.up.detach().to(wide), layer.scale, layer.conv)
+        for layer in layers
     ]
     if how.mode == "delta_mean":
         return _within_the_layer(concatenate(layers, weights))
@@ -100,8 +101,8 @@ def merge_layer(
     signed = [
         math.copysign(root, weight * layer.scale) for root, layer, weight in zip(roots, layers, weights)
     ]
-    down = combine([layer.down for layer in layers], signed, how.mode, how, generator)
-    up = combine([layer.up for layer in layers], roots, how.mode, how, generator)
+    down = combine_tensors([layer.down for layer in layers], signed, how.mode, how, generator)
+    up = combine_tensors([layer.up for layer in layers], roots, how.mode, how, generator)
     return LowRank(down, up, 1.0, _conv(layers))
 
 
@@ -119,7 +120,7 @@ def concatenate(layers: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     return LowRank(down, torch.cat([layer.up for layer in layers], 1), scale, _conv(layers))
 
 
-def combine(
+def combine_tensors(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
     rule: str,
@@ -157,7 +158,7 @@ def _by_delta(
     """A rule on the ΔW themselves, then the best approximation of the rank asked for: the one place where ΔW
     is formed.
     """
-    delta = combine(
+    delta = combine_tensors(
         [layer.delta(layer.up.dtype) for layer in layers],
         weights,
         how.mode.removesuffix("_svd"),
@@ -212,9 +213,9 @@ def _keep_largest(tensor: Tensor, density: float | None) -> Tensor:
     """The `density` part of the values that is largest in size; zero elsewhere."""
     if density is None or density >= 1:
         return tensor
-    kept = torch.topk(tensor.abs().flatten(), int(density * tensor.numel()), sorted=False).indices
+    largest = torch.topk(tensor.abs().flatten(), int(density * tensor.numel()), sorted=False).indices
     out = torch.zeros_like(tensor).flatten()
-    out[kept] = tensor.flatten()[kept]
+    out[largest] = tensor.flatten()[largest]
     return out.view_as(tensor)
 
 

@@ -35,12 +35,12 @@ def store_once(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """The same layers, in which equal A of one parent are one tensor: a third of the memory for fused q, k,
     v.
     """
-    kept = dict(layers)
-    for first, *others in _groups(kept, kept, _same_layer, _first_values):
+    stored = dict(layers)
+    for first, *others in _groups(stored, stored, _same_layer, _first_values):
         for path in others:
-            one = kept[path]
-            kept[path] = LowRank(kept[first].down, one.up, one.scale, one.conv)
-    return kept
+            layer = stored[path]
+            stored[path] = LowRank(stored[first].down, layer.up, layer.scale, layer.conv)
+    return stored
 
 
 def same_content(a: Tensor, b: Tensor) -> bool:

@@ -84,8 +84,8 @@ def parse_json(text: bytes | str, where: str, what: str = "the header") -> Any:
     hint = "is this a safetensors file?" if what == "the header" else ""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
+        fields = dict(items)
+        if len(fields) != len(items):
             seen: set[str] = set()
             twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise MoleFileError(
@@ -93,7 +93,7 @@ def parse_json(text: bytes | str, where: str, what: str = "the header") -> Any:
                 f"the key '{printable(twice)}' occurs twice",
                 hint="one name may stand for one thing only",
             )
-        return found
+        return fields
 
     def constant(name: str) -> Any:
         raise MoleFileError(where, f"{name} is not JSON")

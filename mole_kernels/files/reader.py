@@ -77,7 +77,7 @@ class SafetensorsFile:
         self._file = open_regular(path, root=root)
         try:
             with words_for_read_errors(self.where):
-                self._stat = _identity(self._file)
+                self._stat = _stat_of(self._file)
                 self._data, self.header = self._read_header(self._stat[0])
         except BaseException:
             self._file.close()
@@ -138,7 +138,7 @@ class SafetensorsFile:
                 self.where, f"has no tensor {', '.join(printable(key) for key in missing[:5])}"
             )
         tensors = {key: self._read(key, self.header.entries[key]) for key in wanted}
-        if _identity(self._file) != self._stat:
+        if _stat_of(self._file) != self._stat:
             raise MoleFileError(
                 self.where,
                 "the file changed while it was read",
@@ -243,6 +243,6 @@ def _folder(index: PathLike, root: PathLike | None) -> str:
     return os.path.dirname(os.path.abspath(os.path.join(root, index) if root is not None else index))
 
 
-def _identity(file: FileIO) -> tuple[int, int, int, int]:
+def _stat_of(file: FileIO) -> tuple[int, int, int, int]:
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino

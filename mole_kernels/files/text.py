@@ -44,6 +44,6 @@ def text_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-def read_json(path: PathLike) -> Any:
+def read_json_file(path: PathLike) -> Any:
     """The JSON of a regular file. Raises MoleFileError as `read_text`, and for what `parse_json` refuses."""
     return parse_json(read_text(path), printable(path, 300), "the file")

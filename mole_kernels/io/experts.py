@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from mole_kernels.errors import MoleKeyError, MoleTypeError, MoleWarning, printable
-from mole_kernels.experts.bank import ExpertBank
-from mole_kernels.experts.format import FORMAT, bank_from_tensors
-from mole_kernels.experts.lowrank import Expert, LowRank, layer_identity
+from mole_kernels.experts.format import FORMAT, experts_from_tensors
+from mole_kernels.experts.lowrank import Expert, LowRank, canonical_path
 from mole_kernels.experts.shared import store_once
 from mole_kernels.files.opening import PathLike
 from mole_kernels.files.reader import read_tensors
@@ -23,7 +22,7 @@ from mole_kernels.io.layer_keys import (
     LayerKeys,
     check_header_ranks,
     collect_layers,
-    read_factors,
+    factors_of_layer,
     refuse_unsupported,
     same_half,
 )
@@ -70,13 +69,13 @@ def load_expert(
         raise MoleTypeError(
             "load_expert", expected="a path or a mapping of tensors", got=type(source).__name__
         )
-    found = find_adapter(source)
+    adapter = find_adapter(source)
     where = printable(source, 300)
     tensors, metadata = read_tensors(
-        found.weights, check=lambda header: check_header_ranks(header.entries, where)
+        adapter.weights, check=lambda header: check_header_ranks(header.entries, where)
     )
     return expert_from_tensors(
-        tensors, metadata, os.fsdecode(source), pipeline=pipeline, alpha=alpha, beside=found
+        tensors, metadata, os.fsdecode(source), pipeline=pipeline, alpha=alpha, beside=adapter
     )
 
 
@@ -101,7 +100,7 @@ def expert_from_tensors(
     """
     where = printable(source, 300)
     if metadata.get("format") == FORMAT:
-        return _only(bank_from_tensors(tensors, metadata, source)[0], where)
+        return _only(experts_from_tensors(tensors, metadata, source)[0], where)
     if not tensors:
         raise MoleKeyError(where, "holds no tensors")
     for key, tensor in tensors.items():
@@ -118,8 +117,8 @@ def expert_from_tensors(
     def scale(layer: LayerKeys) -> float:
         down = tensors[layer.keys["down"]]
         rank = down.shape[0] if down.dim() else 1
-        given = tensors[layer.keys["alpha"]] if "alpha" in layer.keys else None
-        return strength.scale(layer, given, max(rank, 1), where)
+        alpha_value = tensors[layer.keys["alpha"]] if "alpha" in layer.keys else None
+        return strength.scale(layer, alpha_value, max(rank, 1), where)
 
     read: dict[str, LowRank] = {}
     for layer in layers:
@@ -190,9 +189,11 @@ def layer_from_tensors(
     layer: LayerKeys, tensors: Mapping[str, Any], strength: Strength, where: str
 ) -> LowRank:
     """One layer's factors and scale."""
-    factors = read_factors(layer, tensors, f"{where}, {printable(layer.path)}")
-    given = tensors[layer.keys["alpha"]] if "alpha" in layer.keys else None
-    return LowRank(factors.down, factors.up, strength.scale(layer, given, factors.rank, where), factors.conv)
+    factors = factors_of_layer(layer, tensors, f"{where}, {printable(layer.path)}")
+    alpha_value = tensors[layer.keys["alpha"]] if "alpha" in layer.keys else None
+    return LowRank(
+        factors.down, factors.up, strength.scale(layer, alpha_value, factors.rank, where), factors.conv
+    )
 
 
 def warn_of_zero_scales(layers: Mapping[str, LowRank], where: str) -> None:
@@ -207,19 +208,19 @@ def warn_of_zero_scales(layers: Mapping[str, LowRank], where: str) -> None:
 
 
 def _together(own: dict[str, LowRank], converted: dict[str, LowRank], where: str) -> dict[str, LowRank]:
-    seen = {layer_identity(path): path for path in own}
+    seen = {canonical_path(path): path for path in own}
     for path in converted:
-        other = seen.get(layer_identity(path))
+        other = seen.get(canonical_path(path))
         if other is not None:
             raise same_half(where, other, path, "down", path)
     return own | converted
 
 
-def _only(bank: ExpertBank, where: str) -> Expert:
-    if len(bank) != 1:
+def _only(experts: Mapping[str, Expert], where: str) -> Expert:
+    if len(experts) != 1:
         raise MoleKeyError(
             where,
-            f"holds {len(bank)} experts: {', '.join(bank.names)}",
+            f"holds {len(experts)} experts: {', '.join(experts)}",
             hint="read it with mole_kernels.ExpertBank.load",
         )
-    return bank.experts[bank.names[0]]
+    return next(iter(experts.values()))

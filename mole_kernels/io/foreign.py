@@ -21,7 +21,7 @@ from mole_kernels.errors import MoleKeyError, printable
 from mole_kernels.experts.lowrank import LowRank, flatten
 from mole_kernels.io.dialects.keys import Half, parse_key, some_keys
 from mole_kernels.io.dialects.paths import module_path, spelled, unflatten
-from mole_kernels.io.layer_keys import LayerKeys, collect_layers, read_factors
+from mole_kernels.io.layer_keys import LayerKeys, collect_layers, factors_of_layer
 from mole_kernels.io.resolve import hint_of_family
 
 KOHYA: dict[Half, str] = {"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight"}
@@ -77,7 +77,7 @@ def convert_layers(
     loaders = {base.__name__ for base in cls.__mro__}
     scales = {layer.module: scale(layer) for layer in layers}
     alike = len(set(scales.values())) == 1
-    given: dict[str, Tensor] = {}
+    spelled_tensors: dict[str, Tensor] = {}
     for layer in layers:
         for half, key in layer.keys.items():
             if half == "alpha":
@@ -86,11 +86,11 @@ def convert_layers(
             if half == "up" and not alike and scales[layer.module] != 1.0:
                 wide = torch.promote_types(tensor.dtype, torch.float32)
                 tensor = (tensor.to(wide) * scales[layer.module]).to(tensor.dtype)
-            given[_respelled(layer, half, key, loaders)] = tensor
+            spelled_tensors[_respelled(layer, half, key, loaders)] = tensor
     names = [spelled(layer.module).rest for layer in layers]
     with _listening() as messages:
         try:
-            state = cls.lora_state_dict(dict(given))
+            state = cls.lora_state_dict(dict(spelled_tensors))
         # the converters raise whatever their asserts and look-ups raise
         except Exception as error:
             raise MoleKeyError(
@@ -99,13 +99,13 @@ def convert_layers(
                 hint=hint_of_family(names, cls.__name__, "is this file for another model?"),
             ) from error
     state = dict(state[0] if isinstance(state, tuple) else state)
-    _check_nothing_lost(given, state, messages, cls.__name__, names, where)
+    _check_nothing_lost(spelled_tensors, state, messages, cls.__name__, names, where)
     _swap_halves(state, names, loaders)
     converted = collect_layers({key: t for key, t in state.items() if not key.endswith(".alpha")}, where)
     out = {}
     for layer in converted:
         path, _ = module_path(layer.module, layer.ending)
-        factors = read_factors(layer, state, f"{where}, {printable(path)}")
+        factors = factors_of_layer(layer, state, f"{where}, {printable(path)}")
         out[path] = LowRank(
             factors.down, factors.up, next(iter(scales.values())) if alike else 1.0, factors.conv
         )
@@ -113,7 +113,7 @@ def convert_layers(
 
 
 def _check_nothing_lost(
-    given: Mapping[str, Any],
+    before_tensors: Mapping[str, Any],
     state: Mapping[str, Any],
     messages: list[str],
     name: str,
@@ -121,12 +121,12 @@ def _check_nothing_lost(
     where: str,
 ) -> None:
     """Converters rename, split and permute B, none of which changes ‖B‖ over the file; a layer left out does."""
-    before, after = _weight(given), _weight(state)
+    before, after = _weight(before_tensors), _weight(state)
     if math.isfinite(before) and abs(before - after) > 1e-5 * before:
         why = f", saying: {printable(messages[0], 300)}" if messages else ""
         raise MoleKeyError(
             where,
-            f"{name}.lora_state_dict leaves out some of its {len(given)} keys{why}",
+            f"{name}.lora_state_dict leaves out some of its {len(before_tensors)} keys{why}",
             hint=hint_of_family(names, name, "leaving them out would change the result"),
         )
     strangers = [key for key in state if parse_key(key) is None]

@@ -144,21 +144,21 @@ def gates_from_tensors(
     """The native gates among `tensors`, all of which must be gates; None where there are none."""
     if "gates" not in metadata and not tensors:
         return None
-    said = parse_json(metadata.get("gates", "null"), f"{where}, metadata of the gates", "the text")
+    about = parse_json(metadata.get("gates", "null"), f"{where}, metadata of the gates", "the text")
     known = (
-        isinstance(said, dict)
-        and set(said) == {"experts", "metadata"}
-        and isinstance(said["experts"], list)
-        and all(isinstance(name, str) for name in said["experts"])
-        and isinstance(said["metadata"], dict)
-        and all(isinstance(value, str) for value in said["metadata"].values())
+        isinstance(about, dict)
+        and set(about) == {"experts", "metadata"}
+        and isinstance(about["experts"], list)
+        and all(isinstance(name, str) for name in about["experts"])
+        and isinstance(about["metadata"], dict)
+        and all(isinstance(value, str) for value in about["metadata"].values())
     )
     if not known:
         raise MoleKeyError(
             where,
             "the metadata does not say whose gates these are",
             expected="experts and metadata",
-            got=printable(said),
+            got=printable(about),
         )
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -167,23 +167,27 @@ def gates_from_tensors(
             raise MoleKeyError(where, f"'{printable(key)}' is neither an expert's nor a gate's")
         layers.setdefault(path, {})[name] = tensor
     return GateFile(
-        {path: GateTensors(**found) for path, found in layers.items()},
-        tuple(said["experts"]),
-        said["metadata"],
+        {path: GateTensors(**tensors_here) for path, tensors_here in layers.items()},
+        tuple(about["experts"]),
+        about["metadata"],
     )
 
 
 def check_gates(where: str, layer: GateTensors, E: int) -> None:
     """Shapes, dtypes and finiteness of one layer's gates."""
     shapes = {"phi": (E, "K"), "phi_bias": (E,), "head": (E, "N"), "head_bias": (E,)}
-    found = layer.present()
-    if not found or ("phi" in found) != ("phi_bias" in found) or ("head" in found) != ("head_bias" in found):
+    present = layer.present()
+    if (
+        not present
+        or ("phi" in present) != ("phi_bias" in present)
+        or ("head" in present) != ("head_bias" in present)
+    ):
         raise MoleKeyError(
             where,
             expected="phi and phi_bias, or head and head_bias, or all four",
-            got=", ".join(found) or "nothing",
+            got=", ".join(present) or "nothing",
         )
-    for name, tensor in found.items():
+    for name, tensor in present.items():
         if tensor.dtype not in DTYPE_NAMES:
             raise MoleTypeError(
                 f"{where}, {name}", expected=f"dtype {', '.join(DTYPE_NAMES.values())}", got=tensor.dtype
@@ -197,15 +201,15 @@ def check_gates(where: str, layer: GateTensors, E: int) -> None:
 
 
 def _from_official(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> GateFile:
-    found: dict[str, dict[str, Tensor]] = {}
+    by_path: dict[str, dict[str, Tensor]] = {}
     extra = []
     for key, tensor in tensors.items():
         flat, middle, name = key.removeprefix(OFFICIAL_PREFIX).partition(OFFICIAL_MIDDLE)
         if key.startswith(OFFICIAL_PREFIX) and flat and middle and name in OFFICIAL_TENSORS:
-            found.setdefault(flat, {})[name] = tensor
+            by_path.setdefault(flat, {})[name] = tensor
         else:
             extra.append(key)
-    if extra or not found:
+    if extra or not by_path:
         lora = any(parse_key(key) for key in extra)
         raise MoleKeyError(
             where,
@@ -216,7 +220,7 @@ def _from_official(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], w
         )
     missing = [
         f"{OFFICIAL_PREFIX}{flat}{OFFICIAL_MIDDLE}{name}"
-        for flat, have in found.items()
+        for flat, have in by_path.items()
         for name in OFFICIAL_TENSORS
         if name not in have
     ]
@@ -225,7 +229,7 @@ def _from_official(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], w
             where, f"{len(missing)} keys are missing: {some_keys(missing)}", hint="the file is incomplete"
         )
     layers = {}
-    for flat, have in found.items():
+    for flat, have in by_path.items():
         for name in OFFICIAL_NAMES:
             weight, bias = have[f"{name}_scale.weight"], have[f"{name}_scale.bias"]
             if (

@@ -180,9 +180,9 @@ def check_header_ranks(entries: Mapping[str, Any], where: str) -> None:
         parsed = parse_key(key)
         if parsed is not None:
             halves.setdefault(parsed.module, {})[parsed.half] = entry
-    for module, found in halves.items():
-        if {"down", "up"} <= set(found) and all(len(found[half].shape) >= 2 for half in ("down", "up")):
-            down, up = found["down"], found["up"]
+    for module, shapes in halves.items():
+        if {"down", "up"} <= set(shapes) and all(len(shapes[half].shape) >= 2 for half in ("down", "up")):
+            down, up = shapes["down"], shapes["up"]
             R, K, N = max(down.shape[0], up.shape[1]), math.prod(down.shape[1:]), up.shape[0]
             _check_rank(f"{where}, {printable(module)}", R, N, K, max(down.dtype.itemsize, up.dtype.itemsize))
 
@@ -205,7 +205,7 @@ def _check_rank(where: str, R: int, N: int, K: int, itemsize: int) -> None:
         )
 
 
-def read_factors(layer: LayerKeys, tensors: Mapping[str, Any], where: str) -> LowRank:
+def factors_of_layer(layer: LayerKeys, tensors: Mapping[str, Any], where: str) -> LowRank:
     """The layer's factors with scale 1; the core of a LoCon is multiplied into A.
 
     Raises:

@@ -13,9 +13,16 @@ import torch
 from typing_extensions import Unpack
 
 from mole_kernels.errors import MoleFileError, MoleKeyError, MoleValueError, printable
-from mole_kernels.experts.compress import NOMINAL, LayerReport, Predicted, Report, Target, compress_layer
-from mole_kernels.experts.compress_spectrum import LayerSpectrum, spectrum
-from mole_kernels.experts.lazy import size_of
+from mole_kernels.experts.compress import (
+    NOMINAL,
+    CompressedLayer,
+    CompressionTarget,
+    Predicted,
+    Report,
+    compress_layer,
+)
+from mole_kernels.experts.compress_spectrum import LayerSpectrum, layer_spectrum
+from mole_kernels.experts.lazy import layer_size
 from mole_kernels.experts.lowrank import Expert, LowRank, is_denoiser, split_component
 from mole_kernels.experts.merge import MergeOptions, MergePlan, common_dialect, plan_merge
 from mole_kernels.files.opening import PathLike
@@ -136,10 +143,10 @@ def compress_file(
         >>> compress_file("face.safetensors", "small.safetensors", energy=0.99).total()["rank_after"]
         12
     """
-    goal = Target(rank, energy, max_error)
+    goal = CompressionTarget(rank, energy, max_error)
     if target is not None:
         _check_target(target, [source], to)
-    reports: list[LayerReport] = []
+    reports: list[CompressedLayer] = []
     with _opened(source, expert, to, pipeline) as chosen:
 
         def layers() -> Iterator[tuple[str, LowRank]]:
@@ -167,7 +174,7 @@ def spectra_of_file(
         chosen = _pick(experts, expert, source)
         spectra = []
         for i, path in enumerate(chosen.layers, 1):
-            spectra.append(spectrum(path, chosen.layers[path], torch.float32))
+            spectra.append(layer_spectrum(path, chosen.layers[path], torch.float32))
             if progress is not None:
                 progress(i, len(chosen.layers), path)
         return spectra
@@ -217,7 +224,7 @@ def _save(
         target,
         to or ("kohya" if covered else "diffusers"),
         read_as=read_as,
-        made=origin,
+        origin=origin,
         sdxl=looks_like_sdxl(paths) if sdxl is None else sdxl,
         paths=paths,
     )
@@ -265,7 +272,7 @@ def _check_one_model(experts: Mapping[str, Expert]) -> None:
         denoiser = {path: rest for path, (component, rest) in parts.items() if is_denoiser(component)}
         if not denoiser:
             continue
-        widths = {path: size_of(expert.layers, path).K for path in denoiser}
+        widths = {path: layer_size(expert.layers, path).K for path in denoiser}
         known[name] = families(widths), classes_with_layers(denoiser.values())
     for i, (name, (family, classes)) in enumerate(known.items()):
         for other, (family2, classes2) in list(known.items())[:i]:

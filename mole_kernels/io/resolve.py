@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import nn
 
 from mole_kernels.errors import MoleKeyError, MoleStateError, MoleTypeError, MoleWarning, printable
-from mole_kernels.experts.lowrank import is_denoiser, layer_identity
+from mole_kernels.experts.lowrank import canonical_path, is_denoiser
 from mole_kernels.io.dialects.families import FAMILIES, FLUX1, UNETS, families, titles
 from mole_kernels.io.dialects.keys import some_keys
 from mole_kernels.io.dialects.own import (
@@ -43,7 +43,7 @@ _TOOLS = re.compile(
 
 
 @dataclass(frozen=True)
-class Target:
+class NameTarget:
     """What a file's names are resolved against.
 
     Attributes:
@@ -59,7 +59,9 @@ class Target:
     second: bool = False
 
 
-def resolve(layers: list[LayerKeys], entries: Mapping[str, Any], pipeline: Pipeline, where: str) -> Target:
+def resolve(
+    layers: list[LayerKeys], entries: Mapping[str, Any], pipeline: Pipeline, where: str
+) -> NameTarget:
     """Give every layer its path, in place, and say which are foreign.
 
     Args:
@@ -79,7 +81,7 @@ def resolve(layers: list[LayerKeys], entries: Mapping[str, Any], pipeline: Pipel
     seen: dict[str, LayerKeys] = {}
     for layer in layers:
         _place(layer, target)
-        other = seen.setdefault(layer_identity(layer.path), layer)
+        other = seen.setdefault(canonical_path(layer.path), layer)
         if other is not layer and not layer.foreign and not other.foreign:
             raise same_half(where, other.keys["down"], layer.keys["down"], "down", layer.path)
     if target.converter is None and (strange := [layer for layer in layers if layer.ending == "xlabs"]):
@@ -129,25 +131,25 @@ def pipeline_of_file(layers: list[LayerKeys], entries: Mapping[str, Any], where:
     if _own_layers_of_file(layers, entries) is not None:
         return None
     widths = _widths(layers, entries)
-    found = families(widths)
-    by_pipeline = {FAMILIES[name].pipeline: name for name in found}
+    candidates = families(widths)
+    by_pipeline = {FAMILIES[name].pipeline: name for name in candidates}
     if len(by_pipeline) != 1:
         if not any(_TOOLS.match(layer.module) for layer in layers):
             return None
         raise MoleKeyError(
             where,
-            f"its dialect cannot be told: these keys are those of a {titles(found)}"
-            if found
+            f"its dialect cannot be told: these keys are those of a {titles(candidates)}"
+            if candidates
             else "its dialect is not known",
             hint="give the pipeline or its class: pipeline=diffusers.FluxPipeline, or --pipeline FluxPipeline",
         )
     (name,) = by_pipeline
-    if name is None or set(found) & UNETS:
+    if name is None or set(candidates) & UNETS:
         return None
     if importlib.util.find_spec("diffusers") is None:
         raise MoleStateError(
             where,
-            f"its names are those of a {titles(found)}, which diffusers converts",
+            f"its names are those of a {titles(candidates)}, which diffusers converts",
             hint="pip install diffusers",
         )
     return getattr(importlib.import_module("diffusers"), name)
@@ -157,16 +159,18 @@ def is_foreign(layers: list[LayerKeys], entries: Mapping[str, Any]) -> bool:
     """Whether these are names of a known model that only a converter brings into diffusers' names."""
     if _own_layers_of_file(layers, entries) is not None:
         return False
-    found = families(_widths(layers, entries))
-    return bool(found) and not set(found) & UNETS
+    candidates = families(_widths(layers, entries))
+    return bool(candidates) and not set(candidates) & UNETS
 
 
-def _target(layers: list[LayerKeys], entries: Mapping[str, Any], pipeline: Pipeline, where: str) -> Target:
+def _target(
+    layers: list[LayerKeys], entries: Mapping[str, Any], pipeline: Pipeline, where: str
+) -> NameTarget:
     if pipeline == "auto":
         pipeline = pipeline_of_file(layers, entries, where)
     if pipeline is None:
         flux = families(_widths(layers, entries)) == (FLUX1,)
-        return Target(
+        return NameTarget(
             own=_own_layers_of_file(layers, entries), t5="text_encoder_2" if flux else "text_encoder_3"
         )
     if isinstance(pipeline, nn.Module):
@@ -177,21 +181,21 @@ def _target(layers: list[LayerKeys], entries: Mapping[str, Any], pipeline: Pipel
                 expected="a diffusers pipeline with lora_state_dict, its class, or a denoiser of diffusers",
                 got=type(model).__name__,
             )
-        return Target(pipeline, own_layers_of_model(model), _t5(pipeline))
+        return NameTarget(pipeline, own_layers_of_model(model), _t5(pipeline))
     if not needs_converter(pipeline):
-        return Target()
+        return NameTarget()
     if isinstance(pipeline, type):
         names = classes_with_loader(base.__name__ for base in pipeline.__mro__)
-        return Target(pipeline, own_layers_of_classes(names) if names else None, _t5(pipeline))
+        return NameTarget(pipeline, own_layers_of_classes(names) if names else None, _t5(pipeline))
     parts = getattr(pipeline, "components", {})
     models = [_uncompiled(part) for name, part in parts.items() if _is_denoiser_part(name, part)]
     second = isinstance(parts.get("transformer_2"), nn.Module) and isinstance(
         parts.get("transformer"), nn.Module
     )
-    return Target(type(pipeline), own_layers_of_model(*models), _t5(type(pipeline)), second)
+    return NameTarget(type(pipeline), own_layers_of_model(*models), _t5(type(pipeline)), second)
 
 
-def _place(layer: LayerKeys, target: Target) -> None:
+def _place(layer: LayerKeys, target: NameTarget) -> None:
     """Path, dialect and foreignness of one layer."""
     name = spelled(layer.module)
     layer.path, layer.dialect = module_path(layer.module, layer.ending)
@@ -217,18 +221,20 @@ def _own_layers_of_file(layers: Iterable[LayerKeys], entries: Mapping[str, Any])
         xlabs = xlabs or layer.ending == "xlabs"
         if _of_denoiser(name.component):
             names.append(name.rest)
-    found = families(_widths(layers, entries))
-    if not names or xlabs or set(found) & UNETS:
+    candidates = families(_widths(layers, entries))
+    if not names or xlabs or set(candidates) & UNETS:
         return None
     classes = classes_with_layers(names)
-    loaders = {denoisers()[cls]["loader"] for cls in denoisers() if _pipeline_of(cls) in _pipelines(found)}
+    loaders = {
+        denoisers()[cls]["loader"] for cls in denoisers() if _pipeline_of(cls) in _pipelines(candidates)
+    }
     if loaders:
         classes = tuple(cls for cls in classes if denoisers()[cls]["loader"] in loaders)
     return own_layers_of_classes(classes) if classes else None
 
 
-def _pipelines(found: Iterable[str]) -> set[str | None]:
-    return {FAMILIES[name].pipeline for name in found} - {None}
+def _pipelines(names: Iterable[str]) -> set[str | None]:
+    return {FAMILIES[name].pipeline for name in names} - {None}
 
 
 def _pipeline_of(cls: str) -> str:
@@ -268,7 +274,7 @@ def _uncompiled(model: Any) -> Any:
 
 def hint_of_family(names: Iterable[str], pipeline: str, otherwise: str) -> str:
     """What a file's names look like, where that is another model than this pipeline's; else `otherwise`."""
-    found = families(dict.fromkeys(names))
-    if not found or pipeline in _pipelines(found):
+    candidates = families(dict.fromkeys(names))
+    if not candidates or pipeline in _pipelines(candidates):
         return otherwise
-    return f"these look like keys of a {titles(found)}; this is a {printable(pipeline, 60)}"
+    return f"these look like keys of a {titles(candidates)}; this is a {printable(pipeline, 60)}"

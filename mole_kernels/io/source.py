@@ -58,16 +58,16 @@ def find_adapter(path: PathLike) -> AdapterSource:
     except OSError as error:
         raise MoleFileError(where, f"the folder cannot be read ({error.strerror})") from None
     known = next((file for file in NAMES if file in files), None)
-    found = [known] if known else [file for file in files if file.endswith((INDEX, SUFFIX))]
-    indices = [file for file in found if file.endswith(INDEX)]
+    weights = [known] if known else [file for file in files if file.endswith((INDEX, SUFFIX))]
+    indices = [file for file in weights if file.endswith(INDEX)]
     # an index stands for its shards
-    found = indices or found
-    if len(found) == 1:
-        return _with_config(os.path.join(name, found[0]))
-    if found:
+    weights = indices or weights
+    if len(weights) == 1:
+        return _with_config(os.path.join(name, weights[0]))
+    if weights:
         raise MoleFileError(
             where,
-            f"the folder holds {len(found)} files: {_some(found)}",
+            f"the folder holds {len(weights)} files: {_some(weights)}",
             expected="one adapter",
             hint="give the path of one of them",
         )

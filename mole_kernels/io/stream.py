@@ -48,16 +48,16 @@ def open_experts(
     Raises:
         MoleFileError, MoleKeyError, MoleShapeError, MoleTypeError: As `load_expert`.
     """
-    found = find_adapter(path)
-    if found.weights.endswith(INDEX):
+    adapter = find_adapter(path)
+    if adapter.weights.endswith(INDEX):
         yield {adapter_name(path): load_expert(path, alpha=alpha, pipeline=pipeline)}
         return
-    with SafetensorsFile(found.weights) as file:
+    with SafetensorsFile(adapter.weights) as file:
         if file.header.metadata.get("format") != FORMAT:
-            expert = _lazy(file, found, os.fsdecode(path), alpha, pipeline)
+            expert = _lazy(file, adapter, os.fsdecode(path), alpha, pipeline)
             yield {adapter_name(path): expert or load_expert(path, alpha=alpha, pipeline=pipeline)}
             return
-    bank, gates = load_bank(found.weights)
+    bank, gates = load_bank(adapter.weights)
     if gates is not None:
         warnings.warn(f"{printable(path, 300)}: its gates are left out", MoleWarning, stacklevel=4)
     yield bank.experts
@@ -69,7 +69,7 @@ def save_layers(
     to: Dialect,
     *,
     read_as: str = "memory",
-    made: str = "",
+    origin: str = "",
     sdxl: bool = False,
     paths: Sequence[str] = (),
 ) -> None:
@@ -77,21 +77,21 @@ def save_layers(
 
     read_as  the dialect that the paths were read in: a kohya name that stayed flat cannot be written in
              diffusers' dialect
-    made     how this expert came about, for the file's metadata
+    origin   how this expert came about, for the file's metadata
     paths    of all layers, where they are known: their names are checked before the first layer is asked for
     """
-    writer = LayerWriter(to, read_as, made, sdxl=sdxl)
+    writer = LayerWriter(to, read_as, origin, sdxl=sdxl)
     writer.check(list(paths))
 
     def parts() -> Iterator[tuple[str, Tensor]]:
         for name, layer in layers:
             yield from writer.tensors(name, layer).items()
 
-    atomic_save_stream(parts(), path, lambda: writer.metadata({"mole_kernels": made} if made else {}))
+    atomic_save_stream(parts(), path, lambda: writer.metadata({"mole_kernels": origin} if origin else {}))
 
 
 def _lazy(
-    file: SafetensorsFile, found: AdapterSource, source: str, alpha: float | None, pipeline: Pipeline
+    file: SafetensorsFile, adapter: AdapterSource, source: str, alpha: float | None, pipeline: Pipeline
 ) -> Expert | None:
     """The expert whose layers are read when looked up; None where a converter must see the file whole."""
     entries, metadata, where = file.header.entries, file.header.metadata, printable(source, 300)
@@ -101,7 +101,7 @@ def _lazy(
     resolve(layers, entries, pipeline, where)
     if any(layer.foreign for layer in layers):
         return None
-    strength = strength_of(layers, metadata, settings_beside(found, layers, where), alpha, where)
+    strength = strength_of(layers, metadata, settings_beside(adapter, layers, where), alpha, where)
     by_path = {layer.path: layer for layer in layers}
     sizes = {
         path: size_from_shapes(layer, entries, f"{where}, {printable(path)}")

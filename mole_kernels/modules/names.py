@@ -17,16 +17,16 @@ _OPTIONAL_LEVEL = "text_model_"
 class Names:
     """Every spelling under which a file may know a layer: dotted or flat, with or without the component."""
 
-    def __init__(self, found: Scan) -> None:
-        self.components = found.components
-        self._exact: dict[str, str] = {path: path for path in found.all_paths()}
-        self._exact |= found.first
+    def __init__(self, scanned: Scan) -> None:
+        self.components = scanned.components
+        self._exact: dict[str, str] = {path: path for path in scanned.all_paths()}
+        self._exact |= scanned.first
         self._flat: dict[str, set[str]] = {}
         for spelling, path in self._exact.items():
             flat = flatten(spelling)
             for name in {flat, flat.replace(_OPTIONAL_LEVEL, "")}:
                 self._flat.setdefault(name, set()).add(path)
-        self._layers = [*found.layers, *found.patched]
+        self._layers = [*scanned.layers, *scanned.patched]
 
     def find(self, key: str) -> str | None:
         """The one path that `key` names, or None."""
@@ -73,22 +73,22 @@ def few(names: Sequence[str], count: int = 3) -> str:
     return shown + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def hint_for(expert: Expert, found: Scan, model: object) -> str:
+def hint_for(expert: Expert, scanned: Scan, model: object) -> str:
     """Why a file may fit nothing in this model."""
-    if text := other_family(expert, found, model):
+    if text := other_family(expert, scanned, model):
         return text
-    names = Names(found)
+    names = Names(scanned)
     nearest = names.nearest(next(iter(expert.layers)))
     if nearest:
         return f"nearest layers here: {few(nearest)}"
-    if found.layers:
-        return f"layers here are called {few(list(found.layers))}"
+    if scanned.layers:
+        return f"layers here are called {few(list(scanned.layers))}"
     return "this model has no nn.Linear or nn.Conv2d that can be patched"
 
 
-def other_family(expert: Expert, found: Scan, model: object) -> str:
+def other_family(expert: Expert, scanned: Scan, model: object) -> str:
     """What the file's names look like and what this model is, where the two differ; else ""."""
-    theirs, ours = families_of(expert), families_of_model(found)
+    theirs, ours = families_of(expert), families_of_model(scanned)
     if not theirs or agree(theirs, ours):
         return ""
     kind = type(model).__name__
@@ -97,6 +97,6 @@ def other_family(expert: Expert, found: Scan, model: object) -> str:
     )
 
 
-def families_of_model(found: Scan) -> tuple[str, ...]:
+def families_of_model(scanned: Scan) -> tuple[str, ...]:
     """Which known model these layers are, by their names."""
-    return families({path: sizes(m)[1] for path, m in (found.layers | found.patched).items()})
+    return families({path: sizes(m)[1] for path, m in (scanned.layers | scanned.patched).items()})

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mole_kernels.errors import MoleError, MoleFileError, MoleStateError, MoleWarning, printable
-from mole_kernels.files.text import read_json
+from mole_kernels.files.text import read_json_file
 from mole_kernels.files.writer import torch_save
 
 FORMAT = "mole-kernels-run-2"
@@ -156,7 +156,7 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Reads one checkpoint's folder; a broken one is a MoleFileError."""
     try:
-        about = read_json(folder / "run.json")
+        about = read_json_file(folder / "run.json")
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}, expected {FORMAT!r}")
         state = torch.load(folder / "optimiser.pt", map_location="cpu", weights_only=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from mole_kernels.errors import MoleKeyError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
-from mole_kernels.experts.lowrank import Expert, LowRank, layer_identity
+from mole_kernels.experts.lowrank import Expert, LowRank, canonical_path
 from mole_kernels.patching.apply import patch
 from mole_kernels.serving.serve import serve
 
@@ -71,10 +71,10 @@ TEXT = ["text_encoder.text_model.encoder.x", "text_encoder.encoder.x", "text_enc
 
 
 def test_identity_of_a_layer_is_not_its_spelling():
-    assert len({layer_identity(path) for path in SPELLINGS}) == 1
-    assert len({layer_identity(path) for path in TEXT}) == 1
+    assert len({canonical_path(path) for path in SPELLINGS}) == 1
+    assert len({canonical_path(path) for path in TEXT}) == 1
     different = [SPELLINGS[0], TEXT[0], "text_encoder_2.encoder.x", "transformer_2.a.b_c", "a.b_d"]
-    assert len({layer_identity(path) for path in different}) == len(different)
+    assert len({canonical_path(path) for path in different}) == len(different)
 
 
 @given(first=st.sampled_from(SPELLINGS), second=st.sampled_from(SPELLINGS))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from mole_kernels.errors import MoleTypeError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
-from mole_kernels.experts.compress import Predicted, Target, compress, compress_layer, predicted_us
-from mole_kernels.experts.compress_spectrum import spectra, spectrum, to_json
+from mole_kernels.experts.compress import CompressionTarget, Predicted, compress, compress_layer, predicted_us
+from mole_kernels.experts.compress_spectrum import layer_spectra, layer_spectrum, to_json
 from mole_kernels.experts.compress_svd import difference, singular_values, svd, truncate
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.experts.merge import merge
@@ -110,7 +110,7 @@ def test_measured_errors_are_true_and_within_the_bounds(how: dict, dtype: torch.
 @given(energy=st.floats(0.01, 0.99999), seed=st.integers(0, 99))
 def test_energy_is_kept_by_the_smallest_rank(energy: float, seed: int):
     layer = decaying(seed=seed)
-    made, _ = compress_layer("a", layer, Target(energy=energy))
+    made, _ = compress_layer("a", layer, CompressionTarget(energy=energy))
     squares = dense_values(layer).square()
     part = squares.cumsum(0) / squares.sum()
     assert part[made.rank - 1] >= energy - 1e-6
@@ -126,7 +126,7 @@ def test_energy_is_kept_by_the_smallest_rank(energy: float, seed: int):
 def test_max_error_holds_as_stored(limit: float, seed: int, dtype: torch.dtype):
     layer = decaying(seed=seed, dtype=dtype)
     try:
-        made, _ = compress_layer("a", layer, Target(max_error=limit))
+        made, _ = compress_layer("a", layer, CompressionTarget(max_error=limit))
     except MoleValueError as error:
         # eight bits of bfloat16 cannot hold one percent at every rank: then it says so
         assert dtype == torch.bfloat16 and limit < 0.03 and "give a wider dtype" in str(error)
@@ -140,7 +140,7 @@ def test_max_error_holds_as_stored(limit: float, seed: int, dtype: torch.dtype):
 
 def test_what_needs_no_truncation_keeps_its_bits():
     layer = decaying(dtype=torch.float16)
-    for how in (Target(rank=16), Target(rank=100), Target(max_error=0.0)):
+    for how in (CompressionTarget(rank=16), CompressionTarget(rank=100), CompressionTarget(max_error=0.0)):
         made, report = compress_layer("a", layer, how)
         assert torch.equal(made.down, layer.down) and torch.equal(made.up, layer.up)
         assert (
@@ -164,13 +164,13 @@ def test_merged_twins_come_back_to_one():
 
 def test_dtype_and_zero_expert():
     layer = decaying(dtype=torch.float16)
-    assert compress_layer("a", layer, Target(rank=4), torch.float32)[0].up.dtype == torch.float32
+    assert compress_layer("a", layer, CompressionTarget(rank=4), torch.float32)[0].up.dtype == torch.float32
     nothing = LowRank(torch.randn(4, 6), torch.zeros(5, 4))
-    for how in (Target(energy=0.9), Target(max_error=0.1), Target(rank=2)):
+    for how in (CompressionTarget(energy=0.9), CompressionTarget(max_error=0.1), CompressionTarget(rank=2)):
         made, report = compress_layer("a", nothing, how)
         assert made.rank == (2 if how.rank else 1) and not made.delta().any() and report.error_spectral == 0.0
     off = LowRank(layer.down, layer.up, 0.0)
-    assert compress_layer("a", off, Target(energy=0.9))[0].scale == 0.0
+    assert compress_layer("a", off, CompressionTarget(energy=0.9))[0].scale == 0.0
 
 
 def test_a_bank_and_its_reports():
@@ -199,7 +199,7 @@ def test_predictions_are_the_dispatchers():
 
 def test_spectrum_is_what_a_plot_needs():
     layer = decaying()
-    found = spectrum("a", layer)
+    found = layer_spectrum("a", layer)
     values = dense_values(layer)[:16]
     assert found.values == pytest.approx(values.tolist(), rel=1e-6)
     squares = values.square()
@@ -208,9 +208,11 @@ def test_spectrum_is_what_a_plot_needs():
     share = (squares / squares.sum()).tolist()
     assert found.effective == pytest.approx(math.exp(-sum(p * math.log(p) for p in share)), rel=1e-6)
     flat = LowRank(torch.eye(8, 20), torch.eye(30, 8))
-    assert spectrum("flat", flat).effective == pytest.approx(8) and spectrum("flat", flat).ranks == (8, 8, 8)
-    assert spectrum("zero", LowRank(torch.zeros(2, 3), torch.zeros(3, 2))).effective == 0.0
-    said = json.loads(to_json(spectra({"a": layer, "flat": flat})))
+    assert layer_spectrum("flat", flat).effective == pytest.approx(8) and layer_spectrum(
+        "flat", flat
+    ).ranks == (8, 8, 8)
+    assert layer_spectrum("zero", LowRank(torch.zeros(2, 3), torch.zeros(3, 2))).effective == 0.0
+    said = json.loads(to_json(layer_spectra({"a": layer, "flat": flat})))
     assert [one["path"] for one in said["layers"]] == ["a", "flat"] and said["layers"][1]["values"] == [
         1.0
     ] * 8
@@ -248,4 +250,4 @@ def test_other_refusals():
         MoleValueError,
         match=r"layer a: expected a relative spectral error of at most 1e-06, got .* stored in bfloat16",
     ):
-        compress_layer("a", decaying(12, 9, 16), Target(max_error=1e-6), torch.bfloat16)
+        compress_layer("a", decaying(12, 9, 16), CompressionTarget(max_error=1e-6), torch.bfloat16)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mole_kernels.errors import MoleError, MoleKeyError
-from mole_kernels.experts.lowrank import layer_identity
+from mole_kernels.experts.lowrank import canonical_path
 from mole_kernels.io import load_expert, save_expert
 from mole_kernels.io.dialects.own import OwnLayers, classes_with_layers, denoisers, own_layers_of_classes
 from mole_kernels.io.stream import open_experts
@@ -153,7 +153,7 @@ def test_files_alone_give_every_layer_one_identity(folder, name, prefix, ending,
     _, _, factors = model_of(name)
     source, scale = write(folder, Spelling(prefix, ending, strength), factors, "transformer", 3)
     expert = load_expert(source)
-    assert {layer_identity(path) for path in expert.layers} == {layer_identity(path) for path in factors}
+    assert {canonical_path(path) for path in expert.layers} == {canonical_path(path) for path in factors}
     assert {round(layer.scale, 6) for layer in expert.layers.values()} == {round(scale, 6)}
     with open_experts(source) as found:
         (lazy,) = found.values()

@@ -17,8 +17,8 @@ from torch import Tensor
 from mole_kernels.errors import MoleFileError, MoleKeyError, MoleShapeError, MoleValueError, MoleWarning
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.compress import compress
-from mole_kernels.experts.compress_spectrum import spectra
-from mole_kernels.experts.lazy import LazyLayers, size_of
+from mole_kernels.experts.compress_spectrum import layer_spectra
+from mole_kernels.experts.lazy import LazyLayers, layer_size
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.experts.merge import merge
 from mole_kernels.io import GateFile, GateTensors, load_expert, save_bank, save_expert
@@ -130,7 +130,7 @@ def test_compress_and_spectrum_as_in_memory(files: list[Path], tmp_path: Path):
     assert report == said and any(layer.rank_after < 6 for layer in report.layers)
     assert compress_file(files[1], None, energy=0.8) == said
     found = spectra_of_file(files[1])
-    assert found == spectra(load_expert(files[1]).layers) and len(found) == 4
+    assert found == layer_spectra(load_expert(files[1]).layers) and len(found) == 4
 
 
 def alive() -> int:
@@ -164,10 +164,10 @@ def test_lazy_layers_know_their_sizes_unread(files: list[Path]):
     with open_experts(files[0]) as found:
         (lazy,) = found.values()
         assert isinstance(lazy.layers, LazyLayers) and len(lazy.layers) == 4
-        assert {path: size_of(lazy.layers, path) for path in lazy.layers} == {
+        assert {path: layer_size(lazy.layers, path) for path in lazy.layers} == {
             path: (n, k, 4, torch.float16) for path, (n, k, _) in PATHS.items()
         }
-        assert size_of(load_expert(files[0]).layers, f"{BLOCK}.proj_in") == (32, 32, 4, torch.float16)
+        assert layer_size(load_expert(files[0]).layers, f"{BLOCK}.proj_in") == (32, 32, 4, torch.float16)
         assert "nothing" not in lazy.layers and lazy.layers.get("nothing") is None
         same(Expert(dict(lazy.layers)), load_expert(files[0]))
 

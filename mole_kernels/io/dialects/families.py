@@ -97,7 +97,7 @@ def families(layers: Mapping[str, int | None]) -> tuple[str, ...]:
 
     layers  path -> K, the layer's inputs, or None where unknown. The component may stand before the path
     """
-    found: tuple[str, ...] | None = None
+    candidates: tuple[str, ...] | None = None
     for path, K in layers.items():
         flat = flatten(split_component(path)[1])
         here = next((names for sign, names in _SIGNS if sign.search(flat)), None)
@@ -105,10 +105,10 @@ def families(layers: Mapping[str, int | None]) -> tuple[str, ...]:
             continue
         if K is not None and len(here) > 1 and _WIDE.search(flat):
             here = tuple(name for name in here if K in FAMILIES[name].widths) or here
-        found = here if found is None else tuple(name for name in found if name in here)
-    if found is None:
+        candidates = here if candidates is None else tuple(name for name in candidates if name in here)
+    if candidates is None:
         return (TEXT,) if any(_SIGNS[-1][0].search(flatten(path)) for path in layers) else ()
-    return (_unet(layers),) if found == (UNET,) else found
+    return (_unet(layers),) if candidates == (UNET,) else candidates
 
 
 def families_of(expert: Expert) -> tuple[str, ...]:
@@ -116,10 +116,10 @@ def families_of(expert: Expert) -> tuple[str, ...]:
     return families({path: layer.in_features for path, layer in expert.layers.items()})
 
 
-def titles(found: Iterable[str]) -> str:
+def titles(names: Iterable[str]) -> str:
     """ "FLUX.1 or FLUX.2 transformer" """
-    said = [FAMILIES[name].title for name in found]
-    return " or ".join([*(title.removesuffix(" transformer") for title in said[:-1]), *said[-1:]])
+    texts = [FAMILIES[name].title for name in names]
+    return " or ".join([*(title.removesuffix(" transformer") for title in texts[:-1]), *texts[-1:]])
 
 
 def agree(a: Iterable[str], b: Iterable[str]) -> bool:

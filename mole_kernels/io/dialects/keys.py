@@ -77,9 +77,9 @@ _ADDED = re.compile(r"\.diff(?:_[bm])?\Z|\.[wb]_norm\Z|\.bias\Z|\.lora_bias\Z")
 
 
 def _compiled(ending: str) -> re.Pattern[str]:
-    kept, bar, rest = ending.rpartition("|")
+    module_end, bar, rest = ending.rpartition("|")
     pattern = re.escape(rest).replace(r"\*", r"[^.]+") + r"\Z"
-    return re.compile(f"(?<={re.escape(kept)}){pattern}" if bar else pattern)
+    return re.compile(f"(?<={re.escape(module_end)}){pattern}" if bar else pattern)
 
 
 _PATTERNS = tuple((_compiled(ending), half, who) for ending, half, who in ENDINGS)

@@ -57,17 +57,17 @@ class OwnLayers:
         Raises:
             MoleKeyError: Several layers have this flat name.
         """
-        found = {path for pattern in _patterns(name) for path in self._filled(pattern, name)}
-        if name in found:
+        paths = {path for pattern in _patterns(name) for path in self._filled(pattern, name)}
+        if name in paths:
             return name
         # a name with dots of its own is spelled out: it means this path or none
-        if len(found) > 1 and "." not in name:
+        if len(paths) > 1 and "." not in name:
             raise MoleKeyError(
                 f"layer {printable(name)}",
-                f"the flat name stands for {' and for '.join(map(printable, sorted(found)))}",
+                f"the flat name stands for {' and for '.join(map(printable, sorted(paths)))}",
                 hint="spell the layer with dots",
             )
-        return next(iter(found)) if found and "." not in name else None
+        return next(iter(paths)) if paths and "." not in name else None
 
     def _filled(self, pattern: str, name: str) -> Iterable[str]:
         numbers = [

@@ -139,7 +139,7 @@ def read_json(path: Path, form: str, expected: str) -> dict[str, Any]:
     """A JSON object whose "format" is `form`; MoleFileError else."""
     if not path.exists():
         raise MoleFileError(printable(path.parent, 300), expected=expected, got=f"no {path.name}")
-    record = files.read_json(path)
+    record = files.read_json_file(path)
     if not isinstance(record, dict) or record.get("format") != form:
         got = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise MoleFileError(

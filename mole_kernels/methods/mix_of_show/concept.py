@@ -15,7 +15,7 @@ from mole_kernels.experts.lowrank import Expert
 from mole_kernels.files.limits import finite
 from mole_kernels.files.opening import PathLike
 from mole_kernels.files.reader import read_tensors
-from mole_kernels.files.text import read_json
+from mole_kernels.files.text import read_json_file
 from mole_kernels.files.writer import atomic_save
 from mole_kernels.io import load_expert, save_expert
 from mole_kernels.io.mix_of_show import load_mix_of_show_parts, save_mix_of_show
@@ -134,7 +134,7 @@ def load_fusion_config(path: PathLike) -> list[Concept]:
     names entry and field.
     """
     where = printable(path, 300)
-    entries = read_json(path)
+    entries = read_json_file(path)
     if not isinstance(entries, list) or not entries:
         raise MoleFileError(
             where, expected=f"a list of entries with {', '.join(FIELDS)}", got=type(entries).__name__

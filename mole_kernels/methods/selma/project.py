@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
-from mole_kernels.files.text import read_json, read_text, text_lines
+from mole_kernels.files.text import read_json_file, read_text, text_lines
 from mole_kernels.files.writer import atomic_write
 from mole_kernels.methods.selma.skills import Skill
 
@@ -189,7 +189,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A manifest, {} where there is none."""
     if not path.exists():
         return {}
-    manifest = read_json(path)
+    manifest = read_json_file(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise MoleFileError(
             printable(path, 300), expected=f"a manifest of the format {FORMAT}", got="something else"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_kernels.errors import MoleFileError, MoleValueError, printable
-from mole_kernels.files.text import read_json, read_text
+from mole_kernels.files.text import read_json_file, read_text
 
 YES, NO = "yes", "no"
 
@@ -105,7 +105,7 @@ def load_tifa(path: str | Path) -> list[Tree]:
     dependencies.
     """
     where = printable(path, 300)
-    rows: Any = read_json(path)
+    rows: Any = read_json_file(path)
     if not isinstance(rows, list):
         raise MoleFileError(where, expected="a JSON list", got=type(rows).__name__)
     items: dict[str, tuple[str, list[Question]]] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_kernels.errors import MoleFileError, MoleValueError, printable
-from mole_kernels.files.text import read_json
+from mole_kernels.files.text import read_json_file
 
 SEEDS = 3
 
@@ -116,7 +116,7 @@ SKILLS: Mapping[str, Skill] = {
 def load_skills(path: str | Path) -> dict[str, Skill]:
     """Skills of a JSON file {name: {"seeds": [three prompts], "about": "…"}}, in its order."""
     where = printable(path, 300)
-    table: Any = read_json(path)
+    table: Any = read_json_file(path)
     if (
         not isinstance(table, dict)
         or not table

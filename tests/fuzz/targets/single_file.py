@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from mole_kernels.experts.format import bank_from_tensors, bank_tensors, stamp
+from mole_kernels.experts.format import experts_from_tensors, stamp, tensors_of_experts
 from tests.fuzz.meeting import numbers, same, text
 
 JSON = True
@@ -16,10 +16,10 @@ TENSORS = {
 
 
 def check(data: bytes) -> None:
-    bank, rest = bank_from_tensors(TENSORS, stamp() | {"experts": text(data)}, "file")
+    bank, rest = experts_from_tensors(TENSORS, stamp() | {"experts": text(data)}, "file")
     assert not rest
-    tensors, metadata = bank_tensors(bank)
-    again, _ = bank_from_tensors(tensors, metadata, "again")
-    assert again.names == bank.names and bank_tensors(again)[1] == metadata
+    tensors, metadata = tensors_of_experts(bank)
+    again, _ = experts_from_tensors(tensors, metadata, "again")
+    assert list(again) == list(bank) and tensors_of_experts(again)[1] == metadata
     assert all(same(tensors[key], tensor) for key, tensor in TENSORS.items())
     assert json.loads(metadata["experts"])
