@@ -19,7 +19,7 @@ from mole_kernels.io.experts import load_expert
 from mole_kernels.io.gates import GateFile, load_gates
 from mole_kernels.patching.apply import patch
 from mole_kernels.reports.record import Recorder
-from mole_kernels.reports.report import make_report
+from mole_kernels.reports.report import report_page
 
 
 def write(
@@ -39,7 +39,7 @@ def write(
     seen = picture = None
     if pipeline is not None:
         seen, picture = _run(bank, chosen, str(pipeline), prompt, steps, seed)
-    text = make_report(bank, seen, picture, title=", ".join(bank.names)[:120])
+    text = report_page(bank, seen, picture, title=", ".join(bank.names)[:120])
 
     def whole(file: BinaryIO) -> None:
         file.write(text.encode())

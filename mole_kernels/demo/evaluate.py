@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from mole_kernels.demo import classifier, data
 from mole_kernels.demo.model import FACTOR, LATENT_CHANNELS, Pipeline
-from mole_kernels.reports.record import kind_of
+from mole_kernels.reports.record import layer_kind
 
 TIMES = (50, 150, 300, 500, 750)
 REGIONS = ("all", "low", "high", "background")
@@ -166,7 +166,7 @@ def gate_auc(maps: Sequence[Mapping[str, Tensor]], boxes: Tensor) -> dict[str, d
         for path, found in at_time.items():
             scores = _scores(found, boxes)
             rows.setdefault("mean of layers", []).extend(scores)
-            rows.setdefault(kind_of(path), []).extend(scores)
+            rows.setdefault(layer_kind(path), []).extend(scores)
     means = {row: torch.tensor(scores).nanmean(0).tolist() for row, scores in sorted(rows.items())}
     return {row: {"own_vs_rest": a, "own_vs_other": b} for row, (a, b) in means.items()}
 

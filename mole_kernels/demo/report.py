@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mole_kernels.demo.evaluate import REGIONS
-from mole_kernels.reports.page import bullets, facts, page, picture, section, table
+from mole_kernels.reports.page import bullets, fact_cards, html_table, page, picture, section
 
 
 def make_report(metrics: Mapping, grid: str, maps: str) -> str:
@@ -69,7 +69,7 @@ def _facts(metrics: Mapping) -> str:
         (f"{found:.2f}", "AUC of the mean gate map, own cards against the rest"),
         (f"{ours['median']:.2f} ×", f"time per step over the base (eager MoLE {eager:.2f} ×)"),
     ]
-    return facts(items)
+    return fact_cards(items)
 
 
 def _reading_table(metrics: Mapping) -> str:
@@ -81,7 +81,7 @@ def _reading_table(metrics: Mapping) -> str:
             for c in columns
         ]
         rows.append((name, cells))
-    return table(("variant", "all digits %", "0–4 %", "5–9 %", "blank slots %"), rows, metrics["shown"])
+    return html_table(("variant", "all digits %", "0–4 %", "5–9 %", "blank slots %"), rows, metrics["shown"])
 
 
 def _loss_table(metrics: Mapping) -> str:
@@ -92,7 +92,7 @@ def _loss_table(metrics: Mapping) -> str:
         else:
             cells = [_change(found[r]["change_mean"], found[r]["change_sd"]) for r in REGIONS]
         rows.append((name, cells))
-    return table(("variant", "all", "0–4 cards", "5–9 cards", "background"), rows, metrics["shown"])
+    return html_table(("variant", "all", "0–4 cards", "5–9 cards", "background"), rows, metrics["shown"])
 
 
 def _auc_table(metrics: Mapping) -> str:
@@ -104,7 +104,7 @@ def _auc_table(metrics: Mapping) -> str:
                 for c in ("own_vs_rest", "own_vs_other")
             ]
             rows.append((f"{variant}: {row}", cells))
-    return table(("gates: averaged over", "own cards vs rest", "own vs other cards"), rows, "")
+    return html_table(("gates: averaged over", "own cards vs rest", "own vs other cards"), rows, "")
 
 
 def _time_table(time: Mapping) -> str:
@@ -112,7 +112,7 @@ def _time_table(time: Mapping) -> str:
         (name, [f"{r['median']:.3f}", f"{r['p20']:.3f}", f"{r['p80']:.3f}"])
         for name, r in time["ratio"].items()
     ]
-    return table(("model", "÷ base, median", "p20", "p80"), rows, "ours")
+    return html_table(("model", "÷ base, median", "p20", "p80"), rows, "ours")
 
 
 def _change(mean: float, sd: float) -> str:

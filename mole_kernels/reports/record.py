@@ -1,12 +1,10 @@
-"""Gates recorded as a pipeline samples: how much of each expert every layer used at every step, and where in
-the picture.
-"""
+"""Record the gates while a pipeline samples: how much of each expert each layer uses, and where."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +14,32 @@ from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.patching.handle import GateMap, Handle
 
 
-def whole_gate(said: GateMap) -> Tensor:
-    """given · token · sample, [B|1,T|1,E] float32: what an expert is multiplied by beside its scale."""
-    gate = torch.ones(1, 1, len(said.names))
-    for part in (said.given, said.token, None if said.sample is None else said.sample[:, None]):
+def whole_gate(gates: GateMap) -> Tensor:
+    """gate = given · token · sample: what an expert is multiplied by beside its scale.
+
+    Args:
+        gates: The gates of one layer's last forward.
+
+    Returns:
+        [B|1,T|1,E] float32 on the CPU.
+    """
+    gate = torch.ones(1, 1, len(gates.names))
+    for part in (gates.given, gates.token, None if gates.sample is None else gates.sample[:, None]):
         if part is not None:
             gate = gate * part.detach().float().cpu()
     return gate
 
 
-def grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """Height and width of `tokens` that are places of a picture whose latents are height x width, halved some
-    times; None for words.
+def latent_grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
+    """The grid that a layer's tokens form: the latents' size, halved until it fits.
+
+    Args:
+        tokens: Number of tokens.
+        height: Height of the latents.
+        width: Width of the latents.
+
+    Returns:
+        (height, width) of the grid, or None where the tokens are no such grid (words).
     """
     h, w = height, width
     while h * w > tokens:
@@ -37,8 +49,8 @@ def grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
     return (h, w) if h * w == tokens and tokens > 1 else None
 
 
-def kind_of(path: str) -> str:
-    """The kind of a layer: "…transformer_blocks.0.attn1.to_q" -> "attn1.to_q"; "…proj_in" -> "proj_in"."""
+def layer_kind(path: str) -> str:
+    """Name a layer without its block: "…transformer_blocks.0.attn1.to_q" -> "attn1.to_q"."""
     after = path.rpartition("blocks.")[2].partition(".")[2] or path
     return after if "attentions" not in after else after.rpartition(".")[2]
 
@@ -47,18 +59,26 @@ def kind_of(path: str) -> str:
 class Recorder:
     """Reads the gates of a patched pipeline after each step.
 
-        seen = Recorder(handle, height=64, width=64)
-        pipe(prompt, callback_on_step_end=seen.callback)
-        seen.usage()     how much of each expert, by step and kind of layer
-        seen.maps()      where, by step
+    Only eager forwards leave gates to read. The recorder keeps one number per layer, step and expert, and the
+    maps.
 
-    height, width  of the latents; layers whose tokens are no such grid (words) have no map
-    by_layer       keep a map for every layer, not one for each kind: layers x steps x experts x height x
-                   width numbers
-    sample         which sample of the batch; −1, the last, is a prompt's conditional half under
-                   classifier-free guidance
+    Args:
+        handle: The patched pipeline.
+        height: Height of the latents.
+        width: Width of the latents. Layers whose tokens are no such grid (words) have no map.
+        sample: Which sample of the batch to read. −1, the last, is a prompt's conditional half under
+            classifier-free guidance.
+        by_layer: Keep a map for every layer instead of one for each kind: layers × steps × experts × height ×
+            width numbers.
 
-    Only eager forwards leave gates to read. Kept are one number per layer, step and expert, and the maps.
+    Raises:
+        MoleValueError: A height or width below 1.
+
+    Example:
+        >>> recorder = Recorder(handle, height=64, width=64)
+        >>> images = pipe(prompt, callback_on_step_end=recorder.callback).images
+        >>> rows, usage = recorder.usage()  # [kinds of layer, steps, experts]
+        >>> maps = recorder.maps()  # [steps, experts, height, width]
     """
 
     handle: Handle
@@ -80,29 +100,30 @@ class Recorder:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The experts, in the order of the maps."""
         return self.handle.names
 
     def callback(self, pipeline: object, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """For a pipeline's `callback_on_step_end`."""
+        """Record a step; pass it to a pipeline as `callback_on_step_end`."""
         self.take(int(timestep))
         return kwargs
 
     def take(self, timestep: int) -> None:
-        """Record what the gates said in the forward that just ran."""
+        """Record the gates of the forward that has just run, under its timestep."""
         means: dict[str, Tensor] = {}
         sums: dict[str, tuple[Tensor, int]] = {}
-        for path, said in self.handle.gate_maps().items():
-            gate = whole_gate(said)
-            one = self._spread(gate[self.sample if gate.shape[0] > 1 else 0], said.names)
-            means[path] = one.mean(0)
-            place = grid(one.shape[0], self.height, self.width)
+        for path, gates in self.handle.gate_maps().items():
+            gate = whole_gate(gates)
+            whole = self._spread(gate[self.sample if gate.shape[0] > 1 else 0], gates.names)
+            means[path] = whole.mean(0)
+            place = latent_grid(whole.shape[0], self.height, self.width)
             if place is not None:
-                found = F.interpolate(
-                    one.mT.unflatten(1, place)[None], (self.height, self.width), mode="nearest"
+                spread = F.interpolate(
+                    whole.mT.unflatten(1, place)[None], (self.height, self.width), mode="nearest"
                 )[0]
-                where = path if self.by_layer else kind_of(path)
-                before, count = sums.get(where, (torch.zeros_like(found), 0))
-                sums[where] = before + found, count + 1
+                where = path if self.by_layer else layer_kind(path)
+                before, count = sums.get(where, (torch.zeros_like(spread), 0))
+                sums[where] = before + spread, count + 1
         self.steps.append(timestep)
         self._means.append(means)
         self._maps.append({kind: total / count for kind, (total, count) in sums.items()})
@@ -113,13 +134,22 @@ class Recorder:
         whole[:, [self.names.index(name) for name in names]] = gate
         return whole
 
-    def usage(self, by: str = "kind") -> tuple[list[str], Tensor]:
-        """Mean gate by step: the rows' names and [rows,steps,E].  by: "kind" of layer, "layer", or "all"
-        together.
+    def usage(self, by: Literal["kind", "layer", "all"] = "kind") -> tuple[list[str], Tensor]:
+        """Mean gate of each group of layers at each step.
+
+        Args:
+            by: "kind" of layer, each "layer", or "all" of them together.
+
+        Returns:
+            The groups' names, and the means [groups,steps,E].
+
+        Raises:
+            MoleStateError: Nothing is recorded.
+            MoleValueError: An unknown `by`.
         """
-        self._check_any()
+        self._check_recorded()
         group: dict[str, Callable[[str], str]] = {
-            "kind": kind_of,
+            "kind": layer_kind,
             "layer": str,
             "all": lambda path: "all layers",
         }
@@ -135,10 +165,19 @@ class Recorder:
         return list(rows), torch.stack(values)
 
     def maps(self, kind: str | None = None) -> Tensor:
-        """Where, by step: [steps,E,height,width], of one kind of layer (one layer, by_layer), or the mean
-        over all with maps.
+        """Where in the picture each expert is used, at each step.
+
+        Args:
+            kind: One kind of layer (or one layer, with `by_layer`). Default: the mean over all with maps.
+
+        Returns:
+            [steps,E,height,width].
+
+        Raises:
+            MoleStateError: Nothing is recorded, or no layer has a map.
+            MoleValueError: An unknown `kind`.
         """
-        self._check_any()
+        self._check_recorded()
         kinds = list(self._maps[0])
         if not kinds:
             raise MoleStateError(
@@ -151,12 +190,12 @@ class Recorder:
         )
 
     def kinds(self) -> list[str]:
-        """The kinds of layers (the layers, by_layer) that have maps."""
-        self._check_any()
+        """The kinds of layers (or the layers, with `by_layer`) that have maps."""
+        self._check_recorded()
         return list(self._maps[0])
 
-    def _check_any(self) -> None:
+    def _check_recorded(self) -> None:
         if not self._means:
             raise MoleStateError(
-                "Recorder", "nothing is recorded", hint="pipe(…, callback_on_step_end=recorder.callback)"
+                "Recorder", "nothing is recorded yet", hint="pipe(…, callback_on_step_end=recorder.callback)"
             )

@@ -1,4 +1,4 @@
-"""One HTML page about experts and, where a pipeline ran, about what its gates did."""
+"""One HTML page about experts and, where a pipeline ran, about its gates."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.compress_svd import singular_values
 from mole_kernels.reports import page, plots
-from mole_kernels.reports.record import Recorder, kind_of
+from mole_kernels.reports.record import Recorder, layer_kind
 
 LEVELS = (0.9, 0.99, 0.999)
 
 
-def spectrum(bank: ExpertBank) -> dict[str, dict[str, Tensor]]:
-    """expert -> layer -> the singular values of its ΔW, falling, scale included; from the factors, never the
-    dense ΔW.
+def bank_spectra(bank: ExpertBank) -> dict[str, dict[str, Tensor]]:
+    """Singular values of each layer's ΔW, from its factors; the dense ΔW is never formed.
+
+    Returns:
+        {expert: {layer: [P] falling}}, scales included.
     """
     return {
         name: {path: singular_values(f) for path, f in expert.layers.items()}
@@ -27,8 +29,14 @@ def spectrum(bank: ExpertBank) -> dict[str, dict[str, Tensor]]:
 
 
 def rank_for(values: Tensor, energy: float) -> int:
-    """The smallest rank that keeps `energy` of the sum of squares of falling singular values [P]; 0 where all
-    are zero.
+    """The smallest rank that keeps a share of the squares.
+
+    Args:
+        values: [P] singular values, falling.
+        energy: The share of their sum of squares, in 0…1.
+
+    Returns:
+        The rank; 0 where all values are zero.
     """
     squares = values.double().square().cumsum(0)
     if not len(squares) or squares[-1] == 0:
@@ -36,22 +44,27 @@ def rank_for(values: Tensor, energy: float) -> int:
     return min(len(values), int((squares < energy * squares[-1]).sum()) + 1)
 
 
-def make_report(
+def report_page(
     bank: ExpertBank,
-    seen: Recorder | None = None,
+    recorder: Recorder | None = None,
     picture: Tensor | None = None,
     title: str = "Experts and gates",
 ) -> str:
-    """The page as text.
+    """Write the page.
 
-    bank     the experts: their spectra, sizes, and where each could be compressed
-    seen     a recorder after a run: usage over the steps, gate maps
-    picture  [3,H,W] in 0…1, the finished picture under the maps
+    Args:
+        bank: The experts: their spectra, their sizes, and where each could be compressed.
+        recorder: A recorder after a run, for usage over the steps and gate maps.
+        picture: [3,H,W] in 0…1, the finished picture, to lay the maps over.
+        title: Title and heading.
+
+    Returns:
+        HTML that needs no other file.
     """
-    values = spectrum(bank)
+    values = bank_spectra(bank)
     norms = _norms(values)
     kinds = list(dict.fromkeys(kind for of in norms.values() for kind in of))
-    parts = [page.facts(_facts(bank, values))]
+    parts = [page.fact_cards(_facts(bank, values))]
     parts.append(
         page.section(
             "Where the experts act",
@@ -63,53 +76,60 @@ def make_report(
         page.section(
             "Spectrum of each expert",
             SPECTRUM_TEXT,
-            page.plot(plots.spectra(values), "singular values"),
+            page.plot(plots.plot_spectra(values), "singular values"),
             _ranks(bank, values),
         )
     )
-    if seen is not None:
+    if recorder is not None:
         parts.append(
             page.section(
                 "How much of each expert",
                 USAGE_TEXT,
-                page.plot(plots.usage_over_steps(seen), "usage over the steps"),
-                _usage(seen),
+                page.plot(plots.usage_over_steps(recorder), "usage over the steps"),
+                _usage(recorder),
             )
         )
-        if picture is not None and seen.kinds():
+        if picture is not None and recorder.kinds():
             parts.append(
                 page.section(
                     "Where the gates look",
                     MAP_TEXT,
-                    page.plot(plots.maps_over_picture(seen, picture), "gate maps"),
+                    page.plot(plots.maps_over_picture(recorder, picture), "gate maps"),
                 )
             )
-        if seen.kinds():
-            middle = f"{LAYER_TEXT} Timestep {seen.steps[len(seen.steps) // 2]}."
+        if recorder.kinds():
+            middle = f"{LAYER_TEXT} Timestep {recorder.steps[len(recorder.steps) // 2]}."
             parts.append(
                 page.section(
                     "Layer by layer",
                     middle,
-                    page.plot(plots.maps_of_layers(seen), "gate maps by kind of layer"),
+                    page.plot(plots.maps_of_layers(recorder), "gate maps by kind of layer"),
                 )
             )
     lead = f"{len(bank.names)} experts: " + ", ".join(bank.names)
     return page.page(title, title, lead, parts)
 
 
-SIZE_TEXT = "The Frobenius norm of what each expert adds to the weights, by kind of layer: the root of the sum of squares over its layers."
+SIZE_TEXT = (
+    "The Frobenius norm of what each expert adds to the weights, by kind of layer: the root of the sum of "
+    "squares over its layers."
+)
 SPECTRUM_TEXT = (
-    "Singular values of what each expert adds, layer by layer, divided by the layer's largest. A curve that falls early says that a lower "
-    "rank would do: `mole-kernels compress` makes it, and measures the error. The table counts the ranks that keep a share of the squares."
+    "Singular values of what each expert adds, layer by layer, divided by the layer's largest. A curve "
+    "that falls early means that a lower rank would do: `mole-kernels compress` makes it, and measures "
+    "the error. The table counts the ranks that keep a share of the squares."
 )
 USAGE_TEXT = (
-    "The mean gate (given, per token and per sample, multiplied; scales not included) of the sample's tokens, by kind of layer, from the "
-    "first denoising step to the last."
+    "The mean gate (given, token and sample gate multiplied; scales not included) over the sample's "
+    "tokens, by kind of layer, from the first denoising step to the last."
 )
-LAYER_TEXT = "The same gates by kind of layer, in the middle of the run; the maps of one expert share their range of colours."
+LAYER_TEXT = (
+    "The same gates by kind of layer, in the middle of the run; the maps of one expert share their colour "
+    "range."
+)
 MAP_TEXT = (
-    "The gates of all kinds of layers whose tokens are places of the picture, averaged with equal weight and laid over the finished "
-    "picture; each row spans its own range, which stands beside it."
+    "The gates of all kinds of layers whose tokens are places of the picture, averaged with equal weight "
+    "and laid over the finished picture. Each row has its own colour range, printed beside it."
 )
 
 
@@ -122,7 +142,7 @@ def _facts(bank: ExpertBank, values: Mapping[str, Mapping[str, Tensor]]) -> list
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
     return [
         (str(len(bank.names)), "experts"),
-        (str(len(paths)), "layers that one of them changes"),
+        (str(len(paths)), "layers changed by at least one of them"),
         (span, "rank" if len(ranks) == 1 else "ranks"),
         (f"{parameters / 1e6:.2f} M", "parameters in all experts"),
     ]
@@ -132,8 +152,8 @@ def _norms(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, fl
     out: dict[str, dict[str, float]] = {}
     for name, layers in values.items():
         squares: dict[str, float] = {}
-        for path, found in layers.items():
-            squares[kind_of(path)] = squares.get(kind_of(path), 0.0) + found.square().sum().item()
+        for path, singular in layers.items():
+            squares[layer_kind(path)] = squares.get(layer_kind(path), 0.0) + singular.square().sum().item()
         out[name] = {kind: math.sqrt(total) for kind, total in squares.items()}
     return out
 
@@ -142,24 +162,27 @@ def _ranks(bank: ExpertBank, values: Mapping[str, Mapping[str, Tensor]]) -> str:
     rows = []
     for name, layers in values.items():
         now = sum(f.rank for f in bank.experts[name].layers.values())
-        kept = [sum(rank_for(v, level) for v in layers.values()) for level in LEVELS]
+        counts = [sum(rank_for(v, level) for v in layers.values()) for level in LEVELS]
         rows.append(
             (
                 name,
-                [f"{now}", *(f"{k} <span class=soft>({100 * k / max(now, 1):.0f} %)</span>" for k in kept)],
+                [f"{now}", *(f"{k} <span class=soft>({100 * k / max(now, 1):.0f} %)</span>" for k in counts)],
             )
         )
-    return page.table(("expert", "ranks, all layers", *(f"for {100 * level:g} %" for level in LEVELS)), rows)
+    return page.html_table(
+        ("expert", "ranks, all layers", *(f"for {100 * level:g} %" for level in LEVELS)), rows
+    )
 
 
-def _usage(seen: Recorder) -> str:
-    _, values = seen.usage("all")
+def _usage(recorder: Recorder) -> str:
+    _, values = recorder.usage("all")
     first, last, mean = values[0, 0], values[0, -1], values[0].mean(0)
     rows = [
-        (name, [f"{mean[e]:.3f}", f"{first[e]:.3f}", f"{last[e]:.3f}"]) for e, name in enumerate(seen.names)
+        (name, [f"{mean[e]:.3f}", f"{first[e]:.3f}", f"{last[e]:.3f}"])
+        for e, name in enumerate(recorder.names)
     ]
-    spread = torch.stack([values[0, :, e].std(unbiased=False) for e in range(len(seen.names))])
-    return page.table(
+    spread = torch.stack([values[0, :, e].std(unbiased=False) for e in range(len(recorder.names))])
+    return page.html_table(
         ("expert", "mean gate", "first step", "last step", "spread over steps"),
         [(n, [*c, f"{spread[i]:.3f}"]) for i, (n, c) in enumerate(rows)],
     )

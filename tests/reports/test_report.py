@@ -19,8 +19,8 @@ from mole_kernels.io.save import save_expert
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.handle import GateMap
 from mole_kernels.reports.plots import maps_of_layers
-from mole_kernels.reports.record import Recorder, grid, kind_of, whole_gate
-from mole_kernels.reports.report import make_report, rank_for, spectrum
+from mole_kernels.reports.record import Recorder, latent_grid, layer_kind, whole_gate
+from mole_kernels.reports.report import bank_spectra, rank_for, report_page
 from tests.tiny_models import make_expert, run_unet, tiny_unet
 
 
@@ -44,7 +44,7 @@ def test_the_whole_gate_is_the_product_of_its_parts():
     ],
 )
 def test_grids(tokens, size, want):
-    assert grid(tokens, *size) == want
+    assert latent_grid(tokens, *size) == want
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_grids(tokens, size, want):
     ],
 )
 def test_kinds_of_layers(path, want):
-    assert kind_of(path) == want
+    assert layer_kind(path) == want
 
 
 def test_the_recorder_says_what_the_gates_said():
@@ -82,7 +82,7 @@ def test_the_recorder_says_what_the_gates_said():
     assert found.shape == (3, 2, 8, 6)
     want = []
     for gate in layers:
-        h, w = grid(len(gate), 8, 6)
+        h, w = latent_grid(len(gate), 8, 6)
         want.append(torch.nn.functional.interpolate(gate.mT.reshape(1, 2, h, w), (8, 6))[0])
     torch.testing.assert_close(found[1], torch.stack(want).mean(0))
 
@@ -97,16 +97,18 @@ def test_every_layer_has_a_map_at_every_step_where_asked():
         by_layer.take(seed)
         by_kind.take(seed)
         said.append({path: found.token[-1] for path, found in handle.gate_maps().items()})
-    seeing = [path for path, gate in said[0].items() if grid(len(gate), 8, 6)]
+    seeing = [path for path, gate in said[0].items() if latent_grid(len(gate), 8, 6)]
     assert by_layer.kinds() == seeing and len(seeing) > len(by_kind.kinds())
     for path in seeing:
         for step in range(2):
             gate = said[step][path]
-            want = torch.nn.functional.interpolate(gate.mT.reshape(1, 2, *grid(len(gate), 8, 6)), (8, 6))[0]
+            want = torch.nn.functional.interpolate(
+                gate.mT.reshape(1, 2, *latent_grid(len(gate), 8, 6)), (8, 6)
+            )[0]
             torch.testing.assert_close(by_layer.maps(path)[step], want)
     kind = by_kind.kinds()[0]
     torch.testing.assert_close(
-        by_kind.maps(kind), torch.stack([by_layer.maps(p) for p in seeing if kind_of(p) == kind]).mean(0)
+        by_kind.maps(kind), torch.stack([by_layer.maps(p) for p in seeing if layer_kind(p) == kind]).mean(0)
     )
     drawn = maps_of_layers(by_layer, step=1)
     assert sum(len(axis.images) for axis in drawn.axes) == 2 * len(seeing)
@@ -128,7 +130,7 @@ def test_what_was_not_recorded_is_named():
 def test_spectra_are_those_of_the_dense_matrix_and_ranks_count_its_energy():
     g = torch.Generator().manual_seed(0)
     factor = LowRank(torch.randn(4, 9, generator=g), torch.randn(7, 4, generator=g), 0.3)
-    values = spectrum(ExpertBank({"a": Expert({"first": factor})}))["a"]["first"]
+    values = bank_spectra(ExpertBank({"a": Expert({"first": factor})}))["a"]["first"]
     dense = torch.linalg.svdvals(0.3 * factor.up.double() @ factor.down.double())[:4]
     torch.testing.assert_close(values.double(), dense, rtol=1e-5, atol=1e-7)
     share = dense.square().cumsum(0) / dense.square().sum()
@@ -164,7 +166,7 @@ def test_the_page_escapes_names_and_holds_its_plots():
     seen = Recorder(handle, 8, 6)
     run_unet(unet)
     seen.take(3)
-    text = make_report(bank, seen, torch.rand(3, 16, 12))
+    text = report_page(bank, seen, torch.rand(3, 16, 12))
     page = Page(text)
     assert page.open == [] and "<script" not in text and "&lt;script&gt;" in text
     assert all(uri.startswith("data:image/png;base64,") for uri in page.pictures) and len(page.pictures) == 5
