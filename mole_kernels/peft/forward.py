@@ -28,7 +28,7 @@ from mole_kernels.peft.operands import (
     Operands,
     is_quantised,
     package_of,
-    read_factors,
+    append_factors,
     read_operands,
 )
 from mole_kernels.peft.status import OPERATOR, Outcome
@@ -211,7 +211,7 @@ def _sum(layer: Any, x: Tensor, operands: Operands, compiling: bool) -> Tensor:
         return _added(y, x, operands, fresh, compiling)
     with fetched(operands.hooks, x) as fetched_x:
         now = operands._replace(down=[], up=[], scaling=[])
-        read_factors(layer, now.down, now.up, now.scaling, [])
+        append_factors(layer, now.down, now.up, now.scaling, [])
         return _added(y, fetched_x, now, fresh, compiling)
 
 

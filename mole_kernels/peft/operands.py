@@ -67,7 +67,7 @@ def reason_against_layer(layer: lora.LoraLayer) -> str | None:
     down: list[Tensor] = []
     up: list[Tensor] = []
     hooks: list[ModuleHooks] = []
-    reason = read_factors(layer, down, up, [], hooks)
+    reason = append_factors(layer, down, up, [], hooks)
     return reason or _reason_against_dtypes(down, up, hooks, autocast=False)
 
 
@@ -93,7 +93,7 @@ def read_operands(
     # the dictionary behind the attribute: nn.Module's own look-up is several times dearer
     base: nn.Module = layer._modules["base_layer"]  # type: ignore[attr-defined, assignment]
     base_called = None
-    reason = read_factors(layer, down, up, scaling, hooks)
+    reason = append_factors(layer, down, up, scaling, hooks)
     if reason is None and (args or kwargs):
         named = kwargs.get("adapter_names") is not None
         reason = ADAPTER_NAMES if named else "extra arguments were given"
@@ -126,7 +126,7 @@ def read_operands(
     return Operands(reason, base, base_called, down, up, scaling, hooks)
 
 
-def read_factors(
+def append_factors(
     layer: lora.LoraLayer,
     down: list[Tensor],
     up: list[Tensor],
