@@ -26,9 +26,9 @@ from mole_kernels.peft.hooks import captured_forwards, fetched, is_hooked, redir
 from mole_kernels.peft.operands import (
     PLAIN_TENSORS,
     Operands,
+    append_factors,
     is_quantised,
     package_of,
-    append_factors,
     read_operands,
 )
 from mole_kernels.peft.status import OPERATOR, Outcome

@@ -155,7 +155,6 @@ def test_experts_on_some_of_the_layers():
 
 
 # -- equal A
-# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_equal_a_is_applied_once_and_only_while_it_is_equal():
@@ -189,7 +188,6 @@ def test_equal_a_with_gates_of_their_own_is_not_shared():
 
 
 # -- never stale
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def replace_weight(attention: Any, handle: Any) -> None:
@@ -330,7 +328,6 @@ def test_threads_do_not_take_from_each_other():
 
 
 # -- weights
-# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def storages(model: nn.Module) -> int:

@@ -270,7 +270,6 @@ def test_stands_aside_with_a_reason(name: str):
 
 
 # -- with the text cache
-# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_grouped_and_cached_over_steps():
@@ -334,7 +333,6 @@ def test_grouped_and_cached_is_never_stale(name: str):
 
 
 # -- the operator, and the choice
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_operator_over_separate_weights():
