@@ -52,6 +52,11 @@ began, CPU time of one run of `make robustness`. `tests/test_trust.py` holds the
 BEYOND = """
 ## Beyond the list
 
+- Files of every tool: `tests/io/test_every_spelling.py` draws one LoRA in random prefixes, endings, adapter names and alphas, own names and
+  those of the model's code, whole or layer by layer: the same ΔW on the same layers, or a refusal; `tests/io/test_strength.py` holds random
+  PEFT settings to what PEFT itself computes, and every door to the same strength; `tests/io/test_accounting.py` puts 32 endings that are no
+  plain LoRA's, and random ones, beside layers of every dialect: none vanishes. `tests/files/test_words.py` cuts files anywhere, fails disks
+  at every read, and follows the links of the hub's cache; `tests/experts/test_checks.py` puts NaN into experts in memory at every door.
 - `tests/fuzz`: every reader of strangers' bytes (headers, keys, gate files, PEFT's settings, the single file, indexes, regions as text and
   JSON, fusion lists, tables, DiffLoRA's layouts and models, SELMA's answers, skills and questions, captions) meets a corpus and counted
   mutations of it under atheris: a result or one printable `MoleError`, bounded memory, no hang, and what is written of what was read is
@@ -70,7 +75,7 @@ NOT_YET = """
 ## Not built, and so refused by name
 
 - Quantised layers (72) take no experts on their own; PEFT's quantised layers are left to PEFT by `accelerate`.
-- DoRA, LoKr, LoHa and bias keys (48; all names in dialects.md), grouped convolutions, and sub-byte or integer tensors (44, 45).
+- DoRA, LoKr, LoHa and bias keys (48; all names in dialects.md), grouped convolutions, and sub-byte or integer weights (44, 45).
 - A swap from another thread waits for the forwards that run (74), but not inside `torch.compile` of the whole model, nor for layers called
   on their own; a swap out of a hook happens there and then, each layer wholly old or wholly new.
 - An unsupported GPU (62) is held with a backend that refuses, not with such a GPU.
