@@ -2,7 +2,7 @@
 
 The library has no Python ABI (it is loaded with torch.ops.load_library) and speaks LibTorch's stable ABI, so
 one
-wheel, tagged py3-none-<platform>, serves every Python and torch 2.11 to 2.13.
+wheel, tagged py3-none-<platform>, serves every Python and every torch from 2.11 on.
 
 Environment: MOLE_SKIP_CUDA_BUILD=1 leaves CUDA out, MOLE_FORCE_CUDA=1 makes a missing nvcc an error,
 MOLE_REQUIRE_EXTENSION=1 makes a missing compiler an error; TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX and

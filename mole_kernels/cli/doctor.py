@@ -16,6 +16,7 @@ from rich.text import Text
 
 from mole_kernels import extension
 from mole_kernels.backends.select import report
+from mole_kernels.cli.clashes import clashes
 from mole_kernels.cli.screen import facts, out, table
 from mole_kernels.errors import printable
 from mole_kernels.functional import gated_lora_linear
@@ -75,6 +76,8 @@ def show(as_json: bool) -> bool:
         "",
     )
     console.print(facts([("extension", _extension(found["extension"])), *_rest(found)]), "")
+    for clash in found["clashes"]:
+        console.print(Text(f"! {clash}", style="yellow"))
     rows = [[check.backend, check.device, *_verdict(check)] for check in found["backends"]]
     console.print(
         table(
@@ -102,6 +105,7 @@ def examine() -> dict[str, Any]:
             "platform": f"{platform.system()} {platform.machine()}",
         }
         | _versions(),
+        "clashes": clashes(),
         "extension": extension.describe(),
         "devices": {
             device: torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"

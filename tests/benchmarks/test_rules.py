@@ -1,6 +1,7 @@
 """The rules as numbers, and that what they must notice is noticed."""
 
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -99,13 +100,15 @@ def test_a_moved_tensor_keeps_its_strides(layout):
     )
 
 
+_numbers = count()
+
+
 class Wrong:
     """Scales off by 5 %, the second call different from the first, or nothing written where it should be."""
 
-    name = "wrong"
-
     def __init__(self, how: str) -> None:
-        self.how, self.calls = how, 0
+        # a name of its own: the backend of a kind of call is remembered by its name
+        self.name, self.how, self.calls = f"wrong by {how} {next(_numbers)}", how, 0
 
     def reject(self, problem):
         return None
@@ -132,16 +135,18 @@ class Wrong:
     "how, rule", [("scale", "G2"), ("unwritten", "G1"), ("changing", "G7"), ("gradient", "dx")]
 )
 def test_a_wrong_backend_is_caught(context, monkeypatch, how, rule):
-    monkeypatch.setitem(BACKENDS, "wrong", Wrong(how))
+    wrong = Wrong(how)
+    monkeypatch.setitem(BACKENDS, wrong.name, wrong)
     out = verify.check_rules(
-        {"id": "x", "kind": "rules", "backend": "wrong", "dtype": "bf16", "case": str(Case())}, context
+        {"id": "x", "kind": "rules", "backend": wrong.name, "dtype": "bf16", "case": str(Case())}, context
     )
     assert any(rule in f"{f['stage']} {f['error']}" for f in out.failures), out.failures
 
 
 def test_a_replay_that_is_not_a_fresh_call_is_caught(context, monkeypatch):
-    monkeypatch.setitem(BACKENDS, "wrong", Wrong("changing"))
-    out = verify.check_graph({"id": "x", "kind": "graph", "backend": "wrong", "dtype": "bf16"}, context)
+    wrong = Wrong("changing")
+    monkeypatch.setitem(BACKENDS, wrong.name, wrong)
+    out = verify.check_graph({"id": "x", "kind": "graph", "backend": wrong.name, "dtype": "bf16"}, context)
     assert [f["stage"] for f in out.failures]
 
 
