@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from mole_kernels.functional import _as_samples, gated_lora_linear_with_gates
 from mole_kernels.grouping import weights as group_weights
@@ -31,7 +30,7 @@ from mole_kernels.grouping.operands import (
 from mole_kernels.grouping.pending import CallState, PendingOutputs, call_state
 from mole_kernels.grouping.reasons import reason_against_layers, reason_against_one_product
 from mole_kernels.layers.linear import GatedLoRALinear, LastGates
-from mole_kernels.ops.direct import PLAIN
+from mole_kernels.ops.direct import unobserved
 from mole_kernels.ops.group import beside
 from mole_kernels.tally import count, totals
 from mole_kernels.text_cache.state import layout_of
@@ -201,7 +200,7 @@ class Group:
         counts = totals(self.counts)
         if counts.get(WASTED, 0) > max(FORGIVEN, counts.get(COMPUTED, 0)):
             return "its layers are not called with one input"
-        if _is_observed(x):
+        if not unobserved((x,), ignore_profiler=True):
             return "a tracer, tensor mode or tensor subclass observes the call"
         if x.is_inference():
             return "an input made under inference_mode counts no versions"
@@ -266,17 +265,6 @@ class CachedPacking:
             with torch.inference_mode(False), torch.no_grad():
                 self.packed = pack_operands(operands, self.shared)
         return self.packed
-
-
-def _is_observed(x: Tensor) -> bool:
-    return (
-        type(x) not in PLAIN
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
 
 
 def _note_gates(

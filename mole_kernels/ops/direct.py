@@ -24,9 +24,16 @@ from mole_kernels.precision import no_autocast
 PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
-def unobserved(tensors: Sequence[Tensor | None]) -> bool:
-    """Nothing but plain tensors, and no compiler, tracer, mode, function transform, dual number or profiler
-    at work.
+def unobserved(tensors: Sequence[Tensor | None], *, ignore_profiler: bool = False) -> bool:
+    """Whether nothing but autograd could observe a call with these tensors.
+
+    Args:
+        tensors: The tensors of the call.
+        ignore_profiler: A profiler is no reason to compute another way.
+
+    Returns:
+        True if they are plain tensors and no compiler, tracer, mode, function transform, dual number or
+        profiler is active.
     """
     return (
         # first, for a compiler must not look at the rest
@@ -37,7 +44,7 @@ def unobserved(tensors: Sequence[Tensor | None]) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
-        and not torch.autograd._profiler_enabled()
+        and (ignore_profiler or not torch.autograd._profiler_enabled())
     )
 
 
