@@ -50,6 +50,29 @@ def test_imports_run_downwards(path):
     assert not above, f"{room} imports {', '.join(sorted(above))}, which lie above it"
 
 
+PAPERS = {p.name for p in (PACKAGE / "methods").iterdir() if (p / "__init__.py").exists()}
+
+
+def papers_of(path: Path) -> set[str]:
+    """The rooms of papers that a file imports from."""
+    modules = {
+        node.module
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mole_kernels.methods")
+    }
+    return {module.split(".")[2] for module in modules if module.count(".") > 1} & PAPERS
+
+
+METHODS = sorted((PACKAGE / "methods").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_papers_do_not_import_one_another(path):
+    own = path.relative_to(PACKAGE / "methods").parts[0]
+    others = papers_of(path) - {own}
+    assert not others, f"methods/{own} imports {', '.join(sorted(others))}: what they share lies in methods/"
+
+
 HEAVY = "triton diffusers peft transformers accelerate sklearn matplotlib".split()
 
 

@@ -34,7 +34,7 @@ from mole_kernels.methods.difflora.features import (
     Picture,
     SmallImages,
 )
-from mole_kernels.methods.difflora.generate import Sampling, generate
+from mole_kernels.methods.difflora.generate import Sampling, generate_experts
 from mole_kernels.methods.difflora.predictor import Predictor
 from mole_kernels.methods.difflora.store import (
     load_autoencoder,
@@ -145,7 +145,7 @@ def predict(given: Given) -> None:
     predictor = load_predictor(asked["model_folder"], **encoders)
     began = time.perf_counter()
     sampling = Sampling(asked["sampling_steps"], asked["guidance"], asked["seed"], asked["sampler"])
-    bank = generate(predictor, {"person": pictures}, base=_base(asked["model"]), sampling=sampling)
+    bank = generate_experts(predictor, {"person": pictures}, base=_base(asked["model"]), sampling=sampling)
     expert = bank.experts["person"]
     save_expert(expert, asked["out"], asked["to"])
     seconds = time.perf_counter() - began

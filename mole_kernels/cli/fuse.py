@@ -18,7 +18,7 @@ from mole_kernels.cli.screen import done, number, out, table
 from mole_kernels.errors import MoleValueError, printable
 from mole_kernels.methods.mix_of_show.concept import load_fusion_config
 from mole_kernels.methods.mix_of_show.folder import PIPELINE, save_dense, save_fused
-from mole_kernels.methods.mix_of_show.fusion import Fused, FusionSettings, fuse_pipeline, plan_fusion
+from mole_kernels.methods.mix_of_show.fusion import FusedConcepts, FusionSettings, fuse_pipeline, plan_fusion
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -92,7 +92,7 @@ def settings_of(
     )
 
 
-def _tell(fused: Fused, layers: bool) -> None:
+def _tell(fused: FusedConcepts, layers: bool) -> None:
     columns: tuple[str, ...] = ("", "layers", "base", "weight fusion", "fused", "fused ÷ weight fusion")
     rows = [_row(group, int(sums["layers"]), sums) for group, sums in fused.totals().items()]
     if layers:

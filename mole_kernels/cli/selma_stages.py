@@ -16,10 +16,10 @@ from mole_kernels.cli import pipelines
 from mole_kernels.cli.screen import done, facts, number, out, table
 from mole_kernels.errors import MoleValueError, printable
 from mole_kernels.files.writer import atomic_write
-from mole_kernels.methods.selma.evaluate import evaluate
-from mole_kernels.methods.selma.generators import FileText, LocalText, TextGenerator
+from mole_kernels.methods.selma.evaluate import score_pictures
+from mole_kernels.methods.selma.generators import FileText, TextGenerator, TransformersText
 from mole_kernels.methods.selma.merging import merge_skills, save_merged, skill_bank
-from mole_kernels.methods.selma.pictures import PictureSettings, draw, make_pictures
+from mole_kernels.methods.selma.pictures import PictureSettings, draw_prompts, make_pictures
 from mole_kernels.methods.selma.project import STAGES, Project
 from mole_kernels.methods.selma.prompts import PromptSettings, kept_requests, write_prompts
 from mole_kernels.methods.selma.questions import load_questions
@@ -119,7 +119,7 @@ def paint_for(given: Given) -> None:
         patch(pipe, {"expert": asked["expert"]}) if asked["expert"] else nullcontext(),
         _counting("pictures", len(prompts)) as count,
     ):
-        draw(pipe, prompts, asked["folder"], _settings(asked), on_picture=count)
+        draw_prompts(pipe, prompts, asked["folder"], _settings(asked), on_picture=count)
     _say_done(asked["folder"], f"{len(prompts)} pictures")
 
 
@@ -129,7 +129,7 @@ def judge(given: Given) -> None:
     trees = load_questions(asked["questions"])
     answerer = TransformersVQA.load(asked["vqa"])
     with _progress("asking", len(trees), 0) as line:
-        summary, _ = evaluate(
+        summary, _ = score_pictures(
             asked["folder"],
             trees,
             answerer,
@@ -230,7 +230,7 @@ def _writers(asked: Given, skills: list[Skill]) -> dict[str, TextGenerator]:
             timeout=asked["timeout"],
         )
     else:
-        writer = LocalText.load(asked["model"], temperature=asked["temperature"])
+        writer = TransformersText.load(asked["model"], temperature=asked["temperature"])
     return dict.fromkeys((skill.name for skill in skills), writer)
 
 

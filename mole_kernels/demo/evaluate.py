@@ -87,7 +87,7 @@ def region_loss(losses: Tensor, held: HeldOut) -> dict[str, float]:
 
 
 @torch.no_grad()
-def generate(pipe: Pipeline, captions: Sequence[str], seed: int, steps: int = STEPS) -> Tensor:
+def generate_pictures(pipe: Pipeline, captions: Sequence[str], seed: int, steps: int = STEPS) -> Tensor:
     """Pictures [B,3,24,72] in -1..1 by the pipeline itself (DDIM, classifier-free guidance); the noise
     depends on seed alone.
     """
@@ -105,7 +105,7 @@ def read_back(reader: classifier.Reader, pixels: Tensor, captions: Sequence[str]
     return classifier.accuracy(classifier.read(reader, pixels), labels)
 
 
-def grid_of(tokens: int) -> tuple[int, int] | None:
+def demo_grid(tokens: int) -> tuple[int, int] | None:
     """Height and width of a layer's tokens when they are places of the picture, None when they are words."""
     h, w = data.HEIGHT // FACTOR, data.WIDTH // FACTOR
     return next(((a, b) for a, b in ((h, w), (h // 2, w // 2)) if a * b == tokens), None)
@@ -117,7 +117,7 @@ def picture_maps(token_gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     maps = {}
     for path, gate in token_gates.items():
-        if (size := grid_of(gate.shape[1])) is not None:
+        if (size := demo_grid(gate.shape[1])) is not None:
             maps[path] = gate.transpose(1, 2).unflatten(2, size)
     return maps
 

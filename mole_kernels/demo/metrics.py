@@ -12,7 +12,7 @@ READ = ("digits", "low", "high", "blank")
 AUC = ("own_vs_rest", "own_vs_other")
 
 
-def combine(seeds: Sequence[Mapping], shown: str) -> dict:
+def combine_seeds(seeds: Sequence[Mapping], shown: str) -> dict:
     """The results of the seeds (as `seed.run_seed` returns them) in one table.
 
     loss[variant][region]     mean, sd, seeds; but for the base also change_mean, change_sd in percent against

@@ -51,7 +51,7 @@ def _ablation(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def settings_of(result: Mapping[str, Any]) -> list[str]:
+def describe_settings(result: Mapping[str, Any]) -> list[str]:
     """How the figures were made."""
     made, base, seeds = result["settings"], result["base"], result["seeds"]
     trained = (

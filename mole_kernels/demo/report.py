@@ -10,7 +10,7 @@ from mole_kernels.demo.evaluate import REGIONS
 from mole_kernels.reports.page import bullets, fact_cards, html_table, page, picture, section
 
 
-def make_report(metrics: Mapping, grid: str, maps: str) -> str:
+def make_demo_page(metrics: Mapping, grid: str, maps: str) -> str:
     """The page. grid and maps are data URIs of the two picture sheets."""
     parts = [
         _facts(metrics),

@@ -19,8 +19,8 @@ import torch
 
 from mole_kernels.demo import classifier, data, metrics, pictures, report, tasks
 from mole_kernels.demo.model import ASSETS, load_pipeline, read_facts
-from mole_kernels.demo.notes import notes_of, settings_of
-from mole_kernels.demo.stages import Plan
+from mole_kernels.demo.notes import describe_settings, notes_of
+from mole_kernels.demo.stages import DigitTraining
 from mole_kernels.demo.timing import step_times
 from mole_kernels.errors import MoleValueError
 
@@ -51,7 +51,7 @@ def run_demo(
     *,
     quick: bool = False,
     seeds: int | Sequence[int] = 3,
-    plan: Plan | None = None,
+    plan: DigitTraining | None = None,
     workers: int | None = None,
     say: Say = print,
     assets: str | Path = ASSETS,
@@ -70,7 +70,7 @@ def run_demo(
     if not wanted:
         raise MoleValueError("run_demo: seeds", expected="at least one", got=repr(seeds))
     quiet()
-    folder, plan, begun = Path(out), plan or Plan(), time.time()
+    folder, plan, begun = Path(out), plan or DigitTraining(), time.time()
     folder.mkdir(parents=True, exist_ok=True)
 
     def tell(text: str) -> None:
@@ -83,7 +83,7 @@ def run_demo(
     with _pool(workers) as pool:
         found = _quick(pool, jobs, tell) if quick else _full(pool, jobs, tell)
     tell("timing one denoising step")
-    result = metrics.combine([{"seed": s, "constants": None, **found[s]} for s in wanted], SHOWN)
+    result = metrics.combine_seeds([{"seed": s, "constants": None, **found[s]} for s in wanted], SHOWN)
     result["loss"], result["reading"] = _ordered(result["loss"]), _ordered(result["reading"])
     result["time"] = _timing(jobs[0], quick)
     result |= {
@@ -95,7 +95,7 @@ def run_demo(
     result["settings"] = {name: getattr(jobs[0], name) for name in ("held_out", "captions", "steps")} | vars(
         plan
     )
-    result["notes"], result["settings_text"] = notes_of(result), settings_of(result)
+    result["notes"], result["settings_text"] = notes_of(result), describe_settings(result)
     result["total_seconds"] = time.time() - begun
     _write(folder, result, found[wanted[0]], Path(assets))
     tell(f"wrote {folder / 'report.html'}")
@@ -161,7 +161,7 @@ def _quick(pool: ProcessPoolExecutor, jobs: Sequence[tasks.Job], tell: Say) -> d
 
 def _take(found: dict[int, dict[str, Any]], job: tasks.Job, name: str, future: Future, tell: Say) -> None:
     piece = future.result()
-    tasks.merge(found[job.seed], piece)
+    tasks.add_tables(found[job.seed], piece)
     trained = "".join(
         f", loss {first:.3f} → {last:.3f}" for first, last in piece.get("training", {}).values()
     )
@@ -200,7 +200,7 @@ def _write(folder: Path, result: Mapping[str, Any], first: Mapping[str, Any], as
     maps.save(folder / "gate_maps.png")
     (folder / "metrics.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     (folder / "report.html").write_text(
-        report.make_report(result, pictures.data_uri(grid), pictures.data_uri(maps)), encoding="utf-8"
+        report.make_demo_page(result, pictures.data_uri(grid), pictures.data_uri(maps)), encoding="utf-8"
     )
 
 

@@ -24,7 +24,7 @@ GATE_KINDS = ("constant", "local", "global", "mole")
 
 
 @dataclass(frozen=True)
-class Plan:
+class DigitTraining:
     """Rank, steps, batches and learning rates of one seed's training."""
 
     rank: int = 16
@@ -43,7 +43,9 @@ class Plan:
     snr_gamma: float = 2.0
 
 
-def train_expert(pipe: Pipeline, half: int, plan: Plan, seed: int) -> tuple[Expert, list[float]]:
+def train_digit_expert(
+    pipe: Pipeline, half: int, plan: DigitTraining, seed: int
+) -> tuple[Expert, list[float]]:
     """Stage 2: a fresh expert on sharp close-ups of one half, the base frozen. Returns it with its losses."""
     losses: list[float] = []
     expert = mole.train_expert(
@@ -59,8 +61,8 @@ def train_expert(pipe: Pipeline, half: int, plan: Plan, seed: int) -> tuple[Expe
     return expert, losses
 
 
-def train_gates(
-    pipe: Pipeline, handle: Handle, kind: str, scenes: data.Pictures, plan: Plan, seed: int
+def train_digit_gates(
+    pipe: Pipeline, handle: Handle, kind: str, scenes: data.Pictures, plan: DigitTraining, seed: int
 ) -> list[float]:
     """Stage 3: the fresh gates of a patched pipeline on sharp scenes, base and experts frozen. Returns the
     losses.
@@ -70,14 +72,14 @@ def train_gates(
     return mole.train_gates(handle, batches, config, null=encode_captions(pipe, [""]), progress=False).losses
 
 
-def closeups_of(half: int, plan: Plan, seed: int) -> data.Pictures:
+def closeups_of(half: int, plan: DigitTraining, seed: int) -> data.Pictures:
     """The close-ups of stage 2."""
     return data.closeups(
         data.load_split("train"), plan.closeups, Generator().manual_seed(1000 * seed + half), half
     )
 
 
-def sharp_scenes(plan: Plan, seed: int) -> data.Pictures:
+def sharp_scenes(plan: DigitTraining, seed: int) -> data.Pictures:
     """The scenes of stage 3."""
     return data.scenes(data.load_split("train"), plan.scenes, Generator().manual_seed(1000 * seed + 500))
 
@@ -97,7 +99,7 @@ def batches_of(pipe: Pipeline, pictures: data.Pictures, batch: int, seed: int) -
     return TensorBatches(tensors, batch, seed=seed)
 
 
-def _config(plan: Plan, steps: int, lr: float, seed: int) -> TrainConfig:
+def _config(plan: DigitTraining, steps: int, lr: float, seed: int) -> TrainConfig:
     return TrainConfig(
         steps=steps,
         lr=lr,

@@ -45,7 +45,7 @@ class Job:
 
     seed: int
     folder: Path
-    plan: stages.Plan
+    plan: stages.DigitTraining
     assets: Path = ASSETS
     held_out: int = 64
     captions: int = 48
@@ -75,7 +75,7 @@ def expert_task(job: Job, half: int) -> dict[str, Any]:
 
     begun = time.time()
     pipe = load_pipeline(job.assets)
-    expert, losses = stages.train_expert(pipe, half, job.plan, job.seed)
+    expert, losses = stages.train_digit_expert(pipe, half, job.plan, job.seed)
     save_expert(expert, expert_path(job, data.HALVES[half]))
     return {
         "seconds": {f"expert {data.HALVES[half]}": time.time() - begun},
@@ -98,11 +98,11 @@ def plain_task(job: Job, bank: ExpertBank | None = None) -> dict[str, Any]:
     with patch(pipe, bank or bank_of(job)) as handle:
         for name, scales in {"low expert": (1.0, 0.0), "high expert": (0.0, 1.0), "sum": (1.0, 1.0)}.items():
             handle.set_scales({low: scales[0], high: scales[1]})
-            merge(out, _measure(job, pipe, held, name))
+            add_tables(out, _measure(job, pipe, held, name))
         for constant in CONSTANTS:
             handle.set_scales({low: constant, high: constant})
-            merge(out, _losses(pipe, held, f"constant {constant}"))
-    return merge(out, {"seconds": {"plain": time.time() - begun}})
+            add_tables(out, _losses(pipe, held, f"constant {constant}"))
+    return add_tables(out, {"seconds": {"plain": time.time() - begun}})
 
 
 def gates_task(job: Job, kind: str) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def gates_task(job: Job, kind: str) -> dict[str, Any]:
     begun, pipe = time.time(), load_pipeline(job.assets)
     torch.manual_seed(1000 * job.seed + 7)
     with patch(pipe, bank_of(job), gates=kind) as handle:
-        losses = stages.train_gates(
+        losses = stages.train_digit_gates(
             pipe, handle, kind, stages.sharp_scenes(job.plan, job.seed), job.plan, job.seed
         )
         if kind == "mole":
@@ -151,10 +151,10 @@ def _measure(job: Job, pipe: Pipeline, held: evaluate.HeldOut, variant: str) -> 
     # one list of captions for all variants and seeds; the noise differs by seed
     labels = data.draw_labels(job.captions, Generator().manual_seed(4242))
     captions = [data.caption_of(row) for row in labels.tolist()]
-    pixels = evaluate.generate(pipe, captions, 100 + job.seed, job.steps)
+    pixels = evaluate.generate_pictures(pipe, captions, 100 + job.seed, job.steps)
     out["reading"] = {variant: evaluate.read_back(load_reader(job.assets), pixels, captions)}
     if job.pictures:
-        out["pictures"] = {variant: evaluate.generate(pipe, SHOWN_CAPTIONS, job.seed, job.steps)}
+        out["pictures"] = {variant: evaluate.generate_pictures(pipe, SHOWN_CAPTIONS, job.seed, job.steps)}
     return out
 
 
@@ -186,7 +186,7 @@ def _constants(handle: Handle) -> dict[str, float]:
     return dict(zip(handle.names, torch.stack(given).mean(0).tolist(), strict=True))
 
 
-def merge(into: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def add_tables(into: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """Put the tables of `more` into those of `into`, one level deep."""
     for key, table in more.items():
         into.setdefault(key, {}).update(table)

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -139,3 +139,12 @@ def _sync_folder(folder: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_json(path: PathLike, content: Any) -> None:
+    """Write plain values as JSON, readable by eye, complete or not at all; `files.text.read_json` reads it."""
+
+    def write(file: BinaryIO) -> None:
+        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+    atomic_write(path, write)

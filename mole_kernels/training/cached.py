@@ -17,7 +17,7 @@ from mole_kernels.training.data import counted_generator
 from mole_kernels.training.encode import Encoder, Posterior
 from mole_kernels.training.pictures import Picture, PictureFolder
 from mole_kernels.training.progress import ProgressLine
-from mole_kernels.training.store import Store, check_room, size_of
+from mole_kernels.training.store import Store, bytes_as, check_room
 
 # a shard's header says about this much of each tensor
 HEADER_BYTES = 160
@@ -249,7 +249,7 @@ def cache_size(
         for p in folder.pictures
     }
     captions = {text_id(p.caption) for p in folder.pictures}
-    each = size_of(null, dtype)
+    each = bytes_as(null, dtype)
     tensors = len(pictures) + len(captions) * len(null)
     missing = sum(n + HEADER_BYTES for key, n in pictures.items() if latents is None or key not in latents)
     missing += sum(each + HEADER_BYTES * len(null) for key in captions if texts is None or key not in texts)

@@ -60,6 +60,11 @@ class TrainResult:
     seconds: float
     throughput: float
 
+    def late_loss(self, steps: int = 50) -> float:
+        """The mean loss of the last steps; NaN for a run without any."""
+        late = self.losses[-steps:]
+        return sum(late) / len(late) if late else math.nan
+
 
 def fit(
     model: nn.Module,

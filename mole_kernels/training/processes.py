@@ -23,7 +23,7 @@ def processes() -> PartialState:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def as_only_process() -> Iterator[None]:
     """Inside, this process is the only one for accelerate: for runs that each process makes by itself, at its
     own pace.
 

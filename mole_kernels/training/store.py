@@ -128,6 +128,6 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
-def size_of(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+def bytes_as(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> int:
     """Bytes of these tensors, were they of this dtype."""
     return sum(t.numel() for t in tensors.values()) * dtype.itemsize

@@ -34,11 +34,11 @@ def halved_gates(gates: GateFile) -> GateFile:
     return replace(gates, layers=layers)
 
 
-def make_mixture(assets: Path, plan: stages.Plan, seed: int) -> dict:
+def make_mixture(assets: Path, plan: stages.DigitTraining, seed: int) -> dict:
     """Stages 2 and 3; writes mixture.safetensors and adds to facts.json. Returns what was added."""
     pipe, experts, losses = model.load_pipeline(assets), {}, {}
     for half, name in enumerate(data.HALVES):
-        expert, found = stages.train_expert(pipe, half, plan, seed)
+        expert, found = stages.train_digit_expert(pipe, half, plan, seed)
         # what ships is half precision, so the gates are trained on that
         experts[name] = halved(expert)
         losses[name] = [round(value, 5) for value in stages.ends(found)]
@@ -46,7 +46,7 @@ def make_mixture(assets: Path, plan: stages.Plan, seed: int) -> dict:
     bank = ExpertBank(experts)
     torch.manual_seed(seed)
     with patch(pipe, bank, gates="mole") as handle:
-        found = stages.train_gates(pipe, handle, "mole", stages.sharp_scenes(plan, seed), plan, seed)
+        found = stages.train_digit_gates(pipe, handle, "mole", stages.sharp_scenes(plan, seed), plan, seed)
         losses["gates"] = [round(value, 5) for value in stages.ends(found)]
         gates = handle.gates()
     print("gates", losses["gates"], flush=True)
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--longer", type=float, default=3.0, help="steps, as a multiple of the demo's own")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    plan = stages.Plan()
+    plan = stages.DigitTraining()
     steps = {
         name: max(1, round(args.longer * getattr(plan, name))) for name in ("expert_steps", "gate_steps")
     }

@@ -44,7 +44,8 @@ def test_the_pipeline_is_made_of_real_parts_and_frozen(pipe):
 
 def test_the_pipeline_draws_the_same_pictures_twice(pipe):
     one, two = (
-        evaluate.generate(pipe, ["three blank seven", "blank one blank"], seed=1, steps=3) for _ in range(2)
+        evaluate.generate_pictures(pipe, ["three blank seven", "blank one blank"], seed=1, steps=3)
+        for _ in range(2)
     )
     assert one.shape == (2, 3, data.HEIGHT, data.WIDTH) and torch.equal(one, two)
     assert torch.isfinite(one).all() and one.min() >= -1 and one.max() <= 1
@@ -90,6 +91,6 @@ def test_the_base_follows_its_captions(pipe):
         "blank blank zero",
     ]
     found = evaluate.read_back(
-        classifier.load_reader(), evaluate.generate(pipe, captions, seed=2, steps=12), captions
+        classifier.load_reader(), evaluate.generate_pictures(pipe, captions, seed=2, steps=12), captions
     )
     assert found["blank"] >= 0.8 and found["digits"] >= 0.25

@@ -34,7 +34,11 @@ def test_perfect_maps_have_auc_one_and_swapped_maps_zero():
 
 
 def test_gates_over_words_make_no_maps():
-    assert evaluate.grid_of(108) == (6, 18) and evaluate.grid_of(27) == (3, 9) and evaluate.grid_of(5) is None
+    assert (
+        evaluate.demo_grid(108) == (6, 18)
+        and evaluate.demo_grid(27) == (3, 9)
+        and evaluate.demo_grid(5) is None
+    )
     assert list(evaluate.picture_maps({"a": torch.zeros(2, 108, 2), "b": torch.zeros(2, 5, 2)})) == ["a"]
     assert (
         evaluate.picture_maps({"a": torch.arange(2 * 108 * 2.0).view(2, 108, 2)})["a"][1, 0, 2, 5]
@@ -102,7 +106,7 @@ def seed_result(seed: int, base: float, both: float) -> dict:
 
 
 def test_seeds_are_compared_with_their_own_base():
-    found = metrics.combine([seed_result(0, 1.0, 0.9), seed_result(1, 2.0, 1.9)], "both")
+    found = metrics.combine_seeds([seed_result(0, 1.0, 0.9), seed_result(1, 2.0, 1.9)], "both")
     change = found["loss"]["both"]["all"]
     assert change["change_mean"] == pytest.approx(-7.5) and change["change_sd"] == pytest.approx(
         math.sqrt(12.5)

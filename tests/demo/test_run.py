@@ -20,7 +20,9 @@ from mole_kernels.errors import MoleValueError
 from mole_kernels.io import load_bank
 from mole_kernels.patching.apply import patch
 
-TINY = stages.Plan(rank=2, closeups=32, expert_steps=2, expert_batch=4, scenes=32, gate_steps=2, gate_batch=4)
+TINY = stages.DigitTraining(
+    rank=2, closeups=32, expert_steps=2, expert_batch=4, scenes=32, gate_steps=2, gate_batch=4
+)
 
 
 def job(folder, **changes) -> tasks.Job:
@@ -76,7 +78,7 @@ def test_experts_without_gates_are_measured_alone_summed_and_scaled(trained):
 def test_the_base_is_the_same_before_and_after_an_expert_is_trained():
     pipe = load_pipeline()
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
-    stages.train_expert(pipe, 0, TINY, seed=0)
+    stages.train_digit_expert(pipe, 0, TINY, seed=0)
     after = pipe.unet.state_dict()
     assert list(after) == list(before) and all(
         torch.equal(after[name], tensor) for name, tensor in before.items()

@@ -33,7 +33,7 @@ def test_a_short_run_from_nothing_gives_a_pipeline_and_lowers_the_loss(tool, tmp
     first, last = facts["base_loss"]
     assert last < 0.5 * first
     assert read_facts(tmp_path) == facts
-    assert evaluate.generate(load_pipeline(tmp_path), ["one two three"], seed=0, steps=2).shape == (
+    assert evaluate.generate_pictures(load_pipeline(tmp_path), ["one two three"], seed=0, steps=2).shape == (
         1,
         3,
         24,

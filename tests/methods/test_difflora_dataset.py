@@ -27,7 +27,7 @@ from mole_kernels.methods.difflora.dataset import (
     train_identities,
 )
 from mole_kernels.methods.difflora.manifest import tensors_of
-from mole_kernels.training.processes import alone, processes
+from mole_kernels.training.processes import as_only_process, processes
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -175,7 +175,7 @@ def test_alone_gives_the_other_processes_back():
     before = dict(state.__dict__)
     try:
         state.__dict__.update(num_processes=7, process_index=3)
-        with alone():
+        with as_only_process():
             assert (processes().num_processes, processes().process_index, processes().is_main_process) == (
                 1,
                 0,

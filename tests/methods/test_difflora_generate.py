@@ -23,7 +23,7 @@ from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.io import load_expert
 from mole_kernels.methods.difflora.autoencoder import AutoencoderConfig, LoRAAutoencoder
 from mole_kernels.methods.difflora.features import SmallImages
-from mole_kernels.methods.difflora.generate import Sampling, generate
+from mole_kernels.methods.difflora.generate import Sampling, generate_experts
 from mole_kernels.methods.difflora.manifest import Manifest
 from mole_kernels.methods.difflora.predictor import Predictor
 from mole_kernels.methods.difflora.store import save_predictor
@@ -78,7 +78,7 @@ def same(a, b):
 
 def test_applied_is_merged_and_taken_off_leaves_the_base(unet, predictor, pictures):
     base = run_unet(unet)
-    bank = generate(predictor, pictures, base=unet, sampling=SAMPLING)
+    bank = generate_experts(predictor, pictures, base=unet, sampling=SAMPLING)
     assert bank.names == ("anna", "ben")
     with patch(unet, {"anna": bank.experts["anna"]}):
         unmerged = run_unet(unet)
@@ -95,26 +95,28 @@ def test_applied_is_merged_and_taken_off_leaves_the_base(unet, predictor, pictur
 @pytest.mark.parametrize("kind", ["ddim", "dpm"])
 def test_a_persons_expert_is_theirs_alone(predictor, pictures, kind):
     sampling = Sampling(steps=3, seed=1, kind=kind)
-    bank = generate(predictor, pictures, sampling=sampling)
-    alone = generate(predictor, {"ben": pictures["ben"]}, sampling=sampling).experts["ben"]
+    bank = generate_experts(predictor, pictures, sampling=sampling)
+    alone = generate_experts(predictor, {"ben": pictures["ben"]}, sampling=sampling).experts["ben"]
     for path, factor in alone.layers.items():
         torch.testing.assert_close(factor.down, bank.experts["ben"].layers[path].down, rtol=1e-4, atol=1e-6)
-    assert same(generate(predictor, pictures, sampling=sampling).experts["anna"], bank.experts["anna"])
-    turned = generate(predictor, {"anna": pictures["anna"][::-1]}, sampling=sampling).experts["anna"]
+    assert same(
+        generate_experts(predictor, pictures, sampling=sampling).experts["anna"], bank.experts["anna"]
+    )
+    turned = generate_experts(predictor, {"anna": pictures["anna"][::-1]}, sampling=sampling).experts["anna"]
     for path, factor in turned.layers.items():
         torch.testing.assert_close(factor.up, bank.experts["anna"].layers[path].up, rtol=1e-3, atol=1e-5)
     # another person, another seed: another expert
     assert not same(bank.experts["anna"], bank.experts["ben"])
     assert not same(
-        generate(predictor, {"ben": pictures["ben"]}, sampling=Sampling(steps=3, seed=2, kind=kind)).experts[
-            "ben"
-        ],
+        generate_experts(
+            predictor, {"ben": pictures["ben"]}, sampling=Sampling(steps=3, seed=2, kind=kind)
+        ).experts["ben"],
         alone,
     )
 
 
 def test_straight_into_a_batch_in_which_everyone_is_another(unet, predictor, pictures):
-    bank = generate(predictor, pictures, base=unet, sampling=SAMPLING)
+    bank = generate_experts(predictor, pictures, base=unet, sampling=SAMPLING)
     base, wanted = run_unet(unet), {}
     for name, expert in bank.experts.items():
         with patch(unet, {name: expert}):
@@ -129,13 +131,13 @@ def test_straight_into_a_batch_in_which_everyone_is_another(unet, predictor, pic
 def test_bad_pictures_and_encoders_are_named(predictor, pictures, tmp_path, unet):
     (tmp_path / "x.png").write_bytes(b"no picture")
     with pytest.raises(MoleFileError, match=r"x\.png: is no picture that can be read"):
-        generate(predictor, pictures | {"eve": [tmp_path / "x.png"]})
+        generate_experts(predictor, pictures | {"eve": [tmp_path / "x.png"]})
     with pytest.raises(MoleValueError, match="generate, 'eve': expected at least one picture of each person"):
-        generate(predictor, pictures | {"eve": []})
+        generate_experts(predictor, pictures | {"eve": []})
     with pytest.raises(MoleValueError, match="at least one person"):
-        generate(predictor, {})
+        generate_experts(predictor, {})
     with pytest.raises(MoleTypeError, match="'eve': expected a file's path or a PIL image, got int"):
-        generate(predictor, {"eve": [3]})
+        generate_experts(predictor, {"eve": [3]})
 
     class Faces:
         dim = 5
@@ -149,11 +151,11 @@ def test_bad_pictures_and_encoders_are_named(predictor, pictures, tmp_path, unet
     with pytest.raises(
         MoleShapeError, match=r"'anna', face encoder: expected features \[3,5\], got \(3, 6\)"
     ):
-        generate(other, pictures)
+        generate_experts(other, pictures)
     with pytest.raises(
         MoleValueError, match="'eve', face encoder: expected a face in every picture, got none in picture 0"
     ):
-        generate(other, {"eve": [Image.new("RGB", (1, 1))]})
+        generate_experts(other, {"eve": [Image.new("RGB", (1, 1))]})
 
 
 def test_latents_that_are_not_finite_name_the_person(predictor, pictures):
@@ -166,7 +168,7 @@ def test_latents_that_are_not_finite_name_the_person(predictor, pictures):
         predictor.denoiser.register_forward_hook(poison),
         pytest.raises(MoleValueError, match="generate, 'ben': expected finite latents"),
     ):
-        generate(predictor, pictures, sampling=SAMPLING)
+        generate_experts(predictor, pictures, sampling=SAMPLING)
 
 
 def test_a_layout_of_another_base_names_its_layers_before_anything_is_computed(predictor, pictures, unet):
@@ -178,7 +180,7 @@ def test_a_layout_of_another_base_names_its_layers_before_anything_is_computed(p
     for manifest, error, words in ((wide, MoleShapeError, path), (strange, MoleKeyError, "nowhere")):
         predictor.manifest = manifest
         with pytest.raises(error, match=words):
-            generate(predictor, pictures, base=unet)
+            generate_experts(predictor, pictures, base=unet)
     assert not calls
 
 
@@ -274,7 +276,9 @@ def test_a_saved_model_is_that_of_its_file(tmp_path, predictor, pictures):
         "--seed",
         4,
     )
-    wanted = generate(predictor, {"ben": pictures["ben"]}, sampling=Sampling(steps=3, seed=4)).experts["ben"]
+    wanted = generate_experts(
+        predictor, {"ben": pictures["ben"]}, sampling=Sampling(steps=3, seed=4)
+    ).experts["ben"]
     found = load_expert(tmp_path / "ben.safetensors")
     for path, factor in wanted.layers.items():
         torch.testing.assert_close(found.layers[path].delta(), factor.delta())

@@ -22,7 +22,7 @@ from mole_kernels.methods.difflora.autoencoder import (
     weight_preserved_loss,
 )
 from mole_kernels.methods.difflora.denoiser import DenoiserConfig, DiTBlock, LoRADenoiser
-from mole_kernels.methods.difflora.diffusion import noise_schedule, sample, x0_loss
+from mole_kernels.methods.difflora.diffusion import noise_schedule, sample_latents, x0_loss
 from mole_kernels.methods.difflora.features import ClipImages, InsightFaces, MixedImageFeatures, SmallImages
 from mole_kernels.methods.difflora.manifest import Manifest
 from mole_kernels.patching.apply import patch
@@ -310,7 +310,7 @@ def test_the_papers_width_runs_and_any_length():
 @pytest.mark.parametrize("kind", ["ddim", "dpm"])
 def test_with_a_perfect_predictor_sampling_returns_the_target(kind):
     target = torch.randn(3, 2, 7, generator=torch.Generator().manual_seed(1))
-    got = sample(
+    got = sample_latents(
         lambda x, t, c: target, noise_schedule(kind), torch.zeros(3, 4), (2, 7), steps=8, guidance=3.0
     )
     torch.testing.assert_close(got, target, rtol=1e-4, atol=1e-4)
@@ -324,12 +324,14 @@ def test_sampling_is_deterministic_by_person(kind):
         torch.nn.init.normal_(p, std=0.2)
     condition = torch.randn(3, 4)
     scheduler = noise_schedule(kind)
-    draws = [sample(model, scheduler, condition, (1, 20), steps=5, guidance=2.0, seed=s) for s in (7, 7, 8)]
+    draws = [
+        sample_latents(model, scheduler, condition, (1, 20), steps=5, guidance=2.0, seed=s) for s in (7, 7, 8)
+    ]
     assert torch.equal(draws[0], draws[1]) and not torch.allclose(draws[0], draws[2])
     # person 0 alone has the noise that they had among three
-    alone = sample(model, scheduler, condition[:1], (1, 20), steps=5, guidance=2.0, seed=7)
+    alone = sample_latents(model, scheduler, condition[:1], (1, 20), steps=5, guidance=2.0, seed=7)
     torch.testing.assert_close(alone[0], draws[0][0], rtol=1e-4, atol=1e-4)
-    unguided = sample(model, scheduler, condition, (1, 20), steps=5, guidance=1.0, seed=7)
+    unguided = sample_latents(model, scheduler, condition, (1, 20), steps=5, guidance=1.0, seed=7)
     assert not torch.allclose(unguided, draws[0])
 
 

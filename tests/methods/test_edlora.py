@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mole_kernels.errors import MoleError, MoleFileError, MoleStateError, MoleTypeError, MoleValueError
-from mole_kernels.methods.mix_of_show.attention_loss import AttentionLoss, grid
+from mole_kernels.methods.mix_of_show.attention_loss import AttentionLoss, latent_grid
 from mole_kernels.methods.mix_of_show.concept import load_concept, save_concept
 from mole_kernels.methods.mix_of_show.data import concept_batches
 from mole_kernels.methods.mix_of_show.edlora import (
@@ -21,7 +21,13 @@ from mole_kernels.methods.mix_of_show.edlora import (
     paper_training,
     train_edlora,
 )
-from mole_kernels.methods.mix_of_show.prompts import _own_part, encode_prompts, layered, sample, token_ids
+from mole_kernels.methods.mix_of_show.prompts import (
+    _own_part,
+    encode_prompts,
+    layered,
+    sample_concepts,
+    token_ids,
+)
 from mole_kernels.methods.mix_of_show.tokens import (
     class_embedding,
     concept_tokens,
@@ -91,7 +97,7 @@ def test_layer_i_receives_text_i_from_down_over_mid_to_up(kind):
                 m.to_k.register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0]))
                 for path, m in layers.items()
             ]
-            sample(
+            sample_concepts(
                 pipe,
                 [concept.name] * 2,
                 tokens,
@@ -118,7 +124,7 @@ def test_prompts_without_concepts_are_drawn_as_ever(kind):
         "one two", negative_prompt="three", generator=torch.Generator().manual_seed(1), **options
     ).images
     with concept_tokens(pipe, random_concept(pipe, 0).embeddings) as tokens:
-        got = sample(
+        got = sample_concepts(
             pipe, ["one two"], tokens, "three", generator=torch.Generator().manual_seed(1), **options
         ).images
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -349,7 +355,7 @@ def test_the_attention_loss_is_what_its_formula_says():
         rows = [(maps[b, :, p], wanted[b]) for b, p in ((0, 1), (0, 2), (1, 2), (1, 3))]
         want.append(sum((a / a.max() - m).square().mean().item() for a, m in rows) / 4)
     assert got == pytest.approx(sum(want) / len(want), rel=1e-4)
-    assert grid(10, 4, 9) == (2, 5)
+    assert latent_grid(10, 4, 9) == (2, 5)
     with pytest.raises(MoleStateError, match="has run"):
         loss.take(states.ids["text_encoder"], mask)
 

@@ -22,7 +22,7 @@ from mole_kernels.methods.mix_of_show.fusion import (
     plan_fusion,
     put_into_weights,
 )
-from mole_kernels.methods.mix_of_show.prompts import encode_prompts, sample
+from mole_kernels.methods.mix_of_show.prompts import encode_prompts, sample_concepts
 from mole_kernels.methods.mix_of_show.tokens import add_concepts, concept_tokens, cross_attentions
 from mole_kernels.patching.apply import patch
 from tests.methods.concepts import random_concept
@@ -40,7 +40,7 @@ def draw(pipe, concept, tokens):
         "output_type": "latent",
         "generator": torch.Generator().manual_seed(0),
     }
-    return sample(pipe, [concept.name], tokens, None, **options).images
+    return sample_concepts(pipe, [concept.name], tokens, None, **options).images
 
 
 @pytest.fixture(scope="module")

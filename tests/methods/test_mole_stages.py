@@ -12,7 +12,14 @@ import torch
 from mole_kernels.errors import MoleStateError, MoleTypeError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.io import load_expert, save_expert
-from mole_kernels.methods.mole import PRESETS, prompts, sample, train_expert, train_gates, train_unet
+from mole_kernels.methods.mole import (
+    PRESETS,
+    prompt_arguments,
+    sample_pictures,
+    train_expert,
+    train_gates,
+    train_unet,
+)
 from mole_kernels.modules.scan import mole_targets, sizes
 from mole_kernels.patching.apply import patch
 from mole_kernels.training.config import TrainConfig
@@ -179,8 +186,8 @@ def test_criterion_8_experts_and_gate_rows_swapped_together_change_nothing(tmp_p
 
 
 def test_suffixes_are_the_generators_and_off_unless_asked_for():
-    assert prompts(["a", "b"], "bad") == {"prompt": ["a", "b"], "negative_prompt": ["bad", "bad"]}
-    asked = prompts(["a"], "bad", suffixes=True)
+    assert prompt_arguments(["a", "b"], "bad") == {"prompt": ["a", "b"], "negative_prompt": ["bad", "bad"]}
+    asked = prompt_arguments(["a"], "bad", suffixes=True)
     assert asked == {
         "prompt": ["a best quality, 8K"],
         "negative_prompt": ["bad poor quality, unclear hand, bad face "],
@@ -199,11 +206,11 @@ def test_pictures_are_drawn_with_ddim_and_each_from_its_own_seed():
 
     pipe.encode_prompt = spy
     options = {"steps": 2, "height": 16, "width": 16, "output_type": "np"}
-    two = sample(pipe, ["one", "two"], seed=4, **options)
-    one = sample(pipe, ["two"], seed=5, **options)
+    two = sample_pictures(pipe, ["one", "two"], seed=4, **options)
+    one = sample_pictures(pipe, ["two"], seed=5, **options)
     assert pipe.scheduler is before and two.shape == (2, 16, 16, 3)
     torch.testing.assert_close(torch.tensor(two[1]), torch.tensor(one[0]), rtol=1e-4, atol=1e-4)
-    sample(pipe, ["one"], suffixes=True, **options)
+    sample_pictures(pipe, ["one"], suffixes=True, **options)
     assert [prompt for prompt, _ in seen] == [["one", "two"], ["two"], ["one best quality, 8K"]]
     assert seen[-1][1] == [" poor quality, unclear hand, bad face "]
 
@@ -216,7 +223,7 @@ def test_drawing_leaves_the_pipelines_scheduler_to_other_threads():
         seen.append(pipe.scheduler)
 
     hook = pipe.unet.register_forward_pre_hook(spy, with_kwargs=True)
-    sample(pipe, ["one"], steps=2, height=16, width=16, output_type="np")
+    sample_pictures(pipe, ["one"], steps=2, height=16, width=16, output_type="np")
     hook.remove()
     assert seen and all(scheduler is before for scheduler in seen) and dict(pipe.config) == config
 

@@ -11,7 +11,7 @@ import torch
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.gates.schedule import Clock, switch
-from mole_kernels.methods.mix_of_show.regions import Region, grid_of, shares
+from mole_kernels.methods.mix_of_show.regions import Region, shares, token_grid
 from mole_kernels.methods.mix_of_show.sampling import region_gates, regional
 from mole_kernels.modules.forward_lock import Turns
 from mole_kernels.patching.apply import patch
@@ -66,7 +66,7 @@ class PlaceByPlace:
             half, within = divmod(b, B // 2 if self.guided else B)
             p = within // (B // ((2 if self.guided else 1) * P))
             own = self.embeds[1 if self.guided and half == 0 else 0][p]
-            table = shares(self.regions[p], *grid_of(T, *SIZE), overlap=self.overlap)
+            table = shares(self.regions[p], *token_grid(T, *SIZE), overlap=self.overlap)
             for s, text in enumerate([encoder_hidden_states[b], *own]):
                 k, v = (f(text).unflatten(-1, (attn.heads, -1)) for f in (attn.to_k, attn.to_v))
                 for t in range(T):
@@ -236,7 +236,7 @@ def test_where_each_regions_words_were_read(pipe):
             .sum(-1)
             .mean(0)
         )
-        grid = grid_of(len(p), *SIZE)
+        grid = token_grid(len(p), *SIZE)
         want = p * shares(REGIONS, *grid)[1]
         total, count = state._read[grid]
         layers = sum(m.heads > 0 for n, m in pipe.unet.named_modules() if n.endswith("attn2"))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mole_kernels.errors import MoleError, MoleShapeError, MoleTypeError, MoleValueError
-from mole_kernels.methods.mix_of_show.regions import Region, grid_of, parse_regions, read_regions, shares
+from mole_kernels.methods.mix_of_show.regions import Region, parse_regions, read_regions, shares, token_grid
 
 
 def test_the_papers_string():
@@ -161,9 +161,9 @@ def test_shares_by_a_loop_over_places():
     ],
 )
 def test_grids_of_tokens(tokens, size, want):
-    assert grid_of(tokens, *size) == want
+    assert token_grid(tokens, *size) == want
 
 
 def test_tokens_that_are_no_grid_are_refused():
     with pytest.raises(MoleShapeError, match="a grid of 77 tokens"):
-        grid_of(77, 512, 512)
+        token_grid(77, 512, 512)

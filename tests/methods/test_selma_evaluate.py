@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from mole_kernels.errors import MoleFileError, MoleKeyError, MoleValueError
-from mole_kernels.methods.selma.evaluate import ask, closest, evaluate, normal, summarise
+from mole_kernels.methods.selma.evaluate import ask, closest, normal, score_pictures, summarise
 from mole_kernels.methods.selma.project import read_lines, write_lines
 from mole_kernels.methods.selma.questions import Question, Tree, load_dsg, load_questions, load_tifa, tree
 from mole_kernels.methods.selma.vqa import TransformersVQA
@@ -190,10 +190,10 @@ TREES = [
 def test_an_evaluation_goes_on_with_the_answers_it_has(pictures):
     file = pictures / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        evaluate(pictures, TREES, Colours(stop_at=1), answers_file=file)
+        score_pictures(pictures, TREES, Colours(stop_at=1), answers_file=file)
     assert len(read_lines(file)) == 1
     again = Colours()
-    summary, found = evaluate(pictures, TREES, again, answers_file=file)
+    summary, found = score_pictures(pictures, TREES, again, answers_file=file)
     assert (
         again.asked == 1
         and summary.score == 0.5
@@ -201,25 +201,25 @@ def test_an_evaluation_goes_on_with_the_answers_it_has(pictures):
         and summary.ruled_out == 1
     )
     done = Colours()
-    assert evaluate(pictures, TREES, done, answers_file=file)[0] == summary and done.asked == 0
+    assert score_pictures(pictures, TREES, done, answers_file=file)[0] == summary and done.asked == 0
     other = Colours()
     other.name = "another"
-    evaluate(pictures, TREES, other, answers_file=file)
+    score_pictures(pictures, TREES, other, answers_file=file)
     assert other.asked == 2
 
 
 def test_what_an_evaluation_refuses(pictures):
     with pytest.raises(MoleKeyError, match=r"1 of 2 prompts have no picture: \['blue'\]"):
-        evaluate(pictures, [TREES[0], tree("blue", {"1": "?"})], Colours())
+        score_pictures(pictures, [TREES[0], tree("blue", {"1": "?"})], Colours())
     (pictures / "000000.png").write_bytes(b"broken")
     with pytest.raises(MoleFileError, match=r"000000\.png"):
-        evaluate(pictures, TREES[:1], Colours())
+        score_pictures(pictures, TREES[:1], Colours())
     write_lines(pictures / "metadata.jsonl", [{"file_name": "../secret.png", "text": "red"}])
     with pytest.raises(MoleFileError, match="line 1"):
-        evaluate(pictures, TREES[:1], Colours())
+        score_pictures(pictures, TREES[:1], Colours())
     (pictures / "metadata.jsonl").unlink()
     with pytest.raises(MoleFileError, match=r"metadata\.jsonl"):
-        evaluate(pictures, TREES[:1], Colours())
+        score_pictures(pictures, TREES[:1], Colours())
 
 
 def tokenizer():

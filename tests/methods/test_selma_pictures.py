@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleTypeError, MoleValueError, MoleWarning
-from mole_kernels.methods.selma.pictures import PictureSettings, draw, make_pictures, seed_of
+from mole_kernels.methods.selma.pictures import PictureSettings, draw_prompts, make_pictures, seed_of
 from mole_kernels.methods.selma.project import Project, read_lines, write_lines
 from mole_kernels.methods.selma.skills import Skill
 
@@ -130,14 +130,16 @@ def test_two_processes_make_each_picture_once(whole, tmp_path, pipe):
 
 def test_a_restart_makes_only_what_is_missing(tmp_path):
     settings, made = PictureSettings(seed=7, batch=2), []
-    draw(Painter(), PROMPTS, tmp_path / "whole", settings)
+    draw_prompts(Painter(), PROMPTS, tmp_path / "whole", settings)
     with pytest.raises(KeyboardInterrupt):
-        draw(Painter(stop_at=1), PROMPTS, tmp_path / "cut", settings)
+        draw_prompts(Painter(stop_at=1), PROMPTS, tmp_path / "cut", settings)
     assert not (tmp_path / "cut/metadata.jsonl").exists()
     # as a kill leaves it
     (tmp_path / "cut/.000002.png.0123.tmp").write_bytes(b"half")
     painter = Painter()
-    assert draw(painter, PROMPTS, tmp_path / "cut", settings, on_picture=made.append) == 4 and made == [
+    assert draw_prompts(
+        painter, PROMPTS, tmp_path / "cut", settings, on_picture=made.append
+    ) == 4 and made == [
         2,
         3,
         4,
@@ -147,39 +149,39 @@ def test_a_restart_makes_only_what_is_missing(tmp_path):
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "cut")]
     assert files[0] == files[1]
     again = Painter()
-    assert draw(
+    assert draw_prompts(
         again, [*PROMPTS, "ten more"], tmp_path / "cut", replace(settings, batch=5)
     ) == 1 and again.calls == [["ten more"]]
     assert len(read_lines(tmp_path / "cut/metadata.jsonl")) == 7
 
 
 def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
-    draw(Painter(), PROMPTS[:2], tmp_path)
+    draw_prompts(Painter(), PROMPTS[:2], tmp_path)
 
     def full(handle):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MoleFileError, match=r"000002\.png.*No space left"):
-        draw(Painter(), PROMPTS, tmp_path)
+        draw_prompts(Painter(), PROMPTS, tmp_path)
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["000000.png", "000001.png"] and not list(
         tmp_path.glob(".*.tmp")
     )
-    assert draw(Painter(), PROMPTS, tmp_path) == 4
+    assert draw_prompts(Painter(), PROMPTS, tmp_path) == 4
 
 
 def test_a_folder_of_other_prompts_or_seeds_is_refused(tmp_path):
-    draw(Painter(), PROMPTS, tmp_path)
+    draw_prompts(Painter(), PROMPTS, tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(MoleStateError, match=r"000001\.png: prompt: expected another, got four five six"):
-        draw(Painter(), [PROMPTS[0], "another"], tmp_path)
+        draw_prompts(Painter(), [PROMPTS[0], "another"], tmp_path)
     with pytest.raises(MoleStateError, match=r"000000\.png: seed"):
-        draw(Painter(), PROMPTS, tmp_path, PictureSettings(seed=8))
+        draw_prompts(Painter(), PROMPTS, tmp_path, PictureSettings(seed=8))
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
     (tmp_path / "000003.png").write_bytes(b"not a picture")
     with pytest.raises(MoleFileError, match=r"000003\.png.*\n.*remove it"):
-        draw(Painter(), PROMPTS, tmp_path)
+        draw_prompts(Painter(), PROMPTS, tmp_path)
 
 
 def test_other_settings_or_another_model_are_refused(tmp_path):
@@ -208,14 +210,14 @@ def test_flagged_pictures_are_kept_apart_and_not_made_again(tmp_path):
 
 def test_a_black_picture_is_named(tmp_path):
     with pytest.warns(MoleWarning, match=r"000000\.png is black all over"):
-        draw(Painter(colour=(0, 0, 0)), PROMPTS[:1], tmp_path)
+        draw_prompts(Painter(colour=(0, 0, 0)), PROMPTS[:1], tmp_path)
 
 
 def test_what_the_stage_refuses(tmp_path):
     with pytest.raises(MoleTypeError, match="takes prompts"):
-        draw(lambda latents: None, PROMPTS, tmp_path)
+        draw_prompts(lambda latents: None, PROMPTS, tmp_path)
     with pytest.raises(MoleStateError, match="expected 1 pictures"):
-        draw(
+        draw_prompts(
             type(
                 "None_",
                 (Painter,),

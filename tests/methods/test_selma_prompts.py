@@ -9,11 +9,11 @@ import torch
 
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError
 from mole_kernels.methods.selma import project as project_room
-from mole_kernels.methods.selma.asking import parse_prompts, request_text, tidy
-from mole_kernels.methods.selma.generators import FileText, LocalText, UnusableAnswer
-from mole_kernels.methods.selma.likeness import Likeness
+from mole_kernels.methods.selma.generators import FileText, TransformersText, UnusableAnswer
 from mole_kernels.methods.selma.project import Project, read_lines
+from mole_kernels.methods.selma.prompt_text import clean_prompt, parse_prompts, request_text
 from mole_kernels.methods.selma.prompts import PromptSettings, write_prompts
+from mole_kernels.methods.selma.similarity import SimilarityFilter
 from mole_kernels.methods.selma.skills import SKILLS, Skill, load_skills
 
 SKILL = Skill("colours", ("a red ball", "a blue cup", "a green hat"), "things of one colour")
@@ -44,7 +44,7 @@ class Writer:
 
 
 def test_a_duplicate_is_rejected_and_a_disjoint_prompt_kept():
-    known = Likeness(["A dog sleeps on a sofa", "two owls"])
+    known = SimilarityFilter(["A dog sleeps on a sofa", "two owls"])
     assert known.clash("a dog sleeps, on a SOFA!") == ("A dog sleeps on a sofa", 1.0)
     assert known.clash("three kites over water") is None
 
@@ -53,18 +53,18 @@ def test_the_limit_itself_is_kept_though_rouge_score_rounds_above_it():
     from rouge_score.rouge_scorer import RougeScorer
 
     assert RougeScorer(["rougeL"]).score("a b c d e", "a b c d f")["rougeL"].fmeasure > 0.8
-    assert Likeness(["a b c d e"]).clash("a b c d f") is None
+    assert SimilarityFilter(["a b c d e"]).clash("a b c d f") is None
     # 2·5/(6+6) = 0.833; 2·4/(4+5) = 0.889
-    assert Likeness(["a b c d e f"]).clash("a b c d e g").f1 == pytest.approx(10 / 12)
-    assert Likeness(["a b c d e"]).clash("a b c d").f1 == pytest.approx(8 / 9)
-    assert Likeness(["a b c d e f"], limit=0.84).clash("a b c d e g") is None
+    assert SimilarityFilter(["a b c d e f"]).clash("a b c d e g").f1 == pytest.approx(10 / 12)
+    assert SimilarityFilter(["a b c d e"]).clash("a b c d").f1 == pytest.approx(8 / 9)
+    assert SimilarityFilter(["a b c d e f"], limit=0.84).clash("a b c d e g") is None
 
 
 def test_order_counts_and_the_shortcut_changes_no_verdict():
     from rouge_score.rouge_scorer import RougeScorer
 
     # the same words in another order have a short common subsequence
-    assert Likeness(["a b c d e"]).clash("e d c b a") is None
+    assert SimilarityFilter(["a b c d e"]).clash("e d c b a") is None
     g = torch.Generator().manual_seed(0)
     scorer = RougeScorer(["rougeL"])
     texts = [
@@ -76,12 +76,12 @@ def test_order_counts_and_the_shortcut_changes_no_verdict():
         for two in texts:
             score = scorer.score(one, two)["rougeL"].fmeasure
             if abs(score - 0.8) > 1e-9:
-                assert (Likeness([one]).clash(two) is not None) == (score > 0.8), (one, two)
+                assert (SimilarityFilter([one]).clash(two) is not None) == (score > 0.8), (one, two)
 
 
 def test_prompts_without_latin_letters_are_compared_too():
-    assert Likeness(["красный мяч на снегу"]).clash("Красный мяч на снегу") is not None
-    assert Likeness(["красный мяч на снегу"]).clash("синяя чашка на столе") is None
+    assert SimilarityFilter(["красный мяч на снегу"]).clash("Красный мяч на снегу") is not None
+    assert SimilarityFilter(["красный мяч на снегу"]).clash("синяя чашка на столе") is None
 
 
 # -- answers
@@ -112,8 +112,8 @@ def test_what_an_answer_holds(answer, found):
 
 
 def test_a_prompt_that_is_too_long_is_none():
-    assert tidy("a" * 1000) == "a" * 1000 and tidy("a" * 1001) is None
-    assert tidy('"' * 4_000_000) is None and parse_prompts("[" * 100_000 + "]") == []
+    assert clean_prompt("a" * 1000) == "a" * 1000 and clean_prompt("a" * 1001) is None
+    assert clean_prompt('"' * 4_000_000) is None and parse_prompts("[" * 100_000 + "]") == []
     assert len(parse_prompts("1. a\n" * 5000)) == 1000
 
 
@@ -249,7 +249,7 @@ def test_the_papers_skills_have_three_seeds_each_that_are_unlike():
     assert set(SKILLS) >= {"localized_narratives", "countbench", "diffusiondb", "coco", "whoops"}
     for skill in SKILLS.values():
         for k, seed in enumerate(skill.seeds):
-            assert Likeness(skill.seeds[:k]).clash(seed) is None
+            assert SimilarityFilter(skill.seeds[:k]).clash(seed) is None
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_a_local_model_as_writer(tmp_path):
     )
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    writer = LocalText.load(str(tmp_path / "model"), device="cpu", max_new_tokens=12)
+    writer = TransformersText.load(str(tmp_path / "model"), device="cpu", max_new_tokens=12)
     state = torch.get_rng_state()
     first, again = ([writer._sample("a red ball", seed)[0] for seed in range(6)] for _ in range(2))
     assert first == again and len(set(first)) > 3 and set(" ".join(first).split()) <= set(vocabulary)
@@ -345,7 +345,7 @@ def test_a_local_model_as_writer(tmp_path):
     with pytest.raises(MoleStateError, match="no usable answer in 2 attempts"):
         write_prompts(Project(tmp_path / "run"), SKILL, writer, replace(SMALL, attempts=2))
     with pytest.raises(MoleFileError, match="no language model"):
-        LocalText.load(str(tmp_path))
+        TransformersText.load(str(tmp_path))
 
 
 def test_manifests_that_are_none(tmp_path):

@@ -23,14 +23,13 @@ from torch import nn
 from mole_kernels.errors import MoleError, MoleWarning
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert, LowRank
-from mole_kernels.files.writer import atomic_save
+from mole_kernels.files.writer import atomic_save, write_json
 from mole_kernels.io import save_expert
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.experts import load_expert
 from mole_kernels.io.merge import merge_files
 from mole_kernels.methods.difflora import dataset
 from mole_kernels.methods.difflora.dataset import LoRADataset, pack_shards
-from mole_kernels.methods.difflora.store import write_json
 from mole_kernels.methods.mix_of_show import folder as fusions
 from mole_kernels.methods.selma.merging import save_merged, skill_bank
 from mole_kernels.methods.selma.project import Project

@@ -32,19 +32,19 @@ from mole_kernels.errors import (
 from mole_kernels.experts.bank import Init, check_name
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.files.reader import read_tensors
-from mole_kernels.files.writer import atomic_save
+from mole_kernels.files.writer import atomic_save, write_json
 from mole_kernels.io import load_expert, save_expert
 from mole_kernels.methods.difflora.features import ImageEncoder, Picture
 from mole_kernels.methods.difflora.manifest import Manifest, tensors_of
-from mole_kernels.methods.difflora.store import as_plain, read_json, write_json
-from mole_kernels.methods.mole.stages import train_expert
+from mole_kernels.methods.difflora.store import as_plain, read_record
+from mole_kernels.methods.lora import train_expert
 from mole_kernels.modules.names import few
 from mole_kernels.modules.scan import mole_targets
 from mole_kernels.training.cached import picture_batches
 from mole_kernels.training.captions import METADATA, read_beside, read_captions
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.pictures import SUFFIXES, PictureFolder, decode
-from mole_kernels.training.processes import alone, processes
+from mole_kernels.training.processes import as_only_process, processes
 from mole_kernels.training.progress import ProgressLine
 
 FORMAT = "mole-kernels-loras-1"
@@ -116,7 +116,7 @@ class IdentityTraining:
 
 
 @dataclass(frozen=True)
-class Kept:
+class FilteredPictures:
     """What the filter said of one identity: pictures that stay, and {picture: why not}."""
 
     names: list[str]
@@ -146,7 +146,7 @@ def identity_folders(root: str | Path) -> dict[str, Path]:
     return found
 
 
-def keep_pictures(source: Path, out: Path, accept: PictureFilter, caption: str) -> Kept:
+def keep_pictures(source: Path, out: Path, accept: PictureFilter, caption: str) -> FilteredPictures:
     """Links in `out` to the pictures of `source` that can be read and that `accept` takes, with a
     metadata.jsonl of their captions.
 
@@ -180,7 +180,7 @@ def keep_pictures(source: Path, out: Path, accept: PictureFilter, caption: str) 
         lines.append(json.dumps({"file_name": link.name, "text": text}))
     # last: a folder without it was not finished
     (out / METADATA).write_text("\n".join(lines) + "\n", "utf-8")
-    return Kept(names, left_out)
+    return FilteredPictures(names, left_out)
 
 
 def train_identities(
@@ -305,7 +305,7 @@ def pack_shards(work: str | Path, names: Sequence[str] | None = None) -> LoRADat
 def _packed(shards: Path) -> set[str]:
     """The files of the index that is there; none where there is none that can be read."""
     try:
-        return {str(shard["file"]) for shard in read_json(shards / INDEX, FORMAT, "shards")["shards"]}
+        return {str(shard["file"]) for shard in read_record(shards / INDEX, FORMAT, "shards")["shards"]}
     except (MoleFileError, KeyError, TypeError):
         return set()
 
@@ -319,7 +319,7 @@ class LoRADataset:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        record = read_json(self.folder / INDEX, FORMAT, "a folder of LoRA shards with an index.json")
+        record = read_record(self.folder / INDEX, FORMAT, "a folder of LoRA shards with an index.json")
         where = printable(self.folder / INDEX, 300)
         try:
             places = {str(name): str(shard["file"]) for shard in record["shards"] for name in shard["names"]}
@@ -386,7 +386,7 @@ def _train_one(
         warnings.warn(f"{error} This identity is passed over.", MoleWarning, stacklevel=3)
         return None
     # each process trains its own identities, at its own pace
-    with alone(), warnings.catch_warnings():
+    with as_only_process(), warnings.catch_warnings():
         # of one person's pictures that is no accident
         warnings.filterwarnings("ignore", message=".*one and the same caption", category=MoleWarning)
         folder = PictureFolder(kept, training.resolution, multiple=training.multiple)
@@ -411,7 +411,7 @@ def _train_one(
 def _settings_of(work: Path) -> dict[str, Any]:
     """The settings that a set was begun with, as `as_plain` makes them."""
     path = work / "settings.json"
-    settings = read_json(path, FORMAT, "the work folder of train_identities").get("training")
+    settings = read_record(path, FORMAT, "the work folder of train_identities").get("training")
     per_shard = settings.get("per_shard") if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or type(per_shard) is not int or per_shard < 1:
         raise MoleFileError(

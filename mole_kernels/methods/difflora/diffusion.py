@@ -56,7 +56,7 @@ def x0_loss(
 
 
 @torch.no_grad()
-def sample(
+def sample_latents(
     denoise: Denoise,
     scheduler: Any,
     condition: Tensor,

@@ -11,7 +11,7 @@ import torch
 from mole_kernels.errors import MoleTypeError, MoleValueError, printable
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert
-from mole_kernels.methods.difflora.diffusion import noise_schedule, sample
+from mole_kernels.methods.difflora.diffusion import noise_schedule, sample_latents
 from mole_kernels.methods.difflora.features import Picture
 from mole_kernels.methods.difflora.predictor import KINDS, Predictor
 from mole_kernels.training.pictures import decode
@@ -30,7 +30,7 @@ class Sampling:
 
 
 @torch.no_grad()
-def generate(
+def generate_experts(
     predictor: Predictor,
     people: Mapping[str, Sequence[Picture | str | Path]],
     *,
@@ -67,7 +67,7 @@ def generate(
     names, experts, c = list(people), {}, predictor.denoiser.config
     for at in range(0, len(names), batch_size):
         part = names[at : at + batch_size]
-        latents = sample(
+        latents = sample_latents(
             predictor.denoiser,
             scheduler,
             torch.cat(conditions[at : at + batch_size]),

@@ -32,7 +32,7 @@ _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
+class VectorEntry:
     """One tensor: vector[offset : offset + size] = tensor · 2^exponent, flattened row by row."""
 
     name: str
@@ -56,7 +56,7 @@ class Manifest:
     conv     layers whose factors are those of a 1x1 convolution
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[VectorEntry, ...]
     scales: Mapping[str, float]
     conv: tuple[str, ...] = ()
 
@@ -71,7 +71,7 @@ class Manifest:
                 raise MoleTypeError(
                     f"manifest, {name}", expected=f"one of {', '.join(_BY_NAME)}", got=str(tensor.dtype)
                 )
-            entries.append(Entry(name, tuple(tensor.shape), offset, DTYPES[tensor.dtype]))
+            entries.append(VectorEntry(name, tuple(tensor.shape), offset, DTYPES[tensor.dtype]))
             offset += tensor.numel()
         if not offset:
             raise MoleValueError("manifest", expected="at least one value", got="none")
@@ -114,7 +114,7 @@ class Manifest:
             # top = mantissa · 2^power with the mantissa in [0.5, 1)
             power = math.frexp(top)[1] if top else 0
             entries.append(
-                Entry(entry.name, entry.shape, entry.offset, entry.dtype, max(-100, min(100, -power)))
+                VectorEntry(entry.name, entry.shape, entry.offset, entry.dtype, max(-100, min(100, -power)))
             )
         return Manifest(tuple(entries), self.scales, self.conv)
 
@@ -222,7 +222,9 @@ class Manifest:
         held = parse_json(text, where, "the layout")
         try:
             version = held["version"]
-            entries = tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in held["entries"])
+            entries = tuple(
+                VectorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in held["entries"]
+            )
             made = cls(entries, dict(held["scales"]), tuple(held["conv"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MoleFileError(where, f"no layout of a LoRA vector: {printable(error)}") from error

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ from mole_kernels.errors import (
     MoleValueError,
     printable,
 )
-from mole_kernels.files import text as files
 from mole_kernels.files.reader import read_header, read_tensors
-from mole_kernels.files.writer import atomic_save, atomic_write
+from mole_kernels.files.text import read_json_file
+from mole_kernels.files.writer import atomic_save, write_json
 from mole_kernels.methods.difflora.autoencoder import AutoencoderConfig, LoRAAutoencoder
 from mole_kernels.methods.difflora.denoiser import DenoiserConfig, LoRADenoiser
 from mole_kernels.methods.difflora.features import ImageEncoder, MixedImageFeatures, SmallImages
@@ -135,11 +135,11 @@ def small_settings(encoder: nn.Module) -> dict[str, int]:
     return {"dim": encoder.dim, "channels": first.out_channels, "size": encoder.size}
 
 
-def read_json(path: Path, form: str, expected: str) -> dict[str, Any]:
+def read_record(path: Path, form: str, expected: str) -> dict[str, Any]:
     """A JSON object whose "format" is `form`; MoleFileError else."""
     if not path.exists():
         raise MoleFileError(printable(path.parent, 300), expected=expected, got=f"no {path.name}")
-    record = files.read_json_file(path)
+    record = read_json_file(path)
     if not isinstance(record, dict) or record.get("format") != form:
         got = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise MoleFileError(
@@ -149,13 +149,6 @@ def read_json(path: Path, form: str, expected: str) -> dict[str, Any]:
             hint="made by another mole_kernels?",
         )
     return record
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    def put(file: BinaryIO) -> None:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
-
-    atomic_write(path, put)
 
 
 def _common(manifest: Manifest, about: Mapping[str, str] | None) -> dict[str, Any]:
@@ -176,7 +169,7 @@ def _save(folder: Path, record: dict[str, Any], module: nn.Module) -> None:
 
 def _read(folder: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     record, where = (
-        read_json(folder / ABOUT, FORMAT, "a folder with a trained DiffLoRA model"),
+        read_record(folder / ABOUT, FORMAT, "a folder with a trained DiffLoRA model"),
         printable(folder / ABOUT, 300),
     )
     if record.get("kind") not in kinds:

@@ -62,7 +62,7 @@ class AttentionLoss:
         )
         losses = []
         for found in maps:
-            h, w = grid(found.shape[1], mask.shape[-2], mask.shape[-1])
+            h, w = latent_grid(found.shape[1], mask.shape[-2], mask.shape[-1])
             wanted = F.interpolate(mask.float(), (h, w), mode="area").flatten(1).to(found)
             rows = found.mT[ours]
             rows = rows / rows.detach().amax(1, keepdim=True).clamp_min(1e-12)
@@ -77,7 +77,7 @@ class AttentionLoss:
             self._maps.append((q @ k.mT * module.scale).softmax(-1).float().mean(1))
 
 
-def grid(places: int, height: int, width: int) -> tuple[int, int]:
+def latent_grid(places: int, height: int, width: int) -> tuple[int, int]:
     """The grid of a layer with so many places, of latents height x width: halved, rounded up, as a UNet does
     it.
     """

@@ -116,7 +116,9 @@ def _add(heard: Listening, site: Site, module: nn.Module, args: tuple[Tensor, ..
 
 
 @contextmanager
-def alone(model: nn.Module, component: str, factors: Mapping[str, LowRank], alpha: float) -> Iterator[None]:
+def patched_by_one(
+    model: nn.Module, component: str, factors: Mapping[str, LowRank], alpha: float
+) -> Iterator[None]:
     """One concept by itself in one component: of the factors those whose path begins with it."""
     own = {
         path.removeprefix(f"{component}."): factor

@@ -129,8 +129,7 @@ def train_edlora(
             )
         trained = handle.bank().experts["concept"]
         embeddings = model.embeddings()
-    late = result.losses[-50:]
-    metadata = identity | {"steps": str(result.steps), "loss": f"{sum(late) / max(1, len(late)):.6g}"}
+    metadata = identity | {"steps": str(result.steps), "loss": f"{result.late_loss():.6g}"}
     factors = {path: factor.to(device="cpu") for path, factor in trained.layers.items()}
     return Concept(
         name, Expert(portable(factors), source=f"trained concept {name}", metadata=metadata), embeddings

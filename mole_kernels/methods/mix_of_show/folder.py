@@ -4,20 +4,19 @@ report.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 
 from mole_kernels.errors import MoleFileError, printable
 from mole_kernels.experts.lowrank import Expert
-from mole_kernels.files.writer import atomic_write
+from mole_kernels.files.writer import write_json
 from mole_kernels.io import load_expert, save_expert
 from mole_kernels.methods.mix_of_show.concept import load_embeddings, save_embeddings
-from mole_kernels.methods.mix_of_show.fusion import Fused, put_into_weights
+from mole_kernels.methods.mix_of_show.fusion import FusedConcepts, put_into_weights
 from mole_kernels.methods.mix_of_show.tokens import Tokens, add_concepts
 
 EXPERT, EMBEDDINGS, CONFIG, REPORT, PIPELINE = (
@@ -32,7 +31,7 @@ DRAFT, WHOLE = ".next", "whole"
 
 
 def save_fused(
-    fused: Fused,
+    fused: FusedConcepts,
     folder: Path,
     dialect: Literal["diffusers", "kohya"] = "diffusers",
     dtype: torch.dtype | None = None,
@@ -76,7 +75,7 @@ def _place(folder: Path, name: str) -> Path:
     return drafted if (folder / DRAFT / WHOLE).exists() and drafted.exists() else folder / name
 
 
-def save_dense(pipe: Any, fused: Fused, folder: Path) -> None:
+def save_dense(pipe: Any, fused: FusedConcepts, folder: Path) -> None:
     """The pipeline itself with the fused weights and the concepts' tokens in it, and new_concept_cfg.json;
     changes `pipe` for good.
     """
@@ -96,12 +95,3 @@ def load_fused(pipe: Any, folder: Path) -> tuple[Expert, Tokens]:
             printable(folder, 300), expected=f"{EXPERT} and {EMBEDDINGS}", got="no such files"
         )
     return replace(load_expert(files[0]), source=str(folder)), add_concepts(pipe, load_embeddings(files[1]))
-
-
-def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-    def put(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    atomic_write(path, put)

@@ -27,7 +27,7 @@ from mole_kernels.errors import MoleKeyError, MoleValueError, printable
 from mole_kernels.experts.fuse import Sums, fuse_by_lbfgs, fuse_layer, objective
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.experts.merge import merge
-from mole_kernels.methods.mix_of_show.collect import Site, alone, listening, passes
+from mole_kernels.methods.mix_of_show.collect import Site, listening, passes, patched_by_one
 from mole_kernels.methods.mix_of_show.concept import Concept
 from mole_kernels.methods.mix_of_show.prompts import (
     TextStates,
@@ -89,7 +89,7 @@ class FusionSettings:
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class FusedLayer:
     """One fused layer.
 
     rows        concept -> inputs seen       K  inputs of the layer     rank  of the result
@@ -121,7 +121,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusedConcepts:
     """expert: of rank at most Σ r_i, its alphas in it · embeddings, tokens: of all concepts, as installed
     then · layers: a report each.
     """
@@ -129,7 +129,7 @@ class Fused:
     expert: Expert
     embeddings: Mapping[str, Mapping[str, Tensor]]
     tokens: Tokens
-    layers: list[LayerReport] = field(default_factory=list)
+    layers: list[FusedLayer] = field(default_factory=list)
 
     def totals(self) -> dict[str, dict[str, float]]:
         """group -> sums over its layers of the three objectives and the seconds, and of LBFGS's where every
@@ -219,7 +219,7 @@ def fuse_pipeline(
     concepts: Sequence[Concept],
     settings: FusionSettings | None = None,
     progress: Progress | None = None,
-) -> Fused:
+) -> FusedConcepts:
     """Concepts into one expert that does to each concept's own inputs what that concept did alone; the
     pipeline is as before at the end.
 
@@ -246,7 +246,7 @@ def fuse_pipeline(
         "fusion": "gradient",
         "concepts": ", ".join(concept.name for concept in concepts),
     }
-    return Fused(
+    return FusedConcepts(
         Expert(portable(text | unet), source=source, metadata=metadata), embeddings, tokens, run.reports
     )
 
@@ -303,7 +303,7 @@ class _Run:
         self.ids = {name: token_ids(pipe, prompts, tokens) for name, prompts in self.prompts.items()}
         # looked at before the first minute of work: a template may be too long for the tokenizer
         self.places = {name: self._places(name) for name in self.prompts}
-        self.reports: list[LayerReport] = []
+        self.reports: list[FusedLayer] = []
         self.factors: dict[str, dict[str, LowRank]] = {c.name: {} for c in concepts}
         for site in sites:
             for name, factor in site.factors.items():
@@ -331,7 +331,7 @@ class _Run:
                 for i, concept in enumerate(self.concepts):
                     heard.concept = concept.name
                     for component, (encoder, tokenizer) in text_encoders(self.pipe).items():
-                        with alone(
+                        with patched_by_one(
                             encoder, component, self.factors[concept.name], concept.text_encoder_alpha
                         ):
                             for ids in (
@@ -402,7 +402,7 @@ class _Run:
 
         generator = torch.Generator().manual_seed(settings.seed)
         with (
-            alone(unet, "unet", self.factors[concept.name], concept.unet_alpha),
+            patched_by_one(unet, "unet", self.factors[concept.name], concept.unet_alpha),
             layered(unet, states.tokens),
         ):
             self.pipe(
@@ -440,7 +440,7 @@ class _Run:
                 else ""
             )
             self.reports.append(
-                LayerReport(
+                FusedLayer(
                     site.path,
                     site.group,
                     dict(own.rows),

@@ -165,7 +165,7 @@ def pipeline_arguments(
 
 
 @torch.no_grad()
-def sample(
+def sample_concepts(
     pipe: Any,
     prompts: Sequence[str],
     tokens: Tokens,

@@ -218,7 +218,7 @@ def shares(regions: Sequence[Region], height: int, width: int, *, overlap: str =
     return F.one_hot(last, len(table)).mT.float().contiguous()
 
 
-def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
+def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
     """The grid of a layer's tokens in a height x width picture: halvings of its latents, or the paper's
     √(H·W/tokens) where that fits.
 

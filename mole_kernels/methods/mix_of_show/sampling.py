@@ -18,7 +18,7 @@ from mole_kernels.gates.block import BlockGate
 from mole_kernels.gates.softmax import GivenGate
 from mole_kernels.layers.linear import Gated
 from mole_kernels.methods.mix_of_show.adapters import Weights, weigh
-from mole_kernels.methods.mix_of_show.regions import Region, check_box, grid_of, shares
+from mole_kernels.methods.mix_of_show.regions import Region, check_box, shares, token_grid
 from mole_kernels.patching.handle import Handle
 
 # two threads that open `regional` on one UNet at the same time
@@ -195,7 +195,7 @@ class regional:
             .sum(-1)
             .mean(2)
         )
-        grid = grid_of(q.shape[2], *self.size)
+        grid = token_grid(q.shape[2], *self.size)
         seen = (words * table[:, 1:]).unflatten(2, grid).detach().cpu()
         total, count = self._read.get(grid, (torch.zeros_like(seen), 0))
         self._read[grid] = (total + seen, count + 1)
@@ -211,7 +211,7 @@ class regional:
                 raise MoleStateError(
                     "regional", "the size of the picture is not known yet", hint="run the whole UNet"
                 )
-            grid = grid_of(T, *self.size)
+            grid = token_grid(T, *self.size)
             rows = [shares(regions, *grid, overlap=self.overlap) for regions in self.by_prompt]
             self._tables[key] = torch.stack([rows[p] for p, _ in self.samples(B)]).to(device)
         return self._tables[key]

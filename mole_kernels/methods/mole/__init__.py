@@ -2,16 +2,17 @@
 their gates (stage 3).
 """
 
-from mole_kernels.methods.mole.presets import PRESETS, ExpertPreset, Preset
-from mole_kernels.methods.mole.sampling import prompts, sample
-from mole_kernels.methods.mole.stages import train_expert, train_gates, train_unet
+from mole_kernels.methods.lora import train_expert
+from mole_kernels.methods.mole.presets import PRESETS, ExpertPreset, MoLEPreset
+from mole_kernels.methods.mole.sampling import prompt_arguments, sample_pictures
+from mole_kernels.methods.mole.stages import train_gates, train_unet
 
 __all__ = [
     "PRESETS",
     "ExpertPreset",
-    "Preset",
-    "prompts",
-    "sample",
+    "MoLEPreset",
+    "prompt_arguments",
+    "sample_pictures",
     "train_expert",
     "train_gates",
     "train_unet",

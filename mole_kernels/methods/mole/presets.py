@@ -17,7 +17,7 @@ class ExpertPreset:
 
 
 @dataclass(frozen=True)
-class Preset:
+class MoLEPreset:
     """Settings of the stages.
 
     rank        of every expert
@@ -47,13 +47,13 @@ def _paper(
     resolution: int,
     batch_size: int,
     unet: TrainConfig | None,
-) -> Preset:
+) -> MoLEPreset:
     face = TrainConfig(
         steps=30_000, lr=2e-5, accumulation=expert_accumulation, mixed_precision="bf16", checkpoint_every=1000
     )
     hand = replace(face, steps=60_000, lr=1e-5)
     gates = replace(face, steps=50_000, lr=1e-5, accumulation=gate_accumulation)
-    return Preset(
+    return MoLEPreset(
         256,
         {"face": ExpertPreset(64.0, face), "hand": ExpertPreset(128.0, hand)},
         gates,
@@ -98,17 +98,17 @@ _DEMO_EXPERT = TrainConfig(
 # picture at a time.
 # demo: as the demo on digits trains its small UNet on a CPU; a learned constant there wants three times the
 # gates' lr.
-PRESETS: Mapping[str, Preset] = {
+PRESETS: Mapping[str, MoLEPreset] = {
     "sd15": _paper(4, 6, 512, 4, _STAGE_1),
     "sdxl": _paper(16, 12, 1024, 1, None),
-    "small": Preset(
+    "small": MoLEPreset(
         rank=16,
         experts={"expert": ExpertPreset(16.0, _SMALL)},
         gates=replace(_SMALL, steps=500, lr=1e-3, warmup=25),
         resolution=512,
         unet=replace(_SMALL, lr=1e-5),
     ),
-    "demo": Preset(
+    "demo": MoLEPreset(
         rank=16,
         experts={"low": ExpertPreset(16.0, _DEMO_EXPERT), "high": ExpertPreset(16.0, _DEMO_EXPERT)},
         gates=TrainConfig(

@@ -15,7 +15,9 @@ SUFFIX = " best quality, 8K"
 NEGATIVE_SUFFIX = " poor quality, unclear hand, bad face "
 
 
-def prompts(texts: Sequence[str], negative: str = "", *, suffixes: bool = False) -> dict[str, list[str]]:
+def prompt_arguments(
+    texts: Sequence[str], negative: str = "", *, suffixes: bool = False
+) -> dict[str, list[str]]:
     """{"prompt", "negative_prompt"} for a diffusers pipeline; with the official generators' suffixes only
     where asked for.
     """
@@ -26,7 +28,7 @@ def prompts(texts: Sequence[str], negative: str = "", *, suffixes: bool = False)
     }
 
 
-def sample(
+def sample_pictures(
     pipe: Any,
     texts: Sequence[str],
     *,
@@ -47,7 +49,7 @@ def sample(
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
     own = copy.copy(pipe)
     own.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    texts_of_both = prompts(texts, negative, suffixes=suffixes)
+    texts_of_both = prompt_arguments(texts, negative, suffixes=suffixes)
     return own(
         **texts_of_both, num_inference_steps=steps, guidance_scale=guidance, generator=generators, **more
     ).images

@@ -112,7 +112,7 @@ def summarise(found: Sequence[Answers]) -> Summary:
     )
 
 
-def evaluate(
+def score_pictures(
     folder: Path,
     trees: Sequence[Tree],
     answerer: Answerer,

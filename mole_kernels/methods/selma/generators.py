@@ -11,7 +11,7 @@ import torch
 
 from mole_kernels.errors import MoleError, MoleFileError, MoleStateError, printable
 from mole_kernels.files.text import read_text, text_lines
-from mole_kernels.methods.selma.asking import tidy
+from mole_kernels.methods.selma.prompt_text import clean_prompt
 
 
 class UnusableAnswer(MoleError, RuntimeError):
@@ -38,7 +38,7 @@ class TextGenerator(Protocol):
     def write(self, request: str, number: int, seed: int) -> str: ...
 
 
-class LocalText:
+class TransformersText:
     """A causal language model of transformers on this machine; samples at `temperature`, chats where its
     tokenizer has a template.
 
@@ -55,7 +55,7 @@ class LocalText:
     @classmethod
     def load(
         cls, source: str, *, device: str | None = None, dtype: torch.dtype | None = None, **options: Any
-    ) -> LocalText:
+    ) -> TransformersText:
         """From safetensors only, in the dtype it was saved in unless told otherwise."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,7 +117,7 @@ class FileText:
     def __init__(self, path: str | Path, *, batch: int = 20) -> None:
         self.path, self.batch, self.name = Path(path), batch, f"file {Path(path).name}"
         text = read_text(path).removeprefix("\ufeff").replace("\r", "\n")
-        self.lines = [prompt for line in text_lines(text) if (prompt := tidy(line)) is not None]
+        self.lines = [prompt for line in text_lines(text) if (prompt := clean_prompt(line)) is not None]
         if not self.lines:
             raise MoleFileError(
                 printable(path, 300), expected="a prompt on each line", got="no prompt at all"

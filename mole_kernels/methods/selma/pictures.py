@@ -76,14 +76,14 @@ def make_pictures(
     if state.is_main_process:
         project.settle("pictures", skill, asdict(settings) | {"model": name_of(pipe)}, ("batch",))
     state.wait_for_everyone()
-    made = draw(pipe, prompts, project.pictures_folder(skill), settings, on_picture=on_picture)
+    made = draw_prompts(pipe, prompts, project.pictures_folder(skill), settings, on_picture=on_picture)
     if state.is_main_process:
         flagged = len(list(flagged_folder(project.pictures_folder(skill)).glob("*.png")))
         project.note("pictures", skill, {"pictures": len(prompts) - flagged, "flagged": flagged})
     return made
 
 
-def draw(
+def draw_prompts(
     pipe: Any,
     prompts: Sequence[str],
     folder: Path,

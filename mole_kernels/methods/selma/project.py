@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
 from mole_kernels.files.text import read_json_file, read_text, text_lines
-from mole_kernels.files.writer import atomic_write
+from mole_kernels.files.writer import atomic_write, write_json
 from mole_kernels.methods.selma.skills import Skill
 
 FORMAT = "mole-kernels-selma-1"
@@ -40,7 +40,7 @@ class Project:
     def skills(self) -> dict[str, Skill]:
         """The skills by name, in the order they came in; {} for a folder that holds no run yet."""
         path = self.root / "manifest.json"
-        saved = _read(path).get("skills", {})
+        saved = _read_manifest(path).get("skills", {})
         for name, entry in saved.items():
             if not (isinstance(entry, dict) and isinstance(entry.get("about"), str)):
                 raise MoleFileError(
@@ -61,7 +61,7 @@ class Project:
                 )
         self.root.mkdir(parents=True, exist_ok=True)
         table = {name: {"seeds": list(skill.seeds), "about": skill.about} for name, skill in known.items()}
-        _write(self.root / "manifest.json", {"format": FORMAT, "skills": table})
+        write_json(self.root / "manifest.json", {"format": FORMAT, "skills": table})
 
     def choose(self, names: Iterable[str] = ()) -> list[str]:
         """The named skills, or all; one that is not there is a MoleValueError, and so is none at all."""
@@ -126,13 +126,13 @@ class Project:
                 )
         self.folder(skill).mkdir(parents=True, exist_ok=True)
         entry = stages.get(stage, {}) | {"settings": plain}
-        _write(self.folder(skill) / "manifest.json", stages | {"format": FORMAT, stage: entry})
+        write_json(self.folder(skill) / "manifest.json", stages | {"format": FORMAT, stage: entry})
 
     def note(self, stage: str, skill: str, figures: Mapping[str, Any]) -> None:
         """What came of a stage."""
         stages = self._stages(skill)
         entry = stages.get(stage, {}) | {"done": dict(figures)}
-        _write(self.folder(skill) / "manifest.json", stages | {"format": FORMAT, stage: entry})
+        write_json(self.folder(skill) / "manifest.json", stages | {"format": FORMAT, stage: entry})
 
     def noted(self, stage: str, skill: str) -> dict[str, Any] | None:
         """The figures of a stage that is done, else None."""
@@ -141,7 +141,7 @@ class Project:
     def _stages(self, skill: str) -> dict[str, Any]:
         """{stage: {"settings": {…}, "done": {…}}} of a skill's manifest; either may be missing."""
         path = self.folder(skill) / "manifest.json"
-        stages = _read(path)
+        stages = _read_manifest(path)
         for stage in STAGES:
             for key in ("settings", "done"):
                 value = stages.get(stage, {}).get(key, {})
@@ -182,10 +182,15 @@ def checked(row: dict[str, Any], path: Path, number: int, **kinds: type) -> dict
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Objects as a .jsonl file, replaced as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _put(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    atomic_write(path, write)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> dict[str, Any]:
     """A manifest, {} where there is none."""
     if not path.exists():
         return {}
@@ -200,14 +205,3 @@ def _read(path: Path) -> dict[str, Any]:
                 f"{printable(path, 300)}, {printable(name)}", expected="an object", got=printable(entry)
             )
     return manifest
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    _put(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _put(path: Path, text: str) -> None:
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    atomic_write(path, write)

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
-from mole_kernels.methods.selma.asking import parse_prompts, request_text
 from mole_kernels.methods.selma.generators import TextGenerator, UnusableAnswer
-from mole_kernels.methods.selma.likeness import LIMIT, Likeness
 from mole_kernels.methods.selma.project import Project, checked, read_lines, write_lines
+from mole_kernels.methods.selma.prompt_text import parse_prompts, request_text
+from mole_kernels.methods.selma.similarity import LIMIT, SimilarityFilter
 from mole_kernels.methods.selma.skills import Skill
 from mole_kernels.training.data import counted_generator
 
@@ -89,7 +89,7 @@ def write_prompts(
         )
     project.add_skills([skill])
     project.settle("prompts", skill.name, asdict(settings) | {"generator": generator.name}, _FREE)
-    likeness = Likeness([*skill.seeds, *accepted], settings.limit)
+    likeness = SimilarityFilter([*skill.seeds, *accepted], settings.limit)
     barren = 0
     while len(accepted) < settings.count:
         row = _ask(skill, generator, settings, accepted, requests, sleep)
@@ -156,7 +156,7 @@ def _ask(
     raise AssertionError("unreachable: attempts is at least 1")
 
 
-def _sort(row: dict[str, Any], likeness: Likeness, wanted: int) -> None:
+def _sort(row: dict[str, Any], likeness: SimilarityFilter, wanted: int) -> None:
     """Puts what was found under "accepted", "rejected" (with what it is too like) or, once there are enough,
     "spare".
     """

@@ -15,7 +15,7 @@ from mole_kernels.errors import MoleStateError, MoleValueError, printable
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.files.text import read_text
 from mole_kernels.io import load_expert, save_expert
-from mole_kernels.methods.mole.stages import train_expert
+from mole_kernels.methods.lora import train_expert
 from mole_kernels.methods.selma.pictures import METADATA
 from mole_kernels.methods.selma.project import Project, checked, read_lines, write_lines
 from mole_kernels.modules.scan import mole_targets

@@ -48,7 +48,7 @@ from mole_kernels.methods.difflora.dataset import (
     train_identities,
 )
 from mole_kernels.methods.difflora.features import SmallImages
-from mole_kernels.methods.difflora.generate import Sampling, generate
+from mole_kernels.methods.difflora.generate import Sampling, generate_experts
 from mole_kernels.methods.difflora.predictor import Predictor
 from mole_kernels.methods.difflora.store import load_predictor, save_predictor
 from mole_kernels.methods.difflora.train import train_autoencoder, train_predictor
@@ -273,10 +273,11 @@ def measure(
         }
     shown = {name: pictures_of(folder / "loras", name)[:SHOWN] for name in unseen}
     # once before the clock: the first call fills caches
-    generate(predictor, shown, base=pipe, sampling=SAMPLING)
+    generate_experts(predictor, shown, base=pipe, sampling=SAMPLING)
     began = time.process_time()
     predicted = {
-        name: generate(predictor, {name: shown[name]}, sampling=SAMPLING).experts[name] for name in unseen
+        name: generate_experts(predictor, {name: shown[name]}, sampling=SAMPLING).experts[name]
+        for name in unseen
     }
     figures["seconds to predict"] = (time.process_time() - began) / len(unseen)
     flat = torch.stack([data.manifest.flatten_expert(one) for one in predicted.values()])
@@ -349,7 +350,7 @@ def draw_some(
         pictures = pictures_of(folder / "loras", name)[:SHOWN]
         experts = {
             "none": None,
-            "predicted": generate(predictor, {name: pictures}, sampling=SAMPLING).experts[name],
+            "predicted": generate_experts(predictor, {name: pictures}, sampling=SAMPLING).experts[name],
             "trained": load_expert(folder / "loras" / "experts" / f"{name}.safetensors"),
         }
         for kind, expert in experts.items():

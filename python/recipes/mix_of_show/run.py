@@ -43,7 +43,7 @@ from mole_kernels.methods.mix_of_show.data import concept_batches
 from mole_kernels.methods.mix_of_show.edlora import EDLoRATraining, train_edlora
 from mole_kernels.methods.mix_of_show.folder import save_fused
 from mole_kernels.methods.mix_of_show.fusion import FusionSettings, fuse_by_weights, fuse_pipeline
-from mole_kernels.methods.mix_of_show.prompts import encode_prompts, sample
+from mole_kernels.methods.mix_of_show.prompts import encode_prompts, sample_concepts
 from mole_kernels.methods.mix_of_show.regions import Region
 from mole_kernels.methods.mix_of_show.sampling import regional
 from mole_kernels.methods.mix_of_show.tokens import Tokens, concept_tokens
@@ -147,7 +147,7 @@ def draw(pipe: Any, expert: Expert, concept: Concept, tokens: Tokens, made: Sett
     words = [data.caption_of([k % 11 - 1]) for k in range(made.drawn)]
     prompts = [f"{word} {concept.name}" for word in words]
     with patch(pipe, {"x": expert}):
-        return _pixels(sample(pipe, prompts, tokens, "", **_options(made, seed, len(prompts))))
+        return _pixels(sample_concepts(pipe, prompts, tokens, "", **_options(made, seed, len(prompts))))
 
 
 def draw_regions(
@@ -164,7 +164,7 @@ def draw_regions(
         negative = encode_prompts(pipe, [""] * len(trained), tokens).states.expand_as(positive)
         with regional(pipe, [regions] * made.drawn, embeds=(positive, negative)):
             prompts = [f"{word} blank blank" for word in words]
-            return _pixels(sample(pipe, prompts, tokens, "", **_options(made, seed, len(prompts))))
+            return _pixels(sample_concepts(pipe, prompts, tokens, "", **_options(made, seed, len(prompts))))
 
 
 def _options(made: Settings, seed: int, n: int) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _measure(pipe: Any, made: Settings, seed: int) -> dict[str, float]:
     losses = evaluate.region_loss(evaluate.scene_losses(pipe, held), held)
     labels = data.draw_labels(made.captions, Generator().manual_seed(4242))
     captions = [data.caption_of(row) for row in labels.tolist()]
-    drawn = evaluate.generate(pipe, captions, 100 + seed, made.sampling_steps)
+    drawn = evaluate.generate_pictures(pipe, captions, 100 + seed, made.sampling_steps)
     return {f"loss {region}": loss for region, loss in losses.items()} | evaluate.read_back(
         load_reader(), drawn, captions
     )

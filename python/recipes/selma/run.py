@@ -46,9 +46,15 @@ from mole_kernels.demo import data
 from mole_kernels.demo.classifier import load_reader
 from mole_kernels.demo.metrics import spread
 from mole_kernels.demo.model import load_pipeline
-from mole_kernels.methods.selma.evaluate import evaluate
+from mole_kernels.methods.selma.evaluate import score_pictures
 from mole_kernels.methods.selma.merging import merge_skills, save_merged, skill_bank
-from mole_kernels.methods.selma.pictures import METADATA, PictureSettings, draw, file_name, make_pictures
+from mole_kernels.methods.selma.pictures import (
+    METADATA,
+    PictureSettings,
+    draw_prompts,
+    file_name,
+    make_pictures,
+)
 from mole_kernels.methods.selma.project import Project, write_lines
 from mole_kernels.methods.selma.prompts import PromptSettings, write_prompts
 from mole_kernels.methods.selma.train import SkillTraining, join_pictures, size_multiple, train_skill
@@ -215,7 +221,7 @@ def score(plan: Plan, folder: Path, pipe: Any, seed: int) -> dict[str, float]:
     asked = {word: captions_with(word, held=True)[: plan.asked] for word in SKILL_WORDS} | {
         OTHERS: captions_without()[: plan.asked]
     }
-    draw(
+    draw_prompts(
         pipe,
         [caption for captions in asked.values() for caption in captions],
         folder,
@@ -223,7 +229,7 @@ def score(plan: Plan, folder: Path, pipe: Any, seed: int) -> dict[str, float]:
     )
     answerer = ReaderAnswers(load_reader())
     return {
-        name: evaluate(folder, [tree_of(c) for c in captions], answerer)[0].score
+        name: score_pictures(folder, [tree_of(c) for c in captions], answerer)[0].score
         for name, captions in asked.items()
     }
 

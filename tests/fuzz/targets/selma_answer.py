@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mole_kernels.methods.selma.asking import MAX_CHARACTERS, MAX_ITEMS, parse_prompts, tidy
+from mole_kernels.methods.selma.prompt_text import MAX_CHARACTERS, MAX_ITEMS, clean_prompt, parse_prompts
 from tests.fuzz.meeting import text
 
 JSON = False
@@ -15,4 +15,4 @@ def check(data: bytes) -> None:
         for prompt in found:
             assert 0 < len(prompt) <= MAX_CHARACTERS and "\n" not in prompt and prompt == prompt.strip()
             # what was taken out once needs no second time
-            assert tidy(prompt) is not None
+            assert clean_prompt(prompt) is not None

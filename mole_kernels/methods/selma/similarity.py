@@ -29,7 +29,7 @@ class Words:
         return _WORD.findall(text.lower())
 
 
-class Likeness:
+class SimilarityFilter:
     """The prompts that are there, and what is too like them.
 
     ROUGE-L F1 = 2·LCS/(m+n) of two prompts of m and n words, LCS the length of their longest common

@@ -45,10 +45,10 @@ def parse_prompts(answer: str, start: int = 1) -> list[str]:
     items = list(islice(_json_items(answer), MAX_ITEMS)) or list(
         islice(_items(answer.replace("\r", "\n").split("\n"), start), MAX_ITEMS)
     )
-    return [text for item in items if (text := tidy(item)) is not None]
+    return [text for item in items if (text := clean_prompt(item)) is not None]
 
 
-def tidy(text: str) -> str | None:
+def clean_prompt(text: str) -> str | None:
     """One line of plain text without decoration, or None where there is no prompt in it."""
     plain = "".join(
         " " if c.isspace() else c
