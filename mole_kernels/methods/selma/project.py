@@ -48,7 +48,12 @@ class Project:
                     expected='{"seeds": [three prompts], "about": "…"}',
                     got=printable(entry),
                 )
-        return {name: Skill(name, entry.get("seeds", ()), entry["about"]) for name, entry in saved.items()}
+        try:
+            return {
+                name: Skill(name, entry.get("seeds", ()), entry["about"]) for name, entry in saved.items()
+            }
+        except MoleValueError as error:
+            raise MoleFileError(f"{printable(path, 300)}, skills", str(error)) from error
 
     def add_skills(self, skills: Iterable[Skill]) -> None:
         """Notes skills; one that is there with other seeds is a MoleStateError and nothing is written."""
