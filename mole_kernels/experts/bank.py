@@ -27,8 +27,16 @@ Init = Literal["kaiming", "gaussian"]
 class ExpertBank:
     """Experts by name; their order is the order of the gates' rows, so it is the order given, never a guess.
 
-    experts  name -> Expert. Names are shown, saved and used as module keys: not empty, printable, without
-             dots.
+    Args:
+        experts: Name -> Expert. Names are shown, saved and used as module keys: not empty, printable, without
+            dots.
+
+    Raises:
+        MoleTypeError: A value that is no Expert, a name that is no str.
+        MoleValueError: No experts, or a name that cannot be used.
+
+    Example:
+        >>> bank = ExpertBank({"face": load_expert("face.safetensors")})
     """
 
     def __init__(self, experts: Mapping[str, Expert]) -> None:
@@ -44,8 +52,8 @@ class ExpertBank:
                     hint="read a file with mole_kernels.io.load_expert",
                 )
         self.experts: dict[str, Expert] = dict(experts)
-        # identity of a layer -> the spelling with the most dots among the experts: only that one can be walked in
-        # a model
+        # identity of a layer -> the spelling with the most dots among the experts: only that one can be
+        # walked in a model
         self._spelling: dict[str, str] = {}
         self._by_layer: dict[str, dict[str, LowRank]] = {}
         for name, expert in self.experts.items():
@@ -58,6 +66,7 @@ class ExpertBank:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The experts' names, in order."""
         return tuple(self.experts)
 
     def __len__(self) -> int:
@@ -71,8 +80,10 @@ class ExpertBank:
         return list(self._spelling.values())
 
     def layer(self, path: str) -> dict[str, LowRank]:
-        """The experts that touch this layer, by name in bank order; {} where none does. Either spelling of
-        the path.
+        """The experts that touch a layer, by name in bank order; {} where none does.
+
+        Args:
+            path: Any spelling of the layer's path.
         """
         layers = self._by_layer.get(canonical_path(path))
         if layers is None:
@@ -84,7 +95,18 @@ class ExpertBank:
     def pack(
         self, path: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> LayerExperts:
-        """The packed module of one layer; an expert that lacks the layer has no rows in it."""
+        """The packed module of one layer; an expert that lacks the layer has no rows in it.
+
+        Args:
+            path: Any spelling of the layer's path.
+            dtype: The dtype of the factors; None keeps the first expert's.
+            device: Their device; None keeps the first expert's.
+
+        Raises:
+            MoleKeyError: No expert has the layer.
+            MoleShapeError: Experts of different [N,K].
+            MoleValueError: A value that `dtype` cannot hold.
+        """
         from mole_kernels.experts.layer import LayerExperts
 
         layers = self.layer(path)
@@ -121,11 +143,20 @@ class ExpertBank:
         generator: torch.Generator | None = None,
         init: Init = "kaiming",
     ) -> ExpertBank:
-        """Fresh experts, B = 0 so that ΔW = 0: A ~ kaiming_uniform(a=√5) (MoLE's code), or "gaussian" N(0,
-        1/R²) (PEFT's, SELMA's).
+        """Fresh experts with B = 0, so that ΔW = 0.
 
-        shapes  path -> (N, K)
-        rank    of all experts, or by name; alpha likewise, None means scale 1
+        Args:
+            shapes: Path -> (N, K) of the layers.
+            names: The experts, in order.
+            rank: R of all experts, or by name.
+            alpha: Of all experts, or by name; None means scale 1.
+            convention: How alpha becomes the scale.
+            dtype: Of the factors.
+            generator: Random numbers for A.
+            init: A ~ "kaiming", uniform(a=√5) (MoLE's code), or "gaussian", N(0, 1/R²) (PEFT's, SELMA's).
+
+        Raises:
+            MoleValueError: An unknown `init` or convention, names that repeat, a rank below 1.
         """
         if init not in get_args(Init):
             raise MoleValueError(
@@ -142,19 +173,42 @@ class ExpertBank:
         return cls(experts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all experts to one safetensors file, exactly and atomically; `io.save_bank` adds gates."""
+        """Write all experts to one safetensors file, exactly and atomically; `io.save_bank` adds gates.
+
+        Args:
+            path: The file.
+
+        Raises:
+            MoleFileError: The file could not be written.
+        """
         tensors, metadata = tensors_of_experts(self.experts)
         atomic_save(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertBank:
-        """Read the experts of a file written by `save`; `io.load_bank` also reads its gates."""
+        """Read the experts of a file that `save` wrote; `io.load_bank` also reads its gates.
+
+        Args:
+            path: The file.
+
+        Raises:
+            MoleFileError: Not a file of ours, or broken.
+            MoleKeyError: Tensors that the metadata do not name.
+        """
         tensors, metadata = read_tensors(path)
         return cls(experts_from_tensors(tensors, metadata, str(path))[0])
 
 
 def check_name(name: str) -> None:
-    """An expert's name must be usable as a module key, a metadata entry and a word on the screen."""
+    """Refuse a name that cannot be a module key, a metadata entry and a word on the screen.
+
+    Args:
+        name: An expert's name.
+
+    Raises:
+        MoleTypeError: No str.
+        MoleValueError: Empty, over 128 characters, unprintable, or with a dot.
+    """
     if not isinstance(name, str):
         raise MoleTypeError("expert name", expected="a str", got=type(name).__name__)
     if not name or not name.isprintable() or "." in name or len(name) > 128:

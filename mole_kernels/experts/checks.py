@@ -16,10 +16,19 @@ from mole_kernels.files.limits import DTYPE_NAMES, finite
 def checked_lowrank(
     where: str, down: Tensor, up: Tensor, scale: float = 1.0, conv: bool | tuple[int, int] = False
 ) -> LowRank:
-    """A LowRank of factors as a file holds them: [R,K] and [N,R], of a convolution [R,K,kh,kw] and [N,R,1,1].
+    """A LowRank of factors as a file holds them.
 
-    where  file and layer, for messages
-    Raises MoleTypeError (dtype), MoleShapeError (dimensions, rank), MoleValueError (NaN or Inf).
+    Args:
+        where: File and layer, for messages.
+        down: A [R,K], of a convolution [R,K,kh,kw].
+        up: B [N,R], of a convolution [N,R,1,1].
+        scale: The layer's scale.
+        conv: What the layer is where A's shape does not tell.
+
+    Raises:
+        MoleTypeError: A dtype that factors do not have.
+        MoleShapeError: No two matrices of one rank.
+        MoleValueError: NaN or Inf.
     """
     for half, name in ((down, "A (down)"), (up, "B (up)")):
         if half.dtype not in DTYPE_NAMES:
@@ -56,7 +65,16 @@ def checked_lowrank(
 def check_finite(
     where: str, tensor: Tensor, hint: str = "the file was written by a run that diverged"
 ) -> None:
-    """Refuse NaN and Inf, and say how many there are."""
+    """Refuse NaN and Inf, and say how many there are.
+
+    Args:
+        where: What the tensor is, for messages.
+        tensor: Any floating tensor; one on meta passes.
+        hint: What the reader of the message should know.
+
+    Raises:
+        MoleValueError: A value that is not finite.
+    """
     if tensor.is_meta or tensor.numel() == 0:
         return
     wide = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
@@ -72,7 +90,8 @@ def check_finite(
 
 
 def check_values(where: str, expert: Expert) -> None:
-    """Refuse NaN and Inf in an expert in memory, as in one from a file; layers that are read later are checked then.
+    """Refuse NaN and Inf in an expert in memory, as in one from a file; layers that are read later are
+    checked then.
 
     Raises:
         MoleValueError: A factor or a scale that is not finite.
@@ -88,7 +107,17 @@ def check_values(where: str, expert: Expert) -> None:
 
 
 def checked_alpha(where: str, alpha: Tensor | float) -> float:
-    """The finite number an alpha must be: a scalar tensor or a plain number."""
+    """The finite number that an alpha must be.
+
+    Args:
+        where: File and key, for messages.
+        alpha: A number, or a tensor with one value of any integer or floating dtype.
+
+    Raises:
+        MoleShapeError: Several values.
+        MoleTypeError: No number.
+        MoleValueError: NaN or Inf.
+    """
     if isinstance(alpha, Tensor):
         if alpha.numel() != 1:
             raise MoleShapeError(where, expected="a scalar alpha", got=f"shape {list(alpha.shape)}")

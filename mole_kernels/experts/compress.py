@@ -35,10 +35,14 @@ from mole_kernels.problem import Problem
 class CompressionTarget:
     """What decides each layer's rank: exactly one of the three.
 
-    rank       at most this
-    energy     the smallest rank that keeps this part of Σσ², in (0, 1]
-    max_error  the smallest rank with ‖ΔW − ΔW'‖₂ ≤ max_error · ‖ΔW‖₂, as stored: no input's output moves by
-               more than that
+    Attributes:
+        rank: At most this.
+        energy: The smallest rank that keeps this part of Σσ², in (0, 1].
+        max_error: The smallest rank with ‖ΔW − ΔW'‖₂ ≤ max_error · ‖ΔW‖₂ as stored, in [0, 1): no input's
+            output moves by more than that.
+
+    Raises:
+        MoleValueError: None or several of them, or one out of its range.
     """
 
     rank: int | None = None
@@ -67,8 +71,11 @@ class CompressionTarget:
                 )
 
     def ranks(self, values: Tensor, stored: float = 0.0) -> int:
-        """The rank for these singular values, 1 at least; `stored` is what rounding already takes of
-        max_error.
+        """The rank for one layer, 1 at least.
+
+        Args:
+            values: Its singular values [P], falling.
+            stored: What rounding already takes of `max_error`.
         """
         if self.rank is not None:
             return min(self.rank, len(values))
@@ -87,15 +94,27 @@ class CompressionTarget:
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """One layer before and after. Norms and errors are of ΔW, scale included: Frobenius, and spectral (‖·‖₂,
+    """One layer before and after. Norms and errors are of ΔW with its scale: Frobenius, and spectral (‖·‖₂,
     the worst case over inputs).
 
-    bound_*   what the error cannot exceed: the singular values left out plus the rounding of the stored
-              factors
-    error_*   measured in float64 on the factors as they are stored
-    flops     of the expert for one token: 2·R·(K+N)
-    layer_us  predicted microseconds of the whole layer on `device` (base and expert), by the dispatcher's
-              cost model; never measured
+    Attributes:
+        path: The layer.
+        N: Outputs.
+        K: Inputs.
+        rank_before: R before.
+        rank_after: R after.
+        frobenius: ‖ΔW‖_F.
+        spectral: ‖ΔW‖₂.
+        bound_frobenius: What the error cannot exceed: the singular values left out, and the rounding of the
+            stored factors.
+        bound_spectral: Likewise.
+        error_frobenius: Measured in float64 on the factors as they are stored.
+        error_spectral: Likewise.
+        flops_before: Of the expert for one token: 2·R·(K+N).
+        flops_after: Likewise.
+        layer_us_before: Predicted microseconds of the whole layer (base and expert) by the dispatcher's cost
+            model; never measured.
+        layer_us_after: Likewise.
     """
 
     path: str
@@ -168,6 +187,7 @@ class Report:
         }
 
     def to_json(self) -> str:
+        """The report as JSON: totals, what the predictions are for, and every layer."""
         predicted = {
             "device": self.predicted.device,
             "tokens": self.predicted.tokens,
@@ -199,13 +219,28 @@ def compress(
     dtype: torch.dtype | None = None,
     predicted: Predicted = NOMINAL,
 ) -> Compressed:
-    """(result, report): the best experts of smaller rank, by exactly one of rank, energy and max_error (see
-    `CompressionTarget`).
+    """The best experts of smaller rank: truncated SVD of each layer from its factors (Eckart and Young).
 
-    experts  an Expert -> (Expert, Report); an ExpertBank -> (ExpertBank, {name: Report})
-    dtype    of the result; None: the input's
-    A layer whose rank is already small enough keeps its factors bit for bit. Raises MoleValueError,
-    MoleTypeError.
+    Exactly one of `rank`, `energy` and `max_error` decides (see `CompressionTarget`). A layer whose rank is
+    already small enough keeps its factors bit for bit.
+
+    Args:
+        experts: An Expert, or an ExpertBank.
+        rank: At most this rank.
+        energy: Keep this part of Σσ², in (0, 1].
+        max_error: Keep the relative spectral error below this, in [0, 1).
+        dtype: Of the result; None: the narrowest that holds the input's exactly.
+        predicted: The call that predicted times are for.
+
+    Returns:
+        (result, report): an Expert and its Report, or an ExpertBank and {name: Report}.
+
+    Raises:
+        MoleTypeError: Neither an Expert nor an ExpertBank.
+        MoleValueError: None or several targets, one out of its range, or one that `dtype` cannot reach.
+
+    Example:
+        >>> smaller, report = compress(expert, energy=0.99)
     """
     target = CompressionTarget(rank, energy, max_error)
     if isinstance(experts, ExpertBank):
@@ -238,7 +273,14 @@ def compress_layers(
     dtype: torch.dtype | None = None,
     predicted: Predicted = NOMINAL,
 ) -> Iterator[tuple[str, LowRank, CompressedLayer]]:
-    """(path, smaller layer, report), one layer at a time."""
+    """(path, smaller layer, report) of each layer, one at a time.
+
+    Args:
+        layers: Path -> LowRank.
+        target: What decides the ranks.
+        dtype: Of the results.
+        predicted: The call that predicted times are for.
+    """
     for path in layers:
         smaller, report = compress_layer(path, layers[path], target, dtype, predicted)
         yield path, smaller, report
@@ -251,7 +293,18 @@ def compress_layer(
     dtype: torch.dtype | None = None,
     predicted: Predicted = NOMINAL,
 ) -> tuple[LowRank, CompressedLayer]:
-    """One layer's (smaller LowRank, report)."""
+    """(smaller layer, report) of one layer.
+
+    Args:
+        path: The layer, for messages and the report.
+        layer: Its factors.
+        target: What decides the rank.
+        dtype: Of the result.
+        predicted: The call that predicted times are for.
+
+    Raises:
+        MoleValueError: A `max_error` that `dtype` cannot reach.
+    """
     stored = dtype or stored_dtype([layer.down.dtype, layer.up.dtype])
     parts = svd(layer)
     values = parts.values.double() * abs(layer.scale)
@@ -342,7 +395,14 @@ def _report(
 
 @lru_cache(maxsize=4096)
 def predicted_us(N: int, K: int, rank: int, predicted: Predicted) -> float:
-    """Microseconds of the whole layer with one ungated expert, by the dispatcher's cost model."""
+    """Microseconds of the whole layer with one ungated expert, by the dispatcher's cost model.
+
+    Args:
+        N: Outputs.
+        K: Inputs.
+        rank: R of the expert.
+        predicted: The call.
+    """
     problem = Problem(1, predicted.tokens, K, N, (rank,), 1, predicted.dtype, "cuda")
     return choose(problem, KNOWN[predicted.device]).predicted
 

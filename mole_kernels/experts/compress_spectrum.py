@@ -17,10 +17,17 @@ ENERGIES = (0.9, 0.99, 0.999)
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """One layer: its singular values, falling, and the ranks that keep 90, 99 and 99.9 % of Σσ².
+    """One layer's singular values, and the ranks that keep 90, 99 and 99.9 % of Σσ².
 
-    effective  exp(−Σ p ln p) with p = σ²/Σσ²: the rank that so even a spectrum would have (Roy and Vetterli,
-               2007)
+    Attributes:
+        path: The layer.
+        N: Outputs.
+        K: Inputs.
+        rank: R.
+        values: Singular values of ΔW, falling.
+        ranks: One for each of `ENERGIES`.
+        effective: exp(−Σ p ln p) with p = σ²/Σσ²: the rank that so even a spectrum would have (Roy and
+            Vetterli, 2007).
     """
 
     path: str
@@ -33,7 +40,13 @@ class LayerSpectrum:
 
 
 def layer_spectrum(path: str, layer: LowRank, dtype: torch.dtype = torch.float64) -> LayerSpectrum:
-    """The spectrum of one layer's ΔW, scale included."""
+    """The spectrum of one layer's ΔW, scale included.
+
+    Args:
+        path: The layer.
+        layer: Its factors.
+        dtype: What the decompositions are computed in.
+    """
     values = singular_values(layer, dtype).double()
     share = values.square() / values.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
     effective = torch.special.entr(share).sum().exp().item() if values[0] > 0 else 0.0
@@ -44,7 +57,12 @@ def layer_spectrum(path: str, layer: LowRank, dtype: torch.dtype = torch.float64
 
 
 def layer_spectra(layers: Mapping[str, LowRank], dtype: torch.dtype = torch.float32) -> list[LayerSpectrum]:
-    """Every layer's spectrum, in the expert's order; one layer at a time, ΔW is never formed."""
+    """Every layer's spectrum, in the expert's order; one layer at a time, ΔW is never formed.
+
+    Args:
+        layers: Path -> LowRank.
+        dtype: What the decompositions are computed in.
+    """
     return [layer_spectrum(path, layers[path], dtype) for path in layers]
 
 

@@ -39,7 +39,8 @@ def check_stamp(metadata: Mapping[str, str], source: str) -> None:
         raise MoleFileError(
             printable(source),
             "is not a mole_kernels file",
-            hint='a LoRA file is given with a name, experts={"face": path}, and mole_kernels.io.load_expert reads it',
+            hint='a LoRA file is given with a name, experts={"face": path}, and '
+            "mole_kernels.io.load_expert reads it",
         )
     version = metadata.get("format_version", "")
     if version != str(VERSION):
@@ -135,7 +136,8 @@ def _expert(record: dict[str, Any], layers: dict[str, dict[str, Tensor]], source
     if unknown:
         raise MoleKeyError(
             printable(source),
-            f"the metadata of expert {record['name']!r} names {printable(sorted(unknown)[0])}, which has no tensors",
+            f"the metadata of expert {record['name']!r} names {printable(sorted(unknown)[0])}, which has "
+            "no tensors",
         )
     layers_read = {
         path: checked_lowrank(

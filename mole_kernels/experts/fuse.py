@@ -53,12 +53,16 @@ class Sums:
 
     @torch.no_grad()
     def add(self, name: str, factor: LowRank | None, x: Tensor) -> None:
-        """Add inputs x [...,K] of expert `name`. In float64, so that any split into calls gives the same to
-        rounding.
+        """Add inputs of one expert, in float64, so that any split into calls gives the same to rounding.
 
-        factor  None for an expert that lacks the layer: there it wants ΔW = 0
+        Args:
+            name: The expert.
+            factor: Its factors here; None for an expert that lacks the layer: there it wants ΔW = 0.
+            x: [...,K].
 
-        Raises MoleValueError for inputs that are not finite, and nothing is added.
+        Raises:
+            MoleShapeError: Another width than K.
+            MoleValueError: Inputs that are not finite; nothing is added.
         """
         K = self.gram.shape[0]
         if x.shape[-1] != K:
@@ -80,12 +84,15 @@ class Sums:
 
 @dataclass(frozen=True)
 class Solved:
-    """One layer fused: the expert, F before and after, how many directions of the inputs counted, and the
-    spread of their sizes.
+    """One layer fused.
 
-    base, by_weights, fused  F(0), F of weight fusion (Σ α_i/n ΔW_i), F of the result
-    directions  of K that the inputs reach beyond the cut-off; condition  largest ÷ smallest eigenvalue among
-                them
+    Attributes:
+        factor: The fused expert.
+        base: F(0).
+        by_weights: F of weight fusion, Σ α_i/n ΔW_i.
+        fused: F of the result.
+        directions: How many of K directions the inputs reach beyond the cut-off.
+        condition: Largest ÷ smallest eigenvalue among them.
     """
 
     factor: LowRank
@@ -104,14 +111,21 @@ def fuse_layer(
     cutoff: float = 1e-12,
     ridge: float = 0.0,
 ) -> Solved:
-    """The closed form for one layer.
+    """The closed form of gradient fusion for one layer.
 
-    factors  expert -> its factors here      weights  expert -> α_i, 1 where not given
-    cutoff   eigenvalues of G below cutoff · the largest count as zero; 1e-12 keeps float64's digits and drops
-             its rounding
-    ridge    instead of a sharp cut: (G + ridge · mean eigenvalue · I)⁻¹
     An expert without inputs here adds nothing to F, so none of it remains. A layer without any inputs comes
     out as weight fusion.
+
+    Args:
+        factors: Expert -> its factors here.
+        sums: The inputs' sums.
+        weights: Expert -> α_i, 1 where there is none.
+        cutoff: Eigenvalues of G below cutoff · the largest count as zero, in [0, 1); 1e-12 keeps float64's
+            digits and drops its rounding.
+        ridge: Instead of a sharp cut: (G + ridge · mean eigenvalue · I)⁻¹.
+
+    Raises:
+        MoleValueError: A cutoff or ridge out of its range.
     """
     if not (0 <= cutoff < 1) or ridge < 0:
         raise MoleValueError("fuse", expected="0 <= cutoff < 1 and ridge >= 0", got=f"{cutoff} and {ridge}")

@@ -32,14 +32,25 @@ class AssignmentSource(Protocol):
 class LayerExperts(nn.Module):
     """E named experts of one layer: A_e one under the other, B_e side by side.
 
-    down        [S,R,K]      Parameter
-    up          [S,N,R]      Parameter
-    base_scale  [E] float32  the convention's scale of each expert (alpha/r, …)
-    scale       [E] float32  base_scale times the adapter weights: what the operator multiplies by
-    route       None, or what says which of the S sets each sample of the running forward takes
-                (`serving.ComponentRoute`)
-    S = 1 for experts shared by the batch, the number of samples, or with a route any.
     The scales stay float32 whatever `.to(dtype)` does to the rest.
+
+    Args:
+        down: [S,R,K], R = Σ R_e; S = 1 for experts that the batch shares, the number of samples, or any with
+            a route.
+        up: [S,N,R].
+        base_scale: [E], the file's scale of each expert (alpha/r, …).
+        names: The experts, all different.
+        ranks: R_e of each.
+
+    Attributes:
+        base_scale: [E] float32 buffer.
+        scale: [E] float32 buffer: base_scale times the adapter weights, what the operator multiplies by.
+        route: None, or what says which of the S sets each sample of the running forward takes
+            (`serving.ComponentRoute`).
+
+    Raises:
+        MoleShapeError: Tensors that do not fit each other.
+        MoleValueError: Names that repeat, or not one name and rank for each expert.
     """
 
     base_scale: Tensor
@@ -100,7 +111,7 @@ class LayerExperts(nn.Module):
         )
 
     def operands(self, samples: int | None = None) -> Experts:
-        """The tensors of one call; samples: how many the layer sees, where a route assigns their sets."""
+        """The tensors of one call, as the operator takes them."""
         assignment = None if self.route is None else self.route.current
         if assignment is not None and samples is not None and samples != assignment.shape[0]:
             assert self.route is not None
@@ -113,7 +124,8 @@ class LayerExperts(nn.Module):
 
     @torch.no_grad()
     def pad_to(self, ranks: tuple[int, ...]) -> None:
-        """Widen every expert to R_e = ranks[e] by zeros, in the same Parameter objects; the output stays the same.
+        """Widen every expert to R_e = ranks[e] by zeros, in the same Parameter objects; the output stays the
+        same.
 
         Raises:
             MoleValueError: Fewer ranks than there are now, or another number of experts.
@@ -129,12 +141,27 @@ class LayerExperts(nn.Module):
         self.down.data, self.up.data, self.ranks = down, up, tuple(ranks)
 
     def span(self, name: str) -> slice:
-        """The rank columns of one expert."""
+        """The rank columns of one expert.
+
+        Args:
+            name: The expert.
+
+        Raises:
+            MoleKeyError: No such expert on this layer.
+        """
         e = self.index(name)
         start = sum(self.ranks[:e])
         return slice(start, start + self.ranks[e])
 
     def index(self, name: str) -> int:
+        """The place of one expert among the layer's.
+
+        Args:
+            name: The expert.
+
+        Raises:
+            MoleKeyError: No such expert on this layer.
+        """
         if name not in self.names:
             raise MoleKeyError("expert", f"no expert {name!r} on this layer; it has {', '.join(self.names)}")
         return self.names.index(name)
@@ -151,7 +178,15 @@ class LayerExperts(nn.Module):
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """scale_e = base_scale_e · weight, for the experts named; the others keep theirs."""
+        """scale_e = base_scale_e · weight for the experts named; the others keep theirs.
+
+        Args:
+            weights: Name -> weight.
+
+        Raises:
+            MoleKeyError: No such expert on this layer.
+            MoleValueError: A weight that is not finite; nothing is set.
+        """
         for name, weight in weights.items():
             if not finite(weight, torch.float32):
                 raise MoleValueError(f"weight of expert {name!r}", expected="a finite number", got=weight)

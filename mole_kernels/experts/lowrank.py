@@ -22,7 +22,7 @@ COMPONENTS = (
 
 
 def flatten(path: str) -> str:
-    """The name under which two spellings of one layer meet: every dot an underscore, as kohya writes it."""
+    """A path with every dot as an underscore: the name under which dotted and kohya's flat spellings meet."""
     return path.replace(".", "_")
 
 
@@ -35,10 +35,16 @@ def is_denoiser(component: str | None) -> bool:
 
 
 def canonical_path(path: str) -> str:
-    """What tells a layer of one model from its other layers, however a file spells it.
+    """The text that two paths of one model share exactly where they mean one layer.
 
-    Two paths of one model have the same identity exactly where they mean one layer: dots and underscores are alike,
-    the denoiser is the same component under each of its names, and text encoders hold `text_model` or do not.
+    Dots and underscores are alike, the denoiser is one component under each of its names, and text encoders
+    hold `text_model` or do not.
+
+    Args:
+        path: A layer's path as a file spells it, with or without its component.
+
+    Returns:
+        A name to compare and to key by, not a path to walk.
     """
     component, rest = split_component(path)
     if is_denoiser(component):
@@ -47,7 +53,11 @@ def canonical_path(path: str) -> str:
 
 
 def split_component(path: str) -> tuple[str | None, str]:
-    """("unet", "down_blocks.0…") for a path that names a pipeline component, else (None, path)."""
+    """A path's component and the rest: ("unet", "down_blocks.0…"), or (None, path) where it names none.
+
+    Args:
+        path: A layer's dotted path.
+    """
     head, dot, rest = path.partition(".")
     return (head, rest) if dot and head in COMPONENTS else (None, path)
 
@@ -55,7 +65,18 @@ def split_component(path: str) -> tuple[str | None, str]:
 def cast(
     where: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None = None
 ) -> Tensor:
-    """`tensor.to(dtype)`, refused where a finite value would become Inf or NaN (float16 ends at 65,504)."""
+    """`tensor.to(device, dtype)`, refused where a finite value would become Inf or NaN (float16 ends at
+    65,504).
+
+    Args:
+        where: What the tensor is, for messages.
+        tensor: Any floating tensor.
+        dtype: The dtype of the result; None keeps the tensor's.
+        device: The device of the result; None keeps the tensor's.
+
+    Raises:
+        MoleValueError: A value that `dtype` cannot hold.
+    """
     new = tensor.to(device=device, dtype=dtype)
     if (
         dtype is not None
@@ -78,11 +99,15 @@ def cast(
 class LowRank:
     """One expert on one layer: ΔW = scale · up · down.
 
-    down   [R,K]; of a k×k convolution [R, K·k·k], so that ΔW reshapes to its weight [N,K,k,k]
-    up     [N,R]
-    scale  the convention's scale (see `scales`), without any adapter weight
-    conv   False for a linear layer, True for a 1x1 convolution (files hold [R,K,1,1] and [N,R,1,1]), (height,
-           width) of a larger kernel
+    Attributes:
+        down: [R,K]; of a k×k convolution [R, K·k·k], so that ΔW reshapes to its weight [N,K,k,k].
+        up: [N,R].
+        scale: The file's own scale (`experts.scales`), without any adapter weight.
+        conv: False for a linear layer, True for a 1×1 convolution (files hold [R,K,1,1] and [N,R,1,1]),
+            (height, width) of a larger kernel.
+
+    Raises:
+        MoleShapeError: Factors that are no matrices of one rank.
     """
 
     down: Tensor
@@ -105,7 +130,8 @@ class LowRank:
             )
 
     def __repr__(self) -> str:
-        return f"LowRank({self.out_features}x{self.in_features}, rank {self.rank}, scale {self.scale:g}, {self.up.dtype})"
+        size = f"{self.out_features}x{self.in_features}"
+        return f"LowRank({size}, rank {self.rank}, scale {self.scale:g}, {self.up.dtype})"
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -114,22 +140,33 @@ class LowRank:
 
     @property
     def rank(self) -> int:
+        """R."""
         return self.down.shape[0]
 
     @property
     def in_features(self) -> int:
+        """K, of a k×k convolution K·k·k."""
         return self.down.shape[1]
 
     @property
     def out_features(self) -> int:
+        """N."""
         return self.up.shape[0]
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """ΔW [N,K]."""
+        """ΔW [N,K] in full.
+
+        Args:
+            dtype: What the product is computed and returned in.
+        """
         return self.scale * (self.up.to(dtype) @ self.down.to(dtype))
 
     def norm(self, dtype: torch.dtype = torch.float64) -> float:
-        """‖ΔW‖ (Frobenius), as |scale| · √Σ(AAᵀ ⊙ BᵀB): R×R products only, in `dtype`; ΔW is never formed."""
+        """‖ΔW‖ (Frobenius) as |scale| · √Σ(AAᵀ ⊙ BᵀB): products [R,R] only, ΔW is never formed.
+
+        Args:
+            dtype: What the products are computed in.
+        """
         down, up = self.down.detach().to(dtype), self.up.detach().to(dtype)
         squared = ((down @ down.T).double() * (up.T @ up).double()).sum().item()
         return abs(self.scale) * max(squared, 0.0) ** 0.5
@@ -140,8 +177,15 @@ class LowRank:
         device: torch.device | str | None = None,
         where: str = "LowRank.to",
     ) -> LowRank:
-        """A copy in another dtype or place; MoleValueError where a value would overflow (float16 ends at
-        65,504).
+        """A copy in another dtype or on another device.
+
+        Args:
+            dtype: As `Tensor.to`'s; None keeps the factors'.
+            device: As `Tensor.to`'s; None keeps the factors'.
+            where: What the factors are, for messages.
+
+        Raises:
+            MoleValueError: A value that `dtype` cannot hold (float16 ends at 65,504).
         """
         return LowRank(
             cast(f"{where}, A (down)", self.down, dtype, device),
@@ -153,16 +197,19 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """All layers of one expert, by dotted module path.
+    """All layers of one expert, by module path.
 
-    layers    path -> LowRank. A path begins with its component ("unet.", "text_encoder.", "transformer.")
-              where the file says so.
-              Where a kohya name could not be cut back into dots, the flat name stays: match by
-              `flatten(path)`.
-    dialect   how the file spelled it: "diffusers", "kohya", "mix_of_show", "native", "memory"
-    source    the file, for messages
-    metadata  the file's own metadata, text as it came: escape before printing
-    strength  one phrase: where the file says how strong its factors are; "" where that is unknown
+    Attributes:
+        layers: Path -> LowRank. A path begins with its component ("unet.", "text_encoder.", "transformer.")
+            where the file says so. A flat name that could not be cut into dots stays flat: compare by
+            `canonical_path`.
+        dialect: How the file spelled it: "diffusers", "kohya", "mix_of_show", "native", "memory".
+        source: The file, for messages.
+        metadata: The file's own metadata, text as it came: escape before printing.
+        strength: A phrase that says where the file keeps its scales; "" where that is unknown.
+
+    Raises:
+        MoleKeyError: Two spellings of one layer.
     """
 
     layers: Mapping[str, LowRank]
@@ -183,12 +230,15 @@ class Expert:
                 )
 
     def ranks(self) -> set[int]:
+        """Every R among the layers."""
         return {layer.rank for layer in self.layers.values()}
 
     def scales(self) -> set[float]:
+        """Every scale among the layers."""
         return {layer.scale for layer in self.layers.values()}
 
     def components(self) -> set[str | None]:
+        """Every component among the paths; None for paths that name none."""
         return {split_component(path)[0] for path in self.layers}
 
     def norm(self) -> float:

@@ -49,11 +49,11 @@ class MergePlan:
     """A merge that can be carried out: settings and sizes are checked, no factor has been read.
 
     Attributes:
-        experts: The experts by name.
-        weights: Theirs.
-        how: Mode and settings.
-        where: Layer of the result -> (expert, its own spelling of the layer) of the experts that have it.
-        sizes: Layer of the result -> the sizes of these experts' layers.
+        experts: Name -> Expert.
+        weights: Name -> weight.
+        how: The mode and its numbers.
+        where: Path of the result -> (expert, its own spelling of the path) of the experts that have the
+            layer.
         dtype: Of the result.
         seed: Of dare's random numbers.
     """
@@ -126,35 +126,33 @@ def merge(
     mode: str = "delta_mean",
     **options: Unpack[MergeOptions],
 ) -> Expert:
-    """Merge experts into one: ΔW = Σ_e w_e ΔW_e, or by PEFT's other rules.
+    """One expert of several: ΔW = Σ_e w_e ΔW_e, or one of its relatives.
 
-    Layers are matched by what they are in the model, whatever the spelling of each expert's file. A layer
-    that an expert lacks counts as zero.
+    A layer that an expert lacks counts as zero.
 
     Args:
-        experts: The experts by name, or a bank.
-        weights: By name or in the order of the experts, may be negative; None: exactly 1/T for each of T.
-        mode: "delta_mean": Σ w ΔW, exact; rank Σ R_e, never above the layer's own. "cat": the same with rank
-            Σ R_e always (PEFT). "svd": the best approximation of Σ w ΔW of rank `rank` (PEFT). "factor_mean":
-            s (Σ w B)(Σ w A), another operator, with cross terms. "linear", "ties", "dare_linear",
-            "dare_ties", "magnitude_prune" on A and B, and their "_svd" forms on ΔW: as PEFT has them.
-        **options: `rank`: for svd and the "_svd" modes; None: the largest rank among all experts, as PEFT
-            has it. `density`, in (0, 1], and `majority_sign_method`, "total" or "frequency": as PEFT's.
-            `seed`: of dare's random numbers, what `torch.manual_seed(seed)` gives PEFT (default 0); None
-            draws from torch's own generator.
-            `dtype`: of the result; None: the narrowest that holds all inputs exactly.
-
-    Returns:
-        The merged expert, under the most dotted spelling of each layer.
+        experts: Name -> Expert, or a bank.
+        weights: By name or in the experts' order, may be negative; None: exactly 1/T for T experts, whatever
+            the mode and the layer.
+        mode: "delta_mean": Σ w ΔW, exact, of rank Σ R_e but never above the layer's own · "cat": the same of
+            rank Σ R_e always (PEFT) · "svd": the best approximation of Σ w ΔW of rank `rank` (PEFT) ·
+            "factor_mean": s (Σ w B)(Σ w A), another operator, with cross terms · "linear", "ties",
+            "dare_linear", "dare_ties", "magnitude_prune" on A and B, and their "_svd" forms on ΔW, as PEFT
+            has them.
+        rank: Of the result for svd and the "_svd" modes; None: the largest among all experts, as in PEFT.
+        density: As PEFT's, in (0, 1].
+        majority_sign_method: As PEFT's.
+        seed: Of dare's random numbers: what `torch.manual_seed(seed)` gives PEFT; None draws from torch's own
+            generator.
+        dtype: Of the result; None: the narrowest that holds all inputs exactly.
 
     Raises:
-        MoleKeyError: Experts in several tools' names that were not resolved against a model.
-        MoleShapeError: Layers of one name and several sizes, or of several ranks where the mode needs one.
-        MoleTypeError: What is no expert, or a weight that is no number.
-        MoleValueError: Weights, mode or options that do not fit.
+        MoleShapeError: Layers of different sizes, or ranks that the mode cannot add.
+        MoleTypeError: An expert or a weight of another type.
+        MoleValueError: An unknown mode, or a number out of its range.
 
     Example:
-        >>> merged = mk.merge({"face": face, "style": style}, [0.7, 0.3])
+        >>> merge({"counting": a, "fairy": b}, weights=[0.7, 0.3])
     """
     plan = plan_merge(experts, weights, mode, **options)
     return Expert(

@@ -47,10 +47,12 @@ RANK_MODES = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_
 class Settings:
     """How to merge; checked by `merge.plan_merge`.
 
-    rank     of the result, for svd and the `_svd` modes
-    density  the part of the values that pruning keeps, in (0, 1]
-    signs    how ties elects a sign: by the sum of the values ("total") or by their number ("frequency");
-             PEFT's majority_sign_method
+    Attributes:
+        mode: The formula.
+        rank: Of the result, for svd and the `_svd` modes.
+        density: The part of the values that pruning keeps, in (0, 1].
+        signs: How ties elects a sign: by the sum of the values ("total") or by their number ("frequency");
+            PEFT's majority_sign_method.
     """
 
     mode: Mode = "delta_mean"
@@ -68,10 +70,12 @@ def merge_layer(
     """One layer of the merged expert, in float32 (float64 where an input is), or in the inputs' dtype where
     their bits can stay.
 
-    layers     the experts that have this layer; one that lacks it adds nothing to any mode's sum
-    weights    theirs
-    generator  dare's random numbers: for each layer all A first, then all B, in the experts' order, as PEFT
-               draws them
+    Args:
+        layers: The experts that have this layer; one that lacks it adds nothing to any mode's sum.
+        weights: One for each of them.
+        how: The mode and its numbers.
+        generator: dare's random numbers: for each layer all A first, then all B, in the experts' order, as
+            PEFT draws them.
     """
     fits = sum(layer.rank for layer in layers) <= min(layers[0].out_features, layers[0].in_features)
     if (how.mode == "cat" or (how.mode == "delta_mean" and fits)) and _bits_stay(layers, weights):

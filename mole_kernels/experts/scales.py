@@ -14,10 +14,16 @@ Convention = Literal["kohya", "peft", "mix_of_show", "rslora"]
 
 
 def scale_of(convention: Convention, alpha: float | None, rank: int) -> float:
-    """kohya, peft: alpha/R · rslora: alpha/√R · mix_of_show: alpha itself.
+    """The scale s of ΔW = s · B · A: alpha/R (kohya, peft), alpha/√R (rslora), alpha itself (mix_of_show).
 
-    A missing alpha means alpha = R for kohya and peft and alpha = √R for rslora, so scale 1; mix_of_show
-    files never hold one: 1.
+    Args:
+        convention: Whose rule.
+        alpha: None means scale 1: alpha = R for kohya and peft, alpha = √R for rslora; Mix-of-Show's files
+            hold none.
+        rank: R.
+
+    Raises:
+        MoleValueError: An unknown convention, a rank below 1, an alpha that is not finite.
     """
     if convention not in get_args(Convention):
         raise MoleValueError(
@@ -38,5 +44,11 @@ def scale_of(convention: Convention, alpha: float | None, rank: int) -> float:
 
 
 def alpha_of(convention: Convention, scale: float, rank: int) -> float:
-    """The alpha that `scale_of` turns back into `scale`."""
+    """The alpha that `scale_of` turns back into `scale`.
+
+    Args:
+        convention: Whose rule.
+        scale: The scale.
+        rank: R.
+    """
     return scale * {"kohya": rank, "peft": rank, "rslora": math.sqrt(rank), "mix_of_show": 1}[convention]

@@ -20,10 +20,12 @@ T = TypeVar("T")
 
 
 def shared_down(source: Expert | ExpertBank) -> list[tuple[str, ...]]:
-    """[(….to_q, ….to_k, ….to_v), …]: layers of one parent whose A hold the same values, for every expert that
-    has one of them.
+    """Groups of layers of one parent whose A hold the same values: [(….to_q, ….to_k, ….to_v), …].
 
     Only layers of one parent module are compared: others do not read the same input.
+
+    Args:
+        source: An expert, or a bank, whose groups hold for every expert that has one of the layers.
     """
     if isinstance(source, ExpertBank):
         paths = source.paths()
@@ -32,8 +34,10 @@ def shared_down(source: Expert | ExpertBank) -> list[tuple[str, ...]]:
 
 
 def store_once(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """The same layers, in which equal A of one parent are one tensor: a third of the memory for fused q, k,
-    v.
+    """The same layers with equal A of one parent as one tensor: a third of the memory for fused q, k, v.
+
+    Args:
+        layers: Path -> LowRank.
     """
     stored = dict(layers)
     for first, *others in _groups(stored, stored, _same_layer, _first_values):
@@ -44,8 +48,11 @@ def store_once(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
 
 
 def same_content(a: Tensor, b: Tensor) -> bool:
-    """The same values: dtype, shape and every value; tensors without data are the same only where they are
-    one object.
+    """Whether two tensors hold the same values in the same dtype, shape and place.
+
+    Args:
+        a: A tensor; one without data is the same only as itself.
+        b: Another.
     """
     if a is b:
         return True

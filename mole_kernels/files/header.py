@@ -1,4 +1,6 @@
-"""The header of a safetensors file, checked to the last byte before any data are read; the rules are in `limits`."""
+"""The header of a safetensors file, checked to the last byte before any data are read; the rules are in
+`limits`.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,8 @@ def parse_header(fields: Any, size: int, where: str) -> Header:
             kind = "overlaps" if entry.begin < position else "leaves a hole after"
             raise MoleFileError(
                 where,
-                f"'{printable(key)}' at bytes {entry.begin}:{entry.end} {kind} {last}, which ends at {position}",
+                f"'{printable(key)}' at bytes {entry.begin}:{entry.end} {kind} {last}, which ends at "
+                f"{position}",
             )
         position, last = entry.end, f"'{printable(key)}'"
     if position != size:

@@ -25,7 +25,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-# dtypes of settings, such as an alpha, never of weights: of at most MAX_SETTING values under a key that ends so
+# dtypes of settings, such as an alpha, never of weights: of at most MAX_SETTING values under a key that ends
+# so
 SETTINGS = ("alpha", "rank", "scalar", "reshape_weight", "ranknum", "bias_indices", "bias_size")
 INTEGERS: dict[str, torch.dtype] = {
     "I64": torch.int64,

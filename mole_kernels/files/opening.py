@@ -12,7 +12,8 @@ from mole_kernels.errors import MoleFileError, MoleTypeError, printable
 
 PathLike = str | os.PathLike[str]
 CONVERTER = (
-    "mole-kernels convert FILE OUT.safetensors reads pickles of plain tensors safely: Mix-of-Show's .pth, and LoRA files "
+    "mole-kernels convert FILE OUT.safetensors reads pickles of plain tensors safely: Mix-of-Show's .pth, "
+    "and LoRA files "
     "with a name for each tensor"
 )
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -52,8 +53,8 @@ def open_regular(path: PathLike, *, root: PathLike | None = None, pickles: bool 
 
     Args:
         path: The file.
-        root: When given, the file must lie inside this folder, links followed; links of the hub's cache may lead to
-            the same repository's blobs.
+        root: When given, the file must lie inside this folder, links followed; links of the hub's cache may
+            lead to the same repository's blobs.
         pickles: Take suffixes of pickles too.
 
     Raises:
@@ -132,7 +133,9 @@ def _inside(name: str, root: PathLike, where: str) -> str:
 
 
 def _blobs(root: PathLike) -> Iterator[str]:
-    """The folder of a hub cache's blobs, where `root` is one of its snapshots: <repository>/snapshots/<revision>/…"""
+    """The folder of a hub cache's blobs, where `root` is one of its snapshots:
+    <repository>/snapshots/<revision>/…
+    """
     parts = os.path.abspath(os.fsdecode(root)).split(os.sep)
     for i in range(len(parts) - 2, 0, -1):
         if parts[i] == "snapshots":

@@ -1,4 +1,5 @@
-"""Read safetensors, one file or shards behind an index; all is checked in the header before a byte of data is read.
+"""Read safetensors, one file or shards behind an index; all is checked in the header before a byte of data is
+read.
 
 One file handle is opened, once, and never blocks; only regular files are read.
 """
@@ -165,7 +166,8 @@ class SafetensorsFile:
 
 
 def read_index(index: PathLike, *, root: PathLike | None = None) -> dict[str, str]:
-    """key -> file name of a sharded file's index; a name that is more than a plain name of this folder is refused.
+    """key -> file name of a sharded file's index; a name that is more than a plain name of this folder is
+    refused.
 
     Args:
         index: The `.index.json`.
@@ -239,7 +241,9 @@ def _sharded_header(shard_of: dict[str, str], folder: str) -> Header:
 
 
 def _folder(index: PathLike, root: PathLike | None) -> str:
-    """The folder that the index lies in by its name: behind the links of the hub's cache lie nothing but hashes."""
+    """The folder that the index lies in by its name: behind the links of the hub's cache lie nothing but
+    hashes.
+    """
     return os.path.dirname(os.path.abspath(os.path.join(root, index) if root is not None else index))
 
 

@@ -35,8 +35,8 @@ def read_text(path: PathLike, most: int = MOST_BYTES) -> str:
 def text_lines(text: str) -> list[str]:
     """The lines of a text, ended by \\n or \\r\\n alone; a last empty one is left out.
 
-    `str.splitlines` also cuts at U+2028, U+2029, U+0085, \\v, \\f and \\x1c to \\x1e, which captions and strings of
-    JSON may hold.
+    `str.splitlines` also cuts at U+2028, U+2029, U+0085, \\v, \\f and \\x1c to \\x1e, which captions and
+    strings of JSON may hold.
     """
     lines = text.split("\n")
     if not lines[-1]:

@@ -1,5 +1,5 @@
-"""PEFT's settings of an adapter, from an `adapter_config.json` or from a file's header: alpha, ranks, rsLoRA, and all
-that changes what the factors mean.
+"""PEFT's settings of an adapter, from an `adapter_config.json` or from a file's header: alpha, ranks, rsLoRA,
+and all that changes what the factors mean.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ _ALIASES = {
 # settings that say nothing of what the saved factors mean
 _HARMLESS = frozenset(
     (
-        "r lora_alpha rank_pattern alpha_pattern use_rslora peft_type auto_mapping base_model_name_or_path revision "
-        "task_type inference_mode peft_version lora_dropout fan_in_fan_out bias init_lora_weights target_modules "
-        "exclude_modules layers_to_transform layers_pattern megatron_config megatron_core runtime_config loftq_config "
+        "r lora_alpha rank_pattern alpha_pattern use_rslora peft_type auto_mapping base_model_name_or_path "
+        "revision "
+        "task_type inference_mode peft_version lora_dropout fan_in_fan_out bias init_lora_weights "
+        "target_modules "
+        "exclude_modules layers_to_transform layers_pattern megatron_config megatron_core runtime_config "
+        "loftq_config "
         "eva_config corda_config lora_ga_config ensure_weight_tying qalora_group_size"
     ).split()
 )
@@ -50,11 +53,11 @@ _REFUSED = {
     "layer_replication": "replicated layers (layer_replication)",
     "target_parameters": "factors of bare parameters (target_parameters)",
 }
-# starts that leave the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA) take
-# something from them, so that the factors fit the changed base alone
+# starts that leave the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA)
+# take something from them, so that the factors fit the changed base alone
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "true", "false")
-# what a pattern may hold to be read as plain text; PEFT takes patterns as regular expressions, which are not run
-# for a stranger
+# what a pattern may hold to be read as plain text; PEFT takes patterns as regular expressions, which are not
+# run for a stranger
 _PLAIN = re.compile(r"\^?[\w.\\-]+\$?\Z")
 
 
@@ -156,8 +159,8 @@ class AdapterConfig:
 
 
 def adapter_metadata(expert: Expert) -> dict[str, str]:
-    """The header's metadata that make diffusers and PEFT (and `AdapterConfig`) give each layer its scale; {} where
-    every scale is 1.
+    """The header's metadata that make diffusers and PEFT (and `AdapterConfig`) give each layer its scale; {}
+    where every scale is 1.
     """
     if all(layer.scale == 1.0 for layer in expert.layers.values()):
         return {}
@@ -183,7 +186,7 @@ def adapter_metadata(expert: Expert) -> dict[str, str]:
 
 
 def is_strength_key(key: str) -> bool:
-    """Whether metadata under this key say how strong the factors are, so that they must not outlive a change."""
+    """Whether metadata under this key say how strong the factors are, and must not outlive a change."""
     return key in (*HEADER_KEYS, *_ALIASES, "r", "lora_alpha", "use_rslora", "ss_network_alpha")
 
 
@@ -204,13 +207,15 @@ def _check(part: Mapping[str, Any], where: str) -> None:
     if part.get("bias") not in (None, "none", False):
         raise MoleKeyError(
             where,
-            f"the adapter was trained with the base's biases (bias='{printable(part['bias'], 20)}'), which is not supported",
+            f"the adapter was trained with the base's biases (bias='{printable(part['bias'], 20)}'), which "
+            "is not supported",
         )
     start = part.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
         raise MoleKeyError(
             where,
-            f"the adapter began with init_lora_weights='{printable(start, 40)}', which changes the base's weights",
+            f"the adapter began with init_lora_weights='{printable(start, 40)}', which changes the base's "
+            "weights",
             hint="save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA",
         )
     for name in ("rank_pattern", "alpha_pattern"):

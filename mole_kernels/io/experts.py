@@ -36,25 +36,27 @@ def load_expert(
 ) -> Expert:
     """Read an expert from a file, a folder or a mapping of tensors; nothing in it is left out in silence.
 
-    ΔW = scale · up · down for each layer, with scale = alpha/R (kohya, PEFT), alpha/√R (rsLoRA), or 1 where the file
-    gives no alpha. Alphas are read from the tensors, from PEFT's settings in the header, and from an
+    ΔW = scale · up · down for each layer, with scale = alpha/R (kohya, PEFT), alpha/√R (rsLoRA), or 1 where
+    the file gives no alpha. Alphas are read from the tensors, from PEFT's settings in the header, and from an
     `adapter_config.json` beside the file.
 
     Args:
-        source: A safetensors file (or the index of a sharded one), an adapter's folder, or tensors by key. diffusers'
-            and PEFT's keys of any age, kohya's, those of a model's own code, Mix-of-Show's, or a single file of ours
-            with one expert. The dialect is told from the keys.
-        pipeline: What the names are resolved against: a diffusers pipeline or its class, or a denoiser; "auto" tells
-            the class from the keys where they need one. Without it, names that only a converter of diffusers knows
-            stay as the file has them.
+        source: A safetensors file (or the index of a sharded one), an adapter's folder, or tensors by key.
+            diffusers' and PEFT's keys of any age, kohya's, those of a model's own code, Mix-of-Show's, or a
+            single file of ours with one expert. The dialect is told from the keys.
+        pipeline: What the names are resolved against: a diffusers pipeline or its class, or a denoiser;
+            "auto" tells the class from the keys where they need one. Without it, names that only a converter
+            of diffusers knows stay as the file has them.
         alpha: The scale itself of a Mix-of-Show file, which does not hold it (default 1).
 
     Returns:
-        The expert; its paths are diffusers' names of the layers, with their component where the file tells it.
+        The expert; its paths are diffusers' names of the layers, with their component where the file tells
+        it.
 
     Raises:
         MoleFileError: The file is broken, or is not what it says it is.
-        MoleKeyError: Keys of something that is not supported, that name a layer twice, or miss their other half.
+        MoleKeyError: Keys of something that is not supported, that name a layer twice, or miss their other
+            half.
         MoleShapeError: Factors that do not fit each other.
         MoleTypeError: A dtype that factors do not have, or a source that is none of the above.
         MoleValueError: NaN or Inf.
@@ -151,7 +153,8 @@ def account_for(tensors: Mapping[str, Any], where: str, read: Any = None) -> lis
     zero = refuse_unsupported(tensors, where, read)
     if zero:
         warnings.warn(
-            f"{where}: {len(zero)} differences are all zero and do nothing: {some_keys(zero)}; they are left out",
+            f"{where}: {len(zero)} differences are all zero and do nothing: {some_keys(zero)}; they are "
+            "left out",
             MoleWarning,
             stacklevel=4,
         )
@@ -178,7 +181,8 @@ def settings_beside(
         raise MoleKeyError(
             where,
             f"beside it lies {config.origin.partition(' ')[0] if config else ''} with alpha "
-            f"{printable(part.get('lora_alpha'), 20)} for r {printable(part.get('r'), 20)}, and other files that it may "
+            f"{printable(part.get('lora_alpha'), 20)} for r {printable(part.get('r'), 20)}, and other "
+            "files that it may "
             "belong to",
             hint="keep each adapter in a folder of its own",
         )

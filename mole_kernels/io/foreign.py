@@ -1,8 +1,9 @@
-"""Layers in the names of a model's own code or of another tool: diffusers knows them, through each pipeline's public
-`lora_state_dict`.
+"""Layers in the names of a model's own code or of another tool: diffusers knows them, through each pipeline's
+public `lora_state_dict`.
 
-Its converters are asked the way that loses nothing: they see neither alphas nor names that are the model's own, names
-that only one of its spellings covers are spelled so, and what comes out must weigh as much as what went in.
+Its converters are asked the way that loses nothing: they see neither alphas nor names that are the model's
+own, names that only one of its spellings covers are spelled so, and what comes out must weigh as much as what
+went in.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ UP = re.compile(r"(?:lora_B(?:\.[^.]+)?|lora_up|\.up)\.weight\Z")
 # parts of the names of FLUX's and Wan's own code that hold an underscore, or none
 BFL_PARTS = tuple(
     (
-        "double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod qkv proj lin linear linear1 "
+        "double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod qkv proj lin linear "
+        "linear1 "
         "linear2 modulation img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer "
         "adaLN_modulation double_stream_modulation_img double_stream_modulation_txt single_stream_modulation"
     ).split()
 )
 WAN_PARTS = tuple(
     (
-        "blocks self_attn cross_attn q k v o k_img v_img ffn time_projection time_embedding text_embedding head "
+        "blocks self_attn cross_attn q k v o k_img v_img ffn time_projection time_embedding text_embedding "
+        "head "
         "img_emb proj"
     ).split()
 )
@@ -60,8 +63,8 @@ def convert_layers(
 ) -> dict[str, LowRank]:
     """The layers under diffusers' names.
 
-    One scale over all layers stays a number of its own; where scales differ, they go into B (one rounding in B's
-    dtype) and the scale is 1.
+    One scale over all layers stays a number of its own; where scales differ, they go into B (one rounding in
+    B's dtype) and the scale is 1.
 
     Args:
         layers: The foreign layers of one file.
@@ -95,7 +98,8 @@ def convert_layers(
         except Exception as error:
             raise MoleKeyError(
                 where,
-                f"{cls.__name__}.lora_state_dict cannot read it ({type(error).__name__}: {printable(error, 300)})",
+                f"{cls.__name__}.lora_state_dict cannot read it ({type(error).__name__}: "
+                f"{printable(error, 300)})",
                 hint=hint_of_family(names, cls.__name__, "is this file for another model?"),
             ) from error
     state = dict(state[0] if isinstance(state, tuple) else state)
@@ -120,7 +124,9 @@ def _check_nothing_lost(
     names: Sequence[str],
     where: str,
 ) -> None:
-    """Converters rename, split and permute B, none of which changes ‖B‖ over the file; a layer left out does."""
+    """Converters rename, split and permute B, none of which changes ‖B‖ over the file; a layer left out
+    does.
+    """
     before, after = _weight(before_tensors), _weight(state)
     if math.isfinite(before) and abs(before - after) > 1e-5 * before:
         why = f", saying: {printable(messages[0], 300)}" if messages else ""
@@ -141,8 +147,8 @@ def _weight(tensors: Mapping[str, Any]) -> float:
 
 
 def _swap_halves(state: dict[str, Any], names: Sequence[str], loaders: set[str]) -> None:
-    """FLUX's code has (shift, scale) in its last norm, diffusers (scale, shift): of FLUX.2 files its converter (0.42)
-    leaves it so.
+    """FLUX's code has (shift, scale) in its last norm, diffusers (scale, shift): of FLUX.2 files its
+    converter (0.42) leaves it so.
     """
     if "Flux2LoraLoaderMixin" in loaders and "final_layer_adaLN_modulation_1" in map(flatten, names):
         key = "transformer.norm_out.linear.lora_B.weight"
@@ -150,8 +156,9 @@ def _swap_halves(state: dict[str, Any], names: Sequence[str], loaders: set[str])
 
 
 def _respelled(layer: LayerKeys, half: Half, key: str, loaders: set[str]) -> str:
-    """The spelling of a key that the converter reads whole: kohya's flat names for FLUX.1 and Z-Image (whose fused
-    q, k, v it cuts only there), dotted names behind `diffusion_model.` for the others; PEFT's adapter names go.
+    """The spelling of a key that the converter reads whole: kohya's flat names for FLUX.1 and Z-Image (whose
+    fused q, k, v it cuts only there), dotted names behind `diffusion_model.` for the others; PEFT's adapter
+    names go.
     """
     name = spelled(layer.module)
     if layer.ending in ("xlabs", "processor"):

@@ -125,7 +125,8 @@ def same_half(where: str, first: str, second: str, half: Half, layer: str) -> Mo
     """The error of two keys that name one half of one layer."""
     return MoleKeyError(
         where,
-        f"'{printable(first)}' and '{printable(second)}' both name the {HALVES.get(half, half)} of {printable(layer)}",
+        f"'{printable(first)}' and '{printable(second)}' both name the {HALVES.get(half, half)} of "
+        f"{printable(layer)}",
         hint="keep one spelling of each layer",
     )
 
@@ -220,8 +221,8 @@ def factors_of_layer(layer: LayerKeys, tensors: Mapping[str, Any], where: str) -
 
 
 def _with_core(where: str, mid: Tensor, down: Tensor) -> Tensor:
-    """A [R,K,kh,kw] of LoCon's three convolutions: 1×1 down [R,K,1,1], then a core mid [R,R,kh,kw]; the 1×1 up stays
-    B.
+    """A [R,K,kh,kw] of LoCon's three convolutions: 1×1 down [R,K,1,1], then a core mid [R,R,kh,kw]; the 1×1
+    up stays B.
     """
     R = down.shape[0] if down.dim() else 0
     if (

@@ -1,5 +1,5 @@
-"""Pickles of plain tensors: the one place where they are opened, with torch's loader that builds nothing but tensors
-and plain containers.
+"""Pickles of plain tensors: the one place where they are opened, with torch's loader that builds nothing but
+tensors and plain containers.
 """
 
 from __future__ import annotations

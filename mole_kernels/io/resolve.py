@@ -2,8 +2,8 @@
 
 1. Wrappers and a tool's prefix come off (`dialects.paths.spelled`).
 2. Names of text encoders and UNets are read by our own tables.
-3. The model's own names, dotted or flat, are taken as they are: of the model at hand, of the pipeline's class, or,
-   where neither is given, of the denoisers that have every layer of the file.
+3. The model's own names, dotted or flat, are taken as they are: of the model at hand, of the pipeline's
+   class, or, where neither is given, of the denoisers that have every layer of the file.
 4. What is left is foreign: a converter's, or, without one, spelled as the file has it.
 """
 
@@ -47,7 +47,8 @@ class NameTarget:
     """What a file's names are resolved against.
 
     Attributes:
-        converter: The diffusers pipeline class whose `lora_state_dict` knows foreign names; None: no converter.
+        converter: The diffusers pipeline class whose `lora_state_dict` knows foreign names; None: no
+            converter.
         own: The model's own layers; None where they are not known.
         t5: The component that kohya's third text encoder is.
         second: Whether the pipeline holds a second denoiser beside its first.
@@ -87,13 +88,15 @@ def resolve(
     if target.converter is None and (strange := [layer for layer in layers if layer.ending == "xlabs"]):
         raise MoleKeyError(
             where,
-            f"{len(strange)} layers have another tool's names: {some_keys(layer.module for layer in strange)}",
+            f"{len(strange)} layers have another tool's names: "
+            f"{some_keys(layer.module for layer in strange)}",
             hint='load_expert(path, pipeline=…) with the pipeline or its class, or pipeline="auto"',
         )
     named = {spelled(layer.module).component for layer in layers}
     if target.second and not named & {"transformer", "transformer_2"} and any(map(_of_denoiser, named)):
         warnings.warn(
-            f"{where}: the file names neither transformer nor transformer_2; its layers go to transformer, the "
+            f"{where}: the file names neither transformer nor transformer_2; its layers go to transformer, "
+            "the "
             "denoiser of the first (noisy) steps. For the other, patch pipe.transformer_2 with it",
             MoleWarning,
             stacklevel=5,
@@ -102,8 +105,8 @@ def resolve(
 
 
 def needs_converter(pipeline: Pipeline) -> bool:
-    """Whether a converter of diffusers reads the foreign names of this pipeline's files; our own tables read those of
-    UNet pipelines.
+    """Whether a converter of diffusers reads the foreign names of this pipeline's files; our own tables read
+    those of UNet pipelines.
     """
     cls = pipeline if isinstance(pipeline, type) else type(pipeline)
     if not hasattr(cls, "lora_state_dict"):
@@ -114,7 +117,9 @@ def needs_converter(pipeline: Pipeline) -> bool:
 
 
 def pipeline_for(model: object) -> type | None:
-    """The pipeline class whose LoRA files fit this bare denoiser, or None for a module that diffusers does not know."""
+    """The pipeline class whose LoRA files fit this bare denoiser, or None for a module that diffusers does
+    not know.
+    """
     for cls in type(_uncompiled(model)).__mro__:
         if cls.__module__.startswith("diffusers.") and cls.__name__ in denoisers():
             return getattr(importlib.import_module("diffusers"), denoisers()[cls.__name__]["pipeline"])
@@ -141,7 +146,8 @@ def pipeline_of_file(layers: list[LayerKeys], entries: Mapping[str, Any], where:
             f"its dialect cannot be told: these keys are those of a {titles(candidates)}"
             if candidates
             else "its dialect is not known",
-            hint="give the pipeline or its class: pipeline=diffusers.FluxPipeline, or --pipeline FluxPipeline",
+            hint="give the pipeline or its class: pipeline=diffusers.FluxPipeline, or --pipeline "
+            "FluxPipeline",
         )
     (name,) = by_pipeline
     if name is None or set(candidates) & UNETS:
@@ -214,7 +220,9 @@ def _place(layer: LayerKeys, target: NameTarget) -> None:
 
 
 def _own_layers_of_file(layers: Iterable[LayerKeys], entries: Mapping[str, Any]) -> OwnLayers | None:
-    """The layers of the denoisers that have every layer of the file, or None: its names are foreign or unknown."""
+    """The layers of the denoisers that have every layer of the file, or None: its names are foreign or
+    unknown.
+    """
     names, xlabs = [], False
     for layer in layers:
         name = spelled(layer.module)

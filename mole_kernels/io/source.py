@@ -43,8 +43,8 @@ def find_adapter(path: PathLike) -> AdapterSource:
     """The file of weights that a path means, with the settings that lie beside it.
 
     Args:
-        path: A file, or a folder with one adapter: what `save_pretrained` and `save_lora_weights` write, a folder
-            with one safetensors file, or a folder whose one subfolder holds an adapter.
+        path: A file, or a folder with one adapter: what `save_pretrained` and `save_lora_weights` write, a
+            folder with one safetensors file, or a folder whose one subfolder holds an adapter.
 
     Raises:
         MoleFileError: A folder that holds no adapter, several, or only a pickle.

@@ -36,9 +36,9 @@ def open_experts(
 ) -> Iterator[dict[str, Expert]]:
     """Open the experts of a file by name, until the block ends.
 
-    A LoRA file holds one, named for the file; its layers are read when looked up, so only its header costs memory.
-    Keys and shapes are checked at once, values (NaN) when read. Sharded files, single files of ours (whose gates are
-    left out, with a warning) and files that a converter must see whole are read whole.
+    A LoRA file holds one, named for the file; its layers are read when looked up, so only its header costs
+    memory. Keys and shapes are checked at once, values (NaN) when read. Sharded files, single files of ours
+    (whose gates are left out, with a warning) and files that a converter must see whole are read whole.
 
     Args:
         path: A file or an adapter's folder.

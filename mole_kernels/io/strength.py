@@ -1,4 +1,6 @@
-"""The scale of each layer of a file, from wherever its writer put it: alpha tensors, PEFT's settings, the header."""
+"""The scale of each layer of a file, from wherever its writer put it: alpha tensors, PEFT's settings, the
+header.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class Strength:
             where: The file, for messages.
 
         Raises:
-            MoleKeyError: An alpha in the tensors that differs from the settings', or settings of another rank.
+            MoleKeyError: An alpha in the tensors that differs from the settings', or settings of another
+                rank.
         """
         at = f"{where}, {printable(layer.path or layer.module)}"
         configured = self.config.scale(written_path(layer), rank, at) if self.config else None
@@ -63,7 +66,9 @@ class Strength:
 
 
 def written_path(layer: LayerKeys) -> str:
-    """The layer's name as PEFT's settings know it: without wrappers, with the component that the file names."""
+    """The layer's name as PEFT's settings know it: without wrappers, with the component that the file
+    names.
+    """
     name = spelled(layer.module)
     return f"{name.component}.{name.rest}" if name.component else name.rest
 
@@ -91,7 +96,8 @@ def strength_of(
     config = AdapterConfig.from_metadata(metadata, where) or beside or AdapterConfig()
     if config and (left := config.not_targeted(map(written_path, layers))):
         warnings.warn(
-            f"{where}: {config.origin} does not target {len(left)} layers that the file holds, and PEFT would leave "
+            f"{where}: {config.origin} does not target {len(left)} layers that the file holds, and PEFT "
+            "would leave "
             f"them out: {some_keys(left)}; they are read",
             MoleWarning,
             stacklevel=5,
@@ -120,8 +126,10 @@ def _tell_of_header(metadata: Mapping[str, str], where: str) -> None:
         return
     if alpha != rank:
         warnings.warn(
-            f"{where}: the header says ss_network_alpha {alpha:g} for ss_network_dim {rank:g}, but the file holds no "
-            f"alpha tensors; its scale is 1, as kohya's own loader reads it. Set {alpha / rank:g} as the adapter's "
+            f"{where}: the header says ss_network_alpha {alpha:g} for ss_network_dim {rank:g}, but the "
+            "file holds no "
+            f"alpha tensors; its scale is 1, as kohya's own loader reads it. Set {alpha / rank:g} as the "
+            "adapter's "
             "weight if alpha was lost",
             MoleWarning,
             stacklevel=6,

@@ -1,4 +1,6 @@
-"""What a file is that cannot be read, in words: other formats, downloads that stopped, disks that fail, links."""
+"""What a file is that cannot be read, in words: other formats, downloads that stopped, disks that fail,
+links.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from safetensors.torch import save_file
 from mole_kernels.errors import MoleError, MoleFileError
 from mole_kernels.files.reader import SafetensorsFile, read_header, read_tensors
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
 BEGINNINGS = {
     "lfs": (POINTER, "Git LFS pointer", "git lfs pull"),
     "page": (b"<!DOCTYPE html><html>not found</html>", "web page", "download"),

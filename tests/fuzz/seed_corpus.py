@@ -84,7 +84,10 @@ MODEL_OF = {
     "autoencoder": AUTOENCODER,
     "manifest": MANIFEST,
 }
-QUESTIONS = "item_id,text,tuple,question_natural_language,proposition_id,dependency,category_broad\n1,a cat,x,Is there a cat?,1,0,entity\n"
+QUESTIONS = (
+    "item_id,text,tuple,question_natural_language,proposition_id,dependency,category_broad\n"
+    "1,a cat,x,Is there a cat?,1,0,entity\n"
+)
 
 
 def dumps(value: object) -> bytes:

@@ -72,7 +72,6 @@ class World:
         return self.model(self.x, self.z)
 
     # -- what must not change
-    # -------------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Callable[[], None]:
         """A check that everything is bit for bit as it is now."""
@@ -117,7 +116,6 @@ class World:
         return {path.name: path.read_bytes() for path in self.folder.iterdir()}
 
     # -- calls
-    # ----------------------------------------------------------------------------------------------------------------------
 
     def call(self, act: Callable[[], Any], fault: Fault | None, late: bool = True) -> bool:
         """Do it, with a fault or without; whether it went through. Where it did not, nothing has changed.
@@ -220,7 +218,6 @@ class World:
             self.accelerated.clear()
 
     # -- what must hold
-    # -------------------------------------------------------------------------------------------------------------
 
     def assert_bare(self) -> None:
         """Without a patch and without acceleration: every bit, hook, class and flag of the beginning."""

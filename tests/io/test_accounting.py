@@ -1,4 +1,6 @@
-"""Every key of a file is read, named and refused, or known to do nothing: none vanishes, whatever reads the file."""
+"""Every key of a file is read, named and refused, or known to do nothing: none vanishes, whatever reads the
+file.
+"""
 
 from __future__ import annotations
 

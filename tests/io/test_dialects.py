@@ -294,7 +294,7 @@ LDM_NAMES = {
     "input_blocks_3_0_op": "down_blocks_0_downsamplers_0_conv",
     "output_blocks_5_2_conv": "up_blocks_1_upsamplers_0_conv",
     "output_blocks_2_1_conv": "up_blocks_0_upsamplers_0_conv",
-    "output_blocks_2_1_transformer_blocks_9_ff_net_0_proj": "up_blocks_0_attentions_2_transformer_blocks_9_ff_net_0_proj",
+    "output_blocks_2_1_transformer_blocks_9_norm1": "up_blocks_0_attentions_2_transformer_blocks_9_norm1",
     "input_blocks_99_1_x": "input_blocks_99_1_x",
 }
 

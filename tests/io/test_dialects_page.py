@@ -1,4 +1,6 @@
-"""The table of docs/dialects.md: who reads which spelling of which model's layers, found by reading a file of each."""
+"""The table of docs/dialects.md: who reads which spelling of which model's layers, found by reading a file of
+each.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One LoRA in every spelling of its names, halves and strength: the same ΔW on the same layers, or a refusal."""
+"""One LoRA in every spelling of names, halves and strength: the same ΔW on the same layers, or a refusal."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ def test_own_names_under_every_prefix(folder, name, prefix, ending, strength, ba
     strength=st.sampled_from(STRENGTHS),
 )
 def test_files_alone_give_every_layer_one_identity(folder, name, prefix, ending, strength):
-    """Without a model, too: whole or layer by layer, all spellings of one layer have one identity and one scale."""
+    """Without a model, too: whole or layer by layer, all spellings of one layer have one identity and one
+    scale.
+    """
     _, _, factors = model_of(name)
     source, scale = write(folder, Spelling(prefix, ending, strength), factors, "transformer", 3)
     expert = load_expert(source)
@@ -225,7 +227,9 @@ FOREIGN: dict[str, Names] = {
     bare=st.booleans(),
 )
 def test_names_of_a_models_own_code_under_every_prefix(folder, name, prefix, ending, strength, bare):
-    """What goes to a converter: wrappers, adapter names and strengths are taken off before, whatever they are."""
+    """What goes to a converter: wrappers, adapter names and strengths are taken off before, whatever they
+    are.
+    """
     model, pipe, _ = model_of(name)
     modules, layers = known_lora(model, FOREIGN[name], rank=RANK)
     factors = {module: (lora.down, lora.up) for module, lora in modules.items()}

@@ -1,5 +1,5 @@
-"""A layer is the same whatever the tool that spelled it: any two dialects of one model merge to the weighted sum, or
-are refused before anything is written.
+"""A layer is the same whatever the tool that spelled it: any two dialects of one model merge to the weighted
+sum, or are refused before anything is written.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A saved file means in diffusers' own loader what it means here: the strength of every layer, whatever the ranks and
-scales, for every family of models and for all that writes files.
+"""A saved file means in diffusers' own loader what it means here: the strength of every layer, whatever the
+ranks and scales, for every family of models and for all that writes files.
 """
 
 from __future__ import annotations

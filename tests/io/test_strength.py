@@ -1,4 +1,6 @@
-"""How strong a file's factors are, wherever its writer put it: applied, or refused by name, and never dropped."""
+"""How strong a file's factors are, wherever its writer put it: applied, or refused by name, and never
+dropped.
+"""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ Half = Literal["down", "up", "mid", "alpha"]
 # who ends keys so; "" where the ending does not tell
 Ending = Literal["diffusers", "processor", "kohya", "xlabs", ""]
 
-# ending of a key -> (half, who writes it); `*` stands for a PEFT adapter name, and what stands before `|` belongs to
-# the module. The first that fits counts.
+# ending of a key -> (half, who writes it); `*` stands for a PEFT adapter name, and what stands before `|`
+# belongs to the module. The first that fits counts.
 ENDINGS: tuple[tuple[str, Half, Ending], ...] = (
     (".lora_A.weight", "down", "diffusers"),
     (".lora_B.weight", "up", "diffusers"),
@@ -87,7 +87,9 @@ _UNSUPPORTED = tuple((re.compile(part), what) for part, what in UNSUPPORTED)
 
 
 class LoraKey(NamedTuple):
-    """What a key says: `half` of `module`, spelled as the file spells it, with an ending that `ending` writes."""
+    """What a key says: `half` of `module`, spelled as the file spells it, with an ending that `ending`
+    writes.
+    """
 
     module: str
     half: Half

@@ -43,7 +43,8 @@ def what_keys_are(strangers: Sequence[str], tensors: Mapping[str, Any]) -> tuple
         if all(_MODEL_WEIGHT.search(key) for key in strangers):
             return (
                 "these are weights of a model, no LoRA",
-                "load it as a model: from_pretrained, or from_single_file for one file; a full fine-tune is not an expert",
+                "load it as a model: from_pretrained, or from_single_file for one file; a full fine-tune "
+                "is not an expert",
             )
         return "this file holds no LoRA", "the keys above are all that it has"
     return "", "everything in a file must be known, for leaving it out would change the result"

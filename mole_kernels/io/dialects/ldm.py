@@ -91,4 +91,5 @@ def to_ldm(flat: str) -> str:
     if match is None or match.group() not in _BLOCKS_BACK:
         return flat
     rest = flat[match.end() + 1 :]
-    return f"{_BLOCKS_BACK[match.group()]}_{_RESNET_BACK.get(rest, rest) if '_resnets_' in match.group() else rest}"
+    inner = _RESNET_BACK.get(rest, rest) if "_resnets_" in match.group() else rest
+    return f"{_BLOCKS_BACK[match.group()]}_{inner}"

@@ -26,7 +26,9 @@ _MOST_NUMBERS = 6
 
 
 class Denoiser(TypedDict):
-    """A row of the table: the plain pipeline, the mixin that loads its LoRA files, the layers (`#`: a number)."""
+    """A row of the table: the plain pipeline, the mixin that loads its LoRA files, the layers (`#`: a
+    number).
+    """
 
     pipeline: str
     loader: str

@@ -14,8 +14,8 @@ from mole_kernels.io.dialects import ldm
 from mole_kernels.io.dialects.keys import Ending
 from mole_kernels.io.dialects.own import classes_with_layers
 
-# what tools put before a path -> the pipeline's component ("": its denoiser, whatever that is called there). The
-# first that fits counts; what follows is flat after an underscore, and dotted after a dot.
+# what tools put before a path -> the pipeline's component ("": its denoiser, whatever that is called there).
+# The first that fits counts; what follows is flat after an underscore, and dotted after a dot.
 PREFIXES: tuple[tuple[str, str], ...] = (
     ("lora_unet_", ""),
     ("lora_transformer_", ""),
@@ -163,12 +163,13 @@ def _unwrapped(name: str) -> str:
 
 
 def module_path(module: str, ending: Ending) -> tuple[str, str]:
-    """(dotted path with its component, dialect) of a module as a key spells it, by the tables of UNets and text
-    encoders; a name that they do not hold stays as it is.
+    """(dotted path with its component, dialect) of a module as a key spells it, by the tables of UNets and
+    text encoders; a name that they do not hold stays as it is.
 
     Args:
         module: The module's name in the file.
-        ending: Who ends keys so (`keys.ENDINGS`); the module's own spelling decides between kohya and Mix-of-Show.
+        ending: Who ends keys so (`keys.ENDINGS`); the module's own spelling decides between kohya and
+            Mix-of-Show.
     """
     name = spelled(module)
     component = "unet" if name.component == "" else name.component
