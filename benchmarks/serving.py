@@ -1,4 +1,4 @@
-"""Serving: a batch whose samples each have their own identity, against the same batch with one shared, and
+"""Serving: a batch whose samples each have their own adapter, against the same batch with one shared, and
 against PEFT's mixed batch.
 
 python benchmarks/serving.py                 CPU, two minutes on one core; writes
@@ -43,7 +43,7 @@ ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}
 
 @dataclass(frozen=True)
 class Serving:
-    """B samples of T tokens, each with its own identity of rank r out of a pool of S, or all with one."""
+    """B samples of T tokens, each with its own adapter of rank r out of a pool of S, or all with one."""
 
     B: int
     T: int
@@ -163,14 +163,15 @@ def measure(case: Serving, seconds: float) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: one line a case."""
-    made = f"{result['threads']} thread(s), torch {result['software']['torch']}, commit {result['commit']}, {result['utc'][:10]}"
+    software = f"torch {result['software']['torch']}, commit {result['commit']}"
+    origin = f"{result['threads']} thread(s), {software}, {result['utc'][:10]}"
     lines = [
-        "# Serving: each sample its own identity",
+        "# Serving: each sample its own adapter",
         "",
-        f"{result['host']}, {made}.",
-        f"A pool of {POOL} identities of rank 16. *own*: each sample names another one; *shared*: all take the same; the ratio of the two",
-        "is p50 with p20 and p80 over rounds. *over base*: time above the plain layer's, as a share of it; below 0 the adapted layer is",
-        "the faster one.",
+        f"{result['host']}, {origin}.",
+        f"A pool of {POOL} adapters of rank 16. *own*: each sample names another; *shared*: all take one.",
+        "The ratio of the two is p50 with p20 and p80 over rounds. *over base*: time above the plain",
+        "layer's, as a share of it; below 0 the adapted layer is the faster one.",
         "",
         "| case | own ÷ shared | own over base | PEFT's mixed batch over base | base again |",
         "|---|---|---|---|---|",

@@ -66,6 +66,10 @@ class CallerStacks:
         stack = self._get()
         return None if stack is None else stack[-1].assignment if stack else NOTHING
 
+    def all(self) -> list[Assignment]:
+        """Every assignment of this caller, the current one last."""
+        return [entry.assignment for entry in self._get() or ()]
+
     def replaceable(self) -> Assignment | None:
         """The assignment that a new one would replace: the top one, unless a `with` keeps it."""
         stack = self._get()

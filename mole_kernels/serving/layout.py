@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleShapeError
+from mole_kernels.errors import MoleShapeError, MoleValueError
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.patching.pack import check_narrowing
 
@@ -98,12 +98,27 @@ class AdapterLayout:
             up[:, : factor.rank] = wide * factor.scale
             check_narrowing(name, path, factor, down, up)
 
-    def scaled(self, vector: Tensor, strengths: Mapping[str, float]) -> Tensor:
-        """A copy of an adapter's vector [size] whose B of each layer is multiplied by strengths[path]."""
+    def scaled(self, name: str, vector: Tensor, strengths: Mapping[str, float]) -> Tensor:
+        """A copy of an adapter's vector whose B of each layer is multiplied.
+
+        Args:
+            name: The adapter, for messages.
+            vector: [size].
+            strengths: path -> the number that multiplies B there.
+
+        Raises:
+            MoleValueError: A product does not fit the vector's dtype.
+        """
         out = torch.empty_like(vector).copy_(vector)
         for path, strength in strengths.items():
             up = self.views(out[None], path)[1][0]
             up.copy_(up.to(torch.promote_types(torch.float32, up.dtype)) * strength)
+            if not bool(up.isfinite().all()):
+                raise MoleValueError(
+                    f"scale of {name!r}, layer {path}",
+                    expected=f"a product that fits {up.dtype}",
+                    got=strength,
+                )
         return out
 
 

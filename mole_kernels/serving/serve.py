@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from mole_kernels.errors import MoleStateError, MoleValueError
+from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
-from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.layers import spread
 from mole_kernels.modules.group_offload import in_groups, regroup
 from mole_kernels.modules.scan import roots, sizes
 from mole_kernels.modules.snapshot import all_or_nothing
 from mole_kernels.patching.apply import apply
-from mole_kernels.patching.block_scales import Scale, check_scales, layer_scales
+from mole_kernels.patching.block_scales import Scale
 from mole_kernels.patching.handle import Handle
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, Targets, plan
@@ -25,8 +24,9 @@ from mole_kernels.patching.sources import Source, read_expert
 from mole_kernels.patching.swap import match_held
 from mole_kernels.serving.assignment import Assignment, AssignmentScope, CallerStacks
 from mole_kernels.serving.layout import AdapterLayout
-from mole_kernels.serving.pool import AdapterPool, Lease, PoolStats, StoredAdapter
+from mole_kernels.serving.pool import AdapterPool, Lease, PoolStats
 from mole_kernels.serving.route import ComponentRoute
+from mole_kernels.serving.strength import Strengths
 
 # the one expert of every served layer: the set that a sample takes
 ADAPTER = "adapter"
@@ -71,16 +71,15 @@ def serve(
         >>> with served.assign(["anna", "ben", None]):
         ...     images = pipe(["a portrait of anna", "ben on a bike", "a tree"]).images
     """
+    if not isinstance(adapters, Mapping):
+        raise MoleTypeError("serve", expected="{name: path, tensors or Expert}", got=type(adapters).__name__)
     experts = {name: read_expert(name, source, model) for name, source in adapters.items()}
     if not experts:
-        raise MoleValueError(
-            "serve", expected="at least one adapter", got="none", hint='{"anna": "anna.safetensors"}'
-        )
+        raise MoleValueError("serve", expected='adapters: {"anna": "anna.safetensors"}', got="none")
     layers = plan(model, experts, targets=targets)
     largest = max(f.rank for layer in layers.layers.values() for f in layer.factors.values())
     return Served(
         layers,
-        experts,
         capacity=capacity if capacity is not None else len(experts),
         rank=largest if rank is None else rank,
         evict=evict,
@@ -98,7 +97,6 @@ class Served:
     def __init__(
         self,
         layers: Plan,
-        experts: Mapping[str, Expert],
         *,
         capacity: int,
         rank: int,
@@ -113,15 +111,11 @@ class Served:
         dtype, device = spread.compute_dtype(next(iter(modules.values()))), _device(layers)
         self._pool = AdapterPool(capacity, self._layout.size, dtype, device, evict=evict)
         self._stacks = CallerStacks()
-        # (adapter, strengths) -> the adapter at those strengths, while an assignment has it
-        self._variants: weakref.WeakValueDictionary[tuple[object, ...], StoredAdapter] = (
-            weakref.WeakValueDictionary()
-        )
+        self._strengths = Strengths(layers.model, self._layout)
         self._experts = {path: self._views(path) for path in modules}
-        for name in experts:
-            self._store(
-                name, {path: l.factors[name] for path, l in layers.layers.items() if name in l.factors}, 1.0
-            )
+        for name in layers.names:
+            held = {path: layer for path, layer in layers.layers.items() if name in layer.factors}
+            self._store(name, {path: layer.factors[name] for path, layer in held.items()}, 1.0)
         shapes = replace(layers, names=(ADAPTER,), experts={}, unmatched={})
         self._handle: Handle = apply(shapes, packed=self._experts, backend=backend)
         self._routes: dict[str, ComponentRoute] = {}
@@ -250,7 +244,7 @@ class Served:
             )
         if parts is not None and parts < 1:
             raise MoleValueError("assign", expected="parts >= 1", got=parts)
-        adapters = self._scaled(self._pool.look_up(list(names)), scales or {})
+        adapters = self._strengths.scaled(self._pool.look_up(list(names)), scales or {})
         assignment = Assignment(tuple(names), adapters, parts)
         self._pool.admit(assignment, self._stacks.replaceable())
         return AssignmentScope(self, self._stacks, *self._stacks.push(assignment))
@@ -267,11 +261,22 @@ class Served:
         self._pool.prefetch(self._pool.look_up(list(names)))
 
     def remove(self) -> None:
-        """Take everything off, once the forwards that run have ended: the model is bit for bit as before."""
+        """Take everything off, once the forwards that run have ended: the model is bit for bit as before.
+
+        Raises:
+            MoleStateError: Other threads or tasks have an assignment; their next step would draw the base.
+        """
         self._check_active("remove")
+        own = self._stacks.all()
+        if others := [list(a.names) for a in self._pool.assigned if a not in own]:
+            raise MoleStateError(
+                "Served.remove",
+                f"{len(others)} other callers have an assignment, one of them {others[0]}",
+                hint="let them end first: leave their `with`, or assign([]) there",
+            )
         with self._handle.change():
             self._take_off()
-        for assignment in self._pool.assigned:
+        for assignment in own:
             assignment.close()
         self._stacks.forget()
 
@@ -319,36 +324,11 @@ class Served:
             return LayerExperts(down, up, scale, (ADAPTER,), (self._layout.rank,))
 
     def _store(self, name: str, factors: Mapping[str, LowRank], scale: Scale) -> None:
-        strengths = self._strengths(name, scale, factors)
+        strengths = self._strengths.of(name, scale, factors)
         vector = self._pool.empty_vector()
         scaled = {path: replace(f, scale=f.scale * strengths[path]) for path, f in factors.items()}
         self._layout.flatten(name, scaled, vector)
         self._pool.add(name, vector)
-
-    def _strengths(self, name: str, scale: Scale, paths: Collection[str]) -> dict[str, float]:
-        """path -> the number that multiplies the adapter there."""
-        checked = check_scales({name: scale}, [name])[name]
-        scales = layer_scales(name, checked, self._plan.model, paths)
-        return dict(scales) if isinstance(scales, Mapping) else dict.fromkeys(paths, scales)
-
-    def _scaled(
-        self, adapters: Sequence[StoredAdapter | None], scales: Mapping[str, Scale]
-    ) -> tuple[StoredAdapter | None, ...]:
-        """The adapters with the scales of one assignment; equal ones are one adapter while any is used."""
-        check_scales(scales, list(dict.fromkeys(a.name for a in adapters if a is not None)))
-        strengths = {name: self._strengths(name, scale, self._experts) for name, scale in scales.items()}
-        out: list[StoredAdapter | None] = []
-        for adapter in adapters:
-            if adapter is not None and adapter.name in strengths:
-                own = strengths[adapter.name]
-                key = (adapter, *own.values())
-                scaled = self._variants.get(key)
-                if scaled is None:
-                    scaled = StoredAdapter(adapter.name, self._layout.scaled(adapter.vector, own))
-                    self._variants[key] = scaled
-                adapter = scaled
-            out.append(adapter)
-        return tuple(out)
 
     def _is_in_place(self, component: nn.Module) -> bool:
         pool = self._pool.sets

@@ -334,6 +334,9 @@ def test_scales_at_add_and_at_assign(model):
         with served.assign(["a"], scales={"a": 0.5}):
             torch.testing.assert_close(model(X), want(X), rtol=1e-4, atol=1e-4)
         assert served.stats.misses == misses
+    served.add("large", VERSIONS[1], scale=1e38)
+    with pytest.raises(MoleValueError, match="scale of 'large', layer first"):
+        served.assign(["a", "large"], scales={"large": 100.0})
     for scales, words in (({"zoe": 1.0}, "'zoe'"), ({"a": float("nan")}, "finite"), ({"b": 1.0}, "'b'")):
         with pytest.raises(MoleValueError, match=words):
             served.assign(["a"], scales=scales)
@@ -507,3 +510,26 @@ def test_a_compiled_model_gives_its_sets_back(model):
             assert is_solo(draw(compiled), *[version] * 3)
             assert is_solo(draw(model), *[version] * 3)
     in_threads(lambda: (served.assign(["b"]), _assert(is_solo(draw(model), 1, 1, 1))))
+
+
+def test_removing_under_another_callers_assignment_is_refused(model):
+    served = served_with(model)
+    inside, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with served.assign(["b"]):
+            inside.set()
+            done.wait(30)
+            assert is_solo(draw(model), 1, 1, 1)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(30)
+    served.assign(["a"])
+    with pytest.raises(MoleStateError, match=r"1 other callers have an assignment, one of them \['b'\]"):
+        served.remove()
+    assert is_solo(draw(model), 0, 0, 0)
+    done.set()
+    thread.join(30)
+    served.remove()
+    assert torch.equal(draw(model), SOLO[None])

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 
 import mole_kernels as mk
+from mole_kernels.errors import MoleStateError
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.serving.assignment import AssignmentScope
 from tests.tiny_models import Mlp, make_expert
@@ -205,12 +207,26 @@ class Serving(RuleBasedStateMachine):
             assert set(self.served.names) == set(self.now) and len(self.served.resident) <= 2
 
     def teardown(self) -> None:
-        if hasattr(self, "served"):
-            self.served.remove()
-            with torch.no_grad():
-                assert torch.equal(self.model(X), SOLO[None])
-        for caller in getattr(self, "callers", []):
+        if not hasattr(self, "served"):
+            return
+        for caller in self.callers:
+            others = [e for c in self.callers if c is not caller for e in c.stack]
+            if any(set(entry.versions) - {None} for entry in others):
+                with pytest.raises(MoleStateError, match="other callers"):
+                    caller.run(self.served.remove)
+        for caller in self.callers:
+            caller.run(lambda caller=caller: self._end_all(caller))
+        self.served.remove()
+        with torch.no_grad():
+            assert torch.equal(self.model(X), SOLO[None])
+        for caller in self.callers:
             caller.thread.shutdown()
+
+    def _end_all(self, caller: Caller) -> None:
+        for entry in reversed(caller.stack):
+            if entry.scope is not None:
+                entry.scope.__exit__(None, None, None)
+        self.served.assign([])
 
     def _forward(self) -> Tensor | None:
         with torch.no_grad():
