@@ -1,4 +1,4 @@
-"""What a pair of factors from a stranger must be before it becomes a LowRank."""
+"""Check factors and alphas of untrusted files before they become a LowRank."""
 
 from __future__ import annotations
 

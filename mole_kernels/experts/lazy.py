@@ -1,4 +1,4 @@
-"""Layers that are read when asked for: an expert larger than memory should ever see at once."""
+"""Layers that are read when asked for: for experts that are too large to hold in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Size(NamedTuple):
 
 
 class LazyLayers(Mapping[str, LowRank]):
-    """path -> LowRank, read anew at every look-up and kept by nobody; `sizes` are known without reading."""
+    """path -> LowRank, read anew at every look-up and not cached; `sizes` are known without reading."""
 
     def __init__(self, sizes: Mapping[str, Size], read: Callable[[str], LowRank]) -> None:
         self.sizes = dict(sizes)

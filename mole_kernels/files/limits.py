@@ -41,7 +41,15 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def check_key(key: str, where: str) -> None:
-    """A tensor's key: 1 to 512 printable characters."""
+    """Refuse a tensor's key that is not 1 to 512 printable characters.
+
+    Args:
+        key: The key.
+        where: The file, for messages.
+
+    Raises:
+        MoleFileError: Another key.
+    """
     if not 1 <= len(key) <= MAX_KEY or not key.isprintable():
         raise MoleFileError(
             where,
@@ -72,15 +80,28 @@ def check_json_size(text: bytes, where: str) -> None:
 
 
 def finite(value: object, dtype: torch.dtype = torch.float64) -> bool:
-    """Whether this is a number (no bool) that `dtype` holds: no NaN, no Inf, no integer of four hundred
+    """Whether this is a number that `dtype` holds: no bool, no NaN, no Inf, no integer of four hundred
     digits.
+
+    Args:
+        value: Anything.
+        dtype: A floating dtype.
     """
     largest = torch.finfo(dtype).max
     return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def parse_json(text: bytes | str, where: str, what: str = "the header") -> Any:
-    """JSON from a stranger: UTF-8, no key twice, no depth that ends the interpreter, no NaN."""
+    """JSON from an untrusted source: UTF-8, no key twice, no depth that ends the interpreter, no NaN.
+
+    Args:
+        text: The JSON.
+        where: The file, for messages.
+        what: What the text is, for messages.
+
+    Raises:
+        MoleFileError: Text that is none of this.
+    """
 
     hint = "is this a safetensors file?" if what == "the header" else ""
 

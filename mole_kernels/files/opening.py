@@ -1,4 +1,4 @@
-"""Open files of strangers: regular files only, inside a given folder only, and every failure in words."""
+"""Open untrusted files: regular ones only, inside a given folder only, every failure in words."""
 
 from __future__ import annotations
 
@@ -92,7 +92,14 @@ def open_regular(path: PathLike, *, root: PathLike | None = None, pickles: bool 
 
 @contextmanager
 def words_for_read_errors(where: str) -> Iterator[None]:
-    """What the system says while a file is read, as a MoleFileError that names the file."""
+    """Turn an OSError while a file is read into a MoleFileError that names the file.
+
+    Args:
+        where: The file, for messages.
+
+    Raises:
+        MoleFileError: The disk, the network share or the system failed.
+    """
     try:
         yield
     except OSError as error:

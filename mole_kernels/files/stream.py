@@ -22,13 +22,19 @@ CHUNK = 4 * 2**20
 def atomic_save_stream(
     parts: Iterable[tuple[str, Tensor]], path: PathLike, metadata: Callable[[], Mapping[str, str]] = dict
 ) -> None:
-    """Write (key, tensor) pairs as they come, then the header that goes before them; `metadata` is asked
-    after the last.
+    """Write (key, tensor) pairs as they come, then the header that goes before them.
 
     The data wait in a nameless file in the target's folder, so that folder must hold them twice for a moment.
-    Otherwise as
-    `atomic_save`: a reader sees the old file or the new one, and nothing is left behind, not even by a kill
-    before the last copy.
+    Otherwise as `atomic_save`: a reader sees the old file or the new one, and nothing is left behind, not
+    even by a kill before the last copy.
+
+    Args:
+        parts: (key, tensor), one after the other.
+        path: The file.
+        metadata: Asked after the last tensor.
+
+    Raises:
+        MoleFileError: A key that comes twice, or a file that could not be written.
     """
     where, folder = printable(path, 300), os.path.dirname(os.path.realpath(path))
 

@@ -1,4 +1,4 @@
-"""Text and JSON files from a stranger: regular files only, so that none blocks, and of a bounded size."""
+"""Read untrusted text and JSON: regular files only, so that none blocks, and of a bounded size."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ MOST_BYTES = 2**30
 
 
 def read_text(path: PathLike, most: int = MOST_BYTES) -> str:
-    """The UTF-8 text of a regular file. Raises MoleFileError: missing, unreadable, a FIFO or device, larger
-    than `most`, not UTF-8.
+    """The UTF-8 text of a regular file.
+
+    Args:
+        path: The file.
+        most: The largest size in bytes.
+
+    Raises:
+        MoleFileError: Missing, unreadable, a FIFO or device, larger than `most`, or not UTF-8.
     """
     where = printable(path, 300)
     with open_regular(path) as file:
@@ -45,5 +51,12 @@ def text_lines(text: str) -> list[str]:
 
 
 def read_json_file(path: PathLike) -> Any:
-    """The JSON of a regular file. Raises MoleFileError as `read_text`, and for what `parse_json` refuses."""
+    """The JSON of a regular file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        MoleFileError: As `read_text`, and for what `parse_json` refuses.
+    """
     return parse_json(read_text(path), printable(path, 300), "the file")

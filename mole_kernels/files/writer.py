@@ -22,8 +22,16 @@ def atomic_save(
     """Write tensors and metadata as one safetensors file: a temporary file beside it, fsync, rename.
 
     Whatever happens before the rename (a full disk, Ctrl-C), the old file stays as it was and no temporary
-    file is left.
-    What the reader would refuse is refused here, before anything is written.
+    file is left. What the reader would refuse is refused here, before anything is written.
+
+    Args:
+        tensors: Dense tensors of floating dtypes by key, on any device.
+        path: The file.
+        metadata: Text for the header.
+
+    Raises:
+        MoleFileError: The file could not be written, or would be larger than the reader takes.
+        MoleTypeError: A tensor of another dtype or layout.
     """
     where = printable(path, 300)
     header, order = header_of(tensors, metadata or {}, where)
@@ -38,7 +46,15 @@ def atomic_save(
 
 
 def atomic_write(path: PathLike, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write(file)` on a temporary file beside `path`, then rename it over `path`."""
+    """Call `write(file)` on a temporary file beside `path`, then rename it over `path`.
+
+    Args:
+        path: The file.
+        write: Writes the content.
+
+    Raises:
+        MoleFileError: The file could not be written; the old one is untouched.
+    """
     where = printable(path, 300)
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
@@ -142,7 +158,15 @@ def _sync_folder(folder: str) -> None:
 
 
 def write_json(path: PathLike, content: Any) -> None:
-    """Write plain values as JSON, readable by eye, complete or not at all; `files.text.read_json` reads it."""
+    """Write plain values as indented JSON, completely or not at all; `files.text.read_json_file` reads it.
+
+    Args:
+        path: The file.
+        content: What `json.dumps` takes.
+
+    Raises:
+        MoleFileError: The file could not be written.
+    """
 
     def write(file: BinaryIO) -> None:
         file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -57,7 +57,7 @@ _REFUSED = {
 # take something from them, so that the factors fit the changed base alone
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "true", "false")
 # what a pattern may hold to be read as plain text; PEFT takes patterns as regular expressions, which are not
-# run for a stranger
+# run on untrusted input
 _PLAIN = re.compile(r"\^?[\w.\\-]+\$?\Z")
 
 

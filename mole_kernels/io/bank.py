@@ -14,7 +14,17 @@ from mole_kernels.io.gates import GateFile, gates_from_tensors, gates_to_tensors
 
 
 def save_bank(bank: ExpertBank, path: PathLike, gates: GateFile | None = None) -> None:
-    """Write experts and gates to one safetensors file, bit for bit and atomically."""
+    """Write experts and gates to one safetensors file, bit for bit and atomically.
+
+    Args:
+        bank: The experts.
+        path: The file.
+        gates: Gates between exactly these experts, or None.
+
+    Raises:
+        MoleFileError: The file could not be written.
+        MoleKeyError: Gates of other experts.
+    """
     tensors, metadata = tensors_of_experts(bank.experts)
     if gates is not None:
         if set(gates.expert_names) != set(bank.names):
@@ -29,7 +39,20 @@ def save_bank(bank: ExpertBank, path: PathLike, gates: GateFile | None = None) -
 
 
 def load_bank(path: PathLike) -> tuple[ExpertBank, GateFile | None]:
-    """The experts and, where the file has them, the gates."""
+    """Read a single file of ours.
+
+    Args:
+        path: The file.
+
+    Returns:
+        (experts, gates); None where the file has no gates.
+
+    Raises:
+        MoleFileError: Not a file of ours, or broken.
+        MoleKeyError: Tensors that the metadata do not name.
+        MoleShapeError: Tensors that do not fit each other.
+        MoleValueError: NaN or Inf.
+    """
     tensors, metadata = read_tensors(path)
     source = os.fsdecode(path)
     experts, rest = experts_from_tensors(tensors, metadata, source)

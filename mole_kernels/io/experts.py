@@ -1,4 +1,4 @@
-"""One expert from a LoRA file, whoever wrote it."""
+"""Read one expert from a LoRA file of any tool."""
 
 from __future__ import annotations
 

@@ -135,9 +135,9 @@ def _check_nothing_lost(
             f"{name}.lora_state_dict leaves out some of its {len(before_tensors)} keys{why}",
             hint=hint_of_family(names, name, "leaving them out would change the result"),
         )
-    strangers = [key for key in state if parse_key(key) is None]
-    if strangers:
-        raise MoleKeyError(where, f"{name}.lora_state_dict does not know {some_keys(strangers)}")
+    unknown = [key for key in state if parse_key(key) is None]
+    if unknown:
+        raise MoleKeyError(where, f"{name}.lora_state_dict does not know {some_keys(unknown)}")
 
 
 def _weight(tensors: Mapping[str, Any]) -> float:

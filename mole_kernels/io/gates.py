@@ -40,10 +40,13 @@ OFFICIAL_TENSORS = (
 
 @dataclass(frozen=True, eq=False)
 class GateTensors:
-    """The learned gates of one layer; the token half or the pooled half may be absent.
+    """The learned gates of one layer; the token half or the sample half may be absent.
 
-    phi [E,K], phi_bias [E]    token gate sigmoid(x phiᵀ + phi_bias)
-    head [E,N], head_bias [E]  pooled gate sigmoid(head_e · mean_t(s_e B_e A_e x) + head_bias_e)
+    Attributes:
+        phi: [E,K], of the token gate sigmoid(x phiᵀ + phi_bias).
+        phi_bias: [E].
+        head: [E,N], of the sample gate sigmoid(head_e · mean_t(s_e B_e A_e x) + head_bias_e).
+        head_bias: [E].
     """
 
     phi: Tensor | None = None
@@ -52,13 +55,24 @@ class GateTensors:
     head_bias: Tensor | None = None
 
     def present(self) -> dict[str, Tensor]:
+        """The tensors that are not None, by name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True, eq=False)
 class GateFile:
-    """layers: dotted path -> GateTensors; expert_names: whose row is whose, in every layer; metadata: text as
-    it came.
+    """The gates between the experts of a model, as a file holds them.
+
+    Attributes:
+        layers: Dotted path -> GateTensors.
+        expert_names: Whose row is whose, in every layer.
+        metadata: Text as it came: escape before printing.
+
+    Raises:
+        MoleKeyError: Two spellings of one layer, or a layer without both tensors of a half.
+        MoleShapeError: Tensors that do not fit the number of experts.
+        MoleTypeError: A dtype that gates do not have.
+        MoleValueError: Names that repeat, NaN or Inf.
     """
 
     layers: Mapping[str, GateTensors]
@@ -81,8 +95,16 @@ class GateFile:
 
 
 def load_gates(path: PathLike) -> GateFile:
-    """The gates of an official MoLE gate file, of a native one, or of a single file of ours; missing and
-    extra keys are errors.
+    """The gates of an official MoLE gate file, of a native one, or of a single file of ours.
+
+    Args:
+        path: The safetensors file.
+
+    Raises:
+        MoleFileError: A broken file, or one of a later version.
+        MoleKeyError: Keys that are missing, or that no gate has.
+        MoleShapeError: Tensors that do not fit each other.
+        MoleValueError: NaN or Inf.
     """
     tensors, metadata = read_tensors(path)
     where = printable(path, 300)
@@ -109,9 +131,18 @@ def save_gates(
 ) -> None:
     """Write a gate file, atomically.
 
-    dialect  "official": needs the experts face and hand (their rows are put in this order) and both halves ·
-             "native": any
-    sdxl     official only: LDM block names; None decides by the layers
+    Args:
+        gates: What to write.
+        path: The file.
+        dialect: "native": any gates · "official": JiePKU/MoLE's, which needs the experts face and hand (their
+            rows are put in this order) and both halves on every layer.
+        dtype: Of the tensors; None keeps theirs.
+        sdxl: For the official dialect: LDM's block names; None decides by the layers.
+
+    Raises:
+        MoleFileError: The file could not be written.
+        MoleKeyError: Layers that the official dialect does not cover.
+        MoleValueError: An unknown dialect, other experts, or a value that `dtype` cannot hold.
     """
     if dialect == "native":
         tensors, metadata = gates_to_tensors(gates)
@@ -129,7 +160,11 @@ def save_gates(
 
 
 def gates_to_tensors(gates: GateFile) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of the native dialect, without the format's stamp."""
+    """(tensors, metadata) of the native dialect, without the format's stamp.
+
+    Args:
+        gates: What to write.
+    """
     tensors = {
         f"{PREFIX}{path}.{name}": tensor
         for path, layer in gates.layers.items()
@@ -141,7 +176,16 @@ def gates_to_tensors(gates: GateFile) -> tuple[dict[str, Tensor], dict[str, str]
 def gates_from_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str
 ) -> GateFile | None:
-    """The native gates among `tensors`, all of which must be gates; None where there are none."""
+    """The native gates among tensors that must all be gates; None where there are none.
+
+    Args:
+        tensors: Tensors by key.
+        metadata: The header's metadata.
+        where: The file, for messages.
+
+    Raises:
+        MoleKeyError: A tensor of no gate, or metadata that do not say whose gates these are.
+    """
     if "gates" not in metadata and not tensors:
         return None
     about = parse_json(metadata.get("gates", "null"), f"{where}, metadata of the gates", "the text")
@@ -174,7 +218,19 @@ def gates_from_tensors(
 
 
 def check_gates(where: str, layer: GateTensors, E: int) -> None:
-    """Shapes, dtypes and finiteness of one layer's gates."""
+    """Check shapes, dtypes and values of one layer's gates.
+
+    Args:
+        where: File and layer, for messages.
+        layer: Its gates.
+        E: How many experts there are.
+
+    Raises:
+        MoleKeyError: Half of a gate.
+        MoleShapeError: Tensors of other shapes.
+        MoleTypeError: A dtype that gates do not have.
+        MoleValueError: NaN or Inf.
+    """
     shapes = {"phi": (E, "K"), "phi_bias": (E,), "head": (E, "N"), "head_bias": (E,)}
     present = layer.present()
     if (

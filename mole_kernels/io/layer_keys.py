@@ -85,11 +85,11 @@ def collect_layers(tensors: Mapping[str, Any], where: str) -> list[LayerKeys]:
         MoleKeyError: A key that is none of a LoRA's, a half that is missing or there twice.
     """
     layers: dict[str, LayerKeys] = {}
-    strangers = []
+    unknown = []
     for key in tensors:
         parsed = parse_key(key)
         if parsed is None:
-            strangers.append(key)
+            unknown.append(key)
             continue
         module, half, ending = parsed
         # an alpha may stand behind a half's whole key
@@ -101,11 +101,11 @@ def collect_layers(tensors: Mapping[str, Any], where: str) -> list[LayerKeys]:
         layer.keys[half] = key
         if half in HALVES:
             layer.ending = ending
-    if strangers:
-        text, hint = what_keys_are(strangers, tensors)
+    if unknown:
+        text, hint = what_keys_are(unknown, tensors)
         raise MoleKeyError(
             where,
-            f"{len(strangers)} of {len(tensors)} keys are not LoRA keys: {some_keys(strangers)}"
+            f"{len(unknown)} of {len(tensors)} keys are not LoRA keys: {some_keys(unknown)}"
             + (f"; {text}" if text else ""),
             hint=hint,
         )

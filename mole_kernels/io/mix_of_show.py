@@ -33,8 +33,18 @@ HALVES = {
 
 
 def load_mix_of_show(path: PathLike, *, alpha: float | None = None) -> tuple[Expert, dict[str, Tensor]]:
-    """(expert, concept embeddings by token) of a Mix-of-Show `.pth`; alpha is its scale itself, which the
-    file does not hold.
+    """The expert and the concept's embeddings of a Mix-of-Show `.pth`.
+
+    Args:
+        path: The file.
+        alpha: Its scale itself, which the file does not hold (default 1).
+
+    Returns:
+        (expert, embeddings by token [L,K]; those of a second text encoder begin with "text_encoder_2.").
+
+    Raises:
+        MoleFileError: No pickle of plain tensors, or one of something else.
+        MoleKeyError: As `load_expert`.
     """
     expert, by_encoder = load_mix_of_show_parts(path, alpha=alpha)
     prefix = {"text_encoder": "", "text_encoder_2": "text_encoder_2."}
@@ -48,7 +58,12 @@ def load_mix_of_show(path: PathLike, *, alpha: float | None = None) -> tuple[Exp
 def load_mix_of_show_parts(
     path: PathLike, *, alpha: float | None = None
 ) -> tuple[Expert, dict[str, dict[str, Tensor]]]:
-    """`load_mix_of_show` with the embeddings as {text encoder: {token: [L,K]}}."""
+    """`load_mix_of_show` with the embeddings as {text encoder: {token: [L,K]}}.
+
+    Args:
+        path: The file.
+        alpha: As `load_mix_of_show`'s.
+    """
     where = printable(path, 300)
     content = read_pickle(path)
     params = _params(content)
@@ -74,7 +89,11 @@ def load_mix_of_show_parts(
 
 
 def is_mix_of_show(content: object) -> bool:
-    """Whether a pickle's content is what Mix-of-Show writes."""
+    """Whether a pickle's content is what Mix-of-Show writes.
+
+    Args:
+        content: What `read_pickle` gave.
+    """
     return _params(content) is not None
 
 
@@ -96,8 +115,16 @@ def save_mix_of_show(
     """Write a `.pth` as Mix-of-Show's tools read it, atomically; scales go into B, since the file holds no
     alpha.
 
-    embeddings  text encoder -> token -> [L,K]      layout  "main" or "research": the key dialect of either
-                branch
+    Args:
+        expert: Layers of the UNet and of text encoders.
+        embeddings: Text encoder -> token -> [L,K].
+        path: The file.
+        layout: The key dialect of either branch: "main" or "research".
+
+    Raises:
+        MoleFileError: The file could not be written.
+        MoleKeyError: A layer of a component that these files do not hold.
+        MoleValueError: An unknown layout.
     """
     if layout not in HALVES:
         raise MoleValueError("save_mix_of_show: layout", expected=" or ".join(HALVES), got=repr(layout))

@@ -73,12 +73,22 @@ def save_layers(
     sdxl: bool = False,
     paths: Sequence[str] = (),
 ) -> None:
-    """`save_expert` for layers that come one by one; only the one at hand is in memory. Atomic.
+    """`save_expert` for layers that come one by one, atomically; only the one at hand is in memory.
 
-    read_as  the dialect that the paths were read in: a kohya name that stayed flat cannot be written in
-             diffusers' dialect
-    origin   how this expert came about, for the file's metadata
-    paths    of all layers, where they are known: their names are checked before the first layer is asked for
+    Args:
+        layers: (path, factors), one after the other.
+        path: The file.
+        to: The dialect to write.
+        read_as: The dialect that the paths were read in: a kohya name that stayed flat cannot be written in
+            diffusers'.
+        origin: How this expert came about, for the file's metadata.
+        sdxl: For kohya's dialect: LDM's block names.
+        paths: Of all layers, where they are known: their names are checked before the first layer is asked
+            for.
+
+    Raises:
+        MoleFileError: The file could not be written.
+        MoleKeyError: A path that the dialect does not cover.
     """
     writer = LayerWriter(to, read_as, origin, sdxl=sdxl)
     writer.check(list(paths))

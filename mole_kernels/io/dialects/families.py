@@ -95,7 +95,8 @@ def families(layers: Mapping[str, int | None]) -> tuple[str, ...]:
     """The families that every telling name and width allows; () where no name tells anything, or two
     contradict each other.
 
-    layers  path -> K, the layer's inputs, or None where unknown. The component may stand before the path
+    Args:
+        layers: Path -> K, the layer's inputs, or None where unknown. The component may stand before the path.
     """
     candidates: tuple[str, ...] | None = None
     for path, K in layers.items():
@@ -112,18 +113,31 @@ def families(layers: Mapping[str, int | None]) -> tuple[str, ...]:
 
 
 def families_of(expert: Expert) -> tuple[str, ...]:
-    """`families` of an expert's layers."""
+    """`families` of an expert's layers.
+
+    Args:
+        expert: An expert of any dialect.
+    """
     return families({path: layer.in_features for path, layer in expert.layers.items()})
 
 
 def titles(names: Iterable[str]) -> str:
-    """ "FLUX.1 or FLUX.2 transformer" """
+    """What these families are called in a sentence: "FLUX.1 or FLUX.2 transformer".
+
+    Args:
+        names: Keys of `FAMILIES`.
+    """
     texts = [FAMILIES[name].title for name in names]
     return " or ".join([*(title.removesuffix(" transformer") for title in texts[:-1]), *texts[-1:]])
 
 
 def agree(a: Iterable[str], b: Iterable[str]) -> bool:
-    """Whether one model may be meant by both."""
+    """Whether one model may be meant by both.
+
+    Args:
+        a: Keys of `FAMILIES`.
+        b: Others.
+    """
     # 1 and 2 differ by the text's width alone, which not every file shows
     first, second = ({UNET if name in (SD1, SD2) else name for name in names} for names in (a, b))
     both = {*a, *b}

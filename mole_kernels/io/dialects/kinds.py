@@ -26,21 +26,21 @@ EMBEDDING = (
 )
 
 
-def what_keys_are(strangers: Sequence[str], tensors: Mapping[str, Any]) -> tuple[str, str]:
+def what_keys_are(unknown: Sequence[str], tensors: Mapping[str, Any]) -> tuple[str, str]:
     """(what a file with these keys is, what to do with it); "" where that cannot be told.
 
     Args:
-        strangers: The keys that are none of a LoRA's.
+        unknown: The keys that are none of a LoRA's.
         tensors: All tensors, or a header's entries: anything with a `shape`.
     """
-    if any(".softmoe." in key for key in strangers):
+    if any(".softmoe." in key for key in unknown):
         return "", "this is a gate file: give it as gates, or read it with mole_kernels.io.load_gates"
-    if all(_LIST_FORM.match(key) for key in strangers):
+    if all(_LIST_FORM.match(key) for key in unknown):
         return f"this is {LIST_FORM[0]}", LIST_FORM[1]
-    if len(strangers) == len(tensors):
-        if is_embedding({key: getattr(tensors[key], "shape", ()) for key in strangers}):
+    if len(unknown) == len(tensors):
+        if is_embedding({key: getattr(tensors[key], "shape", ()) for key in unknown}):
             return f"this is {EMBEDDING[0]}", EMBEDDING[1]
-        if all(_MODEL_WEIGHT.search(key) for key in strangers):
+        if all(_MODEL_WEIGHT.search(key) for key in unknown):
             return (
                 "these are weights of a model, no LoRA",
                 "load it as a model: from_pretrained, or from_single_file for one file; a full fine-tune "
