@@ -93,7 +93,7 @@ def runs(name: str, dtype: torch.dtype, batch: int) -> tuple[dict[str, Callable[
 
     stock = block(width, dtype)
     methods: dict[str, Callable[[], Tensor]] = {"stock": step(stock), "stock again": step(stock)}
-    said = {}
+    reports = {}
     for method, (ranks, gates, equal, options) in METHODS.items():
         model = block(width, dtype)
         experts = {str(i): expert(model, rank, i, equal) for i, rank in enumerate(ranks)}
@@ -107,12 +107,12 @@ def runs(name: str, dtype: torch.dtype, batch: int) -> tuple[dict[str, Callable[
         error = max(((methods[method]() - want).norm() / want.norm()).item() for _ in range(2))
         if error > (1e-5 if dtype == torch.float32 else 2e-2):
             raise SystemExit(f"{name} {method}: error {error:.1e}; nothing is timed")
-        said[method] = {
+        reports[method] = {
             key: value
             for key, value in handle.groups.report().items()
             if key in ("computed", "shared", "apart")
         }
-    return methods, said
+    return methods, reports
 
 
 def geglu(name: str, dtype: torch.dtype, batch: int) -> dict[str, Callable[[], Tensor]]:
@@ -142,7 +142,7 @@ def measured(options: argparse.Namespace) -> None:
                 run()
                 return (clock() - begin) * 1e6
 
-            methods, said = runs(name, dtype, options.batch)
+            methods, reports = runs(name, dtype, options.batch)
             taken = interleaved(methods, budget, elapsed)  # type: ignore[arg-type]
             ratios = {method: ratio(times, taken["stock"]) for method, times in taken.items()}
             parts = {
@@ -151,10 +151,12 @@ def measured(options: argparse.Namespace) -> None:
             }  # type: ignore[arg-type]
             kind = str(dtype)[6:]
             us = {method: spread(times) for method, times in taken.items()}
-            rows.append({"id": f"{name}-{kind}", "us": us, "ratio": ratios, "groups": said, "geglu": parts})
+            rows.append(
+                {"id": f"{name}-{kind}", "us": us, "ratio": ratios, "groups": reports, "geglu": parts}
+            )
             print(f"{name} {kind}  stock {us['stock'][1] / 1e3:.0f} ms", flush=True)
             for method, r in ratios.items():
-                apart = said.get(method, {}).get("apart", "")
+                apart = reports.get(method, {}).get("apart", "")
                 print(f"    {method:34} p20 {r[0]:.3f}  p50 {r[1]:.3f}  p80 {r[2]:.3f}  {apart}", flush=True)
             print(
                 f"    GEGLU: activation ÷ product {parts['activation'][1] / parts['product'][1]:.3f}",
@@ -177,12 +179,12 @@ def time(M: int, K: int, N: int, ranks: tuple[int, ...]) -> tuple[float, float]:
     candidates.
     """
     device = KNOWN["h200"]
-    found = choose(
+    choice = choose(
         Problem(1, M, K, N, ranks or (16,), 1, torch.bfloat16, "cuda"), device, names=candidates_of(device)
     )
-    best = found.of(found.name).predicted
+    best = choice.of(choice.name).predicted
     assert best is not None
-    return (best if ranks else found.plain) + GAP, found.plain + GAP
+    return (best if ranks else choice.plain) + GAP, choice.plain + GAP
 
 
 def predicted(batch: int) -> None:
@@ -190,7 +192,8 @@ def predicted(batch: int) -> None:
     out.
     """
     print(
-        "| block | rank | adapted | grouped | grouped, equal A | cached | grouped and cached | grouped and cached, equal A |"
+        "| block | rank | adapted | grouped | grouped, equal A | cached | grouped and cached "
+        "| grouped and cached, equal A |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, (C, tokens) in BLOCKS.items():

@@ -1,16 +1,14 @@
-"""What LoRA costs a step of SD1.5's transformer blocks: as it is in PEFT, accelerated, and concatenated by
-hand, over no LoRA at all.
+"""What LoRA costs a step of SD1.5's transformer blocks: in PEFT, accelerated, and concatenated by hand.
 
 python benchmarks/lora_overhead.py              CPU, some minutes on one core; writes
 results/<machine>/<date>-lora-overhead.{json,md}
 python benchmarks/lora_overhead.py --quick      float32, few rounds, writes nothing
 
-Two blocks of each width (320, 640, 1280) with their self- and cross-attention and feed-forward, as diffusers
-has them, on a batch of two
-256² pictures (32², 16², 8² places) and 77 words. Adapters as diffusers places them by default: q, k, v and
-out of both attentions, 48
-layers, two adapters of rank 16. The convolutions of the UNet, which hold no adapter, are left out: they would
-only hide the difference.
+Two blocks of each width (320, 640, 1280) with their self- and cross-attention and feed-forward, as in
+diffusers, on a batch of two 256² pictures (32², 16², 8² places) and 77 words. Adapters are where diffusers
+places them by
+default: q, k, v and out of both attentions, 48 layers, two adapters of rank 16. The convolutions of the UNet,
+which hold no adapter, are left out: they would only hide the difference.
 """
 
 from __future__ import annotations
@@ -38,7 +36,10 @@ from mole_kernels.peft.status import status
 RESULTS = Path(__file__).with_name("results")
 WIDTHS = ((320, 1024), (640, 256), (1280, 64))
 BATCH, WORDS, TEXT, RANK = 2, 77, 768, 16
-MODEL = "two of SD1.5's transformer blocks of each width, two 256² pictures, 77 words; q, k, v, out (48 layers), two adapters of rank 16"
+MODEL = (
+    "two of SD1.5's transformer blocks of each width, two 256² pictures, 77 words; "
+    "q, k, v, out (48 layers), two adapters of rank 16"
+)
 OVERHEAD = "PEFT's overhead ÷ ours"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -185,22 +186,23 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=90.0, help="wall time for each dtype (default: %(default)s)"
     )
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     if reason := extension.why_not():
         print(f"nothing to measure: {reason}")
         return 2
     rows = []
-    for name in ("fp32",) if given.quick else ("fp32", "bf16"):
-        rows.append(measure(name, 5.0 if given.quick else given.seconds))
+    for name in ("fp32",) if options.quick else ("fp32", "bf16"):
+        rows.append(measure(name, 5.0 if options.quick else options.seconds))
         print(table(rows[-1:]), flush=True)
-    if not given.quick:
+    if not options.quick:
         result = environment(1) | {"model": MODEL, "cases": rows}
         folder = RESULTS / slug(result["host"])
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{result['utc'][:10]}-lora-overhead.json"
         file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        text = f"# LoRA on SD1.5's transformer blocks, {result['host']}\n\nProcessor time of one thread, paired, median (p20 to p80).\n\n"
+        text = f"# LoRA on SD1.5's transformer blocks, {result['host']}\n\n"
+        text += "Processor time of one thread, paired, median (p20 to p80).\n\n"
         file.with_suffix(".md").write_text(f"{text}{table(rows)}\n")
         print(f"written: {file}")
     return 0

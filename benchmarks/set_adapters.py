@@ -1,14 +1,12 @@
-"""How long `set_adapters` takes on the 722 linear layers of an SDXL UNet that holds many adapters, as it is
-and accelerated.
+"""How long `set_adapters` takes on SDXL's 722 linear layers with many adapters, in diffusers and accelerated.
 
 python benchmarks/set_adapters.py                    writes results/<machine>/<date>-set-adapters.{json,md}
 python benchmarks/set_adapters.py --loaded 2,10      writes nothing
 
 The UNet has its real layers and names on the meta device: `set_adapters` looks at flags, names and scales,
-never at a value. Adapters are
-of rank 1: the first two added by PEFT, the others put into the same dictionaries, for which PEFT takes
-minutes. Both methods run on the
-same model in turn, between two pairs of adapters, so that each call changes something.
+never at a value. Adapters are of rank 1: PEFT adds the first two, and the others are put into the same
+dictionaries, because PEFT would take minutes. Both methods run on the same model in turn, between two pairs
+of adapters, so that each call changes something.
 """
 
 from __future__ import annotations
@@ -60,8 +58,8 @@ def load(unet: Any, names: list[str], paths: list[str]) -> None:
     first = next(iter(unet.peft_config))
     unet.peft_config |= dict.fromkeys(names, unet.peft_config[first])
     for layer in [module for module in unet.modules() if isinstance(module, LoraLayer)]:
-        for held in (layer.lora_A, layer.lora_B, layer.lora_dropout):
-            held.update({name: copy.deepcopy(held[first]).requires_grad_(False) for name in names})
+        for modules in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+            modules.update({name: copy.deepcopy(modules[first]).requires_grad_(False) for name in names})
         for kept in (
             layer.scaling,
             layer.r,
@@ -126,15 +124,15 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="wall time for each number (default: %(default)s)"
     )
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     unet = make_unet("sdxl", torch.float32, meta=True)
     paths, names, rows = linear_paths(unet), [], []
-    for count in map(int, given.loaded.split(",")):
+    for count in map(int, options.loaded.split(",")):
         new = [f"adapter{i}" for i in range(len(names), count)]
         load(unet, new, paths)
         names += new
-        rows.append(measure(unet, names, given.seconds))
+        rows.append(measure(unet, names, options.seconds))
         print(table(rows[-1:]), flush=True)
     if tuple(row["loaded"] for row in rows) == LOADED:
         result = header() | {
@@ -147,7 +145,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{result['utc'][:10]}-set-adapters.json"
         file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        text = f"# set_adapters, {result['host']}\n\nProcessor time of one thread, median (p20 to p80), paired rounds.\n\n{table(rows)}\n"
+        text = f"# set_adapters, {result['host']}\n\nProcessor time of one thread, "
+        text += f"median (p20 to p80), paired rounds.\n\n{table(rows)}\n"
         file.with_suffix(".md").write_text(text)
         print(f"written: {file}")
 

@@ -76,7 +76,8 @@ def main(
     for name, times in taken.items():
         ratio = spread([t / b for t, b in zip(times, base)])
         print(
-            f"{name:10} {spread(times)[1] * 1e3:8.1f} ms   ratio p20 {ratio[0]:.3f}  p50 {ratio[1]:.3f}  p80 {ratio[2]:.3f}"
+            f"{name:10} {spread(times)[1] * 1e3:8.1f} ms   "
+            f"ratio p20 {ratio[0]:.3f}  p50 {ratio[1]:.3f}  p80 {ratio[2]:.3f}"
         )
 
 

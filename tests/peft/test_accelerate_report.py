@@ -132,7 +132,7 @@ class Moves:
 STEPS = "disable merge train activate hook parametrise norm sequential leaf".split()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=8))
 def test_the_handle_says_what_the_next_call_does(steps: list[str]):
     plain, fast = (Moves(make((4, 2), lora_dropout=0.5).eval()) for _ in range(2))
