@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests import test_trust  # noqa: E402
-from tests.robustness import table  # noqa: E402
+from tests.robustness import silence, table  # noqa: E402
 from tests.robustness.cases import Case, Ground  # noqa: E402
 
 HEAD = """# What bad input meets
@@ -39,6 +39,14 @@ Each could have been ours.
 
 | | fault | here | tests |
 |---|---|---|---|
+"""
+SILENT = """
+## Kinds of faults that were wrong in silence
+
+Found by people's stories, files and suites of other projects; each kind is held by tests of the whole kind.
+
+| kind | what happens now | tests |
+|---|---|---|
 """
 COSTS = """
 ## What hostile sizes cost
@@ -105,6 +113,7 @@ def main() -> None:
         [
             HEAD + FIRST + "\n".join(inputs),
             PEERS + "\n".join(peers),
+            SILENT + "\n".join(silence.rows()),
             COSTS + "\n".join(costs),
             BEYOND + NOT_YET,
         ]

@@ -120,3 +120,15 @@ def test_the_version_is_in_one_place():
     assert "version" in project["project"]["dynamic"] and "version" not in project["project"]
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "mole_kernels.__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", mole_kernels.__version__)
+
+
+def test_a_newer_torch_stays():
+    """An upper bound made pip replace a newer torch by an older one, gigabytes of it, before anything was said."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    text = (ROOT / "pyproject.toml").read_text()
+    (line,) = re.findall(r'^    "(torch[^"]*)",$', text, re.M)
+    torch = Requirement(line)
+    assert all(torch.specifier.contains(v) for v in ("2.11.0", "2.13.0", "2.14.1", "2.99", "3.0"))
+    assert not torch.specifier.contains("2.10.1") and Version("2.11") in torch.specifier

@@ -17,6 +17,7 @@ from mole_kernels.functional import gated_lora_linear
 from mole_kernels.layers.attach import detach
 from mole_kernels.patching import apply as apply_module
 from mole_kernels.patching.apply import patch
+from mole_kernels.patching.handles import forget
 from mole_kernels.training.checkpoint import list_checkpoints
 from tests.robustness.cases import Case, Ground, patched
 from tests.robustness.of_files import factors
@@ -49,6 +50,7 @@ def other_handle_on_the_layer(g: Ground) -> None:
         for path in ("second", "mix"):
             detach(g.model.get_submodule(path))
         first._turns.unwatch(first._roots)
+        forget(first, first._roots)
         for parameter in g.model.parameters():
             parameter.requires_grad_(True)
 

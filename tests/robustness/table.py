@@ -55,9 +55,17 @@ def written() -> tuple[str, ...]:
 
 @functools.cache
 def functions(path: Path) -> frozenset[str]:
-    return frozenset(
-        node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
-    )
+    tree = ast.parse(path.read_text())
+    named = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    # a state machine is a test by the name that its TestCase is given
+    machines = {
+        t.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for t in node.targets
+        if isinstance(t, ast.Name)
+    }
+    return frozenset(named | {name for name in machines if name.startswith("Test")})
 
 
 def exists(node: str) -> bool:

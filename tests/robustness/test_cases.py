@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.robustness import table
+from tests.robustness import silence, table
 from tests.robustness.cases import Case, Ground
 
 
@@ -36,6 +36,12 @@ def test_every_number_has_a_test():
 
 def test_what_the_table_refers_to_exists():
     assert [node for case in table.CASES for node in case.deeper if not table.exists(node)] == []
+
+
+def test_kinds_of_silent_faults_are_in_the_page_and_their_tests_exist():
+    assert len(silence.KINDS) == 16
+    assert [t for kind in silence.KINDS for t in kind.tests if not table.exists(f"tests/{t}")] == []
+    assert set(silence.rows()) <= set(table.written()), "make robustness writes it anew"
 
 
 def test_the_table_has_one_row_for_each_number():
