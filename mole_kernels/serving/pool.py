@@ -58,9 +58,10 @@ class PoolStats:
 
 @dataclass(eq=False)
 class _Set:
-    """What is known of one set: how many forwards read it, its last copy, and the streams that read it."""
+    """One set: what it holds, how many forwards read it, its last copy, and the streams that read it."""
 
     index: int
+    adapter: StoredAdapter | None = None
     readers: int = 0
     copied: torch.cuda.Event | None = None
     streams: set[torch.cuda.Stream] = field(default_factory=set)
@@ -143,6 +144,7 @@ class AdapterPool:
                     self._copy(adapter, place)
                 else:
                     del self._resident[adapter]
+                    place.adapter = None
                     self._free.append(place)
 
     # -- adapters
@@ -241,11 +243,7 @@ class AdapterPool:
             wanted = _distinct(adapters)
             reserved = {adapter for assignment in self._assigned for adapter in assignment.adapters}
             missing = [adapter for adapter in wanted if adapter not in self._resident]
-            room = [
-                place
-                for place in self._room(wanted, reserved)
-                if (adapter := self._in(place)) is None or adapter not in reserved
-            ]
+            room = [p for p in self._room(wanted, reserved) if p.adapter is None or p.adapter not in reserved]
             self._fill(missing, room)
 
     def lease(self, adapters: Iterable[StoredAdapter | None]) -> Lease:
@@ -258,9 +256,9 @@ class AdapterPool:
             wanted = _distinct(adapters)
             while True:
                 self._collect()
-                reserved = {adapter for assignment in self._assigned for adapter in assignment.adapters}
                 missing = [adapter for adapter in wanted if adapter not in self._resident]
-                room = self._room(wanted, reserved)
+                reserved = {a for other in self._assigned for a in other.adapters} if missing else set()
+                room = self._room(wanted, reserved) if missing else []
                 if len(missing) <= len(room):
                     break
                 # a thread that holds sets must not wait for one that may be waiting for them
@@ -293,25 +291,24 @@ class AdapterPool:
     def _is_orphan(self, adapter: StoredAdapter) -> bool:
         return self._by_name.get(adapter.name) is not adapter
 
-    def _in(self, place: _Set) -> StoredAdapter | None:
-        return next((adapter for adapter, other in self._resident.items() if other is place), None)
-
     def _room(self, wanted: Sequence[StoredAdapter], reserved: set[StoredAdapter | None]) -> list[_Set]:
         """Sets that may be written now, in the order in which they should be."""
-        idle = [(a, place) for a, place in self._resident.items() if not place.readers and a not in wanted]
-        orphans = [place for a, place in idle if self._is_orphan(a) and a not in reserved]
-        if not self.evict:
-            return self._free[::-1] + orphans
-        # sorted() keeps the least recently used first within each kind
-        others = sorted(((a, p) for a, p in idle if p not in orphans), key=lambda entry: entry[0] in reserved)
-        return self._free[::-1] + orphans + [place for _, place in others]
+        orphans: list[_Set] = []
+        idle: list[_Set] = []
+        assigned: list[_Set] = []
+        for adapter, place in self._resident.items():
+            if place.readers or adapter in wanted:
+                continue
+            kind = assigned if adapter in reserved else orphans if self._is_orphan(adapter) else idle
+            kind.append(place)
+        return self._free[::-1] + orphans + (idle + assigned if self.evict else [])
 
     def _could_fit(self, wanted: Sequence[StoredAdapter]) -> bool:
         return self.evict and len(wanted) <= self.capacity
 
     def _fill(self, missing: Sequence[StoredAdapter], room: Sequence[_Set]) -> None:
         for adapter, place in zip(missing, room):
-            old = self._in(place)
+            old, place.adapter = place.adapter, None
             if old is None:
                 self._free.remove(place)
             else:
@@ -324,6 +321,7 @@ class AdapterPool:
             except BaseException:
                 self._free.append(place)
                 raise
+            place.adapter = adapter
             self._resident[adapter] = place
 
     @torch.no_grad()
