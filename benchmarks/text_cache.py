@@ -15,8 +15,8 @@ import torch
 import mole_kernels as mk
 from benchmarks.timing import Budget, clock, interleaved, spread
 from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.layers.fingerprint import Check
 from mole_kernels.modules.scan import mole_targets, sizes
-from mole_kernels.text_cache.state import Check
 
 
 def expert(model: torch.nn.Module, rank: int, seed: int) -> Expert:

@@ -29,11 +29,11 @@ from mole_kernels.grouping.operands import (
 )
 from mole_kernels.grouping.pending import CallState, PendingOutputs, call_state
 from mole_kernels.grouping.reasons import reason_against_layers, reason_against_one_product
+from mole_kernels.layers.fingerprint import layout_of
 from mole_kernels.layers.linear import GatedLoRALinear, LastGates
 from mole_kernels.ops.direct import unobserved
 from mole_kernels.ops.group import beside
 from mole_kernels.tally import count, totals
-from mole_kernels.text_cache.state import layout_of
 
 # weights that are moved again and again are not laid side by side for ever
 MOST_MOVES = 8

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mole_kernels.layers.fingerprint import collect_tensors, layout_of
 from mole_kernels.precision import autocast_dtype
-from mole_kernels.text_cache.state import collect_state, layout_of
 
 
 class CallState(NamedTuple):
@@ -70,7 +70,7 @@ class PendingOutputs:
 def _layer_state(layer: nn.Module) -> tuple[object, ...] | None:
     tensors: list[Tensor] = []
     settings: list[object] = []
-    collect_state(layer, tensors, settings)
+    collect_tensors(layer, tensors, settings)
     if any(t.is_inference() for t in tensors):
         return None
     return (*settings, *[(id(t), t.data_ptr(), t._version, layout_of(t)) for t in tensors])

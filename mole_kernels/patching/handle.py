@@ -18,6 +18,7 @@ from mole_kernels.io.bank import save_bank
 from mole_kernels.io.gates import GateFile, save_gates
 from mole_kernels.layers import spread
 from mole_kernels.layers.attach import PLAIN_CLASS, detach, follows_class
+from mole_kernels.layers.fingerprint import Check
 from mole_kernels.layers.linear import Gated
 from mole_kernels.modules.forward_lock import Turns
 from mole_kernels.modules.group_offload import in_groups, regroup
@@ -34,7 +35,6 @@ from mole_kernels.patching.swap import swap_expert
 from mole_kernels.patching.switches import Switch, Switches
 from mole_kernels.text_cache.cache import TextCache, cache_text
 from mole_kernels.text_cache.layer import CachedForward
-from mole_kernels.text_cache.state import Check
 
 if TYPE_CHECKING:
     import os

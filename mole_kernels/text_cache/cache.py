@@ -9,11 +9,11 @@ from typing import TypedDict, get_args
 from torch import Tensor, nn
 
 from mole_kernels.errors import MoleStateError, MoleValueError
+from mole_kernels.layers.fingerprint import Check
 from mole_kernels.modules.scan import roots
 from mole_kernels.ops.direct import PLAIN
 from mole_kernels.tally import totals
 from mole_kernels.text_cache.layer import LAYERS, CachedForward, has_offload_hook
-from mole_kernels.text_cache.state import Check
 from mole_kernels.text_cache.texts import Texts
 
 PROJECTIONS = ("to_k", "to_v", "add_k_proj", "add_v_proj")

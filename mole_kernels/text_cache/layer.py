@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from mole_kernels.gates.gate import ConstantGate, MaskGate, MoLEGate, SampleGate
 from mole_kernels.gates.schedule import ScheduleGate
 from mole_kernels.gates.softmax import ClusterGate, GivenGate, SoftmaxGate
+from mole_kernels.layers.fingerprint import Fingerprint, fingerprint_of
 from mole_kernels.layers.linear import GatedLoRALinear
 from mole_kernels.ops.direct import unobserved
 from mole_kernels.tally import count
-from mole_kernels.text_cache.state import LayerState, state_of
 
 if TYPE_CHECKING:
     from mole_kernels.text_cache.cache import TextCache
@@ -30,7 +30,7 @@ class CachedOutput(NamedTuple):
 
     y: Tensor
     version: int
-    state: LayerState
+    state: Fingerprint
     epoch: object
 
 
@@ -51,7 +51,7 @@ class CachedForward:
         if torch.compiler.is_compiling() or cache is None:
             return _plain_forward(self.layer, x)
         reason = self.reason_against_reuse(x)
-        state = None if reason else state_of(self.layer, x, cache.check)
+        state = None if reason else fingerprint_of(self.layer, x, cache.check)
         if state is None:
             reason = reason or "its tensors were made under inference_mode, which counts no versions"
             count(reason, cache.aside)
@@ -69,14 +69,14 @@ class CachedForward:
             return output.y
         return self._compute(cache, text, x, state)
 
-    def _compute(self, cache: TextCache, text: KnownText, x: Tensor, state: LayerState) -> Tensor:
+    def _compute(self, cache: TextCache, text: KnownText, x: Tensor, state: Fingerprint) -> Tensor:
         """Compute the output; keep it if nothing that it was made of was written to meanwhile."""
         epoch, before = self.epoch, state.with_copies()
         # outside inference mode, so that a write into the output would be seen
         with torch.inference_mode(False), torch.no_grad():
             y = _plain_forward(self.layer, x)
         count("computed", cache.counts)
-        after = state_of(self.layer, x, cache.check)
+        after = fingerprint_of(self.layer, x, cache.check)
         if after is not None and after.same(before) and text.is_text(x, cache.compares_whole(x)):
             text.outputs[self] = CachedOutput(y, y._version, before, epoch)
         return y

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mole_kernels.text_cache.state import bits_of, layout_of, version_of
+from mole_kernels.layers.fingerprint import bits_of, layout_of, version_of
 
 if TYPE_CHECKING:
     from mole_kernels.text_cache.layer import CachedForward, CachedOutput

@@ -1,6 +1,4 @@
-"""All that the output of a layer depends on beside its input: which tensors, which versions, which
-settings.
-"""
+"""Has a layer changed? Which tensors, versions and settings its output was computed from."""
 
 from __future__ import annotations
 
@@ -21,8 +19,8 @@ RESULTS = ("last_gates", "_pool")
 Check = Literal["sample", "content", "versions"]
 
 
-class LayerState(NamedTuple):
-    """How a layer stands.
+class Fingerprint(NamedTuple):
+    """All that the output of a layer depends on beside its input, at one moment.
 
     Attributes:
         tensors: Its tensors, held so that no other ones come to lie in their memory.
@@ -34,20 +32,20 @@ class LayerState(NamedTuple):
     key: tuple[object, ...]
     content: list[Tensor]
 
-    def same(self, other: LayerState) -> bool:
+    def same(self, other: Fingerprint) -> bool:
         """Whether nothing has changed between the two."""
         return self.key == other.key and all(map(torch.equal, self.content, other.content))
 
-    def with_copies(self) -> LayerState:
+    def with_copies(self) -> Fingerprint:
         """The same state, with the content as it is now."""
         return self._replace(content=[part.clone() for part in self.content])
 
 
-def state_of(layer: nn.Module, x: Tensor, check: Check) -> LayerState | None:
+def fingerprint_of(layer: nn.Module, x: Tensor, check: Check) -> Fingerprint | None:
     """How the layer stands for an input x; None if one of its tensors counts no versions."""
     tensors: list[Tensor] = []
     settings: list[object] = []
-    collect_state(layer, tensors, settings)
+    collect_tensors(layer, tensors, settings)
     if any(t.is_inference() for t in tensors):
         return None
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
@@ -60,13 +58,13 @@ def state_of(layer: nn.Module, x: Tensor, check: Check) -> LayerState | None:
         stream,
     )
     if check == "versions":
-        return LayerState(tensors, key, [])
+        return Fingerprint(tensors, key, [])
     if check == "content":
-        return LayerState(tensors, key, [bits_of(t) for t in tensors])
-    return LayerState(tensors, key, [_sample(t) for t in tensors if t.is_cpu])
+        return Fingerprint(tensors, key, [bits_of(t) for t in tensors])
+    return Fingerprint(tensors, key, [_sample(t) for t in tensors if t.is_cpu])
 
 
-def collect_state(module: nn.Module, tensors: list[Tensor], settings: list[object]) -> None:
+def collect_tensors(module: nn.Module, tensors: list[Tensor], settings: list[object]) -> None:
     """Append every tensor and plain setting of a module and those inside it; our layers and gates read no
     others.
     """
@@ -81,7 +79,7 @@ def collect_state(module: nn.Module, tensors: list[Tensor], settings: list[objec
         tensors.append(route.current)
     for child in module._modules.values():
         if child is not None:
-            collect_state(child, tensors, settings)
+            collect_tensors(child, tensors, settings)
 
 
 def _sample(t: Tensor) -> Tensor:
