@@ -182,7 +182,14 @@ DOORS = {
 # commands that read a file from elsewhere
 COMMANDS = {
     "inspect": lambda path: ["inspect", path],
-    "convert": lambda path: ["convert", path, path.with_suffix(".out.safetensors"), "--to", "diffusers"],
+    "convert": lambda path: [
+        "convert",
+        path,
+        "--out",
+        path.with_suffix(".out.safetensors"),
+        "--to",
+        "diffusers",
+    ],
     "merge": lambda path: ["merge", path, path, "--out", path.with_suffix(".out.safetensors")],
     "compress": lambda path: ["compress", path, "--rank", "1"],
     "report": lambda path: ["report", path, "--out", path.with_suffix(".html")],
@@ -246,6 +253,7 @@ MEASURE = """
 import json, resource, sys, time
 from pathlib import Path
 from mole_kernels.cli import inspect
+from mole_kernels.cli.files import InspectArgs
 from mole_kernels.errors import MoleError
 
 def of_file(path, field):
@@ -256,7 +264,7 @@ def meet(path):
     Path("/proc/self/clear_refs").write_text("5")
     resident, read, cpu, said = of_file("/proc/self/status", "VmRSS:"), of_file("/proc/self/io", "rchar: "), time.process_time(), ""
     try:
-        inspect.show(Path(path), None, True)
+        inspect.show(InspectArgs(file=Path(path), layers=True))
     except MoleError as error:
         said = type(error).__name__
     cpu = time.process_time() - cpu

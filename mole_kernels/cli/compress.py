@@ -2,69 +2,82 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from mole_kernels.cli.merge import layer_bar
-from mole_kernels.cli.screen import done, facts, number, out, table
-from mole_kernels.errors import MoleValueError
-from mole_kernels.experts.compress import NOMINAL, CompressedLayer, Predicted, Report
-from mole_kernels.experts.compress_spectrum import to_json
-from mole_kernels.files.writer import atomic_write
+from mole_kernels.cli.explain import device_of
+from mole_kernels.cli.files import CompressArgs
+from mole_kernels.cli.pipelines import pipeline_of_name
+from mole_kernels.cli.place import ready_file
+from mole_kernels.cli.screen import done, facts, layer_bar, number, out, table
+from mole_kernels.experts.compress import CompressedLayer, Predicted, Report
+from mole_kernels.experts.compress_spectrum import ENERGIES, to_json
 from mole_kernels.io.merge import compress_file, spectra_of_file
 
 COLUMNS = ("layer", "N", "K", "rank", "→", "error", "bound", "worst error", "worst bound", "µs", "→ µs")
 
 
-def run(
-    file: Path,
-    target: Path | None,
-    *,
-    report: Path | None,
-    spectrum: Path | None,
-    layers: bool,
-    device: str | None,
-    tokens: int | None,
-    dtype: torch.dtype | None,
-    expert: str | None,
-    **arguments: Any,
-) -> None:
+def run(asked: CompressArgs) -> None:
     """Compress, write and show what was asked for."""
-    if any(arguments.get(name) is not None for name in ("rank", "energy", "max_error")) or not spectrum:
-        predicted = Predicted(device or NOMINAL.device, tokens or NOMINAL.tokens)
-        with layer_bar("compress") as heard:
-            made = compress_file(
-                file, target, dtype=dtype, expert=expert, predicted=predicted, progress=heard, **arguments
-            )
-        show(made, layers)
-        if target is not None:
-            done(str(target), f"{len(made.layers)} layers")
-        if report is not None:
-            _write(report, made.to_json())
-    elif target is not None or report is not None:
-        raise MoleValueError(
-            "compress", expected="exactly one of --rank, --energy and --max-error", got="none"
+    goals = (asked.rank, asked.energy, asked.max_error)
+    if not asked.spectrum or any(goal is not None for goal in goals) or asked.out is not None:
+        report = _compress(asked)
+    else:
+        report = None
+    spectra = None
+    if asked.spectrum:
+        with layer_bar("spectrum") as on_layer:
+            spectra = spectra_of_file(asked.file, expert=asked.expert, progress=on_layer)
+    if asked.json:
+        data: dict[str, Any] = {} if report is None else json.loads(report.to_json())
+        if spectra is not None:
+            data["spectrum"] = json.loads(to_json(spectra))
+        print(json.dumps(data))
+        return
+    if report is not None:
+        show(report, asked.layers)
+    if spectra is not None:
+        rows = [(s.path, s.rank, f"{s.effective:.1f}", *s.ranks) for s in spectra]
+        columns = ("layer", "rank", "effective", *(f"{energy:.1%}" for energy in ENERGIES))
+        out().print(table("Rank that keeps this part of the squared norm", columns, rows, columns[1:]))
+    if asked.out is not None and report is not None:
+        done(str(asked.out), f"{len(report.layers)} layers")
+
+
+def _compress(asked: CompressArgs) -> Report:
+    if asked.out is not None:
+        ready_file(asked.out)
+    device = device_of(asked.device)[0].key
+    with layer_bar("compress") as on_layer:
+        return compress_file(
+            asked.file,
+            asked.out,
+            rank=asked.rank,
+            energy=asked.energy,
+            max_error=asked.max_error,
+            expert=asked.expert,
+            dtype=getattr(torch, asked.dtype) if asked.dtype else None,
+            predicted=Predicted(device, asked.tokens),
+            to=asked.to,
+            pipeline=pipeline_of_name(asked.pipeline),
+            progress=on_layer,
         )
-    if spectrum is not None:
-        with layer_bar("spectrum") as heard:
-            found = spectra_of_file(file, expert=expert, progress=heard)
-        _write(spectrum, to_json(found))
 
 
-def show(made: Report, every: bool) -> None:
+def show(report: Report, every: bool) -> None:
     """The whole expert in a few lines, and its layers where asked for."""
-    total = made.total()
+    total = report.total()
     if every:
         numbers = [column for column in COLUMNS if column != "layer"]
         out().print(
             table(
-                "Layers (errors relative to the layer's own norm)", COLUMNS, map(_row, made.layers), numbers
+                "Layers (errors relative to the layer's own norm)", COLUMNS, map(_row, report.layers), numbers
             )
         )
-    kept = total["parameters_after"] / max(total["parameters_before"], 1)
+    share = total["parameters_after"] / max(total["parameters_before"], 1)
     out().print(
         facts(
             [
@@ -72,7 +85,7 @@ def show(made: Report, every: bool) -> None:
                 ("largest rank", f"{total['rank_before']} → {total['rank_after']}"),
                 (
                     "parameters",
-                    f"{total['parameters_before']:,} → {total['parameters_after']:,} ({kept:.1%})",
+                    f"{total['parameters_before']:,} → {total['parameters_after']:,} ({share:.1%})",
                 ),
                 (
                     "error",
@@ -85,7 +98,7 @@ def show(made: Report, every: bool) -> None:
                 (
                     "predicted",
                     f"{number(total['predicted_us_before'])} → {number(total['predicted_us_after'])} µs, one call of each layer with "
-                    f"{made.predicted.tokens} tokens on {made.predicted.device} (×{total['predicted_speedup']:.2f}; a model, not measured)",
+                    f"{report.predicted.tokens} tokens on {report.predicted.device} (×{total['predicted_speedup']:.2f}; a model, not measured)",
                 ),
             ]
         )
@@ -102,11 +115,3 @@ def _row(layer: CompressedLayer) -> Sequence[object]:
     )
     times = (f"{layer.layer_us_before:.1f}", f"{layer.layer_us_after:.1f}")
     return (layer.path, layer.N, layer.K, layer.rank_before, layer.rank_after, *map(number, relative), *times)
-
-
-def _write(path: Path, text: str) -> None:
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    atomic_write(path, write)
-    done(str(path), "JSON")

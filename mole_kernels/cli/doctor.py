@@ -57,12 +57,13 @@ class Check:
 
 def show(as_json: bool) -> bool:
     """Print the report; False where a usable backend computes wrongly."""
-    found = examine()
-    healthy = all(check.right is not False for check in found["backends"])
+    findings = examine()
+    healthy = all(check.right is not False for check in findings["backends"])
     if as_json:
         print(
             json.dumps(
-                found | {"backends": [asdict(check) for check in found["backends"]], "healthy": healthy},
+                findings
+                | {"backends": [asdict(check) for check in findings["backends"]], "healthy": healthy},
                 indent=2,
             )
         )
@@ -71,14 +72,14 @@ def show(as_json: bool) -> bool:
     console.print(
         facts(
             (name, version or Text("not installed", style="yellow"))
-            for name, version in found["versions"].items()
+            for name, version in findings["versions"].items()
         ),
         "",
     )
-    console.print(facts([("extension", _extension(found["extension"])), *_rest(found)]), "")
-    for clash in found["clashes"]:
+    console.print(facts([("extension", _extension(findings["extension"])), *_rest(findings)]), "")
+    for clash in findings["clashes"]:
         console.print(Text(f"! {clash}", style="yellow"))
-    rows = [[check.backend, check.device, *_verdict(check)] for check in found["backends"]]
+    rows = [[check.backend, check.device, *_verdict(check)] for check in findings["backends"]]
     console.print(
         table(
             "Backends, in order of preference",
@@ -117,15 +118,15 @@ def examine() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+            versions[package] = None
     # a checkout that was never installed still has a version
-    found["mole-kernels"] = found["mole-kernels"] or sys.modules["mole_kernels"].__version__
-    return found
+    versions["mole-kernels"] = versions["mole-kernels"] or sys.modules["mole_kernels"].__version__
+    return versions
 
 
 def _check(name: str, device: str, reason: str | None) -> Check:
@@ -141,8 +142,8 @@ def _error(name: str, device: str, dtype: torch.dtype) -> float:
     float64 reference.
     """
     truth = _run("reference", "cpu", torch.float64, torch.float64)
-    found = _run(name, device, dtype, torch.float64)
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, truth))
+    results = _run(name, device, dtype, torch.float64)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truth))
 
 
 def _run(name: str, device: str, dtype: torch.dtype, out_dtype: torch.dtype) -> list[torch.Tensor]:
@@ -166,37 +167,37 @@ def _run(name: str, device: str, dtype: torch.dtype, out_dtype: torch.dtype) -> 
     )
     trained = [t.to(device, dtype).requires_grad_() for t in (x, down, up, phi, phi_bias)]
     # scales and pooled gates stay float32, except in the float64 truth
-    kept = [
+    float32 = [
         t.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
         for t in (scale, pool, pool_bias)
     ]
-    experts = Experts(trained[1], trained[2], kept[0], (5, 4))
-    gates = Gates(phi=trained[3], phi_bias=trained[4], pool=kept[1], pool_bias=kept[2])
+    experts = Experts(trained[1], trained[2], float32[0], (5, 4))
+    gates = Gates(phi=trained[3], phi_bias=trained[4], pool=float32[1], pool_bias=float32[2])
     y = gated_lora_linear(
         trained[0], weight.to(device, dtype), bias.to(device, dtype), experts, gates, backend=name
     )
-    grads = torch.autograd.grad(y, [*trained, *kept], dy.to(device, dtype))
+    grads = torch.autograd.grad(y, [*trained, *float32], dy.to(device, dtype))
     return [t.detach().to("cpu", out_dtype) for t in (y, *grads)]
 
 
-def _extension(found: dict[str, Any]) -> Text:
-    if not found["usable"]:
-        return Text(f"not usable: {printable(found['reason'], 2000)}", style="yellow")
+def _extension(findings: dict[str, Any]) -> Text:
+    if not findings["usable"]:
+        return Text(f"not usable: {printable(findings['reason'], 2000)}", style="yellow")
     cuda = (
-        f"CUDA for {found['cuda_archs']}"
-        if found.get("cuda_archs")
-        else f"no CUDA ({found.get('no_cuda') or 'built without nvcc'})"
+        f"CUDA for {findings['cuda_archs']}"
+        if findings.get("cuda_archs")
+        else f"no CUDA ({findings.get('no_cuda') or 'built without nvcc'})"
     )
     return Text(
-        f"{found['library']}, {found['instruction_set']}, built with torch {found['built_with_torch']}, {cuda}"
+        f"{findings['library']}, {findings['instruction_set']}, built with torch {findings['built_with_torch']}, {cuda}"
     )
 
 
-def _rest(found: dict[str, Any]) -> list[tuple[str, object]]:
-    devices = ", ".join(f"{device} ({what})" for device, what in found["devices"].items())
+def _rest(findings: dict[str, Any]) -> list[tuple[str, object]]:
+    devices = ", ".join(f"{device} ({what})" for device, what in findings["devices"].items())
     return [
         ("devices", devices),
-        ("in use", ", ".join(f"{device}: {backend}" for device, backend in found["in_use"].items())),
+        ("in use", ", ".join(f"{device}: {backend}" for device, backend in findings["in_use"].items())),
     ]
 
 

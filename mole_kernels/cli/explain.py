@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.text import Text
 
+from mole_kernels.cli.machine import ExplainArgs
 from mole_kernels.cli.screen import facts, number, out, table
 from mole_kernels.dispatch import tables
 from mole_kernels.dispatch.choose import MEANING, Candidate, Choice, candidates_of, choose
@@ -21,7 +22,6 @@ from mole_kernels.dispatch.work import Use
 from mole_kernels.errors import MoleStateError, MoleValueError, printable
 from mole_kernels.problem import Problem
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 GATES = {
     "none": (),
     "constant": ("given",),
@@ -34,44 +34,42 @@ GATES = {
 MOST_EXPERTS = 64
 
 
-def question(
-    shape: str,
-    ranks: str,
-    gate: str,
-    dtype: str,
-    batch: int,
-    per_sample: bool,
-    backward: bool,
-    training: bool,
-    sets: int = 0,
-) -> tuple[Problem, Use]:
-    """The Problem and Use that the options name; sets > 0: so many, named by an assignment. Raises
-    MoleValueError.
+def question(asked: ExplainArgs) -> tuple[Problem, Use]:
+    """The Problem and Use that the options name.
+
+    Raises:
+        MoleValueError: Options that are none, or do not fit each other.
     """
-    M, K, N = _numbers("--shape", shape, "M,K,N", 3)
-    of_each = _numbers("--ranks", ranks, "the rank of each expert, as in 64,64")
+    M, K, N = _numbers("--shape", asked.shape, "M,K,N", 3)
+    of_each = _numbers("--ranks", asked.ranks, "the rank of each expert, as in 64,64")
     if len(of_each) > MOST_EXPERTS:
         raise MoleValueError("--ranks", expected=f"at most {MOST_EXPERTS} experts", got=len(of_each))
-    words = gate.split("+")
+    words = asked.gate.split("+")
     largest = [k for k in range(1, len(of_each) + 1) if f"top-{k}" in words]
     if any(word not in GATES and word not in {f"top-{k}" for k in largest} for word in words):
         known_ones = ", ".join((*GATES, f"top-1 … top-{len(of_each)}"))
-        raise MoleValueError("--gate", expected=f"{known_ones}, joined by '+'", got=repr(printable(gate, 60)))
+        raise MoleValueError(
+            "--gate", expected=f"{known_ones}, joined by '+'", got=repr(printable(asked.gate, 60))
+        )
     routed = [word for word in words if word == "softmax" or word.startswith("top-")]
     if len(routed) > 1 or (routed and {"local", "mole"} & set(words)):
         raise MoleValueError(
             "--gate",
             expected="one kind of token gate: local, mole, softmax or top-k",
-            got=repr(printable(gate, 60)),
+            got=repr(printable(asked.gate, 60)),
         )
     top_k = len(of_each) if routed == ["softmax"] else sum(largest)
-    if sets < 0 or (sets and per_sample):
-        raise MoleValueError("--sets", expected="a number of sets, and no --per-sample beside it", got=sets)
-    if dtype not in DTYPES:
-        raise MoleValueError("--dtype", expected=", ".join(DTYPES), got=repr(printable(dtype, 60)))
-    if batch < 1 or M % batch:
-        raise MoleValueError("--batch", expected=f"a number that divides M = {M}", got=batch)
-    if backward and training:
+    if asked.sets and asked.per_sample:
+        raise MoleValueError(
+            "--sets", expected="a number of sets, and no --per-sample beside it", got=asked.sets
+        )
+    dtype = getattr(torch, asked.dtype or "bfloat16")
+    if asked.tf32 and dtype != torch.float32:
+        raise MoleValueError("--tf32", expected="--dtype float32 with it", got=f"--dtype {asked.dtype}")
+    batch = asked.batch_size
+    if M % batch:
+        raise MoleValueError("--batch-size", expected=f"a number that divides M = {M}", got=batch)
+    if asked.backward and asked.training:
         raise MoleValueError("--training", "is about the forward", hint="leave it out with --backward")
     kinds = {kind for word in words for kind in GATES.get(word, GATES["softmax"])}
     problem = Problem(
@@ -80,16 +78,17 @@ def question(
         K,
         N,
         of_each,
-        sets or (batch if per_sample else 1),
-        DTYPES[dtype],
+        asked.sets or (batch if asked.per_sample else 1),
+        dtype,
         "cuda",
         token_gate="token" in kinds,
         sample_gate="sample" in kinds,
         given_gate="given" in kinds,
         top_k=top_k,
-        assigned=sets > 0,
+        assigned=asked.sets > 0,
     )
-    return problem, Use(backward, training, "by_token" in kinds, "by_token" in kinds, dtype == "tf32")
+    by_token = "by_token" in kinds
+    return problem, Use(asked.backward, asked.training, by_token, by_token, asked.tf32)
 
 
 def _numbers(option: str, text: str, expected: str, count: int | None = None) -> tuple[int, ...]:
@@ -100,19 +99,19 @@ def _numbers(option: str, text: str, expected: str, count: int | None = None) ->
     return tuple(int(part) for part in parts)
 
 
-def device_of(gpu: str) -> tuple[Device, str]:
+def device_of(name: str) -> tuple[Device, str]:
     """The named GPU, or the one here; without one an H200. And what was assumed, in words."""
-    if gpu != "auto":
-        return known(gpu), ""
+    if name != "auto":
+        return known(name), ""
     try:
         return present(), ""
     except MoleStateError:
-        return known("h200"), "none is here; --gpu names another"
+        return known("h200"), "none is here; --device names another"
 
 
-def show(problem: Problem, use: Use, gpu: str, file: Path | None, as_json: bool) -> None:
+def show(problem: Problem, use: Use, name: str, file: Path | None, as_json: bool) -> None:
     """Print the choice; `file` is a table to ask instead of the installed one."""
-    device, assumed = device_of(gpu)
+    device, assumed = device_of(name)
     path = file or tables.path_of(device)
     measured = tables.of_device(tables.load(path), device) if path is not None else None
     choice = choose(problem, device, measured, use, candidates_of(device))
@@ -155,7 +154,7 @@ def _source(choice: Choice, path: Path | None) -> str:
     return f"predictions of the cost model: {without}"
 
 
-def added(c: Candidate, choice: Choice) -> float | None:
+def added_percent(c: Candidate, choice: Choice) -> float | None:
     """Percent over the plain layer, by the choice's own source."""
     time = c.predicted if choice.source == "model" else c.measured
     return None if time is None else (time / choice.plain - 1) * 100
@@ -163,7 +162,7 @@ def added(c: Candidate, choice: Choice) -> float | None:
 
 def _line(c: Candidate, choice: Choice) -> list[Text]:
     style = "bold green" if c.name == choice.name else "" if c.possible else "dim"
-    percent = added(c, choice)
+    percent = added_percent(c, choice)
     predicted, measured = ("–" if time is None else f"{time:.1f}" for time in (c.predicted, c.measured))
     cells = (
         c.name,
@@ -178,7 +177,7 @@ def _line(c: Candidate, choice: Choice) -> list[Text]:
 
 def as_data(choice: Choice, problem: Problem, device: Device, use: Use) -> dict[str, Any]:
     asked = asdict(problem) | {"dtype": str(problem.dtype)[6:], "ranks": list(problem.ranks)}
-    considered = [asdict(c) | {"added_percent": added(c, choice)} for c in choice.considered]
+    considered = [asdict(c) | {"added_percent": added_percent(c, choice)} for c in choice.considered]
     bucket = (
         asdict(choice.bucket) | {"ranks": list(choice.bucket.ranks)} if choice.bucket is not None else None
     )

@@ -5,115 +5,98 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from mole_kernels.cli.files import FuseArgs
 from mole_kernels.cli.pipelines import read_pipeline
+from mole_kernels.cli.place import ready_folder
 from mole_kernels.cli.screen import done, number, out, table
+from mole_kernels.cli.training import resolution_of
 from mole_kernels.errors import MoleValueError, printable
 from mole_kernels.methods.mix_of_show.concept import load_fusion_config
 from mole_kernels.methods.mix_of_show.folder import PIPELINE, save_dense, save_fused
 from mole_kernels.methods.mix_of_show.fusion import FusedConcepts, FusionSettings, fuse_pipeline, plan_fusion
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-
-def run(
-    config: Path,
-    pipeline: str,
-    folder: Path,
-    settings: FusionSettings,
-    to: Literal["diffusers", "kohya"],
-    dtype: str | None,
-    dense: bool,
-    layers: bool,
-    dry: bool,
-) -> None:
+def run(asked: FuseArgs) -> None:
     """Read everything, say what will be done, do it, write the folder."""
-    concepts = load_fusion_config(config)
-    pipe = read_pipeline(pipeline, DTYPES[dtype] if dtype else None, command="fuse")
-    if dry:
+    settings = fusion_settings(asked)
+    concepts = load_fusion_config(asked.config)
+    if not asked.dry_run:
+        ready_folder(asked.out)
+    pipe = read_pipeline(asked.model, getattr(torch, asked.dtype) if asked.dtype else None, command="fuse")
+    if asked.dry_run:
         out().print(str(plan_fusion(pipe, concepts, settings)), soft_wrap=True)
         return
     begun = time.perf_counter()
-    with _progress() as heard:
-        fused = fuse_pipeline(pipe, concepts, settings, heard)
+    with _progress() as on_progress:
+        fused = fuse_pipeline(pipe, concepts, settings, on_progress)
     seconds = time.perf_counter() - begun
-    save_fused(fused, folder, to)
-    _tell(fused, layers)
+    save_fused(fused, asked.out, asked.to)
+    _show(fused, asked.layers)
     rank = max(layer.rank for layer in fused.layers)
     done(
-        str(folder),
+        str(asked.out),
         f"{len(concepts)} concepts, {len(fused.layers)} layers of rank up to {rank}, {seconds:.1f} s",
     )
-    if dense:
-        save_dense(pipe, fused, folder / PIPELINE)
-        done(str(folder / PIPELINE), "the whole pipeline with the fused weights and the concepts' tokens")
+    if asked.dense:
+        save_dense(pipe, fused, asked.out / PIPELINE)
+        done(str(asked.out / PIPELINE), "the whole pipeline with the fused weights and the concepts' tokens")
 
 
-def settings_of(
-    templates: list[str] | None,
-    steps: int,
-    size: str | None,
-    seed: int,
-    memory: float | None,
-    cutoff: float,
-    ridge: float,
-    lbfgs: int = 0,
-) -> FusionSettings:
-    """What the command line said, checked."""
-    height = width = None
-    if size is not None:
-        parts = size.lower().split("x")
-        if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-            raise MoleValueError(
-                "--size", expected="a side in pixels, or HEIGHTxWIDTH", got=f"'{printable(size, 40)}'"
-            )
-        height, width = int(parts[0]), int(parts[-1])
-    if memory is not None and not memory > 0:
-        raise MoleValueError("--memory", expected="megabytes above 0", got=memory)
-    budget = None if memory is None else int(memory * 1e6)
-    more: dict[str, Any] = {"templates": tuple(templates)} if templates else {}
+def fusion_settings(asked: FuseArgs) -> FusionSettings:
+    """What the command line says, checked.
+
+    Raises:
+        MoleValueError: A size or a memory that is none.
+    """
+    size = resolution_of(asked.resolution)
+    height, width = (size, size) if isinstance(size, int) or size is None else size
+    if asked.memory_mb is not None and not asked.memory_mb > 0:
+        raise MoleValueError("--memory-mb", expected="megabytes above 0", got=asked.memory_mb)
+    budget = None if asked.memory_mb is None else int(asked.memory_mb * 1e6)
+    more: dict[str, Any] = {"templates": tuple(asked.template)} if asked.template else {}
     return FusionSettings(
-        steps=steps,
+        steps=asked.sampling_steps,
         height=height,
         width=width,
-        seed=seed,
+        seed=asked.seed,
         memory=budget,
-        cutoff=cutoff,
-        ridge=ridge,
-        lbfgs=lbfgs,
+        cutoff=asked.cutoff,
+        ridge=asked.ridge,
+        lbfgs=asked.lbfgs,
         **more,
     )
 
 
-def _tell(fused: FusedConcepts, layers: bool) -> None:
+def _show(fused: FusedConcepts, layers: bool) -> None:
     columns: tuple[str, ...] = ("", "layers", "base", "weight fusion", "fused", "fused ÷ weight fusion")
     rows = [_row(group, int(sums["layers"]), sums) for group, sums in fused.totals().items()]
     if layers:
-        rows += [_row(one.path, 1, one.row()) for one in fused.layers]
-    if any(one.lbfgs is not None for one in fused.layers):
+        rows += [_row(layer.path, 1, layer.row()) for layer in fused.layers]
+    if any(layer.lbfgs is not None for layer in fused.layers):
         columns = (*columns, "LBFGS", "÷ its time")
     out().print(table("Σ_i ‖(α_i ΔW_i − ΔW) X_i‖²", columns, rows, columns[1:]))
-    short = sum(one.directions < one.K for one in fused.layers)
+    short = sum(layer.directions < layer.K for layer in fused.layers)
     out().print(
-        f"{short} of {len(fused.layers)} layers have inputs in fewer directions than they have places; there the base stays."
+        f"{short} of {len(fused.layers)} layers have inputs in fewer directions than they have places; "
+        "there the base stays."
     )
-    noted = [one for one in fused.layers if one.note]
-    for one in noted[:5]:
-        out().print(f"{printable(one.path)}: {one.note}", soft_wrap=True)
+    noted = [layer for layer in fused.layers if layer.note]
+    for layer in noted[:5]:
+        out().print(f"{printable(layer.path)}: {layer.note}", soft_wrap=True)
     if len(noted) > 5:
         out().print(f"and {len(noted) - 5} more, in report.json")
 
 
 def _row(name: str, count: int, sums: Mapping[str, Any]) -> tuple[str, ...]:
     ratio = sums["fused"] / sums["by_weights"] if sums["by_weights"] else 0.0
-    made = (
+    cells = (
         name,
         str(count),
         number(sums["base"]),
@@ -122,9 +105,9 @@ def _row(name: str, count: int, sums: Mapping[str, Any]) -> tuple[str, ...]:
         number(ratio),
     )
     if sums.get("lbfgs") is None:
-        return made
+        return cells
     return (
-        *made,
+        *cells,
         number(sums["lbfgs"]),
         number(sums["seconds"] / sums["lbfgs_seconds"]) if sums["lbfgs_seconds"] else "–",
     )
@@ -132,7 +115,7 @@ def _row(name: str, count: int, sums: Mapping[str, Any]) -> tuple[str, ...]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A live bar on a terminal, a line for each thing that is done elsewhere; on stderr."""
+    """What hears of (what, done, in all): a live bar on a terminal, nothing elsewhere; on stderr."""
     console = Console(stderr=True, highlight=False, markup=False)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -143,13 +126,10 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("fuse", total=None)
 
-        def heard(what: str, done: int, total: int) -> None:
-            what = printable(what, 300)
-            if total == 0:
-                console.print(what, soft_wrap=True)
-                return
-            bar.update(task, description=what, completed=done, total=total)
-            if not console.is_terminal and done == total:
-                console.print(f"{what} {done}/{total}", soft_wrap=True)
+        def on_progress(what: str, count: int, total: int) -> None:
+            if total == 0 and console.is_terminal:
+                console.print(printable(what, 300), soft_wrap=True)
+            elif total:
+                bar.update(task, description=printable(what, 300), completed=count, total=total)
 
-        yield heard
+        yield on_progress

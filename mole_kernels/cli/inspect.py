@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -13,16 +14,21 @@ import torch
 from rich.console import Group
 from rich.text import Text
 
+from mole_kernels.cli.files import InspectArgs
+from mole_kernels.cli.pipelines import pipeline_of_name
 from mole_kernels.cli.screen import facts, number, out, table
-from mole_kernels.errors import MoleError, MoleWarning, printable
+from mole_kernels.errors import MoleError, MoleKeyError, MoleWarning, printable
 from mole_kernels.experts.format import PREFIX, experts_from_tensors
 from mole_kernels.experts.lowrank import Expert, LowRank, split_component
 from mole_kernels.files.header import printable_metadata
 from mole_kernels.files.reader import SafetensorsFile, read_header
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.convert import kind_of
+from mole_kernels.io.dialects.families import families_of, titles
 from mole_kernels.io.experts import expert_from_tensors, load_expert
 from mole_kernels.io.gates import GateFile, gates_from_tensors, load_gates
+from mole_kernels.io.resolve import Pipeline
+from mole_kernels.io.source import adapter_name, find_adapter
 
 # bytes: the factors of larger files are not read, so neither norms nor NaN are known of them; above any
 # published LoRA
@@ -36,32 +42,66 @@ NOT_SHOWN = ("experts", "gates", "lora_adapter_metadata", "format", "format_vers
 _BLOCK = re.compile(r"^.*(?:blocks|layers|attentions|resnets|samplers)[._]\d+[._]")
 
 
-def show(path: Path, model: str | None, layers: bool) -> None:
+def show(asked: InspectArgs) -> None:
     """Print all there is to say of a file; raises MoleError where it is broken or fits the model nowhere."""
+    path = asked.file
     kind = kind_of(path)
-    experts, gates = _load(path, kind)
+    experts, gates = _load(path, kind, pipeline_of_name(asked.pipeline))
+    if asked.json:
+        print(json.dumps(as_data(path, kind, experts, gates), indent=1))
+        return
     console = out()
     console.print(facts(_summary(path, kind, experts, gates)), "")
-    for part in _tables(experts, gates, layers):
-        console.print(part, "")
+    for group in _tables(experts, gates, asked.layers):
+        console.print(group, "")
     _metadata(console, path)
-    if model is not None:
-        _match(console, model, experts, gates)
+    if asked.model is not None:
+        _match(console, asked.model, experts, gates)
 
 
-def _load(path: Path, kind: str) -> tuple[dict[str, Expert], GateFile | None]:
+def as_data(path: Path, kind: str, experts: dict[str, Expert], gates: GateFile | None) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "file": os.fsdecode(path),
+        "kind": kind,
+        "experts": {
+            name: {
+                "dialect": expert.dialect,
+                "family": titles(families_of(expert)) or None,
+                "strength": expert.strength or None,
+                "layers": {
+                    layer_path: {
+                        "in": layer.in_features,
+                        "out": layer.out_features,
+                        "rank": layer.rank,
+                        "scale": layer.scale,
+                        "dtype": str(layer.up.dtype).removeprefix("torch."),
+                    }
+                    for layer_path, layer in expert.layers.items()
+                },
+            }
+            for name, expert in experts.items()
+        },
+        "gates": None
+        if gates is None
+        else {"experts": list(gates.expert_names), "layers": list(gates.layers)},
+    }
+
+
+def _load(path: Path, kind: str, pipeline: Pipeline) -> tuple[dict[str, Expert], GateFile | None]:
     """The experts and gates of a file; of a file over READ_WHOLE the factors are sizes only, on meta."""
-    name = path.name.removesuffix(".safetensors")
-    large = path.is_file() and path.stat().st_size > READ_WHOLE
+    name = adapter_name(path)
+    weights = Path(find_adapter(path).weights)
+    large = weights.is_file() and weights.stat().st_size > READ_WHOLE
     if kind == "gates":
         return {}, load_gates(path)
     if not large and kind == "bank":
         bank, gates = load_bank(path)
         return bank.experts, gates
     if not large:
-        return {name: load_expert(path)}, None
+        return {name: _named(path, pipeline)}, None
     source = os.fsdecode(path)
-    with SafetensorsFile(path) as file:
+    with SafetensorsFile(weights) as file:
         entries, metadata = file.header.entries, file.header.metadata
         big = {
             key
@@ -80,10 +120,20 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Expert], GateFile | None]:
     return {name: expert_from_tensors(tensors, metadata, source)}, None
 
 
+def _named(path: Path, pipeline: Pipeline) -> Expert:
+    """The expert under the model's names, or under the file's own where its keys do not tell the model."""
+    try:
+        return load_expert(path, pipeline=pipeline)
+    except MoleKeyError:
+        if pipeline != "auto":
+            raise
+        return load_expert(path)
+
+
 def _summary(
     path: Path, kind: str, experts: dict[str, Expert], gates: GateFile | None
 ) -> Iterable[tuple[str, object]]:
-    header = read_header(path)
+    header = read_header(find_adapter(path).weights)
     dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in header.entries.values()})
     size = sum(entry.end - entry.begin for entry in header.entries.values())
     what = {"bank": "single file of mole_kernels", "gates": "gates of MoLE", "expert": "one expert (LoRA)"}[
@@ -97,6 +147,10 @@ def _summary(
     if experts:
         origins = ", ".join(dict.fromkeys(expert.dialect for expert in experts.values()))
         yield "dialect", f"native; experts from {origins}" if kind == "bank" else origins
+        models = dict.fromkeys(titles(families_of(expert)) for expert in experts.values())
+        yield "model", ", ".join(model or "not told by its names" for model in models)
+        strengths = dict.fromkeys(expert.strength for expert in experts.values())
+        yield "strength", ", ".join(strength or "as stored" for strength in strengths)
     elif gates is not None:
         yield (
             "dialect",
@@ -197,13 +251,13 @@ def _gate_rows(gates: GateFile) -> list[list[object]]:
 
 
 def _metadata(console: Any, path: Path) -> None:
-    said = printable_metadata(read_header(path).metadata)
-    said = {key: value for key, value in said.items() if key not in NOT_SHOWN}
-    if not said:
+    texts = printable_metadata(read_header(find_adapter(path).weights).metadata)
+    texts = {key: value for key, value in texts.items() if key not in NOT_SHOWN}
+    if not texts:
         return
-    rows = list(said.items())[:METADATA_SHOWN]
-    if len(said) > METADATA_SHOWN:
-        rows.append(("…", f"{len(said) - METADATA_SHOWN} more"))
+    rows = list(texts.items())[:METADATA_SHOWN]
+    if len(texts) > METADATA_SHOWN:
+        rows.append(("…", f"{len(texts) - METADATA_SHOWN} more"))
     console.print(table("Metadata, as the file says it", ("key", "value"), rows), "")
 
 
@@ -229,13 +283,13 @@ def _match(console: Any, name: str, experts: dict[str, Expert], gates: GateFile 
         else:
             rows.append([label, *_score(len(expert.layers), left[label])])
     if gates is not None:
-        found = scan(model)
-        names = Names(found)
+        layers = scan(model)
+        names = Names(layers)
         paths = {path: names.find(path) for path in gates.layers}
         left["gates"] = [
             p
             for p, at in paths.items()
-            if at not in found.layers or not _gate_fits(gates.layers[p], *sizes(found.layers[at]))
+            if at not in layers.layers or not _gate_fits(gates.layers[p], *sizes(layers.layers[at]))
         ]
         rows.append(["gates", *_score(len(paths), left["gates"])])
     console.print(table(f"In {name}", ("what", "layers", "matched"), rows))

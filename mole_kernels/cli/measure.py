@@ -59,8 +59,8 @@ def programs(call: Call, names: list[str]) -> dict[str, Callable[[], list[Tensor
     x, weight, bias = new(p.B, p.T, p.K), new(p.N, p.K, scale=p.K**-0.5), new(p.N)
     down, up = new(p.S, p.R, p.K, scale=p.K**-0.5), new(p.S, p.N, p.R, scale=p.R**-0.5)
     scale = torch.ones(p.E, device=device)
-    given = (p.B, p.T, p.E) if call.use.by_token else (1, 1, p.E)
-    gate = torch.rand(*given, generator=draw, device=device) if p.given_gate else None
+    shape = (p.B, p.T, p.E) if call.use.by_token else (1, 1, p.E)
+    gate = torch.rand(*shape, generator=draw, device=device) if p.given_gate else None
     phi, phi_bias = (new(p.E, p.K, scale=p.K**-0.5), new(p.E)) if p.token_gate else (None, None)
     pool = new(p.S, p.R, dtype=torch.float32) if p.sample_gate else None
     pool_bias = new(p.E, dtype=torch.float32) if p.sample_gate else None
@@ -69,8 +69,8 @@ def programs(call: Call, names: list[str]) -> dict[str, Callable[[], list[Tensor
         save = call.use.save
         runs: dict[str, Callable[[], list[Tensor]]] = {"plain": lambda: [F.linear(x, weight, bias)]}
         for name in names:
-            one = stacked.forward if name == "stacked" else _way(name)
-            runs[name] = lambda one=one: list(one(*operands, save))  # type: ignore[misc]
+            forward = stacked.forward if name == "stacked" else _way(name)
+            runs[name] = lambda forward=forward: list(forward(*operands, save))  # type: ignore[misc]
         return runs
     dy = new(p.B, p.T, p.N)
     _, h, token_gate, sample_gate = stacked.forward(*operands, True)
@@ -117,7 +117,7 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def timed(graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
     """Median microseconds of a call; the graphs take turns, every second round backwards."""
-    taken: dict[str, list[float]] = {name: [] for name in graphs}
+    times_of: dict[str, list[float]] = {name: [] for name in graphs}
     for i in range(ROUNDS + 1):
         for name in graphs if i % 2 == 0 else reversed(graphs):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -127,5 +127,5 @@ def timed(graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
             end.synchronize()
             if i:
                 # the first round warms clocks and caches
-                taken[name].append(begin.elapsed_time(end) * 1e3 / CALLS)
-    return {name: statistics.median(times) for name, times in taken.items()}
+                times_of[name].append(begin.elapsed_time(end) * 1e3 / CALLS)
+    return {name: statistics.median(times) for name, times in times_of.items()}

@@ -2,55 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
-from mole_kernels.cli.screen import done
+from mole_kernels.cli.files import MergeArgs
+from mole_kernels.cli.pipelines import pipeline_of_name
+from mole_kernels.cli.place import ready_file
+from mole_kernels.cli.scales import scale_of_text
+from mole_kernels.cli.screen import done, layer_bar
 from mole_kernels.errors import MoleValueError, printable
 from mole_kernels.io.merge import merge_files
 
 
-@contextmanager
-def layer_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """What hears of each layer done: a live bar with the time left on a terminal, a line every tenth of the
-    way elsewhere; on stderr.
-    """
-    console = Console(stderr=True, highlight=False, markup=False)
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-
-        def heard(i: int, total: int, path: str) -> None:
-            bar.update(task, completed=i, total=total)
-            if not console.is_terminal and i * 10 // total > (i - 1) * 10 // total:
-                console.print(f"{title} {i}/{total} layers, {printable(path)}", soft_wrap=True)
-
-        yield heard
-
-
-def run(
-    files: list[Path], out: Path, mode: str, weights: str | None, dtype: torch.dtype | None, **arguments: Any
-) -> None:
+def run(asked: MergeArgs) -> None:
     """Merge, and say what was written."""
-    given = None if weights is None else [_number(word) for word in weights.split(",")]
-    with layer_bar(f"merge ({printable(mode, 20)})") as heard:
-        made = merge_files(files, out, given, mode, dtype=dtype, progress=heard, **arguments)
-    shares = ", ".join(f"{weight:g} {name}" for name, weight in made.weights.items())
-    done(str(out), f"{len(made.where)} layers, {mode}: {shares}")
+    weights = None if asked.weights is None else [_number(word) for word in asked.weights.split(",")]
+    scale = scale_of_text(asked.scale)
+    if isinstance(scale, dict) and any(isinstance(value, dict) for value in scale.values()):
+        raise MoleValueError(
+            "--scale", expected="a number, or a number for each component", got="scales of blocks"
+        )
+    ready_file(asked.out)
+    with layer_bar(f"merge ({printable(asked.mode, 20)})") as on_layer:
+        plan = merge_files(
+            asked.files,
+            asked.out,
+            weights,
+            asked.mode,
+            to=asked.to,
+            pipeline=pipeline_of_name(asked.pipeline),
+            scale=scale,
+            progress=on_layer,
+            rank=asked.rank,
+            density=asked.density,
+            majority_sign_method=asked.sign,
+            seed=asked.seed,
+            dtype=getattr(torch, asked.dtype) if asked.dtype else None,
+        )
+    shares = ", ".join(f"{weight:g} {name}" for name, weight in plan.weights.items())
+    done(str(asked.out), f"{len(plan.where)} layers, {asked.mode}: {shares}")
 
 
 def _number(word: str) -> float:

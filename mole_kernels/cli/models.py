@@ -96,9 +96,9 @@ def skeleton(name: str) -> Any:
             return SimpleNamespace(components=components)
     elif (folder / "config.json").is_file():
         config = _json(folder / "config.json")
-        made = _from_folder(folder, ["diffusers", config.get("_class_name")])
-        if isinstance(made, nn.Module):
-            return made
+        module = _from_folder(folder, ["diffusers", config.get("_class_name")])
+        if isinstance(module, nn.Module):
+            return module
     raise MoleFileError(
         printable(folder, 300),
         "holds no model that can be built",
@@ -135,10 +135,10 @@ def _import(package: str) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found = read_json_file(path)
-    if not isinstance(found, dict):
-        raise MoleFileError(printable(path, 300), expected="a JSON object", got=type(found).__name__)
-    return found
+    content = read_json_file(path)
+    if not isinstance(content, dict):
+        raise MoleFileError(printable(path, 300), expected="a JSON object", got=type(content).__name__)
+    return content
 
 
 @contextmanager

@@ -1,13 +1,50 @@
-"""A diffusers pipeline for a command, from a folder or the demo's; safetensors only."""
+"""A diffusers pipeline, or the class of one, for a command; safetensors only."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mole_kernels.errors import MoleFileError, MoleStateError, printable
+from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
+from mole_kernels.files.text import read_json_file
+
+
+def pipeline_of_name(name: str) -> Any:
+    """What `load_expert` takes as pipeline.
+
+    Args:
+        name: "auto", a class of diffusers, or a folder in diffusers' layout.
+
+    Raises:
+        MoleStateError: diffusers is missing.
+        MoleValueError: No such class or folder, or one that loads no LoRA files.
+    """
+    if name == "auto":
+        return name
+    where, cls = name, name
+    if (Path(name) / "model_index.json").is_file():
+        index = read_json_file(Path(name) / "model_index.json")
+        cls = str(index.get("_class_name")) if isinstance(index, dict) else ""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise MoleStateError(
+            "--pipeline", f"needs {error.name}", hint='pip install "mole-kernels[diffusers]"'
+        ) from error
+    pipeline = getattr(diffusers, cls, None) if cls.isidentifier() else None
+    if not isinstance(pipeline, type) or not hasattr(pipeline, "lora_state_dict"):
+        raise MoleValueError(
+            "--pipeline",
+            expected="a pipeline class of diffusers that loads LoRA files, a folder of one, or auto",
+            got=printable(where, 300),
+            hint="FluxPipeline, StableDiffusion3Pipeline, QwenImagePipeline, WanPipeline, ZImagePipeline …",
+        )
+    return pipeline
 
 
 def read_pipeline(
@@ -36,9 +73,10 @@ def read_pipeline(
         ) from error
     kind = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            name, torch_dtype=kind, use_safetensors=True, local_files_only=Path(name).is_dir()
-        )
+        with _without_bars():
+            pipe = DiffusionPipeline.from_pretrained(
+                name, torch_dtype=kind, use_safetensors=True, local_files_only=Path(name).is_dir()
+            )
     # what diffusers raises for a folder that is none, is half there, or names classes it does not know
     except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         hint = "a folder in diffusers' layout holds model_index.json"
@@ -47,3 +85,22 @@ def read_pipeline(
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bars of diffusers and transformers where the output is no terminal."""
+    if sys.stderr.isatty():
+        yield
+        return
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()

@@ -9,70 +9,68 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from mole_kernels.cli.files import ReportArgs
 from mole_kernels.cli.pipelines import read_pipeline
+from mole_kernels.cli.place import ready_file
+from mole_kernels.cli.scales import scale_of_text
 from mole_kernels.cli.screen import done
-from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError
+from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.files.writer import atomic_write
 from mole_kernels.io.bank import load_bank
+from mole_kernels.io.convert import kind_of
 from mole_kernels.io.experts import load_expert
 from mole_kernels.io.gates import GateFile, load_gates
 from mole_kernels.patching.apply import patch
+from mole_kernels.patching.block_scales import Scale
 from mole_kernels.reports.record import Recorder
 from mole_kernels.reports.report import report_page
 
 
-def write(
-    files: Sequence[Path],
-    out: Path,
-    pipeline: Path | None,
-    gates: Path | None,
-    prompt: str,
-    steps: int,
-    seed: int,
-) -> None:
-    """Read everything first, run the pipeline if there is one, then write the page whole."""
-    bank, own = _read(files)
-    chosen = load_gates(gates) if gates else own
-    if chosen is not None and pipeline is None and gates is not None:
-        raise MoleStateError("report", "gates say something only of a run", hint="add --pipeline FOLDER")
-    seen = picture = None
-    if pipeline is not None:
-        seen, picture = _run(bank, chosen, str(pipeline), prompt, steps, seed)
-    text = report_page(bank, seen, picture, title=", ".join(bank.names)[:120])
+def run(asked: ReportArgs) -> None:
+    """Read everything first, run the model if there is one, then write the page whole."""
+    scale = scale_of_text(asked.scale)
+    bank, own = _read(asked.files)
+    gates = load_gates(asked.gates) if asked.gates else own
+    if asked.model is None and (asked.gates is not None or scale is not None):
+        raise MoleStateError("report", "gates and scales show in a run alone", hint="add --model FOLDER")
+    ready_file(asked.out)
+    recorder = picture = None
+    if asked.model is not None:
+        recorder, picture = _draw(bank, gates, scale, asked)
+    text = report_page(bank, recorder, picture, title=", ".join(bank.names)[:120])
 
-    def whole(file: BinaryIO) -> None:
+    def write(file: BinaryIO) -> None:
         file.write(text.encode())
 
-    atomic_write(out, whole)
-    done(str(out), f"{len(text) / 1e6:.1f} MB")
+    atomic_write(asked.out, write)
+    done(str(asked.out), f"{len(text) / 1e6:.1f} MB")
 
 
 def _read(files: Sequence[Path]) -> tuple[ExpertBank, GateFile | None]:
-    if len(files) == 1:
-        try:
-            return load_bank(files[0])
-        except MoleFileError:
-            # no single file of ours: one expert by itself
-            pass
+    if len(files) == 1 and kind_of(files[0]) == "bank":
+        return load_bank(files[0])
     names = [file.stem for file in files]
     if len(set(names)) != len(names):
         raise MoleValueError(
             "report", expected="files of different names, which name the experts", got=", ".join(names)
         )
-    return ExpertBank({name: load_expert(file) for name, file in zip(names, files)}), None
+    return ExpertBank({name: load_expert(file, pipeline="auto") for name, file in zip(names, files)}), None
 
 
-def _run(
-    bank: ExpertBank, gates: GateFile | None, folder: str, prompt: str, steps: int, seed: int
+def _draw(
+    bank: ExpertBank, gates: GateFile | None, scale: Scale | None, asked: ReportArgs
 ) -> tuple[Recorder, Tensor]:
-    pipe = read_pipeline(folder, command="report")
+    assert asked.model is not None
+    pipe = read_pipeline(asked.model, command="report")
     with patch(pipe, bank, gates) as handle:
+        if scale is not None:
+            handle.set_scales(dict.fromkeys(bank.names, scale))
         seen = _Sized(handle)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(asked.seed)
         images = pipe(
-            prompt,
-            num_inference_steps=steps,
+            asked.prompt,
+            num_inference_steps=asked.sampling_steps,
             generator=generator,
             output_type="pt",
             callback_on_step_end=seen.callback,

@@ -6,14 +6,25 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from mole_kernels.cli import pipelines
+from mole_kernels.cli.place import ready_file, ready_folder
+from mole_kernels.cli.scales import scale_of_text
 from mole_kernels.cli.screen import done, facts, number, out, table
+from mole_kernels.cli.selma import (
+    DrawArgs,
+    SelmaDrawArgs,
+    SelmaEvaluateArgs,
+    SelmaMergeArgs,
+    SelmaPicturesArgs,
+    SelmaPromptsArgs,
+    SelmaTrainArgs,
+)
+from mole_kernels.cli.training import resolution_of
 from mole_kernels.errors import MoleValueError, printable
 from mole_kernels.files.writer import atomic_write
 from mole_kernels.methods.selma.evaluate import score_pictures
@@ -30,25 +41,25 @@ from mole_kernels.patching.apply import patch
 from mole_kernels.training.processes import processes
 from mole_kernels.training.progress import ProgressLine
 
-Given = Mapping[str, Any]
 JOINT = "joint"
 
 
-def write(given: Given) -> None:
+def write_skills(asked: SelmaPromptsArgs) -> None:
     """Stage 1."""
-    asked, project = _plain(given), Project(given["work"])
+    project = Project(asked.work)
     settings = PromptSettings(
-        count=asked["count"],
-        more=asked["more"],
-        limit=asked["limit"],
-        seed=asked["seed"],
-        attempts=asked["attempts"],
+        count=asked.count,
+        more=asked.per_request,
+        limit=asked.max_rouge,
+        seed=asked.seed,
+        attempts=asked.attempts,
     )
     chosen = _skills(project, asked)
     writers = _writers(asked, chosen)
+    ready_folder(asked.work)
     for skill in chosen:
-        title, kept = f"prompts of {skill.name}", kept_requests(project, skill.name)
-        with _progress(title, settings.count, sum(len(row["accepted"]) for row in kept)) as line:
+        accepted = sum(len(row["accepted"]) for row in kept_requests(project, skill.name))
+        with _progress(f"prompts of {skill.name}", settings.count, accepted) as line:
 
             def show(have: int, _: int, line: ProgressLine = line) -> None:
                 line.update(have, samples=have)
@@ -61,131 +72,133 @@ def write(given: Given) -> None:
         )
 
 
-def paint(given: Given) -> None:
+def draw_skills(asked: SelmaPicturesArgs) -> None:
     """Stage 2."""
-    asked, project = _plain(given), Project(given["work"])
-    names = project.choose(asked["skill"] or ())
+    project = Project(asked.work)
+    names = project.choose(asked.skill or ())
     wanted = {name: len(project.prompts(name)) for name in names}
-    pipe = read_pipeline(asked["model"], asked["dtype"])
+    pipe = read_pipeline(asked.model, asked.dtype)
     for name in names:
         with _counting(f"pictures of {name}", wanted[name]) as count:
-            made = make_pictures(project, name, pipe, _settings(asked), on_picture=count)
+            count_now = make_pictures(project, name, pipe, _settings(asked), on_picture=count)
         figures = project.noted("pictures", name) or {}
         _say_done(
             project.pictures_folder(name),
-            f"{figures.get('pictures', 0)} pictures, {made} made by this process now",
+            f"{figures.get('pictures', 0)} pictures, {count_now} made by this process now",
         )
 
 
-def teach(given: Given) -> None:
+def train_skills(asked: SelmaTrainArgs) -> None:
     """Stage 3."""
-    asked, project = _plain(given), Project(given["work"])
-    names = project.choose(asked["skill"] or ())
+    project = Project(asked.work)
+    names = project.choose(asked.skill or ())
     training = _training(asked)
     # as mixed precision has it, since float32 factors beside a float16 model want autocast
     wide = (
         "bfloat16" if training.config.mixed_precision == "bf16" and torch.cuda.is_available() else "float32"
     )
-    pipe = read_pipeline(asked["model"], asked["dtype"] or wide)
+    pipe = read_pipeline(asked.model, asked.dtype or wide)
     training = replace(training, multiple=size_multiple(pipe))
     state = processes()
-    if asked["joint"]:
+    if asked.joint:
         if state.is_main_process:
             join_pictures(project, names, JOINT)
         state.wait_for_everyone()
         names = [JOINT]
     for name in names:
-        train_skill(project, name, pipe, training, cache=asked["cache"])
+        train_skill(project, name, pipe, training, cache=asked.cache)
         figures = project.noted("train", name) or {}
         _say_done(project.expert_file(name), f"{figures.get('steps')} steps, late loss {figures.get('loss')}")
 
 
-def unite(given: Given) -> None:
+def merge_experts(asked: SelmaMergeArgs) -> None:
     """Stage 4."""
-    asked, project = _plain(given), Project(given["work"])
-    bank = skill_bank(project, asked["skill"] or ())
-    merged = merge_skills(bank, asked["mode"], asked["rank"])
+    project = Project(asked.work)
+    bank = skill_bank(project, asked.skill or ())
+    merged = merge_skills(bank, asked.mode, asked.rank)
     save_merged(project, merged)
-    what = f"{len(bank)} experts with weight 1/{len(bank)} each, {asked['mode']}, ranks {', '.join(map(str, sorted(merged.ranks())))}"
+    ranks = ", ".join(map(str, sorted(merged.ranks())))
+    what = f"{len(bank)} experts with weight 1/{len(bank)} each, {asked.mode}, ranks {ranks}"
     done(str(project.merged_file), what)
 
 
-def paint_for(given: Given) -> None:
+def draw_questions(asked: SelmaDrawArgs) -> None:
     """Pictures for a file of questions."""
-    asked = _plain(given)
-    prompts = list(dict.fromkeys(tree.prompt for tree in load_questions(asked["questions"])))
-    pipe = read_pipeline(asked["model"], asked["dtype"])
+    prompts = list(dict.fromkeys(tree.prompt for tree in load_questions(asked.questions)))
+    scale = scale_of_text(asked.scale)
+    ready_folder(asked.out)
+    pipe = read_pipeline(asked.model, asked.dtype)
     with (
-        patch(pipe, {"expert": asked["expert"]}) if asked["expert"] else nullcontext(),
+        patch(pipe, {"adapter": asked.adapter}) if asked.adapter else nullcontext() as handle,
         _counting("pictures", len(prompts)) as count,
     ):
-        draw_prompts(pipe, prompts, asked["folder"], _settings(asked), on_picture=count)
-    _say_done(asked["folder"], f"{len(prompts)} pictures")
+        if handle is not None and scale is not None:
+            handle.set_scales({"adapter": scale})
+        draw_prompts(pipe, prompts, asked.out, _settings(asked), on_picture=count)
+    _say_done(asked.out, f"{len(prompts)} pictures")
 
 
-def judge(given: Given) -> None:
+def evaluate_pictures(asked: SelmaEvaluateArgs) -> None:
     """Questions put to the pictures of a folder."""
-    asked = _plain(given)
-    trees = load_questions(asked["questions"])
-    answerer = TransformersVQA.load(asked["vqa"])
+    trees = load_questions(asked.questions)
+    if asked.out is not None:
+        ready_file(asked.out)
+    answerer = TransformersVQA.load(asked.vqa)
     with _progress("asking", len(trees), 0) as line:
         summary, _ = score_pictures(
-            asked["folder"],
+            asked.folder,
             trees,
             answerer,
-            answers_file=asked["folder"] / "answers.jsonl",
+            answers_file=asked.folder / "answers.jsonl",
             on_picture=lambda have, _: line.update(have, samples=have),
         )
     figures = asdict(summary)
+    if asked.json:
+        print(json.dumps(figures | {"by": answerer.name}, indent=1))
+    else:
+        _show_figures(figures)
+    if asked.out is not None:
+        _write_json(asked.out, figures | {"by": answerer.name})
+        if not asked.json:
+            done(str(asked.out), "the same as JSON")
+
+
+def _show_figures(figures: Mapping[str, Any]) -> None:
     shown = {
         key: number(value) if isinstance(value, float) else value
         for key, value in figures.items()
         if key != "categories"
     }
     out().print(facts(shown.items()))
-    if summary.categories:
-        out().print(
-            table(
-                "by category",
-                ["category", "accuracy"],
-                [(k, number(v)) for k, v in summary.categories.items()],
-                ["accuracy"],
-            )
-        )
-    if asked["out"] is not None:
-        _write_json(asked["out"], figures | {"by": answerer.name})
-        done(str(asked["out"]), "the same as JSON")
+    if figures["categories"]:
+        rows = [(name, number(value)) for name, value in figures["categories"].items()]
+        out().print(table("by category", ["category", "accuracy"], rows, ["accuracy"]))
 
 
-def tell(work: Path) -> None:
+def show_status(work: Path) -> None:
     """A table of the skills and what is done."""
     project = Project(work)
     rows = []
     for name in project.choose():
-        told = (project.noted(stage, name) for stage in STAGES)
-        rows.append(
-            [
-                name,
-                *(
-                    "-" if figures is None else ", ".join(f"{v} {k}" for k, v in figures.items())
-                    for figures in told
-                ),
-            ]
-        )
+        cells = []
+        for stage in STAGES:
+            figures = project.noted(stage, name)
+            cells.append("-" if figures is None else ", ".join(f"{v} {k}" for k, v in figures.items()))
+        rows.append([name, *cells])
     out().print(table(printable(work, 300), ["skill", *STAGES], rows))
     out().print(f"merged: {'yes' if project.merged_file.exists() else 'no'}")
 
 
-def _skills(project: Project, asked: Given) -> list[Skill]:
+def _skills(project: Project, asked: SelmaPromptsArgs) -> list[Skill]:
     """The skills asked for; those of the run where none is named."""
-    known = load_skills(asked["skills"]) if asked["skills"] else {**SKILLS, **project.skills()}
-    names = asked["skill"] or list(known if asked["skills"] else project.skills())
+    known = load_skills(asked.skill_file) if asked.skill_file else {**SKILLS, **project.skills()}
+    names = asked.skill or list(known if asked.skill_file else project.skills())
     if not names:
         raise MoleValueError(
             "selma prompts: --skill", expected=f"at least one of {', '.join(known)}", got="none"
         )
     if unknown := [name for name in names if name not in known]:
-        hint = "--skills FILE brings skills of one's own"
+        hint = "--skill-file FILE brings your own skills"
         raise MoleValueError(
             "selma prompts: --skill",
             expected=f"one of {', '.join(known)}",
@@ -195,84 +208,77 @@ def _skills(project: Project, asked: Given) -> list[Skill]:
     return [known[name] for name in names]
 
 
-def _writers(asked: Given, skills: list[Skill]) -> dict[str, TextGenerator]:
+def _writers(asked: SelmaPromptsArgs, skills: list[Skill]) -> dict[str, TextGenerator]:
     """Who writes the prompts of each skill."""
-    if asked["file"] is not None:
-        if asked["url"] or asked["model"]:
+    if asked.text_file is not None:
+        if asked.url or asked.llm:
             raise MoleValueError(
-                "selma prompts", "--file and --url or --model are given", expected="one of them"
+                "selma prompts", expected="one of --text-file and --llm or --url", got="both"
             )
-        path: Path = asked["file"]
+        path: Path = asked.text_file
         if not path.is_dir() and len(skills) > 1:
             raise MoleValueError(
-                "selma prompts: --file",
+                "selma prompts: --text-file",
                 expected=f"a folder of SKILL.txt for {len(skills)} skills",
                 got=printable(path),
             )
         return {
-            s.name: FileText(path / f"{s.name}.txt" if path.is_dir() else path, batch=asked["more"])
+            s.name: FileText(path / f"{s.name}.txt" if path.is_dir() else path, batch=asked.per_request)
             for s in skills
         }
-    if asked["model"] is None:
+    if asked.llm is None:
         raise MoleValueError(
-            "selma prompts", expected="--model, --url with --model, or --file", got="none of them"
+            "selma prompts", expected="--llm, --url with --llm, or --text-file", got="none of them"
         )
     writer: TextGenerator
-    if asked["url"] is not None:
+    if asked.url is not None:
         from mole_kernels.methods.selma.endpoint import EndpointText
 
         writer = EndpointText(
-            asked["url"],
-            asked["model"],
-            key=asked["key"],
-            kind=asked["kind"],
-            temperature=asked["temperature"],
-            timeout=asked["timeout"],
+            asked.url,
+            asked.llm,
+            key=asked.api_key,
+            kind=asked.endpoint_kind,
+            temperature=asked.temperature,
+            timeout=asked.timeout,
         )
     else:
-        writer = TransformersText.load(asked["model"], temperature=asked["temperature"])
+        writer = TransformersText.load(asked.llm, temperature=asked.temperature)
     return dict.fromkeys((skill.name for skill in skills), writer)
 
 
-def _training(asked: Given) -> SkillTraining:
-    preset = PRESETS[asked["preset"]]
-    config = {
-        "steps": asked["steps"],
-        "lr": asked["lr"],
-        "accumulation": asked["accumulation"],
-        "seed": asked["seed"],
+def _training(asked: SelmaTrainArgs) -> SkillTraining:
+    if asked.preset not in PRESETS:
+        raise MoleValueError("--preset", expected=f"one of {', '.join(PRESETS)}", got=asked.preset)
+    preset = PRESETS[asked.preset]
+    config: dict[str, Any] = {
+        "steps": asked.steps,
+        "lr": asked.lr,
+        "accumulation": asked.accumulation,
+        "seed": asked.seed,
     }
-    more = {
-        "batch_size": asked["batch"],
-        "flip": asked["flip"],
-        "resolution": _resolution(asked["resolution"]),
+    more: dict[str, Any] = {
+        "batch_size": asked.batch_size,
+        "flip": asked.flip,
+        "resolution": resolution_of(asked.resolution),
     }
-    if asked["rank"] is not None:
-        more |= {"rank": asked["rank"], "alpha": preset.alpha / preset.rank * asked["rank"]}
-    made = replace(preset.config, **{key: value for key, value in config.items() if value is not None})
-    return replace(preset, config=made, **{key: value for key, value in more.items() if value is not None})
+    if asked.rank is not None:
+        more |= {"rank": asked.rank, "alpha": preset.alpha / preset.rank * asked.rank}
+    run = replace(preset.config, **{key: value for key, value in config.items() if value is not None})
+    return replace(preset, config=run, **{key: value for key, value in more.items() if value is not None})
 
 
-def _resolution(said: str | None) -> int | tuple[int, int] | None:
-    if said is None:
-        return None
-    sides = said.split("x")
-    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
-        raise MoleValueError(
-            "--resolution", expected="a side in pixels, or HEIGHTxWIDTH", got=printable(said)
-        )
-    return int(said) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
-
-
-def _settings(asked: Given) -> PictureSettings:
-    named = {
-        "num_inference_steps": "steps",
-        "guidance_scale": "guidance",
-        "height": "height",
-        "width": "width",
+def _settings(asked: DrawArgs) -> PictureSettings:
+    size = resolution_of(asked.resolution)
+    height, width = (size, size) if isinstance(size, int) or size is None else size
+    options: dict[str, Any] = {
+        "num_inference_steps": asked.sampling_steps,
+        "guidance_scale": asked.guidance,
+        "height": height,
+        "width": width,
     }
-    options = {key: asked[ours] for key, ours in named.items() if asked[ours] is not None}
-    return PictureSettings(seed=asked["seed"], batch=asked["batch"], options=options)
+    options = {name: value for name, value in options.items() if value is not None}
+    return PictureSettings(seed=asked.seed, batch=asked.batch_size, options=options)
 
 
 def read_pipeline(name: str, dtype: str | None) -> Any:
@@ -280,10 +286,6 @@ def read_pipeline(name: str, dtype: str | None) -> Any:
     return pipelines.read_pipeline(
         name, getattr(torch, dtype) if dtype else None, processes().device, command="selma"
     )
-
-
-def _plain(given: Given) -> dict[str, Any]:
-    return {key: value.value if isinstance(value, Enum) else value for key, value in given.items()}
 
 
 @contextmanager
@@ -297,11 +299,11 @@ def _counting(title: str, total: int) -> Iterator[Any]:
     """A function to be called once for each picture; the others are made by the other processes."""
     share = -(-total // processes().num_processes)
     with _progress(title, share, 0) as line:
-        made: list[int] = []
+        pictures: list[int] = []
 
         def count(picture: int) -> None:
-            made.append(picture)
-            line.update(len(made), samples=len(made))
+            pictures.append(picture)
+            line.update(len(pictures), samples=len(pictures))
 
         yield count
 

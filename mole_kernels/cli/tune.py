@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mole_kernels.backends import cuda
-from mole_kernels.cli.screen import done, out, remark, table
+from mole_kernels.cli.machine import TuneArgs
+from mole_kernels.cli.screen import done, out, show_warning, table
 from mole_kernels.dispatch import tables
 from mole_kernels.dispatch.choose import CANDIDATES, HOPPER, choose, refusal
 from mole_kernels.dispatch.device import Device, known, present
@@ -28,7 +29,7 @@ ELSEWHERE = "--out FOLDER/<gpu>.json writes elsewhere; MOLE_TABLES=FOLDER reads 
 Measured = tuple[dict[str, float], dict[str, str]]
 
 
-def tune(gpu: str, quick: bool, out_file: Path | None) -> None:
+def run(asked: TuneArgs) -> None:
     """Measure the suite and write the table. Raises MoleStateError where there is no such GPU here."""
     if not torch.cuda.is_available():
         raise MoleStateError(
@@ -37,10 +38,10 @@ def tune(gpu: str, quick: bool, out_file: Path | None) -> None:
             hint="mole-kernels explain predicts without one",
         )
     device = present()
-    if gpu != "auto" and known(gpu).key != device.key:
+    if asked.device != "auto" and known(asked.device).key != device.key:
         raise MoleStateError(
             "tune",
-            expected=f"a {known(gpu).name}",
+            expected=f"a {known(asked.device).name}",
             got=device.name,
             hint="a table is measured on the GPU it is for",
         )
@@ -50,20 +51,20 @@ def tune(gpu: str, quick: bool, out_file: Path | None) -> None:
     reason = why_not_triton() or why_not_device()
     if reason is not None:
         raise MoleStateError("tune", f"the Triton backend cannot run here: {reason}")
-    path = destination(device, out_file)
-    calls = list(suite(quick))
-    made, failed = collect(calls, device, measure)
-    if not made.rows:
+    path = destination(device, asked.out)
+    calls = list(suite(asked.quick))
+    table_of_times, failed = collect(calls, device, measure)
+    if not table_of_times.rows:
         raise MoleStateError("tune", "no call could be measured", hint=next(iter(failed), ""))
 
     def write(file: BinaryIO) -> None:
-        file.write(tables.dumps(made).encode())
+        file.write(tables.dumps(table_of_times).encode())
 
     atomic_write(path, write)
-    done(str(path), f"{len(made.rows)} rows")
-    summary(calls, made, device)
+    done(str(path), f"{len(table_of_times.rows)} rows")
+    summary(calls, table_of_times, device)
     for line in failed[:20]:
-        remark(line)
+        show_warning(line)
 
 
 def destination(device: Device, out_file: Path | None) -> Path:
@@ -136,32 +137,32 @@ def _version(name: str) -> str:
         return "none"
 
 
-def summary(calls: list[Call], made: Table, device: Device) -> None:
+def summary(calls: list[Call], table_of_times: Table, device: Device) -> None:
     """How often each candidate was fastest, how often the model would have said so, and what its other
     choices would have cost.
     """
-    found = regret(calls, made, device)
+    choices = regret(calls, table_of_times, device)
     rows = []
     for name in CANDIDATES + HOPPER:
-        guesses = [loss for guess, _, loss in found if guess == name]
-        first = sum(best == name for _, best, _ in found)
+        guesses = [loss for guess, _, loss in choices if guess == name]
+        first = sum(best == name for _, best, _ in choices)
         if first or guesses:
             worst = f"{(max(guesses) - 1) * 100:.0f}" if guesses else "–"
             rows.append((name, str(first), str(len(guesses)), worst))
     columns = ("candidate", "fastest", "the model's choice", "then slower by at most %")
-    out().print(table(f"{len(found)} calls", columns, rows, numbers=columns[1:]))
+    out().print(table(f"{len(choices)} calls", columns, rows, numbers=columns[1:]))
 
 
-def regret(calls: list[Call], made: Table, device: Device) -> list[tuple[str, str, float]]:
+def regret(calls: list[Call], table_of_times: Table, device: Device) -> list[tuple[str, str, float]]:
     """(the model's choice, the fastest, time of the first over the second) for each measured call whose
     choice was measured.
     """
-    found = []
-    rows = {row: row for row in made.rows}
+    choices = []
+    rows = {row: row for row in table_of_times.rows}
     for call in calls:
         row = rows.get(key_of(call.problem, call.use))
         guess = choose(call.problem, device, None, call.use, _candidates()).name
         if row is not None and guess in row.us:
             best = min((name for name in CANDIDATES + HOPPER if name in row.us), key=row.us.__getitem__)
-            found.append((guess, best, row.us[guess] / row.us[best]))
-    return found
+            choices.append((guess, best, row.us[guess] / row.us[best]))
+    return choices

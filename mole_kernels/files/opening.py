@@ -12,9 +12,8 @@ from mole_kernels.errors import MoleFileError, MoleTypeError, printable
 
 PathLike = str | os.PathLike[str]
 CONVERTER = (
-    "mole-kernels convert FILE OUT.safetensors reads pickles of plain tensors safely: Mix-of-Show's .pth, "
-    "and LoRA files "
-    "with a name for each tensor"
+    "mole-kernels convert FILE --out OUT.safetensors --to diffusers reads pickles of plain tensors safely: "
+    "Mix-of-Show's .pth, and LoRA files with a name for each tensor"
 )
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 # first bytes -> what the file is, and what to do

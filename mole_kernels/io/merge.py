@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -47,6 +49,7 @@ def merge_files(
     to: LoraDialect | None = None,
     sdxl: bool | None = None,
     pipeline: Pipeline = "auto",
+    scale: float | Mapping[str, float] | None = None,
     progress: Progress | None = None,
     **options: Unpack[MergeOptions],
 ) -> MergePlan:
@@ -94,7 +97,7 @@ def merge_files(
         _check_one_model(experts)
         _check_space(target, 2 * plan.size())
         shares = ", ".join(f"{weight:g} {name}" for name, weight in plan.weights.items())
-        layers = counted(plan.layers(), len(plan.where), progress)
+        layers = counted(_scaled(plan, scale), len(plan.where), progress)
         _save(layers, target, plan.paths(), to, common_dialect(experts), f"{mode} of {shares}", sdxl)
     return plan
 
@@ -188,6 +191,36 @@ def counted(
         yield path, layer
         if progress is not None:
             progress(i, total, path)
+
+
+def _scaled(plan: MergePlan, scale: float | Mapping[str, float] | None) -> Iterator[tuple[str, LowRank]]:
+    """The merged layers, times the scale of their component.
+
+    Raises:
+        MoleValueError: A component that the result does not have, or no finite number.
+    """
+    components = {split_component(path)[0] or "transformer" for path in plan.where}
+    given = (
+        scale if isinstance(scale, Mapping) else dict.fromkeys(components, 1.0 if scale is None else scale)
+    )
+    for name, number in given.items():
+        if name not in components:
+            raise MoleValueError(
+                "merge, scale",
+                expected=f"components among {', '.join(sorted(components))}",
+                got=printable(name),
+            )
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise MoleValueError(
+                f"merge, scale of {printable(name)}", expected="a finite number", got=printable(number, 60)
+            )
+
+    def layers() -> Iterator[tuple[str, LowRank]]:
+        for path, layer in plan.layers():
+            factor = given.get(split_component(path)[0] or "transformer", 1.0)
+            yield path, layer if factor == 1 else replace(layer, scale=layer.scale * factor)
+
+    return layers()
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mole_kernels.cli import app, tune
-from mole_kernels.cli.explain import DTYPES, GATES, question
+from mole_kernels.cli.explain import GATES, question
+from mole_kernels.cli.machine import ExplainArgs
 from mole_kernels.dispatch import tables
 from mole_kernels.dispatch.choose import CANDIDATES
 from mole_kernels.dispatch.device import known
@@ -18,7 +19,7 @@ from mole_kernels.dispatch.suite import suite
 from mole_kernels.dispatch.tables import dumps, key_of, load
 from mole_kernels.errors import MoleFileError
 
-CALL = ("explain", "--shape", "4608,3072,3072", "--ranks", "64,64", "--gate", "mole", "--gpu", "h200")
+CALL = ("explain", "--shape", "4608,3072,3072", "--ranks", "64,64", "--gate", "mole", "--device", "h200")
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_what_no_tile_can_hold_has_no_time(cli):
     """A rank whose recomputation no tile has registers for: a dash on the screen, null in the JSON, never
     Infinity.
     """
-    large = (*CALL[:3], "--ranks", "256,256", "--gate", "mask", "--gpu", "a100")
+    large = (*CALL[:3], "--ranks", "256,256", "--gate", "mask", "--device", "a100")
     found = json.loads(cli(*large, "--json")[1], parse_constant=pytest.fail)
     assert next(c["predicted"] for c in found["considered"] if c["name"] == "recompute") is None
     line = next(line for line in cli(*large)[1].splitlines() if line.startswith("recompute"))
@@ -85,11 +86,11 @@ def test_what_no_tile_can_hold_has_no_time(cli):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_without_a_gpu_an_assumption_is_said(cli):
     out = cli("explain", "--shape", "2048x1280x1280", "--ranks", "4")[1]
-    assert "NVIDIA H200  (none is here; --gpu names another)" in out
+    assert "NVIDIA H200  (none is here; --device names another)" in out
 
 
 def test_explain_uses_a_table(cli, tmp_path):
-    problem, use = question("4608,3072,3072", "64,64", "mole", "bf16", 1, False, False, False)
+    problem, use = question(ExplainArgs(shape="4608,3072,3072", ranks="64,64", gate="mole"))
     us = {"plain": 10.0, "stacked": 40.0, "two_pass": 13.0}
     path = tmp_path / "mine.json"
     path.write_text(
@@ -122,10 +123,10 @@ def test_explain_uses_a_table(cli, tmp_path):
         (("--ranks", "-4"), "--ranks: expected"),
         (("--ranks", ",".join("1" * 65)), "--ranks: expected at most 64 experts, got 65"),
         (("--gate", "magic"), "--gate: expected none, constant"),
-        (("--dtype", "fp8"), "--dtype: expected bf16"),
-        (("--gpu", "voodoo"), "gpu: expected one of h200"),
-        (("--batch", "5"), "--batch: expected a number that divides M = 4608, got 5"),
-        (("--batch", "0"), "--batch: expected"),
+        (("--dtype", "fp8"), "'fp8' is not one of 'float32'"),
+        (("--device", "voodoo"), "gpu: expected one of h200"),
+        (("--batch-size", "5"), "--batch-size: expected a number that divides M = 4608, got 5"),
+        (("--batch-size", "0"), "greater than or equal to 1"),
         (("--backward", "--training"), "--training: is about the forward"),
         (("--table", "/nowhere/t.json"), "there is no such file"),
     ],
@@ -137,9 +138,11 @@ def test_bad_questions(cli, change, words):
 
 def test_every_gate_and_dtype_can_be_asked(cli):
     for gate in (*GATES, "mask+mole"):
-        assert cli(*CALL[:-1], "rtx4090", "--gate", gate, "--batch", 2, "--per-sample")[0] == 0
-    for dtype in DTYPES:
+        assert cli(*CALL[:-1], "rtx4090", "--gate", gate, "--batch-size", 2, "--per-sample")[0] == 0
+    for dtype in ("float32", "float16", "bfloat16"):
         assert cli(*CALL, "--dtype", dtype)[0] == 0
+    assert cli(*CALL, "--dtype", "float32", "--tf32")[0] == 0
+    assert "--dtype float32 with it" in cli(*CALL, "--tf32")[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -207,7 +210,17 @@ def test_the_error_of_a_result():
 
 
 def test_softmax_gates_and_sets_are_asked_about(cli):
-    sizes = ("explain", "--shape", "2048,1280,1280", "--ranks", "16,16,16", "--gpu", "h200", "--batch", 4)
+    sizes = (
+        "explain",
+        "--shape",
+        "2048,1280,1280",
+        "--ranks",
+        "16,16,16",
+        "--device",
+        "h200",
+        "--batch-size",
+        4,
+    )
     out = cli(*sizes, "--gate", "top-2+global", "--sets", 3)[1]
     assert "S=3 by assignment, gates top-2+sample" in out
     asked = json.loads(cli(*sizes, "--gate", "softmax", "--sets", 3, "--json")[1])["call"]

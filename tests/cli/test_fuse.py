@@ -40,16 +40,18 @@ def call(folder, *more):
     arguments = [
         "fuse",
         str(folder / "config.json"),
-        "--pipeline",
+        "--model",
         str(folder / "model"),
         "--out",
         str(folder / "out"),
     ]
-    return CliRunner().invoke(app, [*arguments, "--steps", "1", "--size", "16", "--template", "{}", *more])
+    return CliRunner().invoke(
+        app, [*arguments, "--sampling-steps", "1", "--resolution", "16", "--template", "{}", *more]
+    )
 
 
 def test_a_folder_is_written_and_the_report_shown(folder):
-    result = call(folder, "--dense", "--memory", "0.1")
+    result = call(folder, "--dense", "--memory-mb", "0.1")
     assert result.exit_code == 0, result.output
     assert (
         "weight fusion" in result.output
@@ -83,7 +85,7 @@ def test_the_papers_optimiser_stands_beside_every_layer(folder, tmp_path):
 
 
 def test_a_plan_does_nothing(folder, tmp_path):
-    result = call(folder, "--plan", "--memory", "0.01", "--out", str(tmp_path / "new"))
+    result = call(folder, "--dry-run", "--memory-mb", "0.01", "--out", str(tmp_path / "new"))
     assert result.exit_code == 0 and "sampling runs" in result.output
     assert not (tmp_path / "new").exists()
 
@@ -91,11 +93,11 @@ def test_a_plan_does_nothing(folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        (["--size", "big"], "--size"),
-        (["--memory", "0"], "--memory"),
-        (["--memory", "0.000001"], "at least"),
+        (["--resolution", "big"], "--resolution"),
+        (["--memory-mb", "0"], "--memory-mb"),
+        (["--memory-mb", "0.000001"], "at least"),
         (["--template", "a cat"], "templates"),
-        (["--pipeline", "/nowhere/at/all"], "no pipeline"),
+        (["--model", "/nowhere/at/all"], "no pipeline"),
     ],
 )
 def test_bad_options_are_named(folder, more, match):

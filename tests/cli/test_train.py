@@ -98,10 +98,10 @@ def test_all_three_stages_from_files_to_files(work, cli, tmp_path):
     assert hand.ranks() == {2} and face.ranks() == {3} and hand.scales() == {1.0}
     assert any(key.startswith("lora_unet_down_blocks_0") for key in load_file(tmp_path / "hand.safetensors"))
     files = [f"hand={tmp_path / 'hand.safetensors'}", f"face={tmp_path / 'face.safetensors'}"]
-    given = [part for one in files for part in ("--expert", one)]
-    for kind, dialect in (("both", "official"), ("local", "native"), ("global", "native")):
+    given = [part for one in files for part in ("--expert-file", one)]
+    for kind, dialect in (("both", "official"), ("token", "native"), ("sample", "native")):
         options[options.index("--out") + 1] = tmp_path / f"{kind}.safetensors"
-        cli("gates", *options, *given, "--kind", kind, "--to", dialect)
+        cli("gates", *options, *given, "--gate-kind", kind, "--to", dialect)
     official = load_file(tmp_path / "both.safetensors")
     layers = {key.partition(".softmoe.")[0] for key in official}
     assert len(official) == 6 * len(layers) == 6 * len(hand.layers) and all(
@@ -109,17 +109,24 @@ def test_all_three_stages_from_files_to_files(work, cli, tmp_path):
     )
     # official files have face first, whatever the order of training; ours keep the order given
     assert load_gates(tmp_path / "both.safetensors").expert_names == ("face", "hand")
-    assert load_gates(tmp_path / "local.safetensors").expert_names == ("hand", "face")
+    assert load_gates(tmp_path / "token.safetensors").expert_names == ("hand", "face")
     options[options.index("--out") + 1] = tmp_path / "x.safetensors"
     refused = cli(
-        "gates", *options, *given, "--start", tmp_path / "local.safetensors", "--to", "official", code=2
+        "gates",
+        *options,
+        *given,
+        "--initial-gates",
+        tmp_path / "token.safetensors",
+        "--to",
+        "official",
+        code=2,
     )
-    assert "expected token and sample gates in --start, got one kind of them" in refused
+    assert "expected token and sample gates in --initial-gates, got one kind of them" in refused
     halves = {
         kind: set(next(iter(load_gates(tmp_path / f"{kind}.safetensors").layers.values())).present())
-        for kind in ("local", "global")
+        for kind in ("token", "sample")
     }
-    assert halves == {"local": {"phi", "phi_bias"}, "global": {"head", "head_bias"}}
+    assert halves == {"token": {"phi", "phi_bias"}, "sample": {"head", "head_bias"}}
 
 
 def test_sdxl_and_going_on_from_a_checkpoint_and_from_gates(work, cli, tmp_path):
@@ -149,16 +156,16 @@ def test_sdxl_and_going_on_from_a_checkpoint_and_from_gates(work, cli, tmp_path)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     # one expert alone is a mixture too
     gates = tmp_path / "gates.safetensors"
-    cli("gates", *common(work, gates, "sdxl"), "--expert", f"face={whole}")
+    cli("gates", *common(work, gates, "sdxl"), "--expert-file", f"face={whole}")
     cli(
         "gates",
         *common(work, tmp_path / "more.safetensors", "sdxl"),
-        "--expert",
+        "--expert-file",
         f"face={whole}",
-        "--start",
+        "--initial-gates",
         gates,
-        "--precision",
-        "bf16",
+        "--mixed-precision",
+        "bfloat16",
     )
     first, second = load_file(gates), load_file(tmp_path / "more.safetensors")
     assert first.keys() == second.keys() and not all(torch.equal(first[key], second[key]) for key in first)
@@ -205,17 +212,17 @@ def test_presets_are_what_they_say(cli, work, tmp_path):
     )
     assert "scale 0.5" in said and "512x512" in said
     with pytest.raises(MoleValueError, match="sdxl has no stage 1"):
-        from mole_kernels.cli.train import Preset
+        from mole_kernels.cli.train import MoleUnetArgs
         from mole_kernels.cli.train_mole import run_unet
 
-        run_unet({"preset": Preset.sdxl, "out": out, "run_dir": None, "cache": None})
+        run_unet(MoleUnetArgs(model="demo", data=tmp_path, out=out, preset="sdxl"))
 
 
 BAD = {
     "no folder": (["--data", "nowhere"], "expected a folder of pictures"),
     "no model": (["--model", "nowhere/at/all"], "no pipeline can be read from it"),
-    "steps": (["--steps", "-1"], "TrainConfig: steps"),
-    "optimiser": (["--optimiser", "sgd"], "one of adamw, lion"),
+    "steps": (["--steps", "-1"], "greater than or equal to 0"),
+    "optimiser": (["--optimiser", "sgd"], "not one of 'adamw', 'lion'"),
     "resolution": (["--resolution", "wide"], "a side in pixels, or HEIGHTxWIDTH"),
     "multiple": (["--resolution", "20"], "a multiple of 8"),
     "rank": (["--rank", "9999"], "rank"),
@@ -233,10 +240,14 @@ def test_what_cannot_be_is_said_before_anything_is_trained(case, work, cli, tmp_
 
 def test_bad_experts_of_the_gates_and_bad_pictures(work, cli, tmp_path):
     options = common(work, tmp_path / "x.safetensors")
-    assert "expected NAME=FILE" in cli("gates", *options, "--expert", "face.safetensors", code=2)
-    assert "two are called face" in cli("gates", *options, "--expert", "face=a", "--expert", "face=b", code=2)
-    official = cli("gates", *options, "--expert", "low=a", "--expert", "high=b", "--to", "official", code=2)
-    assert "experts face and hand with --kind both, got low, high" in official
+    assert "expected NAME=FILE" in cli("gates", *options, "--expert-file", "face.safetensors", code=2)
+    assert "two are called face" in cli(
+        "gates", *options, "--expert-file", "face=a", "--expert-file", "face=b", code=2
+    )
+    official = cli(
+        "gates", *options, "--expert-file", "low=a", "--expert-file", "high=b", "--to", "official", code=2
+    )
+    assert "experts face and hand with --gate-kind both, got low, high" in official
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "x.png").write_text("no picture")

@@ -189,7 +189,8 @@ def test_a_layout_of_another_base_names_its_layers_before_anything_is_computed(p
 
 
 def run(*words):
-    result = CliRunner().invoke(app, ["difflora", *map(str, words)])
+    paper = ["train", "difflora"] if words[0] in ("autoencoder", "predictor") else ["difflora"]
+    result = CliRunner().invoke(app, [*paper, *map(str, words)])
     if isinstance(result.exception, MoleError):
         return str(result.exception)
     assert result.exit_code == 0, (result.output, result.exception)
@@ -204,6 +205,7 @@ def test_commands_from_pictures_to_a_lora_file(tmp_path):
     run(
         "data",
         root,
+        "--out",
         tmp_path / "work",
         "--model",
         "demo",
@@ -213,26 +215,27 @@ def test_commands_from_pictures_to_a_lora_file(tmp_path):
         1,
         "--resolution",
         24,
-        "--minimum",
+        "--min-side",
         24,
-        "--target",
+        "--target-module",
         "to_v",
     )
     run(
-        "train-autoencoder",
+        "autoencoder",
         tmp_path / "work",
+        "--out",
         tmp_path / "ae",
         "--steps",
         2,
         "--channels",
         "4,4",
-        "--batch",
+        "--batch-size",
         2,
     )
     small = (
-        "--face",
+        "--face-encoder",
         "small:8",
-        "--image",
+        "--image-encoder",
         "small:16",
         "--dim",
         8,
@@ -243,22 +246,25 @@ def test_commands_from_pictures_to_a_lora_file(tmp_path):
         "--heads",
         2,
     )
-    run("train", tmp_path / "work", tmp_path / "ae", tmp_path / "model", "--steps", 2, *small)
-    assert "3 steps" in run(
-        "train", tmp_path / "work", tmp_path / "ae", tmp_path / "model", "--steps", 3, "--resume", *small
-    )
+    places = (tmp_path / "work", "--autoencoder", tmp_path / "ae", "--out", tmp_path / "model")
+    run("predictor", *places, "--steps", 2, *small)
+    assert "3 steps" in run("predictor", *places, "--steps", 3, "--resume", *small)
     out = tmp_path / "anna.safetensors"
-    run("generate", tmp_path / "model", out, root / "a", "--model", "demo", "--sampling-steps", 2)
+    run("generate", tmp_path / "model", root / "a", "--out", out, "--model", "demo", "--sampling-steps", 2)
     expert = load_expert(out)
     assert expert.ranks() and all(path.endswith("to_v") for path in expert.layers)
     (tmp_path / "nobody").mkdir()
-    assert "holds no picture" in run("generate", tmp_path / "model", out, tmp_path / "nobody")
+    assert "holds no picture" in run("generate", tmp_path / "model", tmp_path / "nobody", "--out", out)
     (tmp_path / "nobody/x.png").write_bytes(b"no picture")
     before = out.read_bytes()
-    assert "no picture that can be read" in run("generate", tmp_path / "model", out, tmp_path / "nobody")
-    assert "are not in the model" in run("generate", tmp_path / "model", out, root / "a", "--model", "sd15")
+    assert "no picture that can be read" in run(
+        "generate", tmp_path / "model", tmp_path / "nobody", "--out", out
+    )
+    assert "are not in the model" in run(
+        "generate", tmp_path / "model", root / "a", "--out", out, "--model", "sd15"
+    )
     assert "expected small, small:SIZE" in run(
-        "generate", tmp_path / "model", out, root / "a", "--face", "eyes"
+        "generate", tmp_path / "model", root / "a", "--out", out, "--face-encoder", "eyes"
     )
     assert out.read_bytes() == before
 
@@ -269,8 +275,9 @@ def test_a_saved_model_is_that_of_its_file(tmp_path, predictor, pictures):
     run(
         "generate",
         tmp_path / "model",
-        tmp_path / "ben.safetensors",
         tmp_path / "ben.png",
+        "--out",
+        tmp_path / "ben.safetensors",
         "--sampling-steps",
         3,
         "--seed",

@@ -21,7 +21,8 @@ def cli(monkeypatch, capsys):
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["mole-kernels", "selma", *map(str, args)])
+        words = ["train", "selma", *args[1:]] if args[0] == "train" else ["selma", *args]
+        monkeypatch.setattr(sys, "argv", ["mole-kernels", *map(str, words)])
         with pytest.raises(SystemExit) as caught:
             app.main()
         out, err = capsys.readouterr()
@@ -47,13 +48,18 @@ def given(tmp_path):
 
 @pytest.mark.slow
 def test_every_stage_from_prompts_to_figures(cli, given):
-    work, skills = given / "run", ["--skills", given / "skills.json"]
-    assert cli("prompts", work, *skills, "--file", given, "--count", 2)[0] == 0
-    assert cli("pictures", work, "--model", "demo", "--steps", 1, "--batch", 2, "--skill", "low")[0] == 0
-    code, out, err = cli("pictures", work, "--model", "demo", "--steps", 1, "--batch", 2)
+    work, skills = given / "run", ["--skill-file", given / "skills.json"]
+    assert cli("prompts", work, *skills, "--text-file", given, "--count", 2)[0] == 0
+    assert (
+        cli("pictures", work, "--model", "demo", "--sampling-steps", 1, "--batch-size", 2, "--skill", "low")[
+            0
+        ]
+        == 0
+    )
+    code, out, err = cli("pictures", work, "--model", "demo", "--sampling-steps", 1, "--batch-size", 2)
     assert code == 0 and "0 made by this process now" in out and "2 made by this process now" in out
     settings = (
-        "--model demo --steps 1 --rank 2 --resolution 24x72 --no-flip --accumulation 1 --batch 2".split()
+        "--model demo --steps 1 --rank 2 --resolution 24x72 --no-flip --accumulation 1 --batch-size 2".split()
     )
     assert cli("train", work, *settings)[0] == 0
     code, out, err = cli("merge", work)
@@ -77,13 +83,16 @@ def test_every_stage_from_prompts_to_figures(cli, given):
         cli(
             "draw",
             given / "tifa.json",
+            "--out",
             drawn,
             "--model",
             "demo",
-            "--steps",
+            "--sampling-steps",
             1,
-            "--expert",
+            "--adapter",
             work / "merged.safetensors",
+            "--scale",
+            "unet=0.5",
         )[0]
         == 0
     )
@@ -99,14 +108,17 @@ def test_every_stage_from_prompts_to_figures(cli, given):
 
 
 def test_what_a_user_gets_wrong(cli, given):
-    skills = ["--skills", given / "skills.json"]
+    skills = ["--skill-file", given / "skills.json"]
     for args, message in (
         (["prompts", given / "run"], "--skill: expected at least one of localized_narratives"),
         (["prompts", given / "run", "--skill", "flying"], "got flying"),
-        (["prompts", given / "run", "--skill", "coco"], "--model, --url with --model, or --file"),
-        (["prompts", given / "run", *skills, "--file", given / "low.txt"], "a folder of SKILL.txt"),
-        (["prompts", given / "run", *skills, "--file", given, "--model", "x"], "expected one of them"),
-        (["prompts", given / "run", "--skill", "coco", "--url", "nowhere", "--model", "x"], "url"),
+        (["prompts", given / "run", "--skill", "coco"], "--llm, --url with --llm, or --text-file"),
+        (["prompts", given / "run", *skills, "--text-file", given / "low.txt"], "a folder of SKILL.txt"),
+        (
+            ["prompts", given / "run", *skills, "--text-file", given, "--llm", "x"],
+            "expected one of --text-file",
+        ),
+        (["prompts", given / "run", "--skill", "coco", "--url", "nowhere", "--llm", "x"], "url"),
         (["pictures", given / "run", "--model", "demo"], "holds no skills yet"),
         (["merge", given / "run"], "holds no skills yet"),
         (["evaluate", given / "none.csv", given, "--vqa", "x"], "none.csv"),
@@ -114,7 +126,7 @@ def test_what_a_user_gets_wrong(cli, given):
         code, _, err = cli(*args)
         assert code == 2 and message in err and "Traceback" not in err, (args, err)
     assert not (given / "run").exists()
-    assert cli("prompts", given / "run", *skills, "--file", given, "--count", 2)[0] == 0
+    assert cli("prompts", given / "run", *skills, "--text-file", given, "--count", 2)[0] == 0
     assert "no expert yet for low, high" in cli("merge", given / "run")[2]
     assert "HEIGHTxWIDTH" in cli("train", given / "run", "--model", "demo", "--resolution", "wide")[2]
     assert "no pipeline can be read" in cli("pictures", given / "run", "--model", given / "nothing")[2]
@@ -123,5 +135,5 @@ def test_what_a_user_gets_wrong(cli, given):
 def test_help_names_every_stage(cli):
     code, out, _ = cli("--help")
     assert code == 0 and all(
-        name in out for name in ("prompts", "pictures", "train", "merge", "draw", "evaluate", "status")
+        name in out for name in ("prompts", "pictures", "train selma", "merge", "draw", "evaluate", "status")
     )

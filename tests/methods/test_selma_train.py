@@ -148,7 +148,7 @@ def test_what_a_resume_and_a_start_refuse(project, pipe):
     (project.pictures_folder("high") / "metadata.jsonl").write_text("")
     with pytest.raises(MoleFileError, match="has no caption"):
         train_skill(project, "high", pipe, TRAINING, progress=False)
-    with pytest.raises(MoleStateError, match=r"no expert yet for high.*\n.*selma train"):
+    with pytest.raises(MoleStateError, match=r"no expert yet for high.*\n.*train selma"):
         skill_bank(project)
     with pytest.raises(MoleValueError, match="targets"):
         attention_targets(torch.nn.Linear(2, 2))

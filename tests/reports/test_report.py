@@ -186,11 +186,11 @@ def test_the_command_runs_a_pipeline_from_a_folder(tmp_path):
         [
             "report",
             *map(str, files),
-            "--pipeline",
+            "--model",
             str(tmp_path / "pipe"),
             "--prompt",
             "one two",
-            "--steps",
+            "--sampling-steps",
             "3",
             "--out",
             str(out),

@@ -29,7 +29,7 @@ def skill_bank(project: Project, skills: Sequence[str] = ()) -> ExpertBank:
     """
     names = project.choose(skills)
     if lacking := [name for name in names if not project.expert_file(name).exists()]:
-        hint = "run the third stage: mole-kernels selma train"
+        hint = "run the third stage: mole-kernels train selma"
         raise MoleStateError(str(project.root), f"no expert yet for {', '.join(lacking)}", hint=hint)
     return ExpertBank({name: load_expert(project.expert_file(name)) for name in names})
 
