@@ -133,10 +133,9 @@ def pipeline_of_file(layers: list[LayerKeys], entries: Mapping[str, Any], where:
         MoleKeyError: The names do not tell; all candidates are named.
         MoleStateError: A converter is needed and diffusers is not installed.
     """
-    if _own_layers_of_file(layers, entries) is not None:
+    candidates = families(_widths(layers, entries))
+    if _own_layers_of_file(layers, candidates) is not None:
         return None
-    widths = _widths(layers, entries)
-    candidates = families(widths)
     by_pipeline = {FAMILIES[name].pipeline: name for name in candidates}
     if len(by_pipeline) != 1:
         if not any(_TOOLS.match(layer.module) for layer in layers):
@@ -163,9 +162,9 @@ def pipeline_of_file(layers: list[LayerKeys], entries: Mapping[str, Any], where:
 
 def is_foreign(layers: list[LayerKeys], entries: Mapping[str, Any]) -> bool:
     """Whether these are names of a known model that only a converter brings into diffusers' names."""
-    if _own_layers_of_file(layers, entries) is not None:
-        return False
     candidates = families(_widths(layers, entries))
+    if _own_layers_of_file(layers, candidates) is not None:
+        return False
     return bool(candidates) and not set(candidates) & UNETS
 
 
@@ -175,10 +174,9 @@ def _target(
     if pipeline == "auto":
         pipeline = pipeline_of_file(layers, entries, where)
     if pipeline is None:
-        flux = families(_widths(layers, entries)) == (FLUX1,)
-        return NameTarget(
-            own=_own_layers_of_file(layers, entries), t5="text_encoder_2" if flux else "text_encoder_3"
-        )
+        candidates = families(_widths(layers, entries))
+        t5 = "text_encoder_2" if candidates == (FLUX1,) else "text_encoder_3"
+        return NameTarget(own=_own_layers_of_file(layers, candidates), t5=t5)
     if isinstance(pipeline, nn.Module):
         model, pipeline = _uncompiled(pipeline), pipeline_for(pipeline)
         if pipeline is None:
@@ -219,9 +217,13 @@ def _place(layer: LayerKeys, target: NameTarget) -> None:
     layer.foreign = own is None and target.converter is not None
 
 
-def _own_layers_of_file(layers: Iterable[LayerKeys], entries: Mapping[str, Any]) -> OwnLayers | None:
+def _own_layers_of_file(layers: Iterable[LayerKeys], candidates: Iterable[str]) -> OwnLayers | None:
     """The layers of the denoisers that have every layer of the file, or None: its names are foreign or
     unknown.
+
+    Args:
+        layers: The file's layers.
+        candidates: The families that its names allow.
     """
     names, xlabs = [], False
     for layer in layers:
@@ -229,7 +231,6 @@ def _own_layers_of_file(layers: Iterable[LayerKeys], entries: Mapping[str, Any])
         xlabs = xlabs or layer.ending == "xlabs"
         if _of_denoiser(name.component):
             names.append(name.rest)
-    candidates = families(_widths(layers, entries))
     if not names or xlabs or set(candidates) & UNETS:
         return None
     classes = classes_with_layers(names)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mole_kernels.errors import MoleKeyError, MoleWarning, printable
@@ -47,14 +48,17 @@ class Strength:
             MoleKeyError: An alpha in the tensors that differs from the settings', or settings of another
                 rank.
         """
-        at = f"{where}, {printable(layer.path or layer.module)}"
-        configured = self.config.scale(written_path(layer), rank, at) if self.config else None
+        # messages are made where one is needed: this runs for each of a thousand layers
+        at = f"{where}, {layer.path or layer.module}" if self.config else where
+        configured = self.config.scale(written_path(layer), rank, printable(at, 500)) if self.config else None
         if alpha is not None:
-            number = checked_alpha(f"{where}, '{printable(layer.keys['alpha'])}'", alpha)
+            number = _plain_number(alpha)
+            if number is None:
+                number = checked_alpha(f"{where}, '{printable(layer.keys['alpha'])}'", alpha)
             scale = scale_of("kohya", number, rank)
             if configured is not None and not math.isclose(scale, configured, rel_tol=1e-3):
                 raise MoleKeyError(
-                    at,
+                    printable(at, 500),
                     f"has both alpha keys and PEFT metadata, which differ: scale {scale:g} by its alpha, "
                     f"{configured:g} by {self.config.origin}",
                     hint="one of them must give the scale",
@@ -63,6 +67,14 @@ class Strength:
         if configured is not None:
             return configured
         return scale_of("mix_of_show", self.alpha, rank) if layer.dialect == "mix_of_show" else 1.0
+
+
+def _plain_number(alpha: Tensor | float) -> float | None:
+    """The value of a finite floating scalar; None for what `checked_alpha` must look at."""
+    if isinstance(alpha, Tensor) and alpha.dim() == 0 and alpha.dtype in (torch.float32, torch.float16):
+        value = alpha.item()
+        return value if math.isfinite(value) else None
+    return None
 
 
 def written_path(layer: LayerKeys) -> str:

@@ -84,6 +84,7 @@ def _compiled(ending: str) -> re.Pattern[str]:
 
 _PATTERNS = tuple((_compiled(ending), half, who) for ending, half, who in ENDINGS)
 _UNSUPPORTED = tuple((re.compile(part), what) for part, what in UNSUPPORTED)
+_ANY_UNSUPPORTED = re.compile("|".join(f"(?:{part})" for part, _ in UNSUPPORTED))
 
 
 class LoraKey(NamedTuple):
@@ -107,7 +108,9 @@ def parse_key(key: str) -> LoraKey | None:
 
 def unsupported(key: str) -> str | None:
     """What a key belongs to that this package does not compute, or None."""
-    return next((what for pattern, what in _UNSUPPORTED if pattern.search(key)), None)
+    if _ANY_UNSUPPORTED.search(key) is None:
+        return None
+    return next(what for pattern, what in _UNSUPPORTED if pattern.search(key))
 
 
 def is_added(key: str) -> bool:

@@ -144,6 +144,7 @@ class Spelled(NamedTuple):
     prefix: str
 
 
+@functools.lru_cache(maxsize=8192)
 def spelled(module: str) -> Spelled:
     """Take wrappers and one tool's prefix off a module's name."""
     name = _unwrapped(_INNER.sub("", module))
