@@ -31,10 +31,15 @@ _HOME = {
     "MoleError": "mole_kernels.errors",
 }
 
-__all__ = [*_HOME, "__version__"]
+# rooms whose names users need: mk.gates.MoLEGate, mk.io.load_expert
+_DOORS = ("gates", "io")
+
+__all__ = [*_HOME, *_DOORS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _DOORS:
+        return importlib.import_module(f"mole_kernels.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'mole_kernels' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -43,4 +48,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_HOME, *_DOORS})

@@ -35,7 +35,10 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as e:
         built = build_report().get("torch", "unknown")
-        return f"{LIBRARY.name} does not load with torch {torch.__version__} (built with {built}, needs 2.11 or later): {e}"
+        return (
+            f"{LIBRARY.name} does not load with torch {torch.__version__} "
+            f"(built with {built}, needs 2.11 or later): {e}"
+        )
     return None
 
 

@@ -71,4 +71,5 @@ class Problem:
         size = (
             f"x [{self.B},{self.T},{self.K}] → {self.N}, ranks {','.join(map(str, self.ranks))}, S={self.S}"
         )
-        return f"{size}{' by assignment' if self.assigned else ''}, gates {gates}, {str(self.dtype)[6:]}, {self.device}"
+        assigned = " by assignment" if self.assigned else ""
+        return f"{size}{assigned}, gates {gates}, {str(self.dtype)[6:]}, {self.device}"

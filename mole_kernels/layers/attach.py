@@ -30,7 +30,10 @@ def reject(module: nn.Module) -> str | None:
     if isinstance(module, Gated):
         return "it already holds experts"
     if type(module) not in GATED_CLASS:
-        return f"{type(module).__name__} has a forward of its own; only nn.Linear and nn.Conv2d themselves are replaced"
+        return (
+            f"{type(module).__name__} has a forward of its own; "
+            "only nn.Linear and nn.Conv2d themselves are replaced"
+        )
     if isinstance(module, nn.Conv2d) and (reason := reject_conv(module)):
         return reason
     assert isinstance(module, nn.Linear | nn.Conv2d)

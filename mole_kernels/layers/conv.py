@@ -136,7 +136,10 @@ def reject_conv(conv: nn.Conv2d) -> str | None:
     """Why a convolution takes no experts, or None."""
     if conv.groups != 1:
         size = "x".join(map(str, conv.kernel_size))
-        return f"a {size} convolution of {conv.groups} groups (groups {conv.groups}): an expert's A would see only its own group's channels"
+        return (
+            f"a {size} convolution of {conv.groups} groups (groups {conv.groups}): an expert's A would see "
+            "only its own group's channels"
+        )
     return None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mole_kernels.errors import MoleShapeError, MoleStateError
+from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.functional import NO_GATES, gated_lora_linear_with_gates
 from mole_kernels.gates.gate import Gate
@@ -100,9 +100,9 @@ class Gated(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The base layer's names and tensors; with experts and gate only where the layer was built with them.
 
-        A layer that was patched in place reads as the base to whatever copies, averages or saves weights. accelerate
-        alone gets everything: its offload hooks find each module's tensors in the model's state dict, and
-        `Accelerator.save_state` is meant to keep what trains.
+        A layer that was patched in place reads as the base to whatever copies, averages or saves weights.
+        accelerate alone gets everything: its offload hooks find each module's tensors in the model's state
+        dict, and `Accelerator.save_state` is meant to keep what trains.
         """
         state = super().state_dict(*args, **kwargs)
         if not self.experts_in_state and not _asked_by_accelerate():
@@ -133,9 +133,9 @@ class Gated(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         """Cast and move; experts and gates are never stored in 8 bits, and not narrowed while they train.
 
-        Storage in 8 bits (diffusers' layerwise casting) is for the base. Parameters that require a gradient keep
-        their dtype when the model is cast to a narrower one: they are the optimiser's master weights, and each call
-        computes in the layer's dtype anyway.
+        Storage in 8 bits (diffusers' layerwise casting) is for the base. Parameters that require a gradient
+        keep their dtype when the model is cast to a narrower one: they are the optimiser's master weights,
+        and each call computes in the layer's dtype anyway.
         """
         super()._apply(fn, recurse=False)
         if recurse:
@@ -162,11 +162,33 @@ class GatedLoRALinear(Gated, nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, base: nn.Linear, experts: LayerExperts, gate: Gate | None = None, *, backend: str = "auto"
+        cls,
+        base: nn.Linear,
+        experts: LayerExperts | Experts,
+        gate: Gate | None = None,
+        *,
+        backend: str = "auto",
     ) -> GatedLoRALinear:
-        """A new layer that shares base's weight and bias (which it freezes); base itself is left alone
-        otherwise.
+        """A new layer that shares base's weight and bias, which it freezes; base is left alone otherwise.
+
+        Args:
+            base: The layer y = x Wᵀ + b, W [N,K].
+            experts: `LayerExperts`, or the operands of one call, `mk.Experts` (down [S,R,K], up [S,N,R],
+                scale [E], ranks), whose tensors are copied and whose experts are called "0", "1" …
+            gate: What weighs the experts; None for the plain sum.
+            backend: "auto", or a backend by name.
+
+        Returns:
+            The layer, in base's training mode.
+
+        Raises:
+            MoleTypeError: `experts` is neither, or `base` no nn.Linear. Nothing changes.
+            MoleShapeError: The experts' K and N are not the layer's. Nothing changes.
+            MoleValueError: Operands with an assignment, which belongs to a call and not to a layer.
         """
+        if not isinstance(base, nn.Linear):
+            raise MoleTypeError("from_linear", expected="base of type nn.Linear", got=type(base).__name__)
+        experts = _layer_experts(experts)
         check_fit("GatedLoRALinear", base.in_features, base.out_features, experts)
         layer = cls(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         base.requires_grad_(False)
@@ -182,6 +204,26 @@ class GatedLoRALinear(Gated, nn.Linear):
             if self.experts_on
             else F.linear(x, self.weight, self.bias)
         )
+
+
+def _layer_experts(experts: LayerExperts | Experts) -> LayerExperts:
+    """What a layer holds, of what it was given."""
+    if isinstance(experts, LayerExperts):
+        return experts
+    if not isinstance(experts, Experts):
+        raise MoleTypeError("from_linear", expected="LayerExperts or Experts", got=type(experts).__name__)
+    if experts.assignment is not None:
+        raise MoleValueError(
+            "from_linear",
+            expected="experts without an assignment",
+            got=f"one of {list(experts.assignment.shape)}",
+            hint="gated_lora_linear takes an assignment at each call; mole_kernels.serve keeps one for a model",
+        )
+    down, up, scale, ranks, _ = experts
+    names = tuple(str(e) for e in range(len(ranks)))
+    return LayerExperts(
+        down.detach().clone(), up.detach().clone(), scale.detach().clone(), names, tuple(ranks)
+    )
 
 
 def _asked_by_accelerate() -> bool:

@@ -21,8 +21,7 @@ from mole_kernels.reference import sets_of, token_gate_ref
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# -- offloaded
-# -------------------------------------------------------------------------------------------------------------------------
+# offloaded
 
 
 def offloaded(module: nn.Module) -> bool:
@@ -127,8 +126,7 @@ def compute_dtype(layer: nn.Module) -> torch.dtype:
     return layer.weight.dtype if hook is None else hook.compute_dtype  # type: ignore[union-attr, return-value]
 
 
-# -- sharded
-# ---------------------------------------------------------------------------------------------------------------------------
+# sharded
 
 
 class Mixed(NamedTuple):
@@ -216,8 +214,7 @@ def _as_samples(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1]) if x.dim() < 3 else x.flatten(1, -2)
 
 
-# -- tokens split
-# ----------------------------------------------------------------------------------------------------------------------
+# tokens split
 
 
 def pool_over(group: ProcessGroup, x: Tensor, experts: Experts, gates: Gates) -> Gates:

@@ -46,8 +46,7 @@ class Turns:
         # changes within one another, changes that wait, threads that sleep
         self._depth = self._waiting = self._asleep = 0
 
-    # -- forwards
-    # -------------------------------------------------------------------------------------------------------------------
+    # forwards
 
     def watch(self, roots: Iterable[nn.Module]) -> None:
         """From now on every eager call of these modules is a forward."""
@@ -108,8 +107,7 @@ class Turns:
             return False
         return not (self.one_at_a_time and (self._inside or self._holding))
 
-    # -- changes
-    # --------------------------------------------------------------------------------------------------------------------
+    # changes
 
     @contextmanager
     def change(self) -> Iterator[None]:

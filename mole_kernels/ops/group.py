@@ -16,8 +16,8 @@ from torch import Tensor
 from mole_kernels.ops import schema
 
 schema.library.define(
-    "gated_lora_group_fwd(Tensor x, Tensor[] weights, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, "
-    "Tensor? gate, Tensor? phi, Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, str backend) "
+    "gated_lora_group_fwd(Tensor x, Tensor[] weights, Tensor? bias, Tensor down, Tensor up, Tensor scale, "
+    "int[] ranks, Tensor? gate, Tensor? phi, Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, str backend) "
     "-> (Tensor y, Tensor h, Tensor token_gate, Tensor sample_gate)"
 )
 

@@ -18,15 +18,17 @@ from mole_kernels.problem import Problem
 
 library = torch.library.Library("mole", "DEF")
 library.define(
-    "gated_lora_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, "
-    "Tensor? gate, Tensor? phi, Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, bool save, Tensor? assignment, int top_k, str backend) "
+    "gated_lora_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, "
+    "int[] ranks, Tensor? gate, Tensor? phi, Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, bool save, "
+    "Tensor? assignment, int top_k, str backend) "
     "-> (Tensor y, Tensor h, Tensor token_gate, Tensor sample_gate)"
 )
 library.define(
     "gated_lora_bwd(Tensor dy, Tensor x, Tensor weight, Tensor down, Tensor up, Tensor scale, int[] ranks, "
     "Tensor? gate, Tensor? phi, Tensor? pool, Tensor h, Tensor token_gate, Tensor sample_gate, bool[9] need, "
     "Tensor? assignment, int top_k, str backend) "
-    "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dscale, Tensor dgate, Tensor dphi, Tensor dphi_bias, Tensor dpool, Tensor dpool_bias)"
+    "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dscale, Tensor dgate, Tensor dphi, Tensor dphi_bias, "
+    "Tensor dpool, Tensor dpool_bias)"
 )
 
 

@@ -135,7 +135,8 @@ def reject(one: Patched, owners: dict[int, int]) -> str | None:
     """Why a layer's mixture cannot be a part of its weight, or None."""
     weight = _weight(one.module)
     if one.gate is not None and not isinstance(one.gate, ConstantGate):
-        return f"its {type(one.gate).__name__} varies by token, sample or step; only constant gates can be folded"
+        kind = type(one.gate).__name__
+        return f"its {kind} varies by token, sample or step; only constant gates can be folded"
     if one.experts.down.shape[0] > 1:
         return f"it has {one.experts.down.shape[0]} sets of experts, one for each sample"
     if weight.is_meta:
@@ -143,7 +144,7 @@ def reject(one: Patched, owners: dict[int, int]) -> str | None:
     if is_sharded(weight):
         return "its weight is sharded over ranks"
     if weight.element_size() == 1:
-        return f"its weight is stored in 8 bits ({weight.dtype}), where a sum with the experts would be rounded away"
+        return f"its weight is stored in 8 bits ({weight.dtype}), which would round the experts away"
     if weight.is_inference():
         return "its weight was made under inference_mode and cannot be written to"
     if owners.get(id(weight), 1) > 1:

@@ -41,9 +41,9 @@ class SaveGuard(Guard):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         warnings.warn(
-            f"save_pretrained writes the base weights alone: the experts on {len(self.layers)} layers of this "
-            f"{type(self.module).__name__} are not in it. handle.save(path) keeps experts and gates, handle.bake() puts "
-            "a constant mixture into the weights.",
+            f"save_pretrained writes the base weights alone: the experts on {len(self.layers)} layers of "
+            f"this {type(self.module).__name__} are not in it. handle.save(path) keeps experts and gates, "
+            "handle.bake() puts a constant mixture into the weights.",
             MoleWarning,
             stacklevel=2,
         )

@@ -84,7 +84,8 @@ class Handle:
         self.groups = Groups(nn.Module(), ())
 
     def __repr__(self) -> str:
-        return f"Handle({len(self._patched)} layers, experts {', '.join(self._names)}{'' if self._active else ', removed'})"
+        removed = "" if self._active else ", removed"
+        return f"Handle({len(self._patched)} layers, experts {', '.join(self._names)}{removed})"
 
     def __enter__(self) -> Handle:
         self._check_active("with")
@@ -96,8 +97,7 @@ class Handle:
         if self._active:
             self.remove()
 
-    # -- what is there
-    # --------------------------------------------------------------------------------------------------------------
+    # what is there
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -179,20 +179,21 @@ class Handle:
         """Switch gradients of the gates on or off; returns their parameters."""
         return _require_grad(self.gate_parameters(), on)
 
-    # -- change
-    # ---------------------------------------------------------------------------------------------------------------------
+    # change
 
     def set_scales(self, scales: Mapping[str, Scale]) -> None:
         """Set scales by adapter name; the other adapters keep theirs. A tensor write: nothing recompiles.
 
         Args:
             scales: {adapter: scale}; a scale is a number, or numbers by component or block as diffusers'
-                `set_adapters` takes them: {"unet": 0.8, "text_encoder": 0.4}, {"down": 0.5, "up": {"block_0": 0.2}},
-                {"transformer": {"transformer_blocks.0": 0.5}}. What a mapping leaves out counts 1.
+                `set_adapters` takes them: {"unet": 0.8, "text_encoder": 0.4},
+                {"down": 0.5, "up": {"block_0": 0.2}}, {"transformer": {"transformer_blocks.0": 0.5}}.
+                What a mapping leaves out counts 1.
 
         Raises:
             MoleStateError: The patch was removed, or is folded.
-            MoleTypeError, MoleValueError: No such adapter, component or block, or no finite number. Nothing changes.
+            MoleTypeError, MoleValueError: No such adapter, component or block, or no finite number. Nothing
+                changes.
         """
         self._check_active("set_scales")
         checked = check_scales(scales, self._names)
@@ -313,9 +314,10 @@ class Handle:
                 raise
 
     def bake(self) -> None:
-        """End the patch with the mixture in the weights for good: W' = W + Σ s g B A, and nothing of ours left.
+        """End the patch with the mixture in the weights for good: W' = W + Σ s g B A.
 
-        The experts are folded first where they are not; the model is then a plain one, to be saved or compiled as such.
+        The experts are folded first where they are not. The model is then a plain one with nothing of this
+        package left on it, to be saved or compiled as such.
 
         Raises:
             MoleStateError: The patch was removed, or cannot be folded (see `fold`). Nothing changes.
@@ -388,8 +390,7 @@ class Handle:
                 self._cache.close()
             regroup(in_groups(self._roots))
 
-    # -- keep
-    # -----------------------------------------------------------------------------------------------------------------------
+    # keep
 
     def bank(self) -> ExpertBank:
         """The experts as they stand (copies), adapter weights not included."""
@@ -423,8 +424,7 @@ class Handle:
             raise MoleStateError("save_gates", "the patched layers have no gates")
         save_gates(file, path, dialect=dialect, dtype=dtype)
 
-    # -- checks
-    # ---------------------------------------------------------------------------------------------------------------------
+    # checks
 
     def _check_active(self, what: str) -> None:
         if not self._active:
@@ -469,7 +469,8 @@ class Handle:
         if found is not None and not isinstance(found, CachedForward) and not follows_class(one.module):
             raise MoleStateError(
                 "Handle.remove",
-                f"a hook replaced the forward of {path} after it was patched, and would go on calling the patched one",
+                f"a hook replaced the forward of {path} after it was patched, and would go on calling the "
+                "patched one",
                 hint="take that hook (diffusers' offload or layerwise casting) off first",
             )
 

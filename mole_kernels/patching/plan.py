@@ -177,7 +177,8 @@ def _match(
             raise MoleStateError(
                 where,
                 f"{path} already holds the experts {', '.join(found.patched[path].experts.names)}",
-                hint="handle.remove() the earlier patch first, or give all experts to one patch; handle.swap() exchanges one",
+                hint="handle.remove() the earlier patch first, or give all experts to one patch; "
+                "handle.swap() exchanges one",
             )
         if path is None or path not in found.layers:
             made.unmatched[name].append(key)
@@ -188,7 +189,8 @@ def _match(
         elif path in matched:
             raise MoleKeyError(
                 where,
-                f"one layer is named twice: {printable(matched[path][0])} and {printable(key)} are both {path}",
+                f"one layer is named twice: {printable(matched[path][0])} and {printable(key)} "
+                f"are both {path}",
             )
         elif wanted is not None and path not in wanted:
             made.skipped[path] = "not among the targets asked for"
@@ -227,7 +229,8 @@ def _report(made: Plan, names: Names, found: Scan, strict: bool) -> None:
         if not keys:
             continue
         expert = made.experts[name]
-        text = f"{len(keys)} of the {len(expert.layers)} layers of {source_of(name, expert)} meet no layer: {few(keys)}"
+        source = source_of(name, expert)
+        text = f"{len(keys)} of the {len(expert.layers)} layers of {source} meet no layer: {few(keys)}"
         reasons = [
             f"{printable(key)}: {made.skipped[path]}"
             for key in keys

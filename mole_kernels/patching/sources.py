@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -23,6 +24,8 @@ Path: TypeAlias = str | os.PathLike[str]
 Source: TypeAlias = Path | Mapping[str, Tensor] | Expert
 GateMaker: TypeAlias = Callable[[str, nn.Module, LayerExperts], Gate | None]
 FRESH_GATES = ("mole", "local", "global", "constant", "softmax", "top-1", "top-2")
+# what the same gates are called elsewhere in this package and in papers
+_MEANT = {"token": ["local"], "sample": ["global"], "pooled": ["global"], "both": ["mole"]}
 
 
 def read_experts(experts: object, model: object) -> tuple[dict[str, Expert], GateFile | None]:
@@ -78,6 +81,14 @@ def read_gates(gates: object) -> GateFile | GateMaker | str | None:
     """None, a word for fresh gates, a maker, or the gates of a file."""
     if gates is None or isinstance(gates, GateFile) or (isinstance(gates, str) and gates in FRESH_GATES):
         return gates
+    if isinstance(gates, str) and _is_word(gates):
+        near = _MEANT.get(gates.lower()) or difflib.get_close_matches(gates.lower(), FRESH_GATES, 1, 0.5)
+        raise MoleValueError(
+            "gates",
+            expected=f"one of {', '.join(map(repr, FRESH_GATES))}, or a file",
+            got=repr(printable(gates, 60)),
+            hint=f"did you mean {near[0]!r}?" if near else "",
+        )
     if isinstance(gates, str | os.PathLike):
         return load_gates(gates)
     if callable(gates):
@@ -87,6 +98,11 @@ def read_gates(gates: object) -> GateFile | GateMaker | str | None:
         expected=f"None, a path, a GateFile, {', '.join(map(repr, FRESH_GATES))} or a callable",
         got=type(gates).__name__,
     )
+
+
+def _is_word(gates: str) -> bool:
+    """Whether a str can only be meant as a word: no file of that name, no folder in it, no ending."""
+    return not os.path.exists(gates) and not os.path.dirname(gates) and not os.path.splitext(gates)[1]
 
 
 def _pairs(experts: Any) -> list[tuple[Any, Any]]:

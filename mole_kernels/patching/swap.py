@@ -93,10 +93,14 @@ def match_held(
     if not factors:
         raise MoleKeyError(
             where,
-            f"none of its {len(expert.layers)} layers holds the expert it is to replace: {few(list(expert.layers))}",
+            f"none of its {len(expert.layers)} layers holds the expert it is to replace: "
+            f"{few(list(expert.layers))}",
         )
     if unmatched:
-        text = f"{len(unmatched)} of its {len(expert.layers)} layers do not hold the expert it is to replace: {few(unmatched)}"
+        text = (
+            f"{len(unmatched)} of its {len(expert.layers)} layers do not hold the expert it is to replace: "
+            f"{few(unmatched)}"
+        )
         if strict:
             raise MoleKeyError(
                 where,

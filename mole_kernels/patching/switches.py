@@ -19,7 +19,7 @@ class _Request:
 
 
 class Switch:
-    """What `enable` and `disable` return: nothing to do with it, or `with` it to end the request at the block's end."""
+    """What `enable` and `disable` return; `with` it, the request ends at the block's end."""
 
     def __init__(self, switches: Switches, request: _Request) -> None:
         self._switches, self._request = switches, request
@@ -34,8 +34,8 @@ class Switch:
 class Switches:
     """The requests that hold; the latest one decides, whichever thread made it.
 
-    `with handle.disable():` in two threads that overlap: the experts are off until the later of the two blocks ends,
-    and then as they were before. A call without `with` holds until the next one.
+    `with handle.disable():` in two threads that overlap: the experts are off until the later of the two
+    blocks ends, and then as they were before. A call without `with` holds until the next one.
     """
 
     def __init__(self, lock: Turns, apply: Callable[[bool], None]) -> None:
