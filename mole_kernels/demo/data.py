@@ -159,7 +159,7 @@ def out_of_focus(scans: Tensor) -> Tensor:
 def backgrounds(n: int, height: int, width: int, generator: Generator) -> Tensor:
     """A slope between two muted colours with faint stripes, [n,3,H,W] in 0..1."""
     pick = torch.randint(0, len(PALETTE), (n, 2), generator=generator)
-    one, two = PALETTE[pick[:, 0]][:, :, None, None], PALETTE[pick[:, 1]][:, :, None, None]
+    first, second = PALETTE[pick[:, 0]][:, :, None, None], PALETTE[pick[:, 1]][:, :, None, None]
     yy, xx = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     angle, pitch, phase = (
         _uniform(n, low, high, generator)[:, None, None]
@@ -167,7 +167,7 @@ def backgrounds(n: int, height: int, width: int, generator: Generator) -> Tensor
     )
     stripes = 0.05 * torch.sin(pitch * (xx * angle.cos() + yy * angle.sin()) + phase)
     slope = (xx / width)[None, None]
-    return (one + (two - one) * slope + stripes[:, None]).clamp(0, 1)
+    return (first + (second - first) * slope + stripes[:, None]).clamp(0, 1)
 
 
 def _choose(digits: Digits, labels: Tensor, generator: Generator) -> Tensor:

@@ -135,7 +135,11 @@ def collect_maps(pipe: Pipeline, handle, held: HeldOut) -> list[dict[str, Tensor
     for time, noise in zip(TIMES, held.noise, strict=True):
         t = torch.full((len(noise),), time)
         pipe.unet(pipe.scheduler.add_noise(held.latents, noise, t), t, held.text)
-        gates = {path: found.token for path, found in handle.gate_maps().items() if found.token is not None}
+        gates = {
+            path: layer_gates.token
+            for path, layer_gates in handle.gate_maps().items()
+            if layer_gates.token is not None
+        }
         out.append(picture_maps({path: gate.float().clone() for path, gate in gates.items()}))
     return out
 
@@ -163,8 +167,8 @@ def gate_auc(maps: Sequence[Mapping[str, Tensor]], boxes: Tensor) -> dict[str, d
     for at_time in maps:
         whole = mean_map(at_time)
         rows.setdefault("mean map", []).extend(_scores(whole, boxes))
-        for path, found in at_time.items():
-            scores = _scores(found, boxes)
+        for path, areas in at_time.items():
+            scores = _scores(areas, boxes)
             rows.setdefault("mean of layers", []).extend(scores)
             rows.setdefault(layer_kind(path), []).extend(scores)
     means = {row: torch.tensor(scores).nanmean(0).tolist() for row, scores in sorted(rows.items())}

@@ -55,15 +55,15 @@ def _loss(seeds: Sequence[Mapping]) -> dict:
     for variant in seeds[0]:
         out[variant] = {}
         for region in REGIONS:
-            found = spread([s[variant][region] for s in seeds])
+            row = spread([s[variant][region] for s in seeds])
             change = spread([100 * (s[variant][region] / s["base"][region] - 1) for s in seeds])
             if variant != "base":
-                found |= {
+                row |= {
                     "change_mean": change["mean"],
                     "change_sd": change["sd"],
                     "change_seeds": change["seeds"],
                 }
-            out[variant][region] = found
+            out[variant][region] = row
     return out
 
 

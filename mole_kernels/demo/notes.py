@@ -11,7 +11,7 @@ from mole_kernels.demo.evaluate import GUIDANCE
 def notes_of(result: Mapping[str, Any]) -> list[str]:
     """Plain statements, the disappointing ones included."""
     loss, reading, gates = result["loss"], result["reading"], result["gates"]["both"]
-    parts = {region: found["change_mean"] for region, found in loss["both"].items()}
+    parts = {region: row["change_mean"] for region, row in loss["both"].items()}
     base = reading["base"]["digits"]["mean"]
     real = result["base"]["reader_sharp"]["digits"]
     lines = [
@@ -53,18 +53,18 @@ def _ablation(result: Mapping[str, Any]) -> list[str]:
 
 def describe_settings(result: Mapping[str, Any]) -> list[str]:
     """How the figures were made."""
-    made, base, seeds = result["settings"], result["base"], result["seeds"]
+    settings, base, seeds = result["settings"], result["base"], result["seeds"]
     trained = (
         "Experts and gates are the shipped ones; seeds vary the noise of the pictures."
         if result["quick"]
-        else f"Experts: rank {made['rank']}, {made['expert_steps']} steps of {made['expert_batch']} close-ups each. "
-        f"Gates: {made['gate_steps']} steps of {made['gate_batch']} scenes. Trained anew for each seed."
+        else f"Experts: rank {settings['rank']}, {settings['expert_steps']} steps of {settings['expert_batch']} close-ups each. "
+        f"Gates: {settings['gate_steps']} steps of {settings['gate_batch']} scenes. Trained anew for each seed."
     )
     return [
         trained,
         f"Base: {base.get('base_steps', '?')} steps; in its training {100 * base['weak']:.0f} % of the digits were out of focus and "
         f"{100 * base['mislabel']:.0f} % captioned as another digit of their half.",
-        f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}. Loss on {made['held_out']} held-out scenes at five timesteps; digits read in "
-        f"{made['captions']} pictures per variant and seed, {made['steps']} DDIM steps, guidance {GUIDANCE:g}.",
+        f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}. Loss on {settings['held_out']} held-out scenes at five timesteps; digits read in "
+        f"{settings['captions']} pictures per variant and seed, {settings['steps']} DDIM steps, guidance {GUIDANCE:g}.",
         f"torch {result['machine']['torch']} on {result['machine']['processors']} processors.",
     ]

@@ -82,14 +82,14 @@ def picture_grid(
         for r in range(len(captions)):
             y = top + r * (height + foot + gap)
             sheet.paste(to_image(pixels[r]), (x, y))
-            for slot, (seen, said) in enumerate(
+            for slot, (seen, digit) in enumerate(
                 zip(readings[name][r].tolist(), wanted[r].tolist(), strict=True)
             ):
                 place = (x + (2 * slot + 1) * width / 6, y + height + 4)
                 draw.text(
                     place,
                     "-" if seen < 0 else str(seen),
-                    fill=GOOD if seen == said else BAD,
+                    fill=GOOD if seen == digit else BAD,
                     font=small,
                     anchor="ma",
                 )

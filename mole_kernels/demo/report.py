@@ -62,11 +62,11 @@ def _facts(metrics: Mapping) -> str:
         else ""
     )
     eager = metrics["time"]["ratio"]["eager MoLE"]["median"]
-    found = metrics["gates"][mix]["mean map"]["own_vs_rest"]["mean"]
+    area = metrics["gates"][mix]["mean map"]["own_vs_rest"]["mean"]
     items = [
         (f"{digits[0]:.0f} → {digits[1]:.0f} %", "digits read as asked for, base → mixture"),
         (f"{loss[mix]['all']['change_mean']:+.1f} %", f"held-out loss against the base{control}"),
-        (f"{found:.2f}", "AUC of the mean gate map, own cards against the rest"),
+        (f"{area:.2f}", "AUC of the mean gate map, own cards against the rest"),
         (f"{ours['median']:.2f} ×", f"time per step over the base (eager MoLE {eager:.2f} ×)"),
     ]
     return fact_cards(items)
@@ -75,10 +75,9 @@ def _facts(metrics: Mapping) -> str:
 def _reading_table(metrics: Mapping) -> str:
     columns = ("digits", "low", "high", "blank")
     rows = []
-    for name, found in metrics["reading"].items():
+    for name, row in metrics["reading"].items():
         cells = [
-            f"{100 * found[c]['mean']:.1f} <span class=soft>± {100 * found[c]['sd']:.1f}</span>"
-            for c in columns
+            f"{100 * row[c]['mean']:.1f} <span class=soft>± {100 * row[c]['sd']:.1f}</span>" for c in columns
         ]
         rows.append((name, cells))
     return html_table(("variant", "all digits %", "0–4 %", "5–9 %", "blank slots %"), rows, metrics["shown"])
@@ -86,11 +85,11 @@ def _reading_table(metrics: Mapping) -> str:
 
 def _loss_table(metrics: Mapping) -> str:
     rows = []
-    for name, found in metrics["loss"].items():
+    for name, row in metrics["loss"].items():
         if name == "base":
-            cells = [f"{found[r]['mean']:.5f}" for r in REGIONS]
+            cells = [f"{row[r]['mean']:.5f}" for r in REGIONS]
         else:
-            cells = [_change(found[r]["change_mean"], found[r]["change_sd"]) for r in REGIONS]
+            cells = [_change(row[r]["change_mean"], row[r]["change_sd"]) for r in REGIONS]
         rows.append((name, cells))
     return html_table(("variant", "all", "0–4 cards", "5–9 cards", "background"), rows, metrics["shown"])
 
@@ -98,9 +97,9 @@ def _loss_table(metrics: Mapping) -> str:
 def _auc_table(metrics: Mapping) -> str:
     rows = []
     for variant, found_rows in metrics["gates"].items():
-        for row, found in found_rows.items():
+        for row, areas in found_rows.items():
             cells = [
-                f"{found[c]['mean']:.3f} <span class=soft>± {found[c]['sd']:.3f}</span>"
+                f"{areas[c]['mean']:.3f} <span class=soft>± {areas[c]['sd']:.3f}</span>"
                 for c in ("own_vs_rest", "own_vs_other")
             ]
             rows.append((f"{variant}: {row}", cells))

@@ -81,23 +81,23 @@ def run_demo(
         f"{'shipped experts and gates' if quick else 'training experts and gates'}, seeds {', '.join(map(str, wanted))}"
     )
     with _pool(workers) as pool:
-        found = _quick(pool, jobs, tell) if quick else _full(pool, jobs, tell)
+        tables = _quick(pool, jobs, tell) if quick else _full(pool, jobs, tell)
     tell("timing one denoising step")
-    result = metrics.combine_seeds([{"seed": s, "constants": None, **found[s]} for s in wanted], SHOWN)
+    result = metrics.combine_seeds([{"seed": s, "constants": None, **tables[s]} for s in wanted], SHOWN)
     result["loss"], result["reading"] = _ordered(result["loss"]), _ordered(result["reading"])
     result["time"] = _timing(jobs[0], quick)
     result |= {
         "base": read_facts(assets),
         "quick": quick,
         "machine": _machine(),
-        "training": [found[s].get("training") for s in wanted],
+        "training": [tables[s].get("training") for s in wanted],
     }
     result["settings"] = {name: getattr(jobs[0], name) for name in ("held_out", "captions", "steps")} | vars(
         plan
     )
     result["notes"], result["settings_text"] = notes_of(result), describe_settings(result)
     result["total_seconds"] = time.time() - begun
-    _write(folder, result, found[wanted[0]], Path(assets))
+    _write(folder, result, tables[wanted[0]], Path(assets))
     tell(f"wrote {folder / 'report.html'}")
     return result
 
@@ -126,7 +126,7 @@ def quiet() -> None:
 
 def _full(pool: ProcessPoolExecutor, jobs: Sequence[tasks.Job], tell: Say) -> dict[int, dict[str, Any]]:
     """Both experts of each seed, and as soon as they are there its gates, one kind to a process."""
-    found: dict[int, dict[str, Any]] = {job.seed: {} for job in jobs}
+    tables: dict[int, dict[str, Any]] = {job.seed: {} for job in jobs}
     experts: dict[Future, tuple[tasks.Job, str]] = {}
     for job in jobs:
         for half, name in enumerate(data.HALVES):
@@ -135,19 +135,19 @@ def _full(pool: ProcessPoolExecutor, jobs: Sequence[tasks.Job], tell: Say) -> di
     missing = {job.seed: len(data.HALVES) for job in jobs}
     for future in as_completed(experts):
         job, name = experts[future]
-        _take(found, job, name, future, tell)
+        _take(tables, job, name, future, tell)
         missing[job.seed] -= 1
         if missing[job.seed] == 0:
             for kind in tasks.GATED:
                 measured[pool.submit(tasks.gates_task, job, kind)] = (job, f"gates, {tasks.GATED[kind]}")
             measured[pool.submit(tasks.plain_task, job)] = (job, "experts without gates measured")
     for future in as_completed(measured):
-        _take(found, *measured[future], future, tell)
-    return found
+        _take(tables, *measured[future], future, tell)
+    return tables
 
 
 def _quick(pool: ProcessPoolExecutor, jobs: Sequence[tasks.Job], tell: Say) -> dict[int, dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {job.seed: {} for job in jobs}
+    tables: dict[int, dict[str, Any]] = {job.seed: {} for job in jobs}
     bank, gates = _shipped(jobs[0].assets)
     running: dict[Future, tuple[tasks.Job, str]] = {}
     for job in jobs:
@@ -155,13 +155,13 @@ def _quick(pool: ProcessPoolExecutor, jobs: Sequence[tasks.Job], tell: Say) -> d
         running[pool.submit(tasks.plain_task, job, bank)] = (job, "experts without gates measured")
         running[pool.submit(tasks.shipped_task, job, bank, gates)] = (job, "mixture measured")
     for future in as_completed(running):
-        _take(found, *running[future], future, tell)
-    return found
+        _take(tables, *running[future], future, tell)
+    return tables
 
 
-def _take(found: dict[int, dict[str, Any]], job: tasks.Job, name: str, future: Future, tell: Say) -> None:
+def _take(tables: dict[int, dict[str, Any]], job: tasks.Job, name: str, future: Future, tell: Say) -> None:
     piece = future.result()
-    tasks.add_tables(found[job.seed], piece)
+    tasks.add_tables(tables[job.seed], piece)
     trained = "".join(
         f", loss {first:.3f} → {last:.3f}" for first, last in piece.get("training", {}).values()
     )

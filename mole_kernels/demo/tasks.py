@@ -174,16 +174,22 @@ def _maps_of(pipe: Pipeline, handle: Handle, pixels: Tensor) -> Tensor:
     t = torch.full((len(latents),), MAP_TIME)
     noise = torch.randn(latents.shape, generator=Generator().manual_seed(3))
     pipe.unet(pipe.scheduler.add_noise(latents, noise, t), t, evaluate.encode_captions(pipe, SHOWN_CAPTIONS))
-    gates = {path: found.token for path, found in handle.gate_maps().items() if found.token is not None}
+    gates = {
+        path: layer_gates.token
+        for path, layer_gates in handle.gate_maps().items()
+        if layer_gates.token is not None
+    }
     return evaluate.mean_map(evaluate.picture_maps(gates))
 
 
 def _constants(handle: Handle) -> dict[str, float]:
     """Mean of each expert's learned constants over the layers."""
-    given = [
-        found.given.reshape(-1).float() for found in handle.gate_maps().values() if found.given is not None
+    constants = [
+        layer_gates.given.reshape(-1).float()
+        for layer_gates in handle.gate_maps().values()
+        if layer_gates.given is not None
     ]
-    return dict(zip(handle.names, torch.stack(given).mean(0).tolist(), strict=True))
+    return dict(zip(handle.names, torch.stack(constants).mean(0).tolist(), strict=True))
 
 
 def add_tables(into: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -124,8 +124,8 @@ def step_times(
         "eager MoLE": eager_unet(unet, bank, gates),
         "ours": ours,
     }
-    given = step_input(pictures)
-    outputs = {name: model(*given).sample for name, model in models.items()}
+    inputs = step_input(pictures)
+    outputs = {name: model(*inputs).sample for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     names = list(models)
     for turn in range(rounds + 3):
@@ -134,13 +134,13 @@ def step_times(
         order = names[shift:] + names[:shift]
         for name in order if turn % 2 else order[::-1]:
             begun = time.perf_counter()
-            models[name](*given)
+            models[name](*inputs)
             times[name].append(time.perf_counter() - begun)
     handle.remove()
     base = times["base"][3:]
     ratio = {
-        name: _spread([t / b for t, b in zip(found[3:], base, strict=True)])
-        for name, found in times.items()
+        name: _spread([t / b for t, b in zip(seconds[3:], base, strict=True)])
+        for name, seconds in times.items()
         if name != "base"
     }
     agree = (outputs["ours"] - outputs["eager MoLE"]).abs().max().item()

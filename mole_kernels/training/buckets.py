@@ -20,12 +20,12 @@ def make_buckets(resolution: int, multiple: int = 64, most_ratio: float = 2.0) -
     """
     if resolution < multiple or resolution % multiple:
         raise MoleValueError("buckets: resolution", expected=f"a multiple of {multiple}", got=resolution)
-    found = {(resolution, resolution)}
+    sizes = {(resolution, resolution)}
     for w in range(multiple, int(resolution * math.sqrt(most_ratio)) + multiple, multiple):
         h = resolution * resolution // w // multiple * multiple
         if h >= multiple and max(h, w) <= most_ratio * min(h, w):
-            found |= {(h, w), (w, h)}
-    return tuple(sorted(found))
+            sizes |= {(h, w), (w, h)}
+    return tuple(sorted(sizes))
 
 
 def nearest(size: Size, buckets: Sequence[Size]) -> Size:

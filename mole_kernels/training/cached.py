@@ -266,8 +266,8 @@ def text_id(caption: str) -> str:
 
 def _mark(picture: Picture) -> str:
     """A short checksum of everything about a picture that training sees."""
-    said = f"{latent_id(picture)} {picture.size} {picture.caption}"
-    return hashlib.blake2b(said.encode(), digest_size=6).hexdigest()
+    content = f"{latent_id(picture)} {picture.size} {picture.caption}"
+    return hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
 
 
 def _fill_texts(
@@ -283,9 +283,9 @@ def _fill_texts(
     captions = [caption for caption in mine if text_id(caption) not in store]
     for at in range(0, len(captions), at_once):
         part = captions[at : at + at_once]
-        made = encoder.text(part)
+        states = encoder.text(part)
         for i, caption in enumerate(part):
-            store.add(text_id(caption), {key: value[i].to(dtype) for key, value in made.items()})
+            store.add(text_id(caption), {key: value[i].to(dtype) for key, value in states.items()})
     store.flush()
 
 
@@ -307,15 +307,15 @@ def _fill_latents(
         for part in todo:
             pixels = torch.stack([_pixels(folder, i) for i in part])
             generators = [counted_generator(seed, "posterior", latent_id(folder[i])) for i in part]
-            made = encoder.latents(pixels, generators).to(dtype)
-            for i, one in zip(part, made):
-                if not torch.isfinite(one).all():
+            latents = encoder.latents(pixels, generators).to(dtype)
+            for i, latent in zip(part, latents):
+                if not torch.isfinite(latent).all():
                     raise MoleFileError(
                         printable(folder[i].name),
                         "its latent is not finite",
                         hint="does the VAE overflow in this dtype?",
                     )
-                store.add(latent_id(folder[i]), {"latents": one})
+                store.add(latent_id(folder[i]), {"latents": latent})
             done += len(part)
             line.update(done, samples=done)
     store.flush()

@@ -33,11 +33,11 @@ def read_captions(root: Path, column: str = "text") -> tuple[dict[str, str], dic
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            found = _parse(line, column, root, path.parent)
-            if isinstance(found, str):
-                bad[f"{name} line {number}"] = found
-            elif captions.setdefault(found[0], found[1]) != found[1]:
-                bad[f"{name} line {number}"] = f"a second caption for {printable(found[0])}"
+            parsed = _parse(line, column, root, path.parent)
+            if isinstance(parsed, str):
+                bad[f"{name} line {number}"] = parsed
+            elif captions.setdefault(parsed[0], parsed[1]) != parsed[1]:
+                bad[f"{name} line {number}"] = f"a second caption for {printable(parsed[0])}"
     return captions, bad
 
 
@@ -54,21 +54,21 @@ def read_beside(picture: Path) -> str | None:
 def _parse(line: str, column: str, root: Path, folder: Path) -> tuple[str, str] | str:
     """(picture, caption) of a line, or what is wrong with it."""
     try:
-        said = json.loads(line)
+        row = json.loads(line)
     except (ValueError, RecursionError):
         return "is not JSON"
-    if not isinstance(said, dict) or not isinstance(said.get("file_name"), str) or not said["file_name"]:
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
         return 'has no "file_name"'
-    if not isinstance(said.get(column), str):
-        return f'has no "{column}" for {printable(said["file_name"])}'
+    if not isinstance(row.get(column), str):
+        return f'has no "{column}" for {printable(row["file_name"])}'
     # by its letters: a link to elsewhere is the owner's affair (Hugging Face's cache is made of them), a name
     # that climbs out is not
-    name = os.path.normpath(os.path.join(folder.relative_to(root).as_posix(), said["file_name"])).replace(
+    name = os.path.normpath(os.path.join(folder.relative_to(root).as_posix(), row["file_name"])).replace(
         os.sep, "/"
     )
     if name.startswith(("../", "/")) or "\0" in name:
-        return f"names a file outside the folder: {printable(said['file_name'])}"
+        return f"names a file outside the folder: {printable(row['file_name'])}"
     # os.path, which takes a name that no file can have for one that is not there
     if not os.path.isfile(root / name):
-        return f"names a file that is not there: {printable(said['file_name'])}"
-    return name, said[column].strip()
+        return f"names a file that is not there: {printable(row['file_name'])}"
+    return name, row[column].strip()

@@ -134,22 +134,22 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep_last: int) -> Pa
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """[(step, folder)] of the finished checkpoints, oldest first."""
-    found = [(p.name.removeprefix(_PREFIX), p) for p in run_dir.glob(f"{_PREFIX}*") if p.is_dir()]
-    return sorted((int(number), p) for number, p in found if number.isdecimal())
+    folders = [(p.name.removeprefix(_PREFIX), p) for p in run_dir.glob(f"{_PREFIX}*") if p.is_dir()]
+    return sorted((int(number), p) for number, p in folders if number.isdecimal())
 
 
 def load_latest(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint that can be read, with a warning for each one passed over; None where there is
     none yet.
     """
-    found = list_checkpoints(run_dir)
-    for _, folder in reversed(found):
+    folders = list_checkpoints(run_dir)
+    for _, folder in reversed(folders):
         try:
             return load_checkpoint(folder)
         except MoleFileError as error:
             warnings.warn(f"{error} Trying the one before it.", MoleWarning, stacklevel=2)
-    if found:
-        raise MoleStateError(str(run_dir), f"none of its {len(found)} checkpoints can be read")
+    if folders:
+        raise MoleStateError(str(run_dir), f"none of its {len(folders)} checkpoints can be read")
     return None
 
 

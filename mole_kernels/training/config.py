@@ -113,8 +113,8 @@ class TrainConfig:
         )
         _check(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
         _check(self.optimiser in OPTIMISERS, "optimiser", f"one of {', '.join(OPTIMISERS)}", self.optimiser)
-        kept = self.gradient_checkpointing
-        _check(isinstance(kept, bool), "gradient_checkpointing", "True or False", kept)
+        checkpointing = self.gradient_checkpointing
+        _check(isinstance(checkpointing, bool), "gradient_checkpointing", "True or False", checkpointing)
         precision = self.mixed_precision
         _check(
             precision is None or precision in PRECISIONS,

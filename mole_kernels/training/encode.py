@@ -66,7 +66,7 @@ class Encoder:
                     expected=f"{len(pixels)} generators to sample with",
                     got=generators and len(generators),
                 )
-            noise = torch.stack([torch.randn(one.shape, generator=g) for one, g in zip(z, generators)])
+            noise = torch.stack([torch.randn(mean.shape, generator=g) for mean, g in zip(z, generators)])
             z = z + posterior.std.float().cpu() * noise
         return (z - float(getattr(self.vae.config, "shift_factor", None) or 0.0)) * float(
             self.vae.config.scaling_factor
@@ -76,14 +76,14 @@ class Encoder:
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Captions -> {"encoder_hidden_states" [B,T,K], and for SDXL "text_embeds" [B,P]} on the CPU."""
         device = next(self.vae.parameters()).device
-        made = self.pipe.encode_prompt(
+        states = self.pipe.encode_prompt(
             prompt=list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        found = {"encoder_hidden_states": made[0].cpu()}
+        by_name = {"encoder_hidden_states": states[0].cpu()}
         # (states, negative, pooled, negative pooled) where the UNet also takes a pooled one
-        if len(made) >= 3 and isinstance(made[2], Tensor):
-            found["text_embeds"] = made[2].cpu()
-        return found
+        if len(states) >= 3 and isinstance(states[2], Tensor):
+            by_name["text_embeds"] = states[2].cpu()
+        return by_name
 
     def null(self) -> dict[str, Tensor]:
         """What takes a dropped caption's place: the empty caption's states [T,K] (and [P]), or zeros where
@@ -118,14 +118,14 @@ class Encoder:
 
 
 def _digest(modules: Any, about: Mapping[str, Any]) -> str:
-    found = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=12)
+    digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=12)
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             if tensor.numel():
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
-                found.update(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return found.hexdigest()
+                digest.update(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 def _vocabulary(tokenizer: Any) -> list[Any]:

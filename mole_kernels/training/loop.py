@@ -238,8 +238,10 @@ class _Run:
                 )
 
     def _stop(self, problem: str, advice: str = "try a lower lr, more warmup, or look at that batch") -> None:
-        kept = list_checkpoints(self.folder)[-1:] if self.folder is not None else []
-        where = f"the last good checkpoint is {kept[0][1]}" if kept else "there is no checkpoint"
+        checkpoints = list_checkpoints(self.folder)[-1:] if self.folder is not None else []
+        where = (
+            f"the last good checkpoint is {checkpoints[0][1]}" if checkpoints else "there is no checkpoint"
+        )
         raise MoleStateError(
             f"fit: step {self.step + 1}",
             problem,
@@ -256,14 +258,14 @@ class _Run:
 
     def open(self, folder: Path, resume: bool) -> None:
         """Begins in an empty `folder`, or goes on from its newest checkpoint."""
-        found = load_latest(folder) if resume else None
+        checkpoint = load_latest(folder) if resume else None
         if not resume and list_checkpoints(folder):
             hint = "resume=True (--resume) goes on from them; another run_dir begins anew"
             raise MoleStateError(f"fit: run_dir {folder}", "already holds checkpoints", hint=hint)
         if self.accelerator.is_main_process:
             clear_unfinished(folder)
-        if found is not None:
-            self.restore(found)
+        if checkpoint is not None:
+            self.restore(checkpoint)
         self.accelerator.wait_for_everyone()
 
     def restore(self, c: Checkpoint) -> None:

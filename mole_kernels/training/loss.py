@@ -94,8 +94,8 @@ def denoising_loss(
 def min_snr_weight(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
     """w_t of `denoising_loss` [B] float32, also right at SNR 0 and ∞."""
     kind, alphas = _scheduler_parts(scheduler)
-    kept = alphas[timesteps.cpu()].double()
-    snr = kept / (1.0 - kept)
+    alpha_bar = alphas[timesteps.cpu()].double()
+    snr = alpha_bar / (1.0 - alpha_bar)
     # γ/SNR rather than min(SNR, γ)/SNR, so that SNR 0 gives its limit 1 and not 0/0
     weight = (gamma / snr).clamp(max=1.0) if kind == "epsilon" else snr.clamp(max=gamma) / (snr + 1.0)
     return weight.float()
@@ -214,8 +214,8 @@ def _coefficients(scheduler: Any, timesteps: Tensor, latents: Tensor) -> tuple[s
         )
     if timesteps.is_floating_point():
         raise MoleTypeError("denoising_loss: timesteps", expected="integers", got=timesteps.dtype)
-    kept = alphas[timesteps.cpu()].to(latents.device, torch.float32)[:, None, None, None]
-    return kind, kept.sqrt(), (1.0 - kept).sqrt()
+    alpha_bar = alphas[timesteps.cpu()].to(latents.device, torch.float32)[:, None, None, None]
+    return kind, alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
 
 
 def _dtype(unet: nn.Module, default: torch.dtype) -> torch.dtype:

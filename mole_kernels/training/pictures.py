@@ -120,11 +120,11 @@ class PictureFolder:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             looked = list(pool.map(lambda name: self._look(name, captions.get(name)), names))
         good = []
-        for name, found in zip(names, looked):
-            if isinstance(found, Picture):
-                good.append(found)
+        for name, picture in zip(names, looked):
+            if isinstance(picture, Picture):
+                good.append(picture)
             else:
-                bad[name] = found
+                bad[name] = picture
         return good, bad
 
     def _look(self, name: str, caption: str | None) -> Picture | str:

@@ -100,7 +100,7 @@ def _shared_state() -> Iterator[None]:
 
 
 def _begin_tracking(accelerator: Accelerator, config: TrainConfig, trackers: Sequence[str]) -> None:
-    have = {str(getattr(found, "value", found)) for found in accelerator.log_with}
+    have = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     if lacking := [name for name in trackers if name not in have]:
         # accelerate leaves out what is not installed without a word
         hint = 'pip install "mole-kernels[train]" brings tensorboard; the others have packages of their own'
@@ -157,17 +157,17 @@ def named_parameters(model: nn.Module, parameters: Parameters) -> dict[str, Para
     items = list(parameters.items()) if isinstance(parameters, Mapping) else list(parameters)
     named: dict[str, Parameter] = {}
     for item in items:
-        given, p = item if isinstance(item, tuple) else (None, item)
+        own_name, p = item if isinstance(item, tuple) else (None, item)
         if not isinstance(p, Parameter) or id(p) not in names:
             raise MoleTypeError(
-                "fit: parameters", expected="parameters of the model", got=given or type(p).__name__
+                "fit: parameters", expected="parameters of the model", got=own_name or type(p).__name__
             )
         if p.dtype not in (torch.float32, torch.float64):
             hint = "steps of a usual size vanish in 16 bits: train float32 tensors, with mixed_precision for speed"
             raise MoleTypeError(
-                f"fit: {given or names[id(p)]}", expected="float32 or float64", got=p.dtype, hint=hint
+                f"fit: {own_name or names[id(p)]}", expected="float32 or float64", got=p.dtype, hint=hint
             )
-        named[given or names[id(p)]] = p
+        named[own_name or names[id(p)]] = p
     if not named:
         raise MoleValueError("fit: parameters", expected="at least one tensor to train", got="none")
     return named

@@ -54,18 +54,18 @@ class Store:
             if len(self._open) >= MOST_OPEN:
                 self.close()
             self._open[path] = SafetensorsFile(path)
-        found = self._open[path].read([f"{key}.{name}" for name in names])
-        return {name: found[f"{key}.{name}"] for name in names}
+        tensors = self._open[path].read([f"{key}.{name}" for name in names])
+        return {name: tensors[f"{key}.{name}"] for name in names}
 
     def add(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Remembers an entry; with a folder it is on the disk after the next `flush`, which comes by itself
         when enough have gathered.
         """
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self._memory[key] = kept
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._memory[key] = held
         if self.folder is None:
             return
-        self._draft |= {f"{key}.{name}": tensor for name, tensor in kept.items()}
+        self._draft |= {f"{key}.{name}": tensor for name, tensor in held.items()}
         size = sum(t.numel() * t.element_size() for t in self._draft.values())
         if size >= SHARD_BYTES or len(self._draft) >= SHARD_TENSORS:
             self.flush()
@@ -80,9 +80,9 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MoleFileError(printable(self.folder, 300), f"cannot be made ({error.strerror})") from error
-        taken = {path.name for path in self.folder.glob("shard-*.safetensors")}
+        used_names = {path.name for path in self.folder.glob("shard-*.safetensors")}
         names = (f"shard-{self.process:03d}-{number:05d}.safetensors" for number in count())
-        path = self.folder / next(name for name in names if name not in taken)
+        path = self.folder / next(name for name in names if name not in used_names)
         atomic_save(self._draft, path)
         self._draft = {}
         self._memory = {}
@@ -110,11 +110,11 @@ class Store:
         except (MoleFileError, MoleTypeError) as error:
             warnings.warn(f"{error} This shard of the cache is left out.", MoleWarning, stacklevel=4)
             return
-        found: dict[str, list[str]] = {}
+        names_by_key: dict[str, list[str]] = {}
         for entry in entries:
             key, _, name = entry.partition(".")
-            found.setdefault(key, []).append(name)
-        self._places |= {key: (path, names) for key, names in found.items()}
+            names_by_key.setdefault(key, []).append(name)
+        self._places |= {key: (path, names) for key, names in names_by_key.items()}
 
 
 def check_room(folder: Path, needed: int) -> None:

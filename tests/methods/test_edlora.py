@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mole_kernels.errors import MoleError, MoleFileError, MoleStateError, MoleTypeError, MoleValueError
-from mole_kernels.methods.mix_of_show.attention_loss import AttentionLoss, latent_grid
+from mole_kernels.methods.mix_of_show.attention_loss import AttentionLoss, attention_grid
 from mole_kernels.methods.mix_of_show.concept import load_concept, save_concept
 from mole_kernels.methods.mix_of_show.data import concept_batches
 from mole_kernels.methods.mix_of_show.edlora import (
@@ -355,7 +355,7 @@ def test_the_attention_loss_is_what_its_formula_says():
         rows = [(maps[b, :, p], wanted[b]) for b, p in ((0, 1), (0, 2), (1, 2), (1, 3))]
         want.append(sum((a / a.max() - m).square().mean().item() for a, m in rows) / 4)
     assert got == pytest.approx(sum(want) / len(want), rel=1e-4)
-    assert latent_grid(10, 4, 9) == (2, 5)
+    assert attention_grid(10, 4, 9) == (2, 5)
     with pytest.raises(MoleStateError, match="has run"):
         loss.take(states.ids["text_encoder"], mask)
 

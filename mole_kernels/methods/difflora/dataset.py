@@ -134,16 +134,16 @@ def identity_folders(root: str | Path) -> dict[str, Path]:
             expected="a folder with a folder of pictures for each identity",
             got="no folder",
         )
-    found = {
+    folders = {
         path.name: path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")
     }
-    if not found:
+    if not folders:
         raise MoleFileError(
             printable(root, 300), expected="a folder of pictures for each identity", got="no folders in it"
         )
-    for name in found:
+    for name in folders:
         check_name(name)
-    return found
+    return folders
 
 
 def keep_pictures(source: Path, out: Path, accept: PictureFilter, caption: str) -> FilteredPictures:
@@ -165,9 +165,9 @@ def keep_pictures(source: Path, out: Path, accept: PictureFilter, caption: str) 
         else:
             left_out[name] = why
     if not names:
-        said = "; ".join(f"{printable(name)}: {why}" for name, why in list(left_out.items())[:8])
+        reasons = "; ".join(f"{printable(name)}: {why}" for name, why in list(left_out.items())[:8])
         raise MoleFileError(
-            printable(source, 300), f"no picture is left of this identity ({said or 'there are none'})"
+            printable(source, 300), f"no picture is left of this identity ({reasons or 'there are none'})"
         )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -214,13 +214,13 @@ def train_identities(
     ) as line:
         for done, name in enumerate(mine, 1):
             file = work / "experts" / f"{name}.safetensors"
-            kept, have = work / "pictures" / name, file.exists()
+            filtered, trained = work / "pictures" / name, file.exists()
             expert = (
                 load_expert(file)
-                if have
-                else _train_one(pipe, folders[name], kept, training, accept, targets)
+                if trained
+                else _train_one(pipe, folders[name], filtered, training, accept, targets)
             )
-            if expert is not None and not have:
+            if expert is not None and not trained:
                 save_expert(expert, file)
             if on_identity is not None:
                 on_identity(name, expert)
@@ -234,18 +234,18 @@ def find_targets(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
     where there are none.
     """
     unet = getattr(pipe, "unet", pipe)
-    found = {
+    layers = {
         p: m
         for p, m in mole_targets(unet).items()
         if not names or p.endswith(tuple(f".{name}" for name in names))
     }
-    if not found:
+    if not layers:
         raise MoleValueError(
             "difflora: targets",
             expected=f"layers called {', '.join(names)}",
             got=f"none in {type(unet).__name__}",
         )
-    return found
+    return layers
 
 
 def pack_shards(work: str | Path, names: Sequence[str] | None = None) -> LoRADataset:
@@ -276,11 +276,11 @@ def pack_shards(work: str | Path, names: Sequence[str] | None = None) -> LoRADat
     if state.is_main_process:
         shards.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
-    taken = _packed(shards)
+    used_names = _packed(shards)
     for number, at in enumerate(range(0, len(chosen), per)):
         # never over a shard that the index of now speaks of: it holds until the new index is there
         free = (f"shard-{number:05d}{f'-{k}' * (k > 0)}.safetensors" for k in itertools.count())
-        part = {"file": next(name for name in free if name not in taken), "names": chosen[at : at + per]}
+        part = {"file": next(name for name in free if name not in used_names), "names": chosen[at : at + per]}
         parts.append(part)
         if number % state.num_processes == state.process_index:
             vectors = {
@@ -342,10 +342,10 @@ class LoRADataset:
         by_shard: dict[str, list[str]] = {}
         for name in wanted:
             by_shard.setdefault(self._places[name], []).append(name)
-        found: dict[str, Tensor] = {}
+        by_name: dict[str, Tensor] = {}
         for file, held in by_shard.items():
-            found |= read_tensors(self.folder / file, keys=held)[0]
-        for name, vector in found.items():
+            by_name |= read_tensors(self.folder / file, keys=held)[0]
+        for name, vector in by_name.items():
             if vector.shape != (self.manifest.length,) or vector.dtype != torch.float32:
                 got = f"{list(vector.shape)} {vector.dtype}"
                 raise MoleFileError(
@@ -354,7 +354,9 @@ class LoRADataset:
                     got=got,
                 )
         return (
-            torch.stack([found[name] for name in wanted]) if wanted else torch.empty(0, self.manifest.length)
+            torch.stack([by_name[name] for name in wanted])
+            if wanted
+            else torch.empty(0, self.manifest.length)
         )
 
     def parts(self, size: int = 64) -> Iterator[Tensor]:
@@ -375,13 +377,13 @@ def pictures_of(work: str | Path, name: str) -> list[Picture]:
 def _train_one(
     pipe: Any,
     source: Path,
-    kept: Path,
+    filtered: Path,
     training: IdentityTraining,
     accept: PictureFilter,
     targets: Mapping[str, Any],
 ) -> Expert | None:
     try:
-        keep_pictures(source, kept, accept, training.caption)
+        keep_pictures(source, filtered, accept, training.caption)
     except MoleFileError as error:
         warnings.warn(f"{error} This identity is passed over.", MoleWarning, stacklevel=3)
         return None
@@ -389,7 +391,7 @@ def _train_one(
     with as_only_process(), warnings.catch_warnings():
         # of one person's pictures that is no accident
         warnings.filterwarnings("ignore", message=".*one and the same caption", category=MoleWarning)
-        folder = PictureFolder(kept, training.resolution, multiple=training.multiple)
+        folder = PictureFolder(filtered, training.resolution, multiple=training.multiple)
         batches = picture_batches(
             pipe, folder, min(training.batch_size, len(folder)), seed=training.config.seed, progress=False
         )

@@ -79,7 +79,7 @@ def sample_latents(
     seeds = [seed * 1_000_003 + b for b in range(B)] if isinstance(seed, int) else list(seed)
     if len(seeds) != B:
         raise MoleValueError("sample", expected=f"a seed for each of {B} conditions", got=len(seeds))
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(one)) for one in seeds]
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(own_seed)) for own_seed in seeds]
     x = torch.stack(noise).to(condition.device, condition.dtype) if B else condition.new_zeros(0, *shape)
     scheduler.set_timesteps(steps, device=condition.device)
     x = x * scheduler.init_noise_sigma

@@ -129,7 +129,7 @@ class InsightFaces:
     def __call__(self, pictures: Sequence[Picture]) -> Tensor:
         import numpy
 
-        found = []
+        embeddings = []
         for i, picture in enumerate(pictures):
             # the package reads blue, green, red
             faces = self._app.get(numpy.asarray(picture.convert("RGB"))[:, :, ::-1])
@@ -140,8 +140,8 @@ class InsightFaces:
             largest = max(
                 faces, key=lambda face: (face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1])
             )
-            found.append(torch.as_tensor(largest.normed_embedding))
-        return torch.stack(found).float()
+            embeddings.append(torch.as_tensor(largest.normed_embedding))
+        return torch.stack(embeddings).float()
 
 
 class SmallImages(nn.Module):

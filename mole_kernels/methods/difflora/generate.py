@@ -62,8 +62,8 @@ def generate_experts(
     shown = {name: [_opened(picture, name) for picture in pictures] for name, pictures in people.items()}
     conditions = []
     for name, pictures in shown.items():
-        made = predictor.prepare(pictures, f"generate, {name!r}")
-        conditions.append(predictor.condition({kind: made[kind][None] for kind in KINDS}))
+        prepared = predictor.prepare(pictures, f"generate, {name!r}")
+        conditions.append(predictor.condition({kind: prepared[kind][None] for kind in KINDS}))
     names, experts, c = list(people), {}, predictor.denoiser.config
     for at in range(0, len(names), batch_size):
         part = names[at : at + batch_size]
@@ -90,15 +90,15 @@ def generate_experts(
 
 
 def _expert(predictor: Predictor, name: str, vector: torch.Tensor, wanted: Sampling) -> Expert:
-    made = predictor.manifest.expert(vector, source=f"difflora, {name}")
-    said = {
+    expert = predictor.manifest.expert(vector, source=f"difflora, {name}")
+    metadata = {
         "method": "difflora",
         "identity": printable(name),
         "steps": str(wanted.steps),
         "seed": str(wanted.seed),
     }
-    said |= {"guidance": f"{wanted.guidance:g}"}
-    return Expert(made.layers, dialect=made.dialect, source=made.source, metadata=said)
+    metadata |= {"guidance": f"{wanted.guidance:g}"}
+    return Expert(expert.layers, dialect=expert.dialect, source=expert.source, metadata=metadata)
 
 
 def _opened(picture: Picture | str | Path, name: str) -> Picture:

@@ -86,9 +86,11 @@ class Manifest:
                 expected="linear layers and 1x1 convolutions",
                 got=f"a larger convolution, {larger[0]}",
             )
-        made = cls.of(tensors_of(expert))
+        layout = cls.of(tensors_of(expert))
         scales = {path: factor.scale for path, factor in expert.layers.items()}
-        return cls(made.entries, scales, tuple(path for path, factor in expert.layers.items() if factor.conv))
+        return cls(
+            layout.entries, scales, tuple(path for path, factor in expert.layers.items() if factor.conv)
+        )
 
     @property
     def length(self) -> int:
@@ -178,8 +180,8 @@ class Manifest:
         """Raises MoleShapeError or MoleKeyError, the layers named, where this layout's experts do not fit
         `model`.
         """
-        found = scan(model)
-        names, layers = Names(found), {**found.layers, **found.patched}
+        scanned = scan(model)
+        names, layers = Names(scanned), {**scanned.layers, **scanned.patched}
         absent, wrong = [], []
         shapes = {entry.name: entry.shape for entry in self.entries}
         for path in self.scales:
@@ -225,7 +227,7 @@ class Manifest:
             entries = tuple(
                 VectorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in held["entries"]
             )
-            made = cls(entries, dict(held["scales"]), tuple(held["conv"]))
+            layout = cls(entries, dict(held["scales"]), tuple(held["conv"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MoleFileError(where, f"no layout of a LoRA vector: {printable(error)}") from error
         if version != VERSION:
@@ -235,9 +237,9 @@ class Manifest:
                 got=printable(version),
                 hint="made by a newer mole_kernels",
             )
-        made._check_entries(where)
-        made._check_layers(where)
-        return made
+        layout._check_entries(where)
+        layout._check_layers(where)
+        return layout
 
     def _check_entries(self, where: str) -> None:
         """Entries of a stranger: named once, of known dtypes, each at the end of the one before, with a value

@@ -94,10 +94,10 @@ class Predictor(nn.Module):
         """
         if not len(pictures):
             raise MoleValueError(where, expected="at least one picture of each person", got="none")
-        made = {}
+        prepared = {}
         for kind in KINDS:
             if kind in self.own:
-                made[kind] = self.own[kind].pixels(pictures)  # type: ignore[operator]
+                prepared[kind] = self.own[kind].pixels(pictures)  # type: ignore[operator]
                 continue
             try:
                 features = self.given[kind](pictures)
@@ -113,8 +113,8 @@ class Predictor(nn.Module):
                     got=tuple(features.shape),
                     hint="the model was trained with an encoder of that width",
                 )
-            made[kind] = features
-        return made
+            prepared[kind] = features
+        return prepared
 
     def condition(self, references: References) -> Tensor:
         """[B,dim] from face [B,n,…] and image [B,n,…] as `prepare` makes them."""

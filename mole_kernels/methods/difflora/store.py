@@ -98,19 +98,21 @@ def load_predictor(
     missing, MoleShapeError where one is of another width.
     """
     record, where = _read(Path(folder), ("predictor",))
-    given = {"face": face, "image": image}
+    frozen = {"face": face, "image": image}
 
     def build() -> Predictor:
         features = MixedImageFeatures(**record["features"])
         dims = {"face": features.face_dim, "image": features.image_dim}
         encoders: dict[str, ImageEncoder] = {}
         for kind in KINDS:
-            said, other = record["encoders"][kind], given[kind]
-            if "small" in said:
-                encoders[kind] = SmallImages(**said["small"])
+            saved, other = record["encoders"][kind], frozen[kind]
+            if "small" in saved:
+                encoders[kind] = SmallImages(**saved["small"])
             elif other is None:
                 raise MoleValueError(
-                    where, expected=f"{kind}=, the {printable(said['given'])} it was trained with", got="none"
+                    where,
+                    expected=f"{kind}=, the {printable(saved['given'])} it was trained with",
+                    got="none",
                 )
             else:
                 check_encoder(kind, other, dims[kind])
@@ -243,12 +245,12 @@ def _manifest(record: Mapping[str, Any], where: str) -> Manifest:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
-        found.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def as_plain(config: Any) -> dict[str, Any]:

@@ -101,25 +101,27 @@ class PersonBatches(_Rounds):
             raise MoleShapeError(
                 "PersonBatches", expected=f"references of {len(latents)} people", got=len(references)
             )
-        if most < 1 or any(len(one["face"]) < 1 for one in references):
+        if most < 1 or any(len(person["face"]) < 1 for person in references):
             raise MoleValueError("PersonBatches", expected="at least one picture of each person", got="none")
         self.latents, self.references, self.most = latents, list(references), most
-        marks = [latents, *(one[kind] for one in self.references for kind in KINDS)]
+        marks = [latents, *(person[kind] for person in self.references for kind in KINDS)]
         super().__init__(len(latents), batch_size, seed, f"{most}; {_mark(marks)}")
 
     def batch(self, number: int) -> dict[str, Tensor]:
         rows = self.pick(number)
         generator = counted_generator(self.seed, "references", number)
         n = int(torch.randint(1, self.most + 1, (), generator=generator))
-        made: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+        rows_by_kind: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
         for row in rows:
             have = len(self.references[row]["face"])
             order = torch.cat(
                 [torch.randperm(have, generator=generator) for _ in range(math.ceil(n / have))]
             )[:n]
             for kind in KINDS:
-                made[kind].append(self.references[row][kind][order])
-        return {"latents": self.latents[rows]} | {kind: torch.stack(parts) for kind, parts in made.items()}
+                rows_by_kind[kind].append(self.references[row][kind][order])
+        return {"latents": self.latents[rows]} | {
+            kind: torch.stack(parts) for kind, parts in rows_by_kind.items()
+        }
 
     def signature(self) -> dict[str, list[Any]]:
         """For a resume: n differs by batch, so it is left out."""
@@ -245,7 +247,7 @@ def _parts(data: LoRADataset | Tensor) -> Iterator[Tensor]:
 
 
 def _mark(tensors: Any) -> str:
-    found = hashlib.blake2b(digest_size=12)
+    digest = hashlib.blake2b(digest_size=12)
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -17,7 +17,7 @@ def parse_adapter_weights(text: str, height: int, width: int) -> list[tuple[Box,
     """The paper's `[y0, x0, y1, x1]-w`, in pixels, joined by `|`; an empty text has none. Raises
     MoleValueError that names the position.
     """
-    found: list[tuple[Box, float]] = []
+    weights: list[tuple[Box, float]] = []
     at = 0
     for part in text.split("|") if text.strip() else []:
         box, dash, weight = part.rpartition("-")
@@ -39,9 +39,9 @@ def parse_adapter_weights(text: str, height: int, width: int) -> list[tuple[Box,
             raise MoleValueError(
                 f"adapter weights, character {at}", expected="a box in pixels", got=printable(box.strip())
             ) from error
-        found.append((region.box, value))
+        weights.append((region.box, value))
         at += len(part) + 1
-    return found
+    return weights
 
 
 def weigh(features: Sequence[Tensor], weights: Weights, elsewhere: float = 1.0) -> list[Tensor]:

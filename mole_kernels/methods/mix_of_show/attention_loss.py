@@ -61,10 +61,10 @@ class AttentionLoss:
             maps[0].device
         )
         losses = []
-        for found in maps:
-            h, w = latent_grid(found.shape[1], mask.shape[-2], mask.shape[-1])
-            wanted = F.interpolate(mask.float(), (h, w), mode="area").flatten(1).to(found)
-            rows = found.mT[ours]
+        for layer_map in maps:
+            h, w = attention_grid(layer_map.shape[1], mask.shape[-2], mask.shape[-1])
+            wanted = F.interpolate(mask.float(), (h, w), mode="area").flatten(1).to(layer_map)
+            rows = layer_map.mT[ours]
             rows = rows / rows.detach().amax(1, keepdim=True).clamp_min(1e-12)
             losses.append((rows - wanted.repeat_interleave(ours.sum(1), 0)).square().mean())
         return torch.stack(losses).mean()
@@ -77,7 +77,7 @@ class AttentionLoss:
             self._maps.append((q @ k.mT * module.scale).softmax(-1).float().mean(1))
 
 
-def latent_grid(places: int, height: int, width: int) -> tuple[int, int]:
+def attention_grid(places: int, height: int, width: int) -> tuple[int, int]:
     """The grid of a layer with so many places, of latents height x width: halved, rounded up, as a UNet does
     it.
     """

@@ -55,7 +55,9 @@ def save_concept(concept: Concept, path: PathLike, layout: Layout = "main") -> N
     if str(path).lower().endswith((".pth", ".pt")):
         by_encoder = {
             encoder: {
-                token: found[encoder] for token, found in concept.embeddings.items() if encoder in found
+                token: by_component[encoder]
+                for token, by_component in concept.embeddings.items()
+                if encoder in by_component
             }
             for encoder in ENCODERS
         }
@@ -71,21 +73,21 @@ def save_embeddings(embeddings: Mapping[str, Mapping[str, Tensor]], path: PathLi
     """
     tensors = {
         token if encoder == ENCODERS[0] else f"{encoder}.{token}": value
-        for token, found in embeddings.items()
-        for encoder, value in found.items()
+        for token, by_component in embeddings.items()
+        for encoder, value in by_component.items()
     }
     atomic_save(tensors, path, {"format": "pt"})
 
 
 def load_embeddings(path: PathLike) -> dict[str, dict[str, Tensor]]:
     """What `save_embeddings` wrote."""
-    found: dict[str, dict[str, Tensor]] = {}
+    embeddings: dict[str, dict[str, Tensor]] = {}
     for key, value in read_tensors(path)[0].items():
         second = key.startswith(f"{ENCODERS[1]}.")
-        found.setdefault(key.removeprefix(f"{ENCODERS[1]}.") if second else key, {})[
+        embeddings.setdefault(key.removeprefix(f"{ENCODERS[1]}.") if second else key, {})[
             ENCODERS[int(second)]
         ] = value
-    return found
+    return embeddings
 
 
 def load_concept(

@@ -58,23 +58,25 @@ def concept_batches(
             raise MoleValueError(
                 where, expected=f"{PLACE} or {' '.join(tokens)}", got=f"none of {', '.join(lacking)}"
             )
-    found = _ids(pipe, captions, tokens, folder)
+    tensors = _ids(pipe, captions, tokens, folder)
     encoder = Encoder(pipe)
     latents = [
         encoder.latents(torch.stack([folder.pixels(i) for i in some]))
         for some in torch.arange(len(folder)).split(8)
     ]
-    found["latents"] = torch.cat(latents)
+    tensors["latents"] = torch.cat(latents)
     if len(text_encoders(pipe)) > 1:
-        found["time_ids"] = torch.stack([folder.time_ids(i) for i in range(len(folder))])
+        tensors["time_ids"] = torch.stack([folder.time_ids(i) for i in range(len(folder))])
     if masks is not None:
-        size = found["latents"].shape[-2:]
-        found["mask"] = torch.stack([_mask(folder, i, masks, (size[0], size[1])) for i in range(len(folder))])
+        size = tensors["latents"].shape[-2:]
+        tensors["mask"] = torch.stack(
+            [_mask(folder, i, masks, (size[0], size[1])) for i in range(len(folder))]
+        )
     pictures = hashlib.blake2b(digest_size=12)
     for picture in folder.pictures:
         pictures.update(f"{picture.digest} {picture.bucket};".encode())
     sources = {"latents": f"pictures {pictures.hexdigest()}, vae {encoder.latent_key()}"}
-    return TensorBatches(found, min(batch_size, len(folder)), seed=seed, sources=sources)
+    return TensorBatches(tensors, min(batch_size, len(folder)), seed=seed, sources=sources)
 
 
 def _ids(
@@ -84,9 +86,9 @@ def _ids(
     start = new_embeddings(pipe, tokens, torch.Generator().manual_seed(0))
     with concept_tokens(pipe, start) as known:
         ids = token_ids(pipe, captions, known)
-        for name, found in ids.items():
+        for name, own_ids in ids.items():
             for token in tokens:
-                there = (found[:, 0] == known.ids[token][name][0]).any(1)
+                there = (own_ids[:, 0] == known.ids[token][name][0]).any(1)
                 if not bool(there.all()):
                     picture = folder[int((~there).int().argmax())]
                     raise MoleValueError(
@@ -94,7 +96,7 @@ def _ids(
                         f"the tokenizer cuts {printable(token)} off",
                         hint="shorten the caption",
                     )
-    return {f"ids_{name}": found for name, found in ids.items()}
+    return {f"ids_{name}": own_ids for name, own_ids in ids.items()}
 
 
 def _mask(folder: PictureFolder, i: int, masks: Path, size: tuple[int, int]) -> Tensor:
@@ -103,14 +105,14 @@ def _mask(folder: PictureFolder, i: int, masks: Path, size: tuple[int, int]) -> 
 
     picture = folder[i]
     stem = Path(picture.name).with_suffix("")
-    found = sorted(
+    files = sorted(
         path for path in (masks / stem.parent).glob("*") if path.stem == stem.name and path.is_file()
     )
-    if not found:
+    if not files:
         raise MoleFileError(
             printable(masks, 300), expected=f"a mask for {printable(picture.name)}", got="none"
         )
-    with picture_errors(found[0]), Image.open(found[0]) as opened:
+    with picture_errors(files[0]), Image.open(files[0]) as opened:
         image = opened.convert("L").resize(picture.size[::-1], Image.Resampling.BOX)
     (h, w), (top, left) = cover(picture.size, picture.bucket)
     image = image.resize((w, h), Image.Resampling.BOX).crop(

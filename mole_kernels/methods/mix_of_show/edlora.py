@@ -140,7 +140,7 @@ def attention_linears(pipe: Any) -> dict[str, nn.Module]:
     """{path: layer}: q, k, v and output of every attention of UNet and text encoders; 128 and 48 in Stable
     Diffusion 1.5.
     """
-    found = {}
+    layers = {}
     for path, module in scan(pipe).layers.items():
         component = path.partition(".")[0]
         if (
@@ -148,8 +148,8 @@ def attention_linears(pipe: Any) -> dict[str, nn.Module]:
             and path.endswith(tuple(f".{n}" for n in UNET))
             and (".attn1." in path or ".attn2." in path)
         ) or (component in text_encoders(pipe) and path.endswith(tuple(f".self_attn.{n}" for n in TEXT))):
-            found[path] = module
-    return found
+            layers[path] = module
+    return layers
 
 
 class ConceptModel(nn.Module):

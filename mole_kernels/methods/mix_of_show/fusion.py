@@ -135,19 +135,19 @@ class FusedConcepts:
         """group -> sums over its layers of the three objectives and the seconds, and of LBFGS's where every
         layer has them.
         """
-        found = {}
+        totals = {}
         for group in GROUPS:
             own = [layer for layer in self.layers if layer.group == group]
             if own:
-                found[group] = {
+                totals[group] = {
                     key: sum(getattr(layer, key) for layer in own) for key in ("base", "by_weights", "fused")
                 }
-                found[group] |= {"layers": len(own), "seconds": sum(layer.seconds for layer in own)}
+                totals[group] |= {"layers": len(own), "seconds": sum(layer.seconds for layer in own)}
                 if all(layer.lbfgs is not None for layer in own):
-                    found[group] |= {
+                    totals[group] |= {
                         key: sum(getattr(layer, key) for layer in own) for key in ("lbfgs", "lbfgs_seconds")
                     }
-        return found
+        return totals
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class FusionPlan:
     def bytes(self) -> int:
         return max(
             sum(site.bytes for site in part)
-            for part in (*self.text, *self.unet, *([one] for one in self.cross))
+            for part in (*self.text, *self.unet, *([site] for site in self.cross))
         )
 
     def __str__(self) -> str:
@@ -188,10 +188,10 @@ def plan_fusion(pipe: Any, concepts: Sequence[Concept], settings: FusionSettings
     with the shapes).
     """
     _check(concepts)
-    made = plan(pipe, {concept.name: concept.expert for concept in concepts}, allow_large_rank=True)
+    patch_plan = plan(pipe, {concept.name: concept.expert for concept in concepts}, allow_large_rank=True)
     order = list(cross_attentions(pipe.unet))
     sites = []
-    for path, layer in made.layers.items():
+    for path, layer in patch_plan.layers.items():
         component, _, rest = path.partition(".")
         owner, _, last = rest.rpartition(".")
         group, index = GROUPS[2], None
@@ -227,19 +227,21 @@ def fuse_pipeline(
     Errors are those of `plan_fusion`, and MoleValueError where a template does not fit the tokenizer or
     inputs are not finite.
     """
-    made, settings, tell = (
+    fusion_plan, settings, tell = (
         plan_fusion(pipe, concepts, settings),
         settings or FusionSettings(),
         progress or _silent,
     )
-    tell(str(made), 0, 0)
-    embeddings = {token: found for concept in concepts for token, found in concept.embeddings.items()}
+    tell(str(fusion_plan), 0, 0)
+    embeddings = {
+        token: by_component for concept in concepts for token, by_component in concept.embeddings.items()
+    }
     with concept_tokens(pipe, embeddings) as tokens:
-        run = _Run(pipe, concepts, made.sites, settings, tokens, tell)
-        text = run.text_encoders(made.text)
+        run = _Run(pipe, concepts, fusion_plan.sites, settings, tokens, tell)
+        text = run.text_encoders(fusion_plan.text)
         with run.fused_text(text):
             states = run.states()
-            unet = run.cross_attention(made.cross, states) | run.others(made.unet, states)
+            unet = run.cross_attention(fusion_plan.cross, states) | run.others(fusion_plan.unet, states)
     source = f"gradient fusion of {', '.join(concept.name for concept in concepts)}"
     metadata = {
         "method": "mix_of_show",
@@ -272,12 +274,12 @@ def put_into_weights(pipe: Any, expert: Expert) -> int:
     """W0 + ΔW in place of the base weights, for those who want a checkpoint; returns how many layers
     changed.
     """
-    made = plan(pipe, {"fused": expert}, allow_large_rank=True)
-    for layer in made.layers.values():
+    patch_plan = plan(pipe, {"fused": expert}, allow_large_rank=True)
+    for layer in patch_plan.layers.values():
         weight: Tensor = layer.module.weight  # type: ignore[union-attr, assignment]
         delta = layer.factors["fused"].to(device=weight.device).delta(torch.float32)
         weight.copy_((weight.float() + delta.reshape(weight.shape)).to(weight.dtype))
-    return len(made.layers)
+    return len(patch_plan.layers)
 
 
 class _Run:
@@ -314,14 +316,14 @@ class _Run:
         text encoder.
         """
         concept = next(c for c in self.concepts if c.name == name)
-        found = []
+        places: list[Tensor] = []
         for b, prompt in enumerate(self.prompts[name]):
             wanted = {t: [self.tokens.ids[t]["text_encoder"][0]] for t in concept.embeddings}
-            places, _, end = read_positions(
+            own, _, end = read_positions(
                 self.pipe, self.ids[name]["text_encoder"][b, 0], "text_encoder", wanted, prompt
             )
-            found.append(torch.cat([places, torch.tensor([end])]))
-        return found
+            places.append(torch.cat([own, torch.tensor([end])]))
+        return places
 
     def text_encoders(self, parts: list[list[Site]]) -> dict[str, LowRank]:
         """Text encoder layers: all tokens of all variants up to the end token."""
@@ -361,8 +363,10 @@ class _Run:
         fused: dict[str, LowRank] = {}
         for number, site in enumerate(sites):
             sums = site.sums()
-            for name, found in states.items():
-                rows = [found.states[b, site.layer, places] for b, places in enumerate(self.places[name])]
+            for name, text_states in states.items():
+                rows = [
+                    text_states.states[b, site.layer, places] for b, places in enumerate(self.places[name])
+                ]
                 sums.add(name, site.factors.get(name), torch.cat(rows))
             fused |= self.solve([site], {site.path: sums}, quiet=True)
             self.tell("cross-attention, solved", number + 1, len(sites))
@@ -426,11 +430,11 @@ class _Run:
             own = sums[site.path]
             alphas = {c.name: c.alpha(site.path) for c in self.concepts if c.name in site.factors}
             begun = time.perf_counter()
-            made = fuse_layer(
+            fused = fuse_layer(
                 site.factors, own, alphas, cutoff=self.settings.cutoff, ridge=self.settings.ridge
             )
             seconds = time.perf_counter() - begun
-            factor = made.factor.to(device="cpu")
+            factor = fused.factor.to(device="cpu")
             rows, wanted = sum(own.rows.values()), sum(f.rank for f in site.factors.values())
             note = (
                 "no inputs: weight fusion"
@@ -446,11 +450,11 @@ class _Run:
                     dict(own.rows),
                     site.K,
                     factor.rank,
-                    made.base,
-                    made.by_weights,
-                    made.fused,
-                    made.directions,
-                    made.condition,
+                    fused.base,
+                    fused.by_weights,
+                    fused.fused,
+                    fused.directions,
+                    fused.condition,
                     seconds,
                     *self._by_lbfgs(site, own, alphas),
                     note,

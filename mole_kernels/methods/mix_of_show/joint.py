@@ -81,11 +81,11 @@ def regional_flux(
     if embeds is None:
         embeds = []
         for text in (prompt, *(region.prompt for region in regions)):
-            found, one, _ = pipe.encode_prompt(
+            states, own_pooled, _ = pipe.encode_prompt(
                 prompt=text, prompt_2=None, max_sequence_length=max_sequence_length
             )
-            embeds.append(found[0])
-            pooled = one if pooled is None else pooled
+            embeds.append(states[0])
+            pooled = own_pooled if pooled is None else pooled
     if len(embeds) != len(regions) + 1 or pooled is None:
         raise MoleShapeError(
             "regional_flux: embeds",

@@ -48,13 +48,13 @@ def token_ids(pipe: Any, prompts: Sequence[str], tokens: Tokens) -> dict[str, Te
     tokenizer's length.
     """
     variants = [variant for prompt in prompts for variant in tokens.expand(prompt)]
-    found = {}
+    ids_by_encoder = {}
     for component, (_, tokenizer) in text_encoders(pipe).items():
         ids = tokenizer(
             variants, padding="max_length", truncation=True, max_length=tokenizer.model_max_length
         )["input_ids"]
-        found[component] = torch.tensor(ids).unflatten(0, (len(prompts), tokens.layers))
-    return found
+        ids_by_encoder[component] = torch.tensor(ids).unflatten(0, (len(prompts), tokens.layers))
+    return ids_by_encoder
 
 
 def encode_ids(pipe: Any, ids: Mapping[str, Tensor]) -> TextStates:
@@ -65,11 +65,11 @@ def encode_ids(pipe: Any, ids: Mapping[str, Tensor]) -> TextStates:
         B, L, _ = ids[component].shape
         device = next(encoder.parameters()).device
         unique, place = ids[component].flatten(0, 1).unique(dim=0, return_inverse=True)
-        made, pools = [], []
+        hidden, pools = [], []
         for some in unique.to(device).split(CHUNK):
             out = encoder(some, output_hidden_states=len(parts) > 1)
             # SDXL's UNet was trained on the last layer but one of both
-            made.append(out.hidden_states[-2] if len(parts) > 1 else out.last_hidden_state)
+            hidden.append(out.hidden_states[-2] if len(parts) > 1 else out.last_hidden_state)
             if hasattr(encoder, "text_projection"):
                 # by the end token's place: configurations of old take the largest id for it, which an added
                 # token would be
@@ -80,7 +80,7 @@ def encode_ids(pipe: Any, ids: Mapping[str, Tensor]) -> TextStates:
                     )
                 )
         place = place.to(device)
-        states.append(torch.cat(made)[place].unflatten(0, (B, L)))
+        states.append(torch.cat(hidden)[place].unflatten(0, (B, L)))
         if pools:
             pooled = torch.cat(pools)[place].unflatten(0, (B, L)).mean(1)
     return TextStates(torch.cat(states, -1), pooled, ids)
@@ -131,12 +131,12 @@ def _own_part(
             got=list(states.shape),
         )
     # the very same part at every step, so that keys and values made of it can be kept
-    kept = last[0] if last else None
-    if kept is None or kept[0] is not states or states.requires_grad:
-        kept = (states, states[:, i * tokens : (i + 1) * tokens])
+    pair = last[0] if last else None
+    if pair is None or pair[0] is not states or states.requires_grad:
+        pair = (states, states[:, i * tokens : (i + 1) * tokens])
         # one assignment: another thread may draw with another text through the same layers
-        last[:] = [kept]
-    own = kept[1]
+        last[:] = [pair]
+    own = pair[1]
     return (
         (args[:1], kwargs | {"encoder_hidden_states": own})
         if len(args) < 3
@@ -150,18 +150,18 @@ def pipeline_arguments(
     """prompt_embeds and its relatives for `pipe(**…)` inside `layered`; the negative prompt is repeated for
     every layer.
     """
-    made = encode_prompts(pipe, prompts, tokens)
-    found: dict[str, Any] = {"prompt_embeds": made.flat}
-    if made.pooled is not None:
-        found["pooled_prompt_embeds"] = made.pooled
+    positive = encode_prompts(pipe, prompts, tokens)
+    arguments: dict[str, Any] = {"prompt_embeds": positive.flat}
+    if positive.pooled is not None:
+        arguments["pooled_prompt_embeds"] = positive.pooled
     if negative is not None:
         against = encode_prompts(
             pipe, [negative] * len(prompts) if isinstance(negative, str) else list(negative), tokens
         )
-        found["negative_prompt_embeds"] = against.flat
+        arguments["negative_prompt_embeds"] = against.flat
         if against.pooled is not None:
-            found["negative_pooled_prompt_embeds"] = against.pooled
-    return found
+            arguments["negative_pooled_prompt_embeds"] = against.pooled
+    return arguments
 
 
 @torch.no_grad()

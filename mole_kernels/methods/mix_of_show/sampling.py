@@ -130,14 +130,14 @@ class regional:
                 "this UNet already draws by regions: another `with regional(…)` is open on it",
                 hint="end it first; a second thread needs a pipeline of its own",
             )
-        made = dict(self._before)
+        processors = dict(self._before)
         # down, mid, up, as embeddings are counted; diffusers names up_blocks before mid_block
         parts = ("down_blocks", "mid_block", "up_blocks")
         names = sorted(
-            (name for name in made if ".attn2." in f".{name}"),
+            (name for name in processors if ".attn2." in f".{name}"),
             key=lambda name: parts.index(head) if (head := name.partition(".")[0]) in parts else len(parts),
         )
-        made |= {name: RegionalProcessor(self, place) for place, name in enumerate(names)}
+        processors |= {name: RegionalProcessor(self, place) for place, name in enumerate(names)}
         if not names:
             raise MoleStateError("regional", "the UNet has no cross-attention layers (attn2)")
         try:
@@ -146,7 +146,7 @@ class regional:
                 self._hooks.append(self.pipe.adapter.register_forward_hook(self._weigh))
             if self.experts is not None:
                 self._hooks += self.experts.hook(self)
-            unet.set_attn_processor(made)
+            unet.set_attn_processor(processors)
         # whatever stops it, the pipeline must draw as before
         except BaseException:
             self._restore()
@@ -255,17 +255,17 @@ class regional:
     @torch.no_grad()
     def _encode(self) -> tuple[Tensor, Tensor]:
         """(positive, negative), each [prompts, regions, L, C], by the pipeline's own encoders."""
-        made = []
+        halves = []
         for which in ("prompt", "negative"):
             texts = [getattr(region, which) for regions in self.by_prompt for region in regions]
-            found = self.pipe.encode_prompt(
+            states = self.pipe.encode_prompt(
                 prompt=texts,
                 device=self.pipe._execution_device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=False,
             )[0]
-            made.append(found.unflatten(0, (len(self.by_prompt), -1)))
-        return made[0], made[1]
+            halves.append(states.unflatten(0, (len(self.by_prompt), -1)))
+        return halves[0], halves[1]
 
     def _check_embeds(self) -> None:
         assert self.embeds is not None
@@ -286,8 +286,8 @@ def _by_prompt(regions: Sequence[Any]) -> list[list[Region]]:
         if isinstance(regions[0], Region)
         else [list(r) if isinstance(r, Sequence) else [] for r in regions]
     )
-    counts = {len(one) for one in nested}
-    if 0 in counts or any(not isinstance(r, Region) for one in nested for r in one):
+    counts = {len(own_regions) for own_regions in nested}
+    if 0 in counts or any(not isinstance(r, Region) for own_regions in nested for r in own_regions):
         raise MoleTypeError(
             "regional", expected="a list of regions, or one such list for each prompt", got="something else"
         )
@@ -338,8 +338,8 @@ class RegionalProcessor:
         k, v = self._keys_values(attn, encoder_hidden_states, B)
         table = self.state.table(B, T, q.device)
         self.state.note(q, k, table, attn.scale)
-        said = regional_attention(q, k, v, table, scale=attn.scale, backend=self.state.backend)
-        out = attn.to_out[1](attn.to_out[0](said.transpose(1, 2).flatten(2).to(residual.dtype)))
+        attended = regional_attention(q, k, v, table, scale=attn.scale, backend=self.state.backend)
+        out = attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2).to(residual.dtype)))
         if attn.residual_connection:
             out = out + residual
         return out / attn.rescale_output_factor
@@ -360,9 +360,9 @@ class RegionalProcessor:
             and not torch.is_grad_enabled()
         )
         # read once: another thread may replace it
-        kept = self._kept
-        if fixed and kept is not None and kept[0] == key:
-            return kept[1]
+        cached = self._kept
+        if fixed and cached is not None and cached[0] == key:
+            return cached[1]
         own = text[:, self.place] if text.dim() == 4 else text
         regions = self.state.texts(B, self.place).to(own)
         if regions.shape[2:] != own.shape[1:]:

@@ -38,14 +38,16 @@ class Tokens:
 
     def expand(self, prompt: str) -> list[str]:
         """L prompts, in the i-th of which every token is its name in layer i."""
-        made = []
+        variants = []
         for i in range(self.layers):
             text = prompt
             for token, names in self.names.items():
                 # the spaces keep two tokens apart that a prompt writes together
                 text = text.replace(token, f" {names[i]} ")
-            made.append(" ".join(text.split()) if any(token in prompt for token in self.names) else prompt)
-        return made
+            variants.append(
+                " ".join(text.split()) if any(token in prompt for token in self.names) else prompt
+            )
+        return variants
 
     def config(self, encoder: str = "text_encoder") -> dict[str, dict[str, list[Any]]]:
         """What the paper's tools keep beside a pipeline as new_concept_cfg.json."""
@@ -57,7 +59,7 @@ class Tokens:
 
 def text_encoders(pipe: Any) -> dict[str, tuple[Any, Any]]:
     """{component: (text encoder, its tokenizer)}: one in Stable Diffusion 1 and 2, two in SDXL."""
-    found = {}
+    encoders = {}
     for component in ENCODERS:
         encoder: Any = getattr(pipe, component, None)
         tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"), None)
@@ -70,32 +72,32 @@ def text_encoders(pipe: Any) -> dict[str, tuple[Any, Any]]:
                 raise MoleTypeError(
                     f"concepts: {component}", expected="a CLIP text model", got=type(encoder).__name__
                 )
-            found[component] = (encoder, tokenizer)
-    if not found:
+            encoders[component] = (encoder, tokenizer)
+    if not encoders:
         raise MoleTypeError(
             "concepts", expected="a pipeline with a text encoder and a tokenizer", got=type(pipe).__name__
         )
-    return found
+    return encoders
 
 
 def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
     """{path: attention to the text} in the order of their embeddings: down, mid, up; 16 in Stable Diffusion
     1.5, 70 in SDXL.
     """
-    found = {
+    layers = {
         path: module
         for path, module in unet.named_modules()
         if path.endswith(".attn2")
         and getattr(module, "is_cross_attention", False)
         and hasattr(module, "to_k")
     }
-    if not found:
+    if not layers:
         raise MoleTypeError(
             "concepts", expected="a UNet with cross-attention (attn2)", got=type(unet).__name__
         )
     # diffusers registers up_blocks before mid_block
     order = ("down_blocks", "mid_block", "up_blocks")
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0].partition(".")[0])))
+    return dict(sorted(layers.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 
 
 def add_concepts(pipe: Any, embeddings: Embeddings) -> Tokens:
@@ -108,8 +110,8 @@ def add_concepts(pipe: Any, embeddings: Embeddings) -> Tokens:
     layers = len(cross_attentions(pipe.unet))
     _check_names(embeddings, {component: tokenizer for component, (_, tokenizer) in parts.items()})
     _check_shapes(embeddings, parts, layers)
-    taken = {word for _, tokenizer in parts.values() for word in tokenizer.get_vocab()}
-    free = (f"<new{i}>" for i in itertools.count() if f"<new{i}>" not in taken)
+    vocabulary = {word for _, tokenizer in parts.values() for word in tokenizer.get_vocab()}
+    free = (f"<new{i}>" for i in itertools.count() if f"<new{i}>" not in vocabulary)
     names = {token: tuple(next(free) for _ in range(layers)) for token in embeddings}
     ids: dict[str, dict[str, tuple[int, ...]]] = {token: {} for token in embeddings}
     for component, (encoder, tokenizer) in parts.items():
@@ -161,17 +163,17 @@ def new_embeddings(
 
     tokens  token -> `<rand-σ>` or a class word
     """
-    layers, made = len(cross_attentions(pipe.unet)), dict[str, dict[str, Tensor]]()
+    layers, embeddings = len(cross_attentions(pipe.unet)), dict[str, dict[str, Tensor]]()
     for token, start in tokens.items():
-        made[token] = {}
+        embeddings[token] = {}
         for component, (encoder, _) in text_encoders(pipe).items():
             K = encoder.get_input_embeddings().weight.shape[1]
             if start.startswith("<rand-") and start.endswith(">"):
                 row = torch.randn(K, generator=generator) * _spread(start)
             else:
                 row = class_embedding(pipe, component, start)
-            made[token][component] = row.repeat(layers, 1)
-    return made
+            embeddings[token][component] = row.repeat(layers, 1)
+    return embeddings
 
 
 def portable(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
@@ -229,10 +231,10 @@ def check_apart(tokens: Sequence[str]) -> None:
 
 
 def _check_shapes(embeddings: Embeddings, parts: Mapping[str, tuple[Any, Any]], layers: int) -> None:
-    for token, found in embeddings.items():
+    for token, by_component in embeddings.items():
         for component, (encoder, _) in parts.items():
             K = encoder.get_input_embeddings().weight.shape[1]
-            got = found[component].shape if component in found else None
+            got = by_component[component].shape if component in by_component else None
             if got is None or tuple(got) != (layers, K):
                 raise MoleShapeError(
                     f"concepts: embedding of '{printable(token)}', {component}",

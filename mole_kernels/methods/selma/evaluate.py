@@ -80,34 +80,36 @@ def ask(tree: Tree, put: Callable[[Question], str]) -> Answers:
     """Puts a picture's questions, parents first; below one that is answered wrongly all count 0 and are not
     put.
     """
-    given: dict[str, str] = {}
+    answers: dict[str, str] = {}
     scores: dict[str, int] = {}
     for question in tree.questions:
         if any(scores[parent] == 0 for parent in question.parents):
             scores[question.id] = 0
             continue
-        given[question.id] = closest(put(question), question.choices)
-        scores[question.id] = int(given[question.id] == normal(question.answer))
-    return Answers(tree, given, scores)
+        answers[question.id] = closest(put(question), question.choices)
+        scores[question.id] = int(answers[question.id] == normal(question.answer))
+    return Answers(tree, answers, scores)
 
 
-def summarise(found: Sequence[Answers]) -> Summary:
+def summarise(answers: Sequence[Answers]) -> Summary:
     """Figures over the pictures of `found`."""
     marks: dict[str, list[int]] = {}
     unclear = 0
-    for one in found:
-        for question in one.tree.questions:
-            marks.setdefault(question.category, []).append(one.scores[question.id])
+    for picture in answers:
+        for question in picture.tree.questions:
+            marks.setdefault(question.category, []).append(picture.scores[question.id])
             choices = {normal(choice) for choice in question.choices}
-            unclear += bool(choices) and question.id in one.given and one.given[question.id] not in choices
+            unclear += (
+                bool(choices) and question.id in picture.given and picture.given[question.id] not in choices
+            )
     every = [mark for category in marks.values() for mark in category]
     return Summary(
-        score=fmean(one.score for one in found),
+        score=fmean(picture.score for picture in answers),
         accuracy=fmean(every),
         categories={name: fmean(values) for name, values in sorted(marks.items()) if name},
-        pictures=len(found),
+        pictures=len(answers),
         questions=len(every),
-        ruled_out=len(every) - sum(len(one.given) for one in found),
+        ruled_out=len(every) - sum(len(picture.given) for picture in answers),
         unclear=unclear,
     )
 
@@ -141,18 +143,18 @@ def score_pictures(
             f"{len(lost)} of {len(by_prompt)} prompts have no picture: {printable(lost)}",
             hint=hint,
         )
-    kept = _Kept(answers_file, answerer.name)
-    found: list[Answers] = []
+    answer_file = _AnswerFile(answers_file, answerer.name)
+    answers: list[Answers] = []
     try:
         for path, tree in pictures:
-            found.append(_ask_about(path, tree, answerer, kept))
-            if len(found) % KEEP_EVERY == 0:
-                kept.write()
+            answers.append(_ask_about(path, tree, answerer, answer_file))
+            if len(answers) % KEEP_EVERY == 0:
+                answer_file.write()
             if on_picture is not None:
-                on_picture(len(found), len(pictures))
+                on_picture(len(answers), len(pictures))
     finally:
-        kept.write()
-    return summarise(found), found
+        answer_file.write()
+    return summarise(answers), answers
 
 
 def normal(text: str) -> str:
@@ -171,15 +173,15 @@ def closest(answer: str, choices: Sequence[str]) -> str:
     return begun[0] if len(begun) == 1 else plain
 
 
-class _Kept:
+class _AnswerFile:
     """Answers by (picture, question), kept in a file."""
 
     def __init__(self, path: Path | None, name: str) -> None:
         self.path, self.name, self._new = path, name, 0
-        found = [] if path is None else read_lines(path)
+        saved = [] if path is None else read_lines(path)
         rows = [
             checked(row, Path(str(path)), n, file_name=str, question=str, answer=str)
-            for n, row in enumerate(found, 1)
+            for n, row in enumerate(saved, 1)
         ]
         self.rows = {(row["file_name"], row["question"]): row for row in rows if row.get("by") == name}
 
@@ -201,7 +203,7 @@ class _Kept:
             self._new = 0
 
 
-def _ask_about(path: Path, tree: Tree, answerer: Answerer, kept: _Kept) -> Answers:
+def _ask_about(path: Path, tree: Tree, answerer: Answerer, answer_file: _AnswerFile) -> Answers:
     opened: list[Any] = []
 
     def put(question: Question) -> str:
@@ -211,7 +213,7 @@ def _ask_about(path: Path, tree: Tree, answerer: Answerer, kept: _Kept) -> Answe
                 opened.append(decode(path))
             return answerer.answer(opened[0], question.text, question.choices)
 
-        return kept.get(path.name, question, look)
+        return answer_file.get(path.name, question, look)
 
     return ask(tree, put)
 

@@ -78,8 +78,8 @@ class TransformersText:
     def write(self, request: str, number: int, seed: int) -> str:
         text, templated = request, bool(getattr(self.tokenizer, "chat_template", None))
         if templated:
-            turns = [{"role": "user", "content": request}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            messages = [{"role": "user", "content": request}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         answer, cut = self._sample(text, seed, special_tokens=not templated)
         return without_last_line(answer) if cut else answer
 
@@ -88,10 +88,10 @@ class TransformersText:
         """The continuation of a text, and whether the limit cut it off; the process's own random state stays
         as it is.
         """
-        given = self.tokenizer(text, return_tensors="pt", add_special_tokens=special_tokens).to(
+        inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=special_tokens).to(
             self.model.device
         )
-        begin, pad = given["input_ids"].shape[1], self.tokenizer.pad_token_id
+        begin, pad = inputs["input_ids"].shape[1], self.tokenizer.pad_token_id
         options = {
             "do_sample": True,
             "temperature": self.temperature,
@@ -101,7 +101,7 @@ class TransformersText:
         with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             out = self.model.generate(
-                **given, **options, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad
+                **inputs, **options, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad
             )
         return self.tokenizer.decode(out[0, begin:], skip_special_tokens=True), len(
             out[0]

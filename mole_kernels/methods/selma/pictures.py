@@ -76,11 +76,11 @@ def make_pictures(
     if state.is_main_process:
         project.settle("pictures", skill, asdict(settings) | {"model": name_of(pipe)}, ("batch",))
     state.wait_for_everyone()
-    made = draw_prompts(pipe, prompts, project.pictures_folder(skill), settings, on_picture=on_picture)
+    count = draw_prompts(pipe, prompts, project.pictures_folder(skill), settings, on_picture=on_picture)
     if state.is_main_process:
         flagged = len(list(flagged_folder(project.pictures_folder(skill)).glob("*.png")))
         project.note("pictures", skill, {"pictures": len(prompts) - flagged, "flagged": flagged})
-    return made
+    return count
 
 
 def draw_prompts(
@@ -116,18 +116,18 @@ def draw_prompts(
     # one process looks and tells the others: each would see another folder once pictures are being made
     missing = [_missing(prompts, folder, settings.seed) if state.is_main_process else None]
     missing = broadcast_object_list(missing, from_process=0)[0]
-    made = 0
+    count = 0
     with state.split_between_processes(missing) as mine:
         for numbers in _chunks(mine, settings.batch):
             for number in _make(pipe, prompts, numbers, folder, settings):
-                made += 1
+                count += 1
                 if on_picture is not None:
                     on_picture(number)
     state.wait_for_everyone()
     if state.is_main_process:
         _write_metadata(prompts, folder, settings.seed)
     state.wait_for_everyone()
-    return made
+    return count
 
 
 def seed_of(seed: int, number: int) -> int:

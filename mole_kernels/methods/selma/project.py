@@ -91,13 +91,13 @@ class Project:
     def prompts(self, skill: str) -> list[str]:
         """The accepted prompts of a skill; none is a MoleStateError."""
         path = self.prompts_file(skill)
-        found = [
+        prompts = [
             checked(row, path, number, prompt=str)["prompt"] for number, row in enumerate(read_lines(path), 1)
         ]
-        if not found:
+        if not prompts:
             hint = "run the first stage: mole-kernels selma prompts"
             raise MoleStateError(f"{self.root}: skill {skill}", "has no prompts", hint=hint)
-        return found
+        return prompts
 
     def pictures_folder(self, skill: str) -> Path:
         return self.root / skill / "pictures"

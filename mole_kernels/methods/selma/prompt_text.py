@@ -76,10 +76,10 @@ def _items(lines: list[str], start: int) -> Iterator[str]:
         pattern = _NUMBER
     item: list[str] = []
     for line in lines:
-        if found := pattern.match(line):
+        if match := pattern.match(line):
             if item:
                 yield " ".join(item)
-            item = [found.group(found.re.groups)]
+            item = [match.group(match.re.groups)]
         elif not line.strip():
             if item:
                 yield " ".join(item)
@@ -96,7 +96,7 @@ def _continues(lines: list[str], start: int) -> bool:
     """
     if _NUMBER.match(lines[0]) or _BULLET.match(lines[0]) or lines[0].rstrip().endswith(":"):
         return False
-    following = next((found for line in lines[1:] if (found := _NUMBER.match(line))), None)
+    following = next((match for line in lines[1:] if (match := _NUMBER.match(line))), None)
     return following is not None and int(following.group(1)) == start + 1
 
 
@@ -106,8 +106,8 @@ def _json_items(answer: str) -> Iterator[str]:
     if not 0 <= begin < end:
         return
     try:
-        found = json.loads(answer[begin : end + 1])
+        items = json.loads(answer[begin : end + 1])
     except (ValueError, RecursionError):
         return
-    if isinstance(found, list) and found and all(isinstance(item, str) for item in found):
-        yield from found
+    if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
+        yield from items

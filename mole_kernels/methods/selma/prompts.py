@@ -141,9 +141,9 @@ def _ask(
         last = attempt == settings.attempts - 1
         seed = counted_generator(settings.seed, "prompts", skill.name, number, attempt).initial_seed() % 2**31
         try:
-            found = parse_prompts(generator.write(request, own, seed), start=len(shown) + 1)
-            if found:
-                return {"by": generator.name, "shown": shown, "found": found, "attempts": attempt + 1}
+            prompts = parse_prompts(generator.write(request, own, seed), start=len(shown) + 1)
+            if prompts:
+                return {"by": generator.name, "shown": shown, "found": prompts, "attempts": attempt + 1}
             raise UnusableAnswer(generator.name, "the answer holds no list of prompts")
         except UnusableAnswer as error:
             if last:

@@ -69,7 +69,7 @@ class Tree:
             raise MoleValueError(
                 where, "some depend on one another in a ring", got=printable(error.args[1])
             ) from None
-        object.__setattr__(self, "questions", tuple(by_id[one] for one in order))
+        object.__setattr__(self, "questions", tuple(by_id[question_id] for question_id in order))
 
 
 def load_dsg(path: str | Path) -> list[Tree]:
@@ -160,7 +160,7 @@ def _is_tifa(row: Any) -> bool:
 
 
 def _trees(path: str | Path, items: Iterable[tuple[str, list[Question]]]) -> list[Tree]:
-    made = [Tree(prompt, tuple(questions)) for prompt, questions in items]
-    if not made:
+    trees = [Tree(prompt, tuple(questions)) for prompt, questions in items]
+    if not trees:
         raise MoleFileError(printable(path, 300), expected="at least one question", got="none")
-    return made
+    return trees

@@ -180,18 +180,18 @@ def size_multiple(pipe: Any) -> int:
 def attention_targets(pipe: Any) -> dict[str, nn.Module]:
     """{path: layer} of to_q, to_k, to_v and to_out.0 of every attention of the UNet."""
     unet = getattr(pipe, "unet", pipe)
-    found = {
+    layers = {
         path: layer
         for path, layer in mole_targets(unet).items()
         if path.endswith(tuple(f".{name}" for name in ATTENTION))
     }
-    if not found:
+    if not layers:
         raise MoleValueError(
             "selma: targets",
             expected=f"layers called {', '.join(ATTENTION)}",
             got=f"none in {type(unet).__name__}",
         )
-    return found
+    return layers
 
 
 class MirroredFolder(PictureFolder):

@@ -63,15 +63,15 @@ class TransformersVQA:
 
     @torch.no_grad()
     def answer(self, image: Image, question: str, choices: Sequence[str]) -> str:
-        given = self.processor(
+        inputs = self.processor(
             images=image, text=question, return_tensors="pt", truncation=True, max_length=self._length
         )
-        given = given.to(self.model.device)
+        inputs = inputs.to(self.model.device)
         if self._writes:
             return self.processor.decode(
-                self.model.generate(**given, max_new_tokens=16)[0], skip_special_tokens=True
+                self.model.generate(**inputs, max_new_tokens=16)[0], skip_special_tokens=True
             )
-        logits = self.model(**given).logits[0].float()
+        logits = self.model(**inputs).logits[0].float()
         known = [choice for choice in choices if normal(choice) in self._labels]
         # an open question, or choices none of which the model knows: its own best answer
         names = (
