@@ -76,6 +76,11 @@ class Checkpoint:
                     f"resume: {name}", expected=f"{saved} as in the checkpoint", got=here, hint=hint
                 )
 
+    def check_kinds(self) -> None:
+        """MoleStateError where an entry is not what a run writes, before anything is taken over."""
+        with self.understood():
+            _check_kinds(self)
+
     @contextmanager
     def understood(self) -> Iterator[None]:
         """Turn what optimiser, batches and generators raise for a state that is not theirs into MoleStateError."""
@@ -161,7 +166,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             raise ValueError(f"format {about['format']!r}, expected {FORMAT!r}")
         state = torch.load(folder / "optimiser.pt", map_location="cpu", weights_only=True)
         ema = load_file(folder / "ema.safetensors") if about["ema"] else None
-        checkpoint = Checkpoint(
+        return Checkpoint(
             step=about["step"],
             weights=load_file(folder / "weights.safetensors"),
             config=about["config"],
@@ -173,8 +178,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             data=state["data"],
             scaler=state["scaler"],
         )
-        _check_kinds(checkpoint)
-        return checkpoint
     except (MoleFileError, *_BROKEN) as error:
         raise MoleFileError(
             str(folder), f"this checkpoint cannot be read ({type(error).__name__}: {error})"
@@ -182,7 +185,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _check_kinds(c: Checkpoint) -> None:
-    """TypeError or ValueError where an entry is not of its kind, so that a resume need not look again."""
+    """TypeError or ValueError where an entry is not of its kind."""
     for name in ("config", "identity", "optimiser", "data", "scaler"):
         _check_kind(name, getattr(c, name), dict)
     for key, kind in (("position", int), ("processes", int), ("checksums", dict)):

@@ -270,6 +270,7 @@ class _Run:
 
     def restore(self, c: Checkpoint) -> None:
         """Takes over a checkpoint, after all of it has been found to fit."""
+        c.check_kinds()
         for name, before, here in self.config.differences(c.config):
             raise MoleStateError(
                 f"resume: config.{name}", expected=f"{before!r} as when the run began", got=repr(here)

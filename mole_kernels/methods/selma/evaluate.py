@@ -40,13 +40,13 @@ class Answerer(Protocol):
 class Answers:
     """What came of one picture's questions, by question id.
 
-    given    the answers, in normal form; a question that its parents rule out is not put
+    answers  the answers, in normal form; a question that its parents rule out is not put
     scores   1 where the answer is right, 0 where it is wrong or where a parent, or a parent's parent, was
              answered wrongly
     """
 
     tree: Tree
-    given: dict[str, str]
+    answers: dict[str, str]
     scores: dict[str, int]
 
     @property
@@ -100,7 +100,9 @@ def summarise(answers: Sequence[Answers]) -> Summary:
             marks.setdefault(question.category, []).append(picture.scores[question.id])
             choices = {normal(choice) for choice in question.choices}
             unclear += (
-                bool(choices) and question.id in picture.given and picture.given[question.id] not in choices
+                bool(choices)
+                and question.id in picture.answers
+                and picture.answers[question.id] not in choices
             )
     every = [mark for category in marks.values() for mark in category]
     return Summary(
@@ -109,7 +111,7 @@ def summarise(answers: Sequence[Answers]) -> Summary:
         categories={name: fmean(values) for name, values in sorted(marks.items()) if name},
         pictures=len(answers),
         questions=len(every),
-        ruled_out=len(every) - sum(len(picture.given) for picture in answers),
+        ruled_out=len(every) - sum(len(picture.answers) for picture in answers),
         unclear=unclear,
     )
 
