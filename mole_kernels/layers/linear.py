@@ -217,13 +217,12 @@ def _layer_experts(experts: LayerExperts | Experts) -> LayerExperts:
             "from_linear",
             expected="experts without an assignment",
             got=f"one of {list(experts.assignment.shape)}",
-            hint="gated_lora_linear takes an assignment at each call; mole_kernels.serve keeps one for a model",
+            hint="gated_lora_linear takes one at each call; mole_kernels.serve keeps one for a model",
         )
     down, up, scale, ranks, _ = experts
     names = tuple(str(e) for e in range(len(ranks)))
-    return LayerExperts(
-        down.detach().clone(), up.detach().clone(), scale.detach().clone(), names, tuple(ranks)
-    )
+    down, up, scale = (t.detach().clone() for t in (down, up, scale))
+    return LayerExperts(down, up, scale, names, tuple(ranks))
 
 
 def _asked_by_accelerate() -> bool:

@@ -91,6 +91,7 @@ def apply(
     for path, layer in made.layers.items():
         if reason := reject(layer.module):
             raise MoleStateError(f"patch, layer {path}", f"it has changed since it was planned: {reason}")
+    served = packed is not None
     # a model patched under inference_mode must still be trainable afterwards
     with torch.inference_mode(False), torch.no_grad():
         if packed is None:
@@ -121,7 +122,9 @@ def apply(
         handle = Handle(patched, made, places, parts, turns)
         handle.set_scales(scales or {})
         regroup(regrouped)
-        keep(handle, parts)
+        # a served model is taken off by what serves it
+        if not served:
+            keep(handle, parts)
         return handle
     # Ctrl-C and running out of memory must not leave half a patch either
     except BaseException:

@@ -51,7 +51,7 @@ def test_anything_else_is_refused_and_changes_nothing(experts, error):
     with pytest.raises(error):
         mk.GatedLoRALinear.from_linear(linear, experts)
     assert linear.weight.requires_grad and type(linear) is nn.Linear
-    with pytest.raises(MoleTypeError, match="nn.Linear"):
+    with pytest.raises(MoleTypeError, match=r"nn\.Linear"):
         mk.GatedLoRALinear.from_linear(nn.Conv2d(6, 5, 1), operands())
 
 
@@ -71,7 +71,7 @@ def test_a_mistyped_word_for_gates_is_no_path(word, meant, tmp_path, monkeypatch
     from tests.tiny_models import Mlp, make_expert
 
     model = Mlp()
-    with pytest.raises(MoleValueError, match="expected one of 'mole', 'local'.*, or a file") as caught:
+    with pytest.raises(MoleValueError, match=r"expected one of 'mole', 'local'.*, or a file") as caught:
         mk.patch(model, {"a": make_expert(model)}, word)
     assert (f"did you mean '{meant}" in str(caught.value)) if meant else ("mean" not in str(caught.value))
     assert type(model.first) is nn.Linear
@@ -89,5 +89,5 @@ def test_doors():
         mk.gates.MoLEGate is mole_kernels.gates.gate.MoLEGate and mk.io.load_expert.__name__ == "load_expert"
     )
     assert all(getattr(mk.gates, name) is not None for name in mk.gates.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'MoleGate'"):
+    with pytest.raises(AttributeError, match=r"no attribute 'MoleGate'"):
         _ = mk.gates.MoleGate

@@ -60,6 +60,13 @@ def test_a_patched_model_is_freed_with_its_handle():
     assert gone() is None
 
 
+def test_a_served_model_shows_no_handle_of_its_own():
+    model = Mlp()
+    served = mk.serve(model, {"a": make_expert(model)})
+    assert mk.handles(model) == ()
+    served.remove()
+
+
 def test_a_patch_that_fails_leaves_no_handle(monkeypatch):
     from mole_kernels.patching import apply as apply_module
 
