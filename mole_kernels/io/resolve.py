@@ -160,14 +160,6 @@ def pipeline_of_file(layers: list[LayerKeys], entries: Mapping[str, Any], where:
     return getattr(importlib.import_module("diffusers"), name)
 
 
-def is_foreign(layers: list[LayerKeys], entries: Mapping[str, Any]) -> bool:
-    """Whether these are names of a known model that only a converter brings into diffusers' names."""
-    candidates = families(_widths(layers, entries))
-    if _own_layers_of_file(layers, candidates) is not None:
-        return False
-    return bool(candidates) and not set(candidates) & UNETS
-
-
 def _target(
     layers: list[LayerKeys], entries: Mapping[str, Any], pipeline: Pipeline, where: str
 ) -> NameTarget:

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from mole_kernels.errors import MoleError, MoleKeyError
 from mole_kernels.experts.lowrank import canonical_path
 from mole_kernels.io import load_expert, save_expert
-from mole_kernels.io.dialects.own import OwnLayers, classes_with_layers, denoisers, own_layers_of_classes
+from mole_kernels.io.dialects.own import (
+    OwnLayers,
+    classes_with_layers,
+    denoisers,
+    own_layers_of_classes,
+    own_layers_of_model,
+)
 from mole_kernels.io.stream import open_experts
 from mole_kernels.modules.scan import scan, sizes
 from mole_kernels.patching.plan import plan
@@ -303,3 +309,14 @@ def test_saved_again_it_is_the_same(tmp_path: Path):
     again = load_expert(tmp_path / "again.safetensors")
     assert set(again.layers) == {f"transformer.{path}" for path in factors}
     assert {layer.scale for layer in again.layers.values()} == {1.5}
+
+
+def test_containers_do_not_make_a_flat_name_ambiguous():
+    """Only layers count: a block `a.b` beside a layer `a_b` is no second meaning; two layers are."""
+    layer = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Sequential(nn.ReLU())}), "a_b": layer})
+    assert own_layers_of_model(model).find("a_b") == "a_b"
+    # the flat name is also a dotted name here, which wins; behind one more block it is not
+    two = nn.ModuleDict({"c": nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(2, 2)}), "a_b": layer})})
+    with pytest.raises(MoleKeyError, match="stands for"):
+        own_layers_of_model(two).find("c_a_b")

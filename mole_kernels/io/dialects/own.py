@@ -107,7 +107,8 @@ def own_layers_of_model(*models: nn.Module) -> OwnLayers:
     paths: dict[str, None] = {}
     for model in models:
         for path, module in model.named_modules():
-            if path and not isinstance(module, nn.ModuleList | nn.Sequential):
+            # containers are no layers, and their flat names may be those of one
+            if path and (not module._modules or "weight" in module._parameters):
                 paths[".".join(part for part in path.split(".") if part not in _WRAPPERS)] = None
     return OwnLayers(paths)
 
