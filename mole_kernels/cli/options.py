@@ -34,6 +34,10 @@ Merging = Literal[
 Args = TypeVar("Args")
 
 WHAT, DATA, RUN, TUNE = "What", "Data", "Run", "Settings"
+BASE = (
+    "The base: a folder in diffusers' layout, a name on the hub, or demo; sd15 or sdxl too where no weights "
+    "are read."
+)
 
 
 def option(help: str, *names: str, panel: str | None = None, **more: Any) -> Any:
@@ -55,10 +59,12 @@ OptionalOut = Annotated[
     Path | None, option("File or folder to write; replaced only once the new one is whole.", panel=WHAT)
 ]
 Model = Annotated[
-    str, option("The base: a folder in diffusers' layout, a name on the hub, or demo.", panel=WHAT)
+    str,
+    option(BASE, panel=WHAT),
 ]
 OptionalModel = Annotated[
-    str | None, option("The base: a folder in diffusers' layout, a name on the hub, or demo.", panel=WHAT)
+    str | None,
+    option(BASE, panel=WHAT),
 ]
 PipelineName = Annotated[
     str,
