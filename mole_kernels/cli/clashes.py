@@ -55,7 +55,8 @@ def _of_peft_in_transformers(version_of: Version, least: str | None) -> list[str
     if least is None or peft is None or _numbers(peft) >= _numbers(least):
         return []
     return [
-        f"transformers {transformers} takes LoRAs in text encoders only with peft >= {least}, and {peft} is installed. "
+        f"transformers {transformers} takes LoRAs in text encoders only with peft >= {least}, "
+        f"and {peft} is installed. "
         f'Hint: pip install "peft>={least}", or, where that is not out yet, an older transformers: '
         'pip install "mole-kernels[diffusers]" names a set that works'
     ]
@@ -66,7 +67,7 @@ def _of_metadata(version_of: Version) -> list[str]:
         from packaging.requirements import InvalidRequirement, Requirement
     except ImportError:
         return []
-    found = []
+    unmet = []
     for package in LOOKED_AT:
         for text in _requirements(package):
             try:
@@ -77,11 +78,12 @@ def _of_metadata(version_of: Version) -> list[str]:
                 continue
             version = version_of(requirement.name)
             if version is not None and not requirement.specifier.contains(version, prereleases=True):
-                found.append(
-                    f"{package} {version_of(package)} asks for {requirement.name}{requirement.specifier}, and {version} is "
-                    f'installed. Hint: pip install "{requirement.name}{requirement.specifier}"'
+                unmet.append(
+                    f"{package} {version_of(package)} asks for {requirement.name}{requirement.specifier}, "
+                    f"and {version} is installed. "
+                    f'Hint: pip install "{requirement.name}{requirement.specifier}"'
                 )
-    return found
+    return unmet
 
 
 def _requirements(package: str) -> Iterable[str]:

@@ -89,16 +89,19 @@ def show(report: Report, every: bool) -> None:
                 ),
                 (
                     "error",
-                    f"{number(total['relative_error_frobenius'])} of the expert's norm, all layers together (measured)",
+                    f"{number(total['relative_error_frobenius'])} of the expert's norm, all layers together "
+                    "(measured)",
                 ),
                 (
                     "worst error",
-                    f"{number(total['worst_relative_error_spectral'])} of a layer's largest output (measured)",
+                    f"{number(total['worst_relative_error_spectral'])} of a layer's largest output "
+                    "(measured)",
                 ),
                 (
                     "predicted",
-                    f"{number(total['predicted_us_before'])} → {number(total['predicted_us_after'])} µs, one call of each layer with "
-                    f"{report.predicted.tokens} tokens on {report.predicted.device} (×{total['predicted_speedup']:.2f}; a model, not measured)",
+                    f"{number(total['predicted_us_before'])} → {number(total['predicted_us_after'])} µs, "
+                    f"one call of each layer with {report.predicted.tokens} tokens on "
+                    f"{report.predicted.device} (×{total['predicted_speedup']:.2f}; a model, not measured)",
                 ),
             ]
         )

@@ -189,7 +189,8 @@ def _extension(findings: dict[str, Any]) -> Text:
         else f"no CUDA ({findings.get('no_cuda') or 'built without nvcc'})"
     )
     return Text(
-        f"{findings['library']}, {findings['instruction_set']}, built with torch {findings['built_with_torch']}, {cuda}"
+        f"{findings['library']}, {findings['instruction_set']}, "
+        f"built with torch {findings['built_with_torch']}, {cuda}"
     )
 
 

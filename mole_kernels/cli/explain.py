@@ -120,7 +120,8 @@ def show(problem: Problem, use: Use, name: str, file: Path | None, as_json: bool
         return
     console = out()
     gates, dtype = tables.gate_kind(problem, use), "tf32" if use.tf32 else str(problem.dtype)[6:]
-    size = f"x [{problem.B},{problem.T},{problem.K}] → {problem.N}, ranks {','.join(map(str, problem.ranks))}, S={problem.S}"
+    ranks = ",".join(map(str, problem.ranks))
+    size = f"x [{problem.B},{problem.T},{problem.K}] → {problem.N}, ranks {ranks}, S={problem.S}"
     size += " by assignment" if problem.assigned else ""
     if problem.top_k:
         gates = gates.replace("token", problem.token_kind)

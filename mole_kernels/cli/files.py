@@ -196,7 +196,7 @@ def merge_command(asked: MergeArgs) -> None:
 
 @takes(CompressArgs)
 def compress_command(asked: CompressArgs) -> None:
-    """An expert of smaller rank by one of --rank, --energy and --max-error; without --out only the figures."""
+    """An expert of smaller rank by --rank, --energy or --max-error; without --out only the figures."""
     from mole_kernels.cli.compress import run
 
     run(asked)

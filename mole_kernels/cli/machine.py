@@ -62,7 +62,7 @@ class DemoArgs:
 
 @takes(DoctorArgs)
 def doctor_command(asked: DoctorArgs) -> None:
-    """Versions, the compiled extension, and every backend checked against float64; exit code 1 if one is wrong."""
+    """Versions, the extension, every backend checked against float64; exit code 1 if one is wrong."""
     from mole_kernels.cli.doctor import show
 
     if not show(asked.json):

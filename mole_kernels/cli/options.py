@@ -1,7 +1,7 @@
 """The options of all commands: one name, one type, one meaning.
 
-A command takes one frozen dataclass whose fields are its arguments and options (`takes`), so what typer parsed keeps
-its type to the end.
+A command takes one frozen dataclass whose fields are its arguments and options (`takes`), so what typer
+parsed keeps its type to the end.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ def scale_of_text(text: str | None) -> Scale | None:
     """The scale that `Handle.set_scales` takes.
 
     Args:
-        text: "0.8", "unet=1.0,text_encoder=0.5", or JSON with blocks inside components; None: no scale is set.
+        text: "0.8", "unet=1.0,text_encoder=0.5", or JSON with blocks inside components; None: no scale is
+            set.
 
     Raises:
         MoleValueError: The text is none of these.

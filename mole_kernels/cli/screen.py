@@ -45,7 +45,7 @@ def done(path: str, what: str) -> None:
 
 @contextmanager
 def layer_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """What hears of (layers done, layers in all, path): a live bar on a terminal, nothing elsewhere; on stderr."""
+    """What hears of (layers done, layers in all, path): a bar on a terminal, nothing elsewhere; on stderr."""
     console = Console(stderr=True, highlight=False, markup=False)
     columns = (
         TextColumn(title),

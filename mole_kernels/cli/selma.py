@@ -39,7 +39,7 @@ from mole_kernels.cli.options import (
 from mole_kernels.cli.train import Preset, train
 
 selma = typer.Typer(
-    help="SELMA: prompts by skill, pictures by the model itself, an expert per skill (`train selma`), all merged.",
+    help="SELMA: prompts by skill, pictures by the model, an expert per skill (`train selma`), all merged.",
     no_args_is_help=True,
     cls=MoleGroup,
 )

@@ -1,4 +1,4 @@
-"""`mole-kernels train`: what can be trained, and its options. Torch is imported by the commands that need it."""
+"""`mole-kernels train`: what can be trained, and its options. Torch is imported by the commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ train = typer.Typer(
     help="Train experts and gates on a folder of captioned pictures.", no_args_is_help=True, cls=MoleGroup
 )
 mole = typer.Typer(
-    help="MoLE's three stages: the UNet (optional), an expert for each set of close-ups, then the gates alone.",
+    help="MoLE's three stages: the UNet (optional), an expert for each set of close-ups, the gates alone.",
     no_args_is_help=True,
     cls=MoleGroup,
 )

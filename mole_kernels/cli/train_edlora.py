@@ -1,4 +1,4 @@
-"""What `mole-kernels train edlora` does: a concept's tokens and expert, from pictures to a file for `fuse`."""
+"""What `mole-kernels train edlora` does: from pictures to a concept's tokens and expert, for `fuse`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `mole-kernels train mole` does: settings, data, base, training, file; everything is checked before training."""
+"""What `mole-kernels train mole` does; everything is checked before training."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def pipeline_with_unet(name: str, dtype: torch.dtype) -> Any:
 
 
 def dtype_of(name: DtypeName | None, config: TrainConfig) -> torch.dtype:
-    """The dtype of the frozen base: float32 on a CPU, else that of mixed precision, where none is asked for."""
+    """The dtype of the frozen base; where none is asked for, float32 on a CPU, else mixed precision's."""
     if name is not None:
         return getattr(torch, name)
     mixed = _DTYPES.get(config.mixed_precision or "", torch.float32)

@@ -93,10 +93,8 @@ def collect(
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring", total=len(calls))
         for call in calls:
-            bar.update(
-                task,
-                description=f"{call.model} {call.problem.M}×{call.problem.K}×{call.problem.N} R={call.problem.R}",
-            )
+            p = call.problem
+            bar.update(task, description=f"{call.model} {p.M}×{p.K}×{p.N} R={p.R}")
             names = [name for name in _candidates() if refusal(name, call.problem, call.use) is None]
             us, without = measure(call, names)
             failed += [

@@ -200,10 +200,9 @@ def _scaled(plan: MergePlan, scale: float | Mapping[str, float] | None) -> Itera
         MoleValueError: A component that the result does not have, or no finite number.
     """
     components = {split_component(path)[0] or "transformer" for path in plan.where}
-    given = (
-        scale if isinstance(scale, Mapping) else dict.fromkeys(components, 1.0 if scale is None else scale)
-    )
-    for name, number in given.items():
+    everywhere = dict.fromkeys(components, 1.0 if scale is None or isinstance(scale, Mapping) else scale)
+    scales = scale if isinstance(scale, Mapping) else everywhere
+    for name, number in scales.items():
         if name not in components:
             raise MoleValueError(
                 "merge, scale",
@@ -217,7 +216,7 @@ def _scaled(plan: MergePlan, scale: float | Mapping[str, float] | None) -> Itera
 
     def layers() -> Iterator[tuple[str, LowRank]]:
         for path, layer in plan.layers():
-            factor = given.get(split_component(path)[0] or "transformer", 1.0)
+            factor = scales.get(split_component(path)[0] or "transformer", 1.0)
             yield path, layer if factor == 1 else replace(layer, scale=layer.scale * factor)
 
     return layers()
@@ -337,9 +336,9 @@ def _pick(experts: Mapping[str, Expert], name: str | None, source: PathLike) -> 
     return experts[name]
 
 
-def _free(name: str, taken: Mapping[str, Expert]) -> str:
+def _free(name: str, names: Mapping[str, Expert]) -> str:
     """The name, numbered where another file has it already."""
     free, i = name, 2
-    while free in taken:
+    while free in names:
         free, i = f"{name[:120]}-{i}", i + 1
     return free

@@ -146,9 +146,9 @@ class LayerWriter:
             f"{name}.alpha": torch.tensor(common, dtype=torch.float32),
         }
 
-    def metadata(self, kept: Mapping[str, str]) -> dict[str, str]:
-        """The metadata of the layers so far, with what is kept of the source's."""
-        rest = {key: value for key, value in kept.items() if not adapter_config.is_strength_key(key)}
+    def metadata(self, source: Mapping[str, str]) -> dict[str, str]:
+        """The metadata of the layers so far, with what stays of the source's."""
+        rest = {key: value for key, value in source.items() if not adapter_config.is_strength_key(key)}
         settings = (
             adapter_config.adapter_metadata(Expert(self._written)) if self.dialect == "diffusers" else {}
         )
