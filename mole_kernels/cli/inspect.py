@@ -15,9 +15,9 @@ from rich.console import Group
 from rich.text import Text
 
 from mole_kernels.cli.files import InspectArgs
-from mole_kernels.cli.pipelines import pipeline_of_name
+from mole_kernels.cli.pipelines import named_expert, pipeline_of_name
 from mole_kernels.cli.screen import facts, number, out, table
-from mole_kernels.errors import MoleError, MoleKeyError, MoleWarning, printable
+from mole_kernels.errors import MoleError, MoleWarning, printable
 from mole_kernels.experts.format import PREFIX, experts_from_tensors
 from mole_kernels.experts.lowrank import Expert, LowRank, split_component
 from mole_kernels.files.header import printable_metadata
@@ -25,7 +25,7 @@ from mole_kernels.files.reader import SafetensorsFile, read_header
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.convert import kind_of
 from mole_kernels.io.dialects.families import families_of, titles
-from mole_kernels.io.experts import expert_from_tensors, load_expert
+from mole_kernels.io.experts import expert_from_tensors
 from mole_kernels.io.gates import GateFile, gates_from_tensors, load_gates
 from mole_kernels.io.resolve import Pipeline
 from mole_kernels.io.source import adapter_name, find_adapter
@@ -99,7 +99,7 @@ def _load(path: Path, kind: str, pipeline: Pipeline) -> tuple[dict[str, Expert],
         bank, gates = load_bank(path)
         return bank.experts, gates
     if not large:
-        return {name: _named(path, pipeline)}, None
+        return {name: named_expert(path, pipeline)}, None
     source = os.fsdecode(path)
     with SafetensorsFile(weights) as file:
         entries, metadata = file.header.entries, file.header.metadata
@@ -118,16 +118,6 @@ def _load(path: Path, kind: str, pipeline: Pipeline) -> tuple[dict[str, Expert],
         of_bank, rest = experts_from_tensors(tensors, metadata, source)
         return of_bank, gates_from_tensors(rest, metadata, source)
     return {name: expert_from_tensors(tensors, metadata, source)}, None
-
-
-def _named(path: Path, pipeline: Pipeline) -> Expert:
-    """The expert under the model's names, or under the file's own where its keys do not tell the model."""
-    try:
-        return load_expert(path, pipeline=pipeline)
-    except MoleKeyError:
-        if pipeline != "auto":
-            raise
-        return load_expert(path)
 
 
 def _summary(

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
-from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
+from mole_kernels.errors import MoleFileError, MoleKeyError, MoleStateError, MoleValueError, printable
+from mole_kernels.experts.lowrank import Expert
 from mole_kernels.files.text import read_json_file
+from mole_kernels.io.experts import load_expert
+from mole_kernels.io.resolve import Pipeline
 
 
 def pipeline_of_name(name: str) -> Any:
@@ -45,6 +48,16 @@ def pipeline_of_name(name: str) -> Any:
             hint="FluxPipeline, StableDiffusion3Pipeline, QwenImagePipeline, WanPipeline, ZImagePipeline …",
         )
     return pipeline
+
+
+def named_expert(path: Path, pipeline: Pipeline) -> Expert:
+    """The expert under the model's names, or under the file's own where "auto" cannot tell the model by its keys."""
+    try:
+        return load_expert(path, pipeline=pipeline)
+    except MoleKeyError:
+        if not isinstance(pipeline, str):
+            raise
+        return load_expert(path)
 
 
 def read_pipeline(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mole_kernels.cli.files import ReportArgs
-from mole_kernels.cli.pipelines import read_pipeline
+from mole_kernels.cli.pipelines import named_expert, read_pipeline
 from mole_kernels.cli.place import ready_file
 from mole_kernels.cli.scales import scale_of_text
 from mole_kernels.cli.screen import done
@@ -19,7 +19,6 @@ from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.files.writer import atomic_write
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.convert import kind_of
-from mole_kernels.io.experts import load_expert
 from mole_kernels.io.gates import GateFile, load_gates
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.block_scales import Scale
@@ -30,14 +29,15 @@ from mole_kernels.reports.report import report_page
 def run(asked: ReportArgs) -> None:
     """Read everything first, run the model if there is one, then write the page whole."""
     scale = scale_of_text(asked.scale)
-    bank, own = _read(asked.files)
-    gates = load_gates(asked.gates) if asked.gates else own
     if asked.model is None and (asked.gates is not None or scale is not None):
         raise MoleStateError("report", "gates and scales show in a run alone", hint="add --model FOLDER")
     ready_file(asked.out)
+    pipe = None if asked.model is None else read_pipeline(asked.model, command="report")
+    bank, own = _read(asked.files, pipe)
+    gates = load_gates(asked.gates) if asked.gates else own
     recorder = picture = None
-    if asked.model is not None:
-        recorder, picture = _draw(bank, gates, scale, asked)
+    if pipe is not None:
+        recorder, picture = _draw(pipe, bank, gates, scale, asked)
     text = report_page(bank, recorder, picture, title=", ".join(bank.names)[:120])
 
     def write(file: BinaryIO) -> None:
@@ -47,7 +47,7 @@ def run(asked: ReportArgs) -> None:
     done(str(asked.out), f"{len(text) / 1e6:.1f} MB")
 
 
-def _read(files: Sequence[Path]) -> tuple[ExpertBank, GateFile | None]:
+def _read(files: Sequence[Path], pipe: Any) -> tuple[ExpertBank, GateFile | None]:
     if len(files) == 1 and kind_of(files[0]) == "bank":
         return load_bank(files[0])
     names = [file.stem for file in files]
@@ -55,14 +55,13 @@ def _read(files: Sequence[Path]) -> tuple[ExpertBank, GateFile | None]:
         raise MoleValueError(
             "report", expected="files of different names, which name the experts", got=", ".join(names)
         )
-    return ExpertBank({name: load_expert(file, pipeline="auto") for name, file in zip(names, files)}), None
+    pipeline = "auto" if pipe is None else pipe
+    return ExpertBank({name: named_expert(file, pipeline) for name, file in zip(names, files)}), None
 
 
 def _draw(
-    bank: ExpertBank, gates: GateFile | None, scale: Scale | None, asked: ReportArgs
+    pipe: Any, bank: ExpertBank, gates: GateFile | None, scale: Scale | None, asked: ReportArgs
 ) -> tuple[Recorder, Tensor]:
-    assert asked.model is not None
-    pipe = read_pipeline(asked.model, command="report")
     with patch(pipe, bank, gates) as handle:
         if scale is not None:
             handle.set_scales(dict.fromkeys(bank.names, scale))

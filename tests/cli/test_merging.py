@@ -13,6 +13,7 @@ import torch
 
 from mole_kernels.cli import app
 from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.files.writer import atomic_save
 from mole_kernels.io import load_expert, save_expert
 
 PATHS = [f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_{x}" for x in "qkv"]
@@ -160,3 +161,31 @@ def test_76_ctrl_c(cli, files, tmp_path, monkeypatch):
     code, _, err = cli("merge", *files, "--out", tmp_path / "out.safetensors")
     assert code not in (0, 2) and "Traceback" not in err
     assert sorted(os.listdir(tmp_path)) == ["one.safetensors", "two.safetensors"]
+
+
+def test_two_dialects_of_one_model_and_scales_by_component(cli, tmp_path):
+    """The pipeline is named as in Python; told from the keys where they tell it."""
+    down, up = torch.randn(2, 8), torch.randn(24, 2)
+    comfy = {
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": down,
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight": up,
+    }
+    own = {"text_encoder.text_model.encoder.layers.0.mlp.fc1": LowRank(torch.ones(1, 4), torch.ones(4, 1))}
+    own["transformer.transformer_blocks.0.attn.to_q"] = LowRank(torch.ones(1, 8), torch.ones(8, 1))
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    atomic_save(comfy, files[0])
+    save_expert(Expert(own), files[1])
+    out = tmp_path / "m.safetensors"
+    asked = ("merge", *files, "--out", out, "--weights", "1,1", "--scale", "text_encoder=0.5")
+    code, _, err = cli(*asked)
+    assert code == 2 and "--pipeline FluxPipeline" in err and not out.exists()
+    assert cli(*asked, "--pipeline", "FluxPipeline")[0] == 0
+    merged = load_expert(out).layers
+    query = merged["transformer.transformer_blocks.0.attn.to_q"].delta()
+    torch.testing.assert_close(query, up[:8] @ down + torch.ones(8, 8))
+    assert torch.equal(
+        merged["text_encoder.text_model.encoder.layers.0.mlp.fc1"].delta(), torch.full((4, 4), 0.5)
+    )
+    # commands that only look take the names as they are where the keys do not tell
+    assert cli("inspect", files[0])[0] == 0
+    assert cli("report", files[0], "--out", tmp_path / "r.html")[0] == 0
