@@ -26,11 +26,9 @@ from mole_kernels.methods.difflora.autoencoder import AutoencoderConfig, LoRAAut
 from mole_kernels.methods.difflora.dataset import (
     HasFace,
     IdentityTraining,
-    LoRADataset,
     MinimumSize,
     PictureFilter,
     identity_folders,
-    pack_shards,
     pictures_of,
     train_identities,
 )
@@ -43,6 +41,7 @@ from mole_kernels.methods.difflora.features import (
 )
 from mole_kernels.methods.difflora.generate import Sampling, generate_experts
 from mole_kernels.methods.difflora.predictor import Predictor
+from mole_kernels.methods.difflora.shards import LoRADataset, pack_shards
 from mole_kernels.methods.difflora.store import (
     load_autoencoder,
     load_predictor,

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mole_kernels.methods.difflora.dataset import IdentityTraining, MinimumSize, pack_shards, train_identities
+from mole_kernels.methods.difflora.dataset import IdentityTraining, MinimumSize, train_identities
+from mole_kernels.methods.difflora.shards import pack_shards
 from mole_kernels.training.config import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent))

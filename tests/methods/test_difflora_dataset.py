@@ -17,16 +17,15 @@ from mole_kernels.errors import MoleFileError, MoleKeyError, MoleStateError, Mol
 from mole_kernels.io import load_expert, save_expert
 from mole_kernels.methods.difflora.dataset import (
     HasFace,
-    LoRADataset,
     MinimumSize,
     find_targets,
     identity_folders,
     keep_pictures,
-    pack_shards,
     pictures_of,
     train_identities,
 )
 from mole_kernels.methods.difflora.manifest import tensors_of
+from mole_kernels.methods.difflora.shards import LoRADataset, pack_shards
 from mole_kernels.training.processes import as_only_process, processes
 
 HERE = Path(__file__).parent

@@ -29,7 +29,7 @@ from mole_kernels.io.bank import load_bank
 from mole_kernels.io.experts import load_expert
 from mole_kernels.io.merge import merge_files
 from mole_kernels.methods.difflora import dataset
-from mole_kernels.methods.difflora.dataset import LoRADataset, pack_shards
+from mole_kernels.methods.difflora.shards import LoRADataset, pack_shards
 from mole_kernels.methods.mix_of_show import folder as fusions
 from mole_kernels.methods.selma.merging import save_merged, skill_bank
 from mole_kernels.methods.selma.project import Project

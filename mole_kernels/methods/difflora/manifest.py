@@ -205,9 +205,6 @@ class Manifest:
                 hint="the model was trained for another base",
             )
 
-    # -- keep
-    # -----------------------------------------------------------------------------------------------------------------------
-
     def to_json(self) -> str:
         return json.dumps(
             {

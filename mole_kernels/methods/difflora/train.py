@@ -15,9 +15,9 @@ from typing_extensions import Unpack
 
 from mole_kernels.errors import MoleShapeError, MoleStateError, MoleValueError
 from mole_kernels.methods.difflora.autoencoder import LoRAAutoencoder, weight_preserved_loss
-from mole_kernels.methods.difflora.dataset import LoRADataset
 from mole_kernels.methods.difflora.diffusion import noise_schedule, x0_loss
 from mole_kernels.methods.difflora.predictor import KINDS, Predictor
+from mole_kernels.methods.difflora.shards import LoRADataset
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.data import counted_generator
 from mole_kernels.training.loop import RunOptions, TrainResult, fit

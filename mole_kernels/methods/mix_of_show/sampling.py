@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mole_kernels.attention.regional import regional_attention
-from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
+from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.gates.block import BlockGate
 from mole_kernels.gates.softmax import GivenGate
-from mole_kernels.layers.linear import Gated
 from mole_kernels.methods.mix_of_show.adapters import Weights, weigh
+from mole_kernels.methods.mix_of_show.region_weights import RegionWeights
 from mole_kernels.methods.mix_of_show.regions import Region, check_box, shares, token_grid
 from mole_kernels.patching.handle import Handle
 
@@ -95,7 +95,7 @@ class regional:
         self.by_prompt = _by_prompt(regions)
         shares(self.by_prompt[0], 1, 1, overlap=overlap)
         self.size = (height, width) if height and width else None
-        self.experts = None if handle is None else _ExpertWeights(handle, self.by_prompt, elsewhere)
+        self.experts = None if handle is None else RegionWeights(handle, self.by_prompt, elsewhere)
         if adapter is not None and not isinstance(getattr(pipe, "adapter", None), nn.Module):
             raise MoleTypeError(
                 "regional: adapter", expected="a pipeline with a T2I-Adapter", got=type(pipe).__name__
@@ -108,9 +108,6 @@ class regional:
         self._tables: dict[tuple[object, ...], Tensor] = {}
         self._before: dict[str, Any] = {}
         self._hooks: list[Any] = []
-
-    # -- open and close
-    # -------------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> regional:
         if self.embeds is None:
@@ -200,9 +197,6 @@ class regional:
         total, count = self._read.get(grid, (torch.zeros_like(seen), 0))
         self._read[grid] = (total + seen, count + 1)
 
-    # -- what the layers ask
-    # --------------------------------------------------------------------------------------------------------
-
     def table(self, B: int, T: int, device: torch.device) -> Tensor:
         """Shares [B,1+S,T] of a layer with T tokens, for the B samples the UNet sees."""
         key = (B, T, device)
@@ -248,9 +242,6 @@ class regional:
         if self.size is None or (self.size != size and self.size[0] * size[1] != self.size[1] * size[0]):
             self.size = size
             self._tables.clear()
-
-    # -- texts
-    # ----------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _encode(self) -> tuple[Tensor, Tensor]:
@@ -402,73 +393,3 @@ def _depends_on_text_alone(module: nn.Module) -> bool:
     is not.
     """
     return not any(isinstance(part, GivenGate | BlockGate) for part in module.modules())
-
-
-class _ExpertWeights:
-    """How much of each expert every place gets: the mean of its regions' weights, by their shares."""
-
-    def __init__(
-        self, handle: Handle, by_prompt: Sequence[Sequence[Region]], elsewhere: Mapping[str, float] | None
-    ) -> None:
-        self.names, self.layers = (
-            handle.names,
-            {
-                p: m
-                for p, m in handle.layers.items()
-                if isinstance(m, Gated) and isinstance(m.gate, GivenGate)
-            },
-        )
-        if not self.layers:
-            raise MoleStateError(
-                "regional",
-                "the patch has no region gates",
-                hint="mk.patch(pipe, experts, gates=region_gates)",
-            )
-        outside = self._row(elsewhere)
-        self.rows = torch.stack(
-            [
-                torch.stack([outside, *(self._row(region.experts) for region in regions)])
-                for regions in by_prompt
-            ]
-        )
-
-    def _row(self, experts: Mapping[str, float] | None) -> Tensor:
-        for name in experts or {}:
-            if name not in self.names:
-                raise MoleKeyError(
-                    "regional", expected=f"experts among {', '.join(self.names)}", got=repr(name)
-                )
-        return torch.tensor(
-            [1.0 if experts is None else float(experts.get(name, 0.0)) for name in self.names]
-        )
-
-    def hook(self, state: regional) -> list[Any]:
-        """Before a layer that sees the picture runs, its gate becomes [B,T,E] = Σ_s shares_s · weight_s."""
-
-        def fill(module: Any, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            B, T = x.shape[0], x.shape[-1] * x.shape[-2] if isinstance(module, nn.Conv2d) else x.shape[1]
-            weights = self.rows[[p for p, _ in state.samples(B)]].to(x.device)
-            module.gate.set(
-                torch.einsum("bst,bse->bte", state.table(B, T, x.device), weights)[..., self._columns(module)]
-            )
-
-        seen = [m for path, m in self.layers.items() if not path.endswith(("attn2.to_k", "attn2.to_v"))]
-        return [module.register_forward_pre_hook(fill) for module in seen]
-
-    def for_texts(self, modules: Sequence[Any], samples: Sequence[tuple[int, bool]], S: int) -> None:
-        """K and V of a region are made with that region's experts: one row of gates for each text
-        [B·S,1,E].
-        """
-        for module in modules:
-            if isinstance(module, Gated) and isinstance(module.gate, GivenGate):
-                rows = self.rows[[p for p, _ in samples]][:, :S].flatten(0, 1)[:, None]
-                module.gate.set(rows[..., self._columns(module)].to(module.experts.scale.device))
-
-    def clear(self) -> None:
-        for module in self.layers.values():
-            gate: Any = module.gate
-            gate.set(torch.ones(1, 1, gate.num_experts, device=gate.given.device))
-
-    def _columns(self, module: Any) -> list[int]:
-        return [self.names.index(name) for name in module.experts.names]

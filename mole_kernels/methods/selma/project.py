@@ -112,9 +112,6 @@ class Project:
     def merged_file(self) -> Path:
         return self.root / "merged.safetensors"
 
-    # -- what the stages were told
-    # --------------------------------------------------------------------------------------------------
-
     def settle(self, stage: str, skill: str, settings: Mapping[str, Any], free: Iterable[str] = ()) -> None:
         """Notes a stage's settings the first time; later ones that differ, but for those in `free`, are a
         MoleStateError.

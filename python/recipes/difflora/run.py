@@ -39,17 +39,11 @@ from mole_kernels.demo.run import quiet
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.io import load_expert
 from mole_kernels.methods.difflora.autoencoder import AutoencoderConfig, LoRAAutoencoder
-from mole_kernels.methods.difflora.dataset import (
-    IdentityTraining,
-    LoRADataset,
-    MinimumSize,
-    pack_shards,
-    pictures_of,
-    train_identities,
-)
+from mole_kernels.methods.difflora.dataset import IdentityTraining, MinimumSize, pictures_of, train_identities
 from mole_kernels.methods.difflora.features import SmallImages
 from mole_kernels.methods.difflora.generate import Sampling, generate_experts
 from mole_kernels.methods.difflora.predictor import Predictor
+from mole_kernels.methods.difflora.shards import LoRADataset, pack_shards
 from mole_kernels.methods.difflora.store import load_predictor, save_predictor
 from mole_kernels.methods.difflora.train import train_autoencoder, train_predictor
 from mole_kernels.patching.apply import patch
