@@ -26,27 +26,40 @@ def make_demo_page(metrics: Mapping, grid: str, maps: str) -> str:
 
 
 LEAD = (
-    "A tiny Stable Diffusion pipeline draws rows of handwritten digits from a caption, and is poor at the digits. "
-    "One low-rank expert was trained on close-ups of 0–4, one on close-ups of 5–9. Learned gates mix them, token by token."
+    "A tiny Stable Diffusion pipeline draws rows of handwritten digits from a caption, and is poor at "
+    "the digits. "
+    "One low-rank expert was trained on close-ups of 0–4, one on close-ups of 5–9. Learned gates mix "
+    "them, token by token."
 )
 GRID_TEXT = (
-    "Columns differ only in what is added to the frozen base. Below each slot stands what a separately trained classifier reads there: "
+    "Columns differ only in what is added to the frozen base. Below each slot stands what a separately "
+    "trained classifier reads there: "
     "green where it agrees with the caption, - for a blank slot."
 )
-READ_TEXT = "Share of slots in which the classifier reads what the caption asks for. Mean ± standard deviation over seeds."
+READ_TEXT = (
+    "Share of slots in which the classifier reads what the caption asks for. Mean ± standard "
+    "deviation over seeds."
+)
 MAP_TEXT = (
-    "The token gates of every layer whose tokens are places of the picture, averaged over layers (none is picked), for a generated picture "
-    "noised to step 300. The table gives the area under the ROC curve on held-out scenes, for tokens on an expert's own cards against "
+    "The token gates of every layer whose tokens are places of the picture, averaged over layers (none "
+    "is picked), for a generated picture "
+    "noised to step 300. The table gives the area under the ROC curve on held-out scenes, for tokens "
+    "on an expert's own cards against "
     "all others, and against the other expert's cards; 0.5 is chance."
 )
 LOSS_TEXT = (
-    "Mean squared error of the predicted noise on scenes of held-out scans, the same noise for every variant, as change against the base "
-    "in percent (less is better; mean ± standard deviation over seeds). The best constant was picked on these very scenes, which favours "
-    "it. The learned constant is one trained number per layer and expert: the fair control for gates that see the input."
+    "Mean squared error of the predicted noise on scenes of held-out scans, the same noise for every "
+    "variant, as change against the base "
+    "in percent (less is better; mean ± standard deviation over seeds). The best constant was picked "
+    "on these very scenes, which favours "
+    "it. The learned constant is one trained number per layer and expert: the fair control for gates "
+    "that see the input."
 )
 TIME_TEXT = (
-    "One UNet call for {pictures} pictures with guidance, one thread, {rounds} interleaved rounds; each time is divided by the base's in "
-    "the same round. The base takes {base_ms:.1f} ms. Layers this small are mostly overhead: see the benchmarks for real ones. "
+    "One UNet call for {pictures} pictures with guidance, one thread, {rounds} interleaved rounds; "
+    "each time is divided by the base's in "
+    "the same round. The base takes {base_ms:.1f} ms. Layers this small are mostly overhead: see the "
+    "benchmarks for real ones. "
     "PEFT adds the experts without gates, the others with both gates."
 )
 

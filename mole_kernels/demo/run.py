@@ -78,7 +78,8 @@ def run_demo(
 
     jobs = [tasks.Job(s, folder, plan, Path(assets), pictures=i == 0, **sizes) for i, s in enumerate(wanted)]
     tell(
-        f"{'shipped experts and gates' if quick else 'training experts and gates'}, seeds {', '.join(map(str, wanted))}"
+        f"{'shipped experts and gates' if quick else 'training experts and gates'}, seeds "
+        f"{', '.join(map(str, wanted))}"
     )
     with _pool(workers) as pool:
         tables = _quick(pool, jobs, tell) if quick else _full(pool, jobs, tell)

@@ -41,12 +41,14 @@ def train_expert(
 ) -> Expert:
     """Train one LoRA: y = W x + (alpha/rank)·B A x on every target layer, A and B alone.
 
-    Factors are trained and returned in float32; the model is bit for bit as before at the end. Fresh weights are
+    Factors are trained and returned in float32; the model is bit for bit as before at the end. Fresh
+    weights are
     those of `ExpertBank.new` by `init`, drawn from `config.seed` and `name`.
 
     Args:
         pipe_or_unet: A diffusers pipeline with a UNet, or the UNet itself; then `scheduler` is needed.
-        batches: Dicts of latents [B,4,h,w], encoder_hidden_states [B,T,K] and what else `DenoisingLoss` takes;
+        batches: Dicts of latents [B,4,h,w], encoder_hidden_states [B,T,K] and what else `DenoisingLoss`
+            takes;
             see `BatchStream` for what may yield them.
         name: Name of the expert in its file and in the checkpoints.
         rank: Rank R of A [R,K] and B [N,R].
@@ -66,7 +68,8 @@ def train_expert(
         MoleValueError: No layer to adapt.
         MoleStateError: What `fit` raises.
 
-    Source: stage 2 of MoLE (Zhu et al., NeurIPS 2024, section 3.3; JiePKU/MoLE), and LoRA (Hu et al., ICLR 2022).
+    Source: stage 2 of MoLE (Zhu et al., NeurIPS 2024, section 3.3; JiePKU/MoLE), and LoRA (Hu et al., ICLR
+    2022).
     """
     unet, scheduler = unet_and_scheduler(pipe_or_unet, scheduler, "train_expert")
     loss_fn = DenoisingLoss(scheduler, null, config.cond_dropout, config.snr_gamma)

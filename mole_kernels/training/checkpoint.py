@@ -71,7 +71,10 @@ class Checkpoint:
         for name in [*self.weights, *parameters]:
             saved, here = (_describe(tensors.get(name)) for tensors in (self.weights, parameters))
             if saved != here:
-                hint = "resume with the experts, ranks, gates and model the run began with, or begin another run_dir"
+                hint = (
+                    "resume with the experts, ranks, gates and model the run began with, or begin "
+                    "another run_dir"
+                )
                 raise MoleStateError(
                     f"resume: {name}", expected=f"{saved} as in the checkpoint", got=here, hint=hint
                 )
@@ -83,7 +86,9 @@ class Checkpoint:
 
     @contextmanager
     def understood(self) -> Iterator[None]:
-        """Turn what optimiser, batches and generators raise for a state that is not theirs into MoleStateError."""
+        """Turn what optimiser, batches and generators raise for a state that is not theirs into
+        MoleStateError.
+        """
         try:
             yield
         except MoleError:

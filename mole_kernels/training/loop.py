@@ -232,9 +232,11 @@ class _Run:
         for name, dtype in self._dtypes.items():
             if self.named[name].dtype != dtype:
                 self._stop(
-                    f"{name} was cast to {self.named[name].dtype} in the middle of training, which rounds it; "
+                    f"{name} was cast to {self.named[name].dtype} in the middle of training, which "
+                    "rounds it; "
                     f"it began as {dtype}",
-                    "train first and cast a copy afterwards; for speed, mixed_precision keeps float32 tensors",
+                    "train first and cast a copy afterwards; for speed, mixed_precision keeps float32 "
+                    "tensors",
                 )
 
     def _stop(self, problem: str, advice: str = "try a lower lr, more warmup, or look at that batch") -> None:

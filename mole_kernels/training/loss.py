@@ -133,7 +133,8 @@ class DenoisingLoss:
         if self.cond_dropout > 0 and not self._null:
             raise MoleValueError(
                 "DenoisingLoss: cond_dropout",
-                f"conditions are to be dropped with probability {self.cond_dropout}, but nothing is given to put in their place",
+                f"conditions are to be dropped with probability {self.cond_dropout}, but nothing is "
+                "given to put in their place",
                 hint="pass null=, the text encoder's output for the empty caption, or cond_dropout=0",
             )
 
@@ -191,7 +192,8 @@ def _scheduler_parts(scheduler: Any) -> tuple[str, Tensor]:
             "denoising_loss: scheduler",
             expected="a diffusers scheduler with alphas_cumprod",
             got=type(scheduler).__name__,
-            hint="flow-matching schedulers are not covered; DDPMScheduler.from_config(pipe.scheduler.config) is",
+            hint="flow-matching schedulers are not covered; "
+            "DDPMScheduler.from_config(pipe.scheduler.config) is",
         )
     kind = getattr(scheduler.config, "prediction_type", "epsilon")
     if kind not in TARGETS:

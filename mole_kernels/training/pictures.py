@@ -157,10 +157,16 @@ class PictureFolder:
                 )
             warnings.warn(f"{where}: {len(named)} entries left out: {text}", MoleWarning, stacklevel=3)
         if not self.pictures:
-            hint = f"pictures end in {', '.join(SUFFIXES)}; captions stand in metadata.jsonl or in a .txt beside each"
+            hint = (
+                f"pictures end in {', '.join(SUFFIXES)}; captions stand in metadata.jsonl or in a "
+                ".txt beside each"
+            )
             raise MoleFileError(where, "holds no picture with a caption", hint=hint)
         if len(self.pictures) > 1 and len({p.caption for p in self.pictures}) == 1:
-            text = f"{where}: all {len(self.pictures)} pictures have one and the same caption, so nothing can be told apart by it"
+            text = (
+                f"{where}: all {len(self.pictures)} pictures have one and the same caption, so "
+                "nothing can be told apart by it"
+            )
             warnings.warn(text, MoleWarning, stacklevel=3)
 
 

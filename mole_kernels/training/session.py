@@ -72,7 +72,9 @@ def _tracked(accelerator: Accelerator, config: TrainConfig, trackers: Sequence[s
 
 
 class _Runs:
-    """The runs of this process that are under way, in any thread, and whether they made accelerate's state."""
+    """The runs of this process that are under way, in any thread, and whether they made accelerate's
+    state.
+    """
 
     lock = threading.Lock()
     count = 0
@@ -163,7 +165,10 @@ def named_parameters(model: nn.Module, parameters: Parameters) -> dict[str, Para
                 "fit: parameters", expected="parameters of the model", got=own_name or type(p).__name__
             )
         if p.dtype not in (torch.float32, torch.float64):
-            hint = "steps of a usual size vanish in 16 bits: train float32 tensors, with mixed_precision for speed"
+            hint = (
+                "steps of a usual size vanish in 16 bits: train float32 tensors, with "
+                "mixed_precision for speed"
+            )
             raise MoleTypeError(
                 f"fit: {own_name or names[id(p)]}", expected="float32 or float64", got=p.dtype, hint=hint
             )

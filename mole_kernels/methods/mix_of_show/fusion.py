@@ -69,8 +69,10 @@ class FusionPlan:
         count = sum(map(len, self.text)), len(self.cross), sum(map(len, self.unet))
         runs = len(self.unet) * self.concepts
         return (
-            f"{count[0]} layers of text encoders, {count[1]} of cross-attention's K and V, {count[2]} others; "
-            f"{len(self.unet)} x {self.concepts} = {runs} sampling runs; sums of up to {self.bytes / 1e6:.1f} MB"
+            f"{count[0]} layers of text encoders, {count[1]} of cross-attention's K and V, {count[2]} "
+            "others; "
+            f"{len(self.unet)} x {self.concepts} = {runs} sampling runs; sums of up to "
+            f"{self.bytes / 1e6:.1f} MB"
         )
 
 

@@ -16,7 +16,9 @@ from mole_kernels.patching.handle import Handle
 
 
 class SampleLayout(Protocol):
-    """What a region's weights ask of the open `regional`: whose sample each row is, and the shares of its places."""
+    """What a region's weights ask of the open `regional`: whose sample each row is, and the shares of
+    its places.
+    """
 
     def samples(self, B: int) -> list[tuple[int, bool]]: ...
 

@@ -38,7 +38,8 @@ def train_unet(
     """Stage 1: train the whole UNet further, in place; VAE and text encoders are not touched.
 
     Args:
-        pipe_or_unet: As for `train_expert`; the UNet is in float32 (mixed precision is the config's) and holds
+        pipe_or_unet: As for `train_expert`; the UNet is in float32 (mixed precision is the config's) and
+            holds
             no experts.
         batches: As for `train_expert`.
         config: Steps, learning rate, seed and the like.
@@ -111,7 +112,9 @@ def train_gates(
 
 
 def _describe_experts(handle: Handle) -> str:
-    """Names, ranks, scales and a checksum of the experts' bits: gates trained on other experts are other gates."""
+    """Names, ranks, scales and a checksum of the experts' bits: gates trained on other experts are
+    other gates.
+    """
     checksum, ranks = 0, dict[str, int]()
     for layer in gated_layers(handle):
         for p in (layer.experts.down, layer.experts.up):

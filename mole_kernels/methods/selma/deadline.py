@@ -1,6 +1,7 @@
 """A deadline for a whole HTTP exchange: requests has time-outs for a single read only.
 
-A server that sends a byte now and then never exceeds the time-out of a read. So a timer shuts the connection's
+A server that sends a byte now and then never exceeds the time-out of a read. So a timer shuts the
+connection's
 socket down when the time is over, whatever is being waited for: TLS handshake, headers or body.
 """
 

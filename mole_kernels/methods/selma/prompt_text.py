@@ -26,8 +26,10 @@ def request_text(skill: Skill, shown: Sequence[str], more: int) -> str:
     first, last = len(shown) + 1, len(shown) + more
     examples = "\n".join(f"{i}. {text}" for i, text in enumerate(shown, 1))
     return (
-        f"These are prompts for a text-to-image model, all of one kind{about}. Write {more} new prompts of the same kind, each about "
-        f"something else, as a numbered list from {first} to {last}, one prompt to a line and nothing besides.\n\n{examples}\n"
+        f"These are prompts for a text-to-image model, all of one kind{about}. Write {more} new "
+        "prompts of the same kind, each about "
+        f"something else, as a numbered list from {first} to {last}, one prompt to a line and nothing "
+        f"besides.\n\n{examples}\n"
     )
 
 

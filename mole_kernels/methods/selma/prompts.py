@@ -101,7 +101,10 @@ def write_prompts(
             on_request(len(accepted), len(requests))
         barren = 0 if row["accepted"] else barren + 1
         if barren >= settings.patience and len(accepted) < settings.count:
-            what = f"{barren} requests in a row brought nothing new; {len(accepted)} of {settings.count} prompts are there"
+            what = (
+                f"{barren} requests in a row brought nothing new; {len(accepted)} of "
+                f"{settings.count} prompts are there"
+            )
             hint = "they are kept: go on with a better writer, or ask for fewer"
             raise MoleStateError(f"prompts of {skill.name}", what, hint=hint)
     _finish(project, skill, requests, accepted)

@@ -58,9 +58,12 @@ SKILLS: Mapping[str, Skill] = {
         Skill(
             "localized_narratives",
             (
-                "In the front there is a wooden table with a blue jug and two glasses on it, and behind it a window with white curtains.",
-                "A boy in a green shirt rides a scooter along a path, on the left there are trees and at the back some parked cars.",
-                "We see a plate with rice and vegetables, beside it a fork lies on a folded napkin and a hand holds a cup.",
+                "In the front there is a wooden table with a blue jug and two glasses on it, and "
+                "behind it a window with white curtains.",
+                "A boy in a green shirt rides a scooter along a path, on the left there are trees and "
+                "at the back some parked cars.",
+                "We see a plate with rice and vegetables, beside it a fork lies on a folded napkin and "
+                "a hand holds a cup.",
             ),
             "long descriptions that say what is where in the picture",
         ),

@@ -208,7 +208,9 @@ class MirroredFolder(PictureFolder):
 
 
 def _digest_of(path: Path) -> str | None:
-    """A hash of metadata.jsonl, which holds every caption and its picture's name; None where there is none."""
+    """A hash of metadata.jsonl, which holds every caption and its picture's name; None where there is
+    none.
+    """
     return hashlib.blake2b(read_text(path).encode(), digest_size=12).hexdigest() if path.exists() else None
 
 
