@@ -31,8 +31,8 @@ _HOME = {
     "MoleError": "mole_kernels.errors",
 }
 
-# rooms whose names users need: mk.gates.MoLEGate, mk.io.load_expert
-_DOORS = ("gates", "io")
+# rooms whose names users need: mk.gates.MoLEGate, mk.io.load_expert, mk.training.TrainConfig
+_DOORS = ("gates", "io", "methods", "training")
 
 __all__ = [*_HOME, *_DOORS, "__version__"]
 

@@ -1,1 +1,105 @@
-"""What is each paper's own, on top of the one operator."""
+"""The papers: training of experts and gates, fusion of concepts, regions, predicted LoRAs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mole_kernels.methods.difflora.generate import Sampling, generate_experts
+    from mole_kernels.methods.difflora.store import load_predictor
+    from mole_kernels.methods.lora import train_expert
+    from mole_kernels.methods.mix_of_show.concept import (
+        Concept,
+        load_concept,
+        load_fusion_config,
+        save_concept,
+    )
+    from mole_kernels.methods.mix_of_show.data import concept_batches
+    from mole_kernels.methods.mix_of_show.edlora import EDLoRATraining, paper_training, train_edlora
+    from mole_kernels.methods.mix_of_show.folder import load_fused, save_fused
+    from mole_kernels.methods.mix_of_show.fusion import fuse_pipeline
+    from mole_kernels.methods.mix_of_show.fusion_records import FusionSettings
+    from mole_kernels.methods.mix_of_show.joint import regional_flux
+    from mole_kernels.methods.mix_of_show.prompts import sample_concepts
+    from mole_kernels.methods.mix_of_show.regions import Region, parse_regions, read_regions
+    from mole_kernels.methods.mix_of_show.sampling import region_gates, regional
+    from mole_kernels.methods.mix_of_show.tokens import concept_tokens
+    from mole_kernels.methods.mole.sampling import sample_pictures
+    from mole_kernels.methods.mole.stages import train_gates, train_unet
+    from mole_kernels.methods.selma.merging import merge_skills
+
+# fetched when first used: importing a door needs neither accelerate nor diffusers
+_HOME = {
+    "train_expert": "mole_kernels.methods.lora",
+    "train_unet": "mole_kernels.methods.mole.stages",
+    "train_gates": "mole_kernels.methods.mole.stages",
+    "sample_pictures": "mole_kernels.methods.mole.sampling",
+    "Region": "mole_kernels.methods.mix_of_show.regions",
+    "read_regions": "mole_kernels.methods.mix_of_show.regions",
+    "parse_regions": "mole_kernels.methods.mix_of_show.regions",
+    "regional": "mole_kernels.methods.mix_of_show.sampling",
+    "region_gates": "mole_kernels.methods.mix_of_show.sampling",
+    "regional_flux": "mole_kernels.methods.mix_of_show.joint",
+    "EDLoRATraining": "mole_kernels.methods.mix_of_show.edlora",
+    "paper_training": "mole_kernels.methods.mix_of_show.edlora",
+    "train_edlora": "mole_kernels.methods.mix_of_show.edlora",
+    "concept_batches": "mole_kernels.methods.mix_of_show.data",
+    "Concept": "mole_kernels.methods.mix_of_show.concept",
+    "load_concept": "mole_kernels.methods.mix_of_show.concept",
+    "save_concept": "mole_kernels.methods.mix_of_show.concept",
+    "load_fusion_config": "mole_kernels.methods.mix_of_show.concept",
+    "concept_tokens": "mole_kernels.methods.mix_of_show.tokens",
+    "sample_concepts": "mole_kernels.methods.mix_of_show.prompts",
+    "FusionSettings": "mole_kernels.methods.mix_of_show.fusion_records",
+    "fuse_pipeline": "mole_kernels.methods.mix_of_show.fusion",
+    "save_fused": "mole_kernels.methods.mix_of_show.folder",
+    "load_fused": "mole_kernels.methods.mix_of_show.folder",
+    "merge_skills": "mole_kernels.methods.selma.merging",
+    "Sampling": "mole_kernels.methods.difflora.generate",
+    "generate_experts": "mole_kernels.methods.difflora.generate",
+    "load_predictor": "mole_kernels.methods.difflora.store",
+}
+
+__all__ = [
+    "Concept",
+    "EDLoRATraining",
+    "FusionSettings",
+    "Region",
+    "Sampling",
+    "concept_batches",
+    "concept_tokens",
+    "fuse_pipeline",
+    "generate_experts",
+    "load_concept",
+    "load_fused",
+    "load_fusion_config",
+    "load_predictor",
+    "merge_skills",
+    "paper_training",
+    "parse_regions",
+    "read_regions",
+    "region_gates",
+    "regional",
+    "regional_flux",
+    "sample_concepts",
+    "sample_pictures",
+    "save_concept",
+    "save_fused",
+    "train_edlora",
+    "train_expert",
+    "train_gates",
+    "train_unet",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,1 +1,51 @@
-"""Training: the denoising loss, one loop on accelerate, checkpoints that a kill does not break."""
+"""Training: picture folders, batches, the denoising loss, and one loop with checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mole_kernels.training.cached import PictureBatches, picture_batches
+    from mole_kernels.training.config import TrainConfig
+    from mole_kernels.training.data import TensorBatches
+    from mole_kernels.training.loop import TrainResult, fit
+    from mole_kernels.training.loss import DenoisingLoss, denoising_loss
+    from mole_kernels.training.pictures import PictureFolder
+
+# fetched when first used: importing a door needs neither accelerate nor diffusers
+_HOME = {
+    "TrainConfig": "mole_kernels.training.config",
+    "fit": "mole_kernels.training.loop",
+    "TrainResult": "mole_kernels.training.loop",
+    "DenoisingLoss": "mole_kernels.training.loss",
+    "denoising_loss": "mole_kernels.training.loss",
+    "PictureFolder": "mole_kernels.training.pictures",
+    "PictureBatches": "mole_kernels.training.cached",
+    "picture_batches": "mole_kernels.training.cached",
+    "TensorBatches": "mole_kernels.training.data",
+}
+
+__all__ = [
+    "DenoisingLoss",
+    "PictureBatches",
+    "PictureFolder",
+    "TensorBatches",
+    "TrainConfig",
+    "TrainResult",
+    "denoising_loss",
+    "fit",
+    "picture_batches",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
