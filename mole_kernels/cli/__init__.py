@@ -1,1 +1,1 @@
-"""The command line: inspect, doctor, convert, demo."""
+"""The command line."""

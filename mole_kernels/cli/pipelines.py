@@ -51,7 +51,7 @@ def pipeline_of_name(name: str) -> Any:
 
 
 def named_expert(path: Path, pipeline: Pipeline) -> Expert:
-    """The expert under the model's names, or under the file's own where "auto" cannot tell the model by its keys."""
+    """The expert under the model's names, or the file's own where its keys do not tell the model."""
     try:
         return load_expert(path, pipeline=pipeline)
     except MoleKeyError:
