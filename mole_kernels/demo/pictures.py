@@ -67,7 +67,9 @@ def picture_grid(
     """Rows of captions, columns of variants; under each picture what the reader sees, green where it is what
     the caption says.
 
-    columns, readings  variant -> pixels [B,3,H,W] and labels [B,3];  wanted  labels [B,3] of the captions
+    Args:
+        columns, readings: Variant -> pixels [B,3,H,W] and labels [B,3];  wanted  labels [B,3] of the
+            captions.
     """
     from PIL import Image, ImageDraw
 

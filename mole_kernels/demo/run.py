@@ -60,11 +60,12 @@ def run_demo(
     """Runs the demo and writes report.html, metrics.json, grid.png and gate_maps.png into `out`; returns what
     metrics.json holds.
 
-    quick    use the shipped experts and gates instead of training them; seeds then vary the noise of the
-             pictures only
-    seeds    how many, or which
-    workers  processes, each with one thread; as many as there are processors when not given
-    sizes    held_out, captions, steps: how much is measured (see `tasks.Job`)
+    Args:
+        quick: Use the shipped experts and gates instead of training them; seeds then vary the noise of
+            the pictures only.
+        seeds: How many, or which.
+        workers: Processes, each with one thread; as many as there are processors when not given.
+        sizes: held_out, captions, steps: how much is measured (see `tasks.Job`).
     """
     wanted = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not wanted:

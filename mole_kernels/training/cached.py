@@ -183,16 +183,17 @@ def picture_batches(
     """Encodes every picture and caption once and returns their batches; the pipeline is not needed
     afterwards.
 
-    cache         folder of the cache, None for one in memory. Entries are found again by the bytes of the
-                  picture, its bucket, the words of
-                  the caption, and the weights and settings of what encoded them: nothing else makes them
-                  stale, a kill loses one shard
-    dtype         of the kept tensors, None for the pipeline's own
-    posterior     "mean", or one "sample" for each picture, drawn by (seed, picture)
-    encode_batch  pictures encoded at once
-    on_size       called with the cache's size before anything is encoded
     Under `accelerate launch` every process encodes its share. Raises MoleFileError where the disk has no
     room, before anything is written.
+
+    Args:
+        cache: Folder of the cache, None for one in memory. Entries are found again by the bytes of the
+            picture, its bucket, the words of the caption, and the weights and settings of what encoded
+            them: nothing else makes them stale, a kill loses one shard.
+        dtype: Of the kept tensors, None for the pipeline's own.
+        posterior: "mean", or one "sample" for each picture, drawn by (seed, picture).
+        encode_batch: Pictures encoded at once.
+        on_size: Called with the cache's size before anything is encoded.
     """
     from mole_kernels.training.processes import processes
 

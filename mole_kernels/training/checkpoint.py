@@ -48,11 +48,17 @@ _BROKEN = (
 class Checkpoint:
     """All of a run between two steps.
 
-    weights, ema  {name: tensor} of what trains   optimiser  its state_dict   losses  of all steps so far
-    rng           one dict of random states per process   data  `BatchStream.state()`   scaler  that of fp16,
-                  else {}
-    config        `TrainConfig.to_dict()`   identity  what the caller says is being trained, e.g. experts and
-                  ranks
+    Args:
+        step: Steps taken.
+        weights: {name: tensor} of what trains.
+        optimiser: Its `state_dict()`.
+        losses: Losses of all steps so far.
+        rng: Random states, one dict for each process.
+        data: `BatchStream.state()`.
+        config: `TrainConfig.to_dict()`.
+        identity: What else must be the same on resume, by name, such as experts and ranks.
+        scaler: State of fp16's loss scaler, else {}.
+        ema: Running mean of the weights, if it is kept.
     """
 
     step: int
@@ -102,7 +108,7 @@ class Checkpoint:
             ) from error
 
     def check_identity(self, identity: Mapping[str, str]) -> None:
-        """MoleStateError naming the first thing said of the run that differs."""
+        """MoleStateError naming the first entry of the run's identity that differs."""
         for key in sorted({*self.identity, *identity}):
             if self.identity.get(key) != identity.get(key):
                 hint = "resume with what the run began with, or begin another run_dir"

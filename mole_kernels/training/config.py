@@ -23,24 +23,27 @@ _FREE_ON_RESUME = {"steps", "checkpoint_every", "keep_last", "log_every", "gradi
 class TrainConfig:
     """One run: `steps` optimiser steps of `accumulation` batches on each process.
 
-    steps             optimiser steps in all, those before a resume included
-    lr, warmup        peak learning rate, and the steps over which it rises linearly to it
-    schedule          "constant", "linear" or "cosine" (the last two fall to 0 at `steps`)
-    weight_decay      decoupled, as in AdamW
-    betas             of the optimiser; Lion's own are (0.9, 0.99)
-    optimiser         a name in `OPTIMISERS`: "adamw" or "lion"
-    grad_clip         largest gradient norm over all trained tensors, None for no limit
-    accumulation      batches per optimiser step and process
-    mixed_precision   "no", "bf16", "fp16"; None takes what `accelerate launch` was told, else "no"
-    seed              decides noise, timesteps, dropped conditions and fresh weights
-    cond_dropout      probability with which a sample's condition is replaced by the null one
-    snr_gamma         min-SNR weighting of the loss, None for none
-    ema_decay         decay of a running mean of the trained tensors, which then is the result; None for none
-    gradient_checkpointing  keep only each block's input and compute the block again in the backward: less
-                            memory, the same gradients
-    checkpoint_every  steps between checkpoints, None for one at the end only
-    keep_last         how many checkpoints stay
-    log_every         steps between progress lines where there is no terminal
+    Args:
+        steps: Optimiser steps in all, those before a resume included.
+        lr: Peak learning rate.
+        warmup: Steps over which the rate rises linearly to its peak.
+        schedule: "constant", "linear" or "cosine" (the last two fall to 0 at `steps`).
+        weight_decay: Decoupled, as in AdamW.
+        betas: Of the optimiser; Lion's own are (0.9, 0.99).
+        optimiser: A name in `OPTIMISERS`: "adamw" or "lion".
+        grad_clip: Largest gradient norm over all trained tensors, None for no limit.
+        accumulation: Batches per optimiser step and process.
+        mixed_precision: "no", "bf16", "fp16"; None takes what `accelerate launch` was told, else "no".
+        seed: Decides noise, timesteps, dropped conditions and fresh weights.
+        cond_dropout: Probability with which a sample's condition is replaced by the null one.
+        snr_gamma: Min-SNR weighting of the loss, None for none.
+        ema_decay: Decay of a running mean of the trained tensors, which then is the result; None for
+            none.
+        gradient_checkpointing: Keep only each block's input and compute the block again in the
+            backward: less memory, the same gradients.
+        checkpoint_every: Steps between checkpoints, None for one at the end only.
+        keep_last: How many checkpoints stay.
+        log_every: Steps between progress lines where there is no terminal.
     """
 
     steps: int

@@ -20,9 +20,11 @@ class Encoder:
     """The VAE and the text encoders of a pipeline, as functions, each with a key that changes with its
     weights and settings.
 
-    pipe       any diffusers pipeline with a `vae` and `encode_prompt`: Stable Diffusion 1, 2, XL and their
-               like
-    posterior  "mean" of the VAE's posterior, or a "sample" drawn by a generator that the caller gives
+    Args:
+        pipe: Any diffusers pipeline with a `vae` and `encode_prompt`: Stable Diffusion 1, 2, XL and
+            their like.
+        posterior: "mean" of the VAE's posterior, or a "sample" drawn by a generator that the caller
+            gives.
     """
 
     def __init__(self, pipe: Any, posterior: Posterior = "mean") -> None:

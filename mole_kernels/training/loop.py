@@ -84,24 +84,26 @@ def fit(
     """Trains `parameters` of `model` in place for `config.steps` steps; everything else in the model stays
     bit for bit.
 
-    parameters  tensors of the model that train: a dict by name, (name, tensor) pairs, or tensors alone
-    batches     an iterable of dicts of tensors, see `BatchStream`; batch n is drawn by process n mod P
-    loss_fn     (model, batch, generator) -> scalar; whatever it draws from `generator` depends on (seed, n)
-                alone
-    run_dir     where checkpoints go; with `resume` the run goes on from the newest, or begins if there is
-                none.
-                A resumed run equals one that was never interrupted, bit for bit on a CPU
-    progress    a bar on a terminal, else a line every `config.log_every` steps, on stderr
-    on_step     called as (steps done, loss) after each step
-    trackers    accelerate's, such as ("tensorboard",): loss, learning rate and samples/s of each step, below
-                run_dir
-    identity    what else must be the same on resume, by name
-    rates       parameter name -> its learning rate as a multiple of the config's; 1 where not given
-
     Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second one stops at once.
     Raises MoleStateError for a loss that is not finite (the newest checkpoint stays good) and for a resume
     that does not fit.
     The model is left on accelerate's device; `requires_grad` and train/eval modes are put back.
+
+    Args:
+        parameters: Tensors of the model that train: a dict by name, (name, tensor) pairs, or tensors
+            alone.
+        batches: An iterable of dicts of tensors, see `BatchStream`; batch n is drawn by process n mod
+            P.
+        loss_fn: (model, batch, generator) -> scalar; whatever it draws from `generator` depends on
+            (seed, n) alone.
+        run_dir: Where checkpoints go; with `resume` the run goes on from the newest, or begins if there
+            is none. A resumed run equals one that was never interrupted, bit for bit on a CPU.
+        progress: A bar on a terminal, else a line every `config.log_every` steps, on stderr.
+        on_step: Called as (steps done, loss) after each step.
+        trackers: Accelerate's, such as ("tensorboard",): loss, learning rate and samples/s of each
+            step, below run_dir.
+        identity: What else must be the same on resume, by name.
+        rates: Parameter name -> its learning rate as a multiple of the config's; 1 where not given.
     """
     named = named_parameters(model, parameters)
     folder = None if run_dir is None else Path(run_dir)
@@ -118,32 +120,7 @@ def fit(
         if folder is not None:
             run.open(folder, resume)
         began, first = time.perf_counter(), run.step
-        enabled = progress and accelerator.is_main_process
-        line = ProgressLine("training", config.steps, run.step, config.log_every, enabled)
-        with line, CtrlC(folder is not None, enabled) as ctrl_c:
-            while run.step < config.steps:
-                loss = run.advance()
-                line.update(run.step, loss, run.samples)
-                if trackers:
-                    rate = run.samples / (time.perf_counter() - began)
-                    figures = {
-                        "loss": loss,
-                        "learning_rate": learning_rate(config, run.step - 1),
-                        "samples_per_second": rate,
-                    }
-                    accelerator.log(figures, step=run.step)
-                if on_step is not None:
-                    on_step(run.step, loss)
-                stopped = run.anywhere(ctrl_c.pressed)
-                if (
-                    stopped
-                    or run.step == config.steps
-                    or run.step % (config.checkpoint_every or math.inf) == 0
-                ):
-                    run.save()
-                if stopped:
-                    line.say(f"stopped after step {run.step}; resume=True (--resume) goes on from {folder}")
-                    raise KeyboardInterrupt
+        run.train(progress and accelerator.is_main_process, on_step, bool(trackers))
         run.finish()
         seconds = time.perf_counter() - began
         return TrainResult(run.losses, run.step, seconds, run.samples / seconds if run.step > first else 0.0)
@@ -179,6 +156,36 @@ class _Run:
         self._saved = -1
         self._dtypes = {name: p.dtype for name, p in named.items()}
         torch.manual_seed(config.seed + accelerator.process_index)
+
+    def train(self, show: bool, on_step: Callable[[int, float], None] | None, tracked: bool) -> None:
+        """All steps that are left, with their checkpoints; KeyboardInterrupt after a Ctrl-C."""
+        began, config = time.perf_counter(), self.config
+        line = ProgressLine("training", config.steps, self.step, config.log_every, show)
+        with line, CtrlC(self.folder is not None, show) as ctrl_c:
+            while self.step < config.steps:
+                loss = self.advance()
+                line.update(self.step, loss, self.samples)
+                if tracked:
+                    self._track(loss, time.perf_counter() - began)
+                if on_step is not None:
+                    on_step(self.step, loss)
+                stopped = self.anywhere(ctrl_c.pressed)
+                due = self.step % (config.checkpoint_every or math.inf) == 0
+                if stopped or due or self.step == config.steps:
+                    self.save()
+                if stopped:
+                    line.say(
+                        f"stopped after step {self.step}; resume=True (--resume) goes on from {self.folder}"
+                    )
+                    raise KeyboardInterrupt
+
+    def _track(self, loss: float, seconds: float) -> None:
+        figures = {
+            "loss": loss,
+            "learning_rate": learning_rate(self.config, self.step - 1),
+            "samples_per_second": self.samples / seconds,
+        }
+        self.accelerator.log(figures, step=self.step)
 
     def advance(self) -> float:
         """One optimiser step; returns its loss, the mean over batches and processes."""

@@ -110,8 +110,10 @@ class DenoisingLoss:
     [B,P] and
     time_ids [B,6]. All draws are made on the CPU, so a run is the same on any device.
 
-    null          {condition: one sample's null value [T,K] or [1,T,K]}, or just that of encoder_hidden_states
-    cond_dropout  probability of replacing a sample's conditions by `null`
+    Args:
+        null: {condition: one sample's null value [T,K] or [1,T,K]}, or just that of
+            encoder_hidden_states.
+        cond_dropout: Probability of replacing a sample's conditions by `null`.
     """
 
     scheduler: Any

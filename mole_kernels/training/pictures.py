@@ -44,18 +44,19 @@ class PictureFolder:
     """The pictures below `root` that have captions, in the order of their names, whatever the file system's
     order is.
 
-    root        a caption is the line of a metadata.jsonl (file_name, text), else the .txt beside the picture
-    resolution  side of the pictures in pixels, or (height, width)
-    buckets     True: the aspect ratios of `make_buckets(resolution)`; False: all at `resolution`; or the (h,
-                w) themselves.
-                True means False where resolution is a pair. A picture is scaled until it covers its bucket,
-                then cut at the centre
-    on_bad      what happens with pictures that cannot be read or have no caption: "refuse" raises
-                MoleFileError that names them,
-                "skip" leaves them out with one MoleWarning; `skipped` says which and why
-    multiple    sizes are multiples of this
-    column      of metadata.jsonl that holds the caption
-    workers     threads that read and decode
+    Args:
+        root: A caption is the line of a metadata.jsonl (file_name, text), else the .txt beside the
+            picture.
+        resolution: Side of the pictures in pixels, or (height, width).
+        buckets: True: the aspect ratios of `make_buckets(resolution)`; False: all at `resolution`; or
+            the (h, w) themselves. True means False where resolution is a pair. A picture is scaled
+            until it covers its bucket, then cut at the centre.
+        on_bad: What happens with pictures that cannot be read or have no caption: "refuse" raises
+            MoleFileError that names them, "skip" leaves them out with one MoleWarning; `skipped` says
+            which and why.
+        multiple: Sizes are multiples of this.
+        column: Of metadata.jsonl that holds the caption.
+        workers: Threads that read and decode.
     """
 
     def __init__(

@@ -32,7 +32,8 @@ def accelerated(
     """An Accelerator for one run. Its process-wide state goes with the last run of this process that uses it,
     if it was not there before the first.
 
-    trackers  accelerate's names, such as "tensorboard", which writes below `folder`
+    Args:
+        trackers: Accelerate's names, such as "tensorboard", which writes below `folder`.
     """
     if trackers and folder is None:
         raise MoleValueError("fit: trackers", expected="a run_dir to write to", got="none")
@@ -179,7 +180,7 @@ def named_parameters(model: nn.Module, parameters: Parameters) -> dict[str, Para
 
 
 class CtrlC:
-    """Turns the first Ctrl-C into a flag, so that a step is never cut in two; the second raises as ever."""
+    """Turns the first Ctrl-C into a flag, so that no step is interrupted; the second one raises as usual."""
 
     def __init__(self, enabled: bool, say: bool) -> None:
         # only the main thread may set handlers

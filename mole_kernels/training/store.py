@@ -28,10 +28,11 @@ MOST_OPEN = 64
 class Store:
     """{key: {name: tensor}}; in memory without a folder, else in shards of it.
 
-    folder   made when the first entry is written; a shard that cannot be read is left out with a warning, and
-             its entries are made anew
-    process  names this process's shards, so that several may write at once; others' entries are seen after
-             `reopen`
+    Args:
+        folder: Made when the first entry is written; a shard that cannot be read is left out with a
+            warning, and its entries are made anew.
+        process: Names this process's shards, so that several may write at once; others' entries are
+            seen after `reopen`.
     """
 
     def __init__(self, folder: Path | None, process: int = 0) -> None:

@@ -19,14 +19,17 @@ from mole_kernels.errors import MoleShapeError, MoleValueError
 class AutoencoderConfig:
     """The shape of an autoencoder for vectors [length].
 
-    channels        hidden channels of each stage; every stage shortens by `factor`
-    factor, kernel  stride and kernel size of the convolutions
     latent_channels of the latent [latent_channels, latent_length]; the compression is factor^stages /
     latent_channels
-    noise           mixed into the input and into the latent while training: v ← (1−n)·v + n·ε
     The default compresses 256 times (the paper says nearly 300); channels, noise and stages follow code by a
     co-author, an ancestor
     of the paper's autoencoder. One latent channel and the learned positions (see `LoRAAutoencoder`) are ours.
+
+    Args:
+        channels: Hidden channels of each stage; every stage shortens by `factor`.
+        factor: Stride of the convolutions.
+        kernel: Their kernel size.
+        noise: Mixed into the input and into the latent while training: v ← (1−n)·v + n·ε.
     """
 
     length: int

@@ -80,17 +80,18 @@ class HasFace:
 class IdentityTraining:
     """How every identity's expert is trained: all alike, else their vectors could not be compared.
 
-    config       steps, rate, seed; all experts start from the same fresh weights and see the same noise, so
-                 that what differs between
-                 two vectors is what differs between two people (ours; a LoRA from another start is another
-                 point for the same person)
-    rank, alpha  fixed for the set
-    targets      names that end the paths of the layers to adapt, () for all of MoLE's. The paper trains
-                 DreamBooth LoRAs, whose layers
-                 are these four of every attention
-    resolution   side in pixels, or (height, width); multiple: of what sizes are multiples
-    caption      of pictures that have none
-    per_shard    vectors in each shard
+    Args:
+        config: Steps, rate, seed; all experts start from the same fresh weights and see the same noise,
+            so that what differs between two vectors is what differs between two people (ours; a LoRA
+            from another start is another point for the same person).
+        rank: Rank of every expert of the set.
+        alpha: Scale of every expert is alpha/rank.
+        targets: Names that end the paths of the layers to adapt, () for all of MoLE's. The paper trains
+            DreamBooth LoRAs, whose layers are these four of every attention.
+        resolution: Side in pixels, or (height, width).
+        multiple: Sizes are multiples of this.
+        caption: Of pictures that have none.
+        per_shard: Vectors in each shard.
     """
 
     config: TrainConfig
@@ -190,7 +191,9 @@ def train_identities(
     need one file system).
     An identity of which no picture is left is passed over with a MoleWarning; MoleStateError where other
     settings began the set.
-    on_identity  called after each one, with None where it was passed over
+
+    Args:
+        on_identity: Called after each one, with None where it was passed over.
     """
     folders, work, state = identity_folders(root), Path(work), processes()
     accept = accept if accept is not None else MinimumSize()

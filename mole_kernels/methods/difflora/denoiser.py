@@ -19,12 +19,15 @@ MOST_LAYERS = 1024
 class DenoiserConfig:
     """The shape of a denoiser.
 
-    latent_channels, latent_length  of the latent [C,L], the autoencoder's
-    condition_dim   width of the mixed features
-    depth, width    the paper's 16 layers of width 1454 by default
-    heads           any number: each is width / heads wide, up to the next multiple of 8 (1454 = 2 · 727
-                    divides by no useful one)
-    patch           positions of the latent in one token; the latent is padded to a multiple (ours)
+    Args:
+        latent_channels: C of the autoencoder's latent [C,L].
+        latent_length: L of the autoencoder's latent [C,L].
+        condition_dim: Width of the mixed features.
+        depth: Layers; the paper has 16.
+        width: Width of each token; the paper has 1454.
+        heads: Any number: each is width / heads wide, up to the next multiple of 8 (1454 = 2 · 727
+            divides by no useful one).
+        patch: Positions of the latent in one token; the latent is padded to a multiple (ours).
     """
 
     latent_channels: int

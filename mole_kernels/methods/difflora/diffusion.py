@@ -69,9 +69,10 @@ def sample_latents(
     """Latents [B,C,L] for conditions [B,D]: x0 = x0_null + guidance · (x0_c − x0_null) in every step. The
     seed decides the noise alone.
 
-    seed  of all, or one for each sample. Sample b's noise depends on the seed and b, not on the batch's size;
-          on its own seed alone
-          where each has one: one person's LoRA is the same alone or among others
+    Args:
+        seed: Of all, or one for each sample. Sample b's noise depends on the seed and b, not on the
+            batch's size; on its own seed alone where each has one: one person's LoRA is the same alone
+            or among others.
     """
     if steps < 1:
         raise MoleValueError("sample", expected="steps >= 1", got=steps)

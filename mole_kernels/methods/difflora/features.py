@@ -108,8 +108,9 @@ class ClipImages:
 class InsightFaces:
     """Face embeddings of the insightface package (ArcFace, 512 wide), of the largest face in each picture.
 
-    root  the folder with its models. Raises MoleStateError where the package is missing, MoleValueError for a
-          picture without a face.
+    Args:
+        root: The folder with its models. Raises MoleStateError where the package is missing,
+            MoleValueError for a picture without a face.
     """
 
     dim = 512

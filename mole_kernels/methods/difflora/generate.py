@@ -43,13 +43,15 @@ def generate_experts(
         bank = generate(predictor, {"anna": ["anna.png"], "ben": [picture, picture]}, base=pipe)
         handle = mk.patch(pipe, bank)                   or    served = mk.serve(pipe, bank.experts)
 
-    people  {name: pictures, as files or PIL images}; a person's expert does not depend on who else is asked
-            for
-    base    the model it is for: where given, its layers are checked before anything is computed
     Raises MoleFileError for a file that is no picture, MoleValueError for a person without pictures or
     latents that are not finite
     (the person named), MoleShapeError or MoleKeyError where the layout does not fit the base (its layers
     named).
+
+    Args:
+        people: {name: pictures, as files or PIL images}; a person's expert does not depend on who else
+            is asked for.
+        base: The model it is for: where given, its layers are checked before anything is computed.
     """
     wanted = sampling or Sampling()
     if not people:

@@ -50,10 +50,11 @@ class VectorEntry:
 class Manifest:
     """The layout of a vector [length] float32 that holds a LoRA's tensors in a fixed order.
 
-    entries  in order, without gaps
-    scales   layer path -> the convention's scale (alpha/r) of an `Expert`; no part of the vector, the same
-             for every identity
-    conv     layers whose factors are those of a 1x1 convolution
+    Args:
+        entries: In order, without gaps.
+        scales: Layer path -> the convention's scale (alpha/r) of an `Expert`; no part of the vector,
+            the same for every identity.
+        conv: Layers whose factors are those of a 1x1 convolution.
     """
 
     entries: tuple[VectorEntry, ...]

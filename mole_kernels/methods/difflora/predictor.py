@@ -22,12 +22,14 @@ class Predictor(nn.Module):
     """z0 ~ p(z | c),  c = mean over references of mixed(face(picture), image(picture));  LoRA =
     layout(decode(z0·std + mean)).
 
-    manifest     the layout of the vectors
-    encoders     "face" and "image": a `SmallImages` is part of the model and trains with it; any other is
-                 frozen and stays outside
-    latent_mean  [C,L], latent_std []: the denoiser's latents have mean 0 and variance 1 over the training set
-                 (ours)
-    timesteps    of the noise schedule
+    Args:
+        manifest: The layout of the vectors.
+        encoders: "face" and "image": a `SmallImages` is part of the model and trains with it; any other
+            is frozen and stays outside.
+        latent_mean: [C,L]; with `latent_std` it gives the denoiser's latents mean 0 and variance 1 over
+            the training set (ours).
+        latent_std: A scalar.
+        timesteps: Of the noise schedule.
     """
 
     latent_mean: Tensor

@@ -36,8 +36,10 @@ def pack_shards(work: str | Path, names: Sequence[str] | None = None) -> LoRADat
     """Shards of flat vectors from the experts of `train_identities`, each `per_shard` long; replaces those
     there are, all or none.
 
-    names  a part of them, in this order; None for all, by name
     Raises MoleValueError or MoleShapeError, the layer named, where two experts do not have one layout.
+
+    Args:
+        names: A part of them, in this order; None for all, by name.
     """
     work, state = Path(work), processes()
     files = {path.stem: path for path in sorted((work / "experts").glob("*.safetensors"))}
@@ -97,8 +99,12 @@ def _packed(shards: Path) -> set[str]:
 class LoRADataset:
     """Identities and their flat vectors, read from the shards when asked for.
 
-    names  all identities, in the shards' order     manifest  the vectors' layout
-    Raises MoleFileError for a folder without an index, or one whose shards are not all there.
+    Attributes:
+        names: All identities, in the order of the shards.
+        manifest: The layout of the vectors.
+
+    Raises:
+        MoleFileError: A folder without an index, or one whose shards are not all there.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -92,10 +92,13 @@ def load_predictor(
 ) -> Predictor:
     """The model of a folder, in eval mode.
 
-    face, image  the frozen encoders it was trained with, where they are not part of it
     Raises MoleFileError, MoleKeyError or MoleShapeError for a folder that holds no such model whole,
     MoleValueError where an encoder is
     missing, MoleShapeError where one is of another width.
+
+    Args:
+        face: The frozen face encoder that the model was trained with, where it is not part of it.
+        image: The same for the image encoder.
     """
     record, where = _read(Path(folder), ("predictor",))
     frozen = {"face": face, "image": image}

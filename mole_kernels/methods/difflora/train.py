@@ -84,8 +84,9 @@ class PersonBatches(_Rounds):
     """{"latents": [B,C,L], "face": [B,n,…], "image": [B,n,…]}: people, and of each n of their pictures, drawn
     anew by (seed, batch).
 
-    references  of each person, as `Predictor.prepare` makes them; counts may differ
-    most        n is drawn in 1…most; a person with fewer pictures has some of them twice
+    Args:
+        references: Of each person, as `Predictor.prepare` makes them; counts may differ.
+        most: N is drawn in 1…most; a person with fewer pictures has some of them twice.
     """
 
     def __init__(
@@ -145,9 +146,13 @@ def train_autoencoder(
     """min Σ weight_preserved_loss(decode(encode(w + noise) + noise), w), in place.  data: a `LoRADataset`, or
     vectors [n,length]
 
-    strength, power  λ and p of the loss     run  run_dir, resume, progress, …: as in `fit`
     The mean vector is taken from the data before the first step. Raises MoleShapeError for vectors of another
     length.
+
+    Args:
+        strength: λ of the loss.
+        power: p of the loss.
+        run: run_dir, resume, progress, on_step and trackers of `fit`.
     """
     if not len(data):
         raise MoleValueError("train_autoencoder", expected="at least one vector", got="none")
@@ -184,10 +189,11 @@ def train_predictor(
     """min E‖denoiser(z_t, t, mixed(pictures)) − z_0‖²: denoiser, mixed features and small encoders, in place;
     the autoencoder stays.
 
-    data        the vectors, in the order of `references`
-    references  of each person, as `Predictor.prepare` makes them; 1…most of them, drawn anew, are shown in
-                each step
-    config      cond_dropout is the probability of no person, for guidance
+    Args:
+        data: The vectors, in the order of `references`.
+        references: Of each person, as `Predictor.prepare` makes them; 1…most of them, drawn anew, are
+            shown in each step.
+        config: cond_dropout is the probability of no person, for guidance.
     """
     with torch.no_grad():
         z = torch.cat([predictor.autoencoder.encode(part.to(predictor.latent_mean)) for part in _parts(data)])

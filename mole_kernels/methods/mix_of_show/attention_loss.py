@@ -42,7 +42,7 @@ class AttentionLoss:
             yield
 
     def forget(self) -> None:
-        """Drop the maps of forwards that nobody asked about."""
+        """Drop the maps of earlier forwards, which no loss used."""
         self._maps.clear()
 
     def take(self, ids: Tensor, mask: Tensor) -> Tensor:

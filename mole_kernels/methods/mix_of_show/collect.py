@@ -24,9 +24,10 @@ DOUBLE = 8
 class Site:
     """One layer that is fused.
 
-    group    "text encoder", "cross-attention" (K and V of the text) or "unet"
-    layer    which of the L embeddings it reads, for the second group
-    factors  concept -> its factors here; a concept without this layer is not among them
+    Args:
+        group: "text encoder", "cross-attention" (K and V of the text) or "unet".
+        layer: Which of the L embeddings it reads, for the second group.
+        factors: Concept -> its factors here; a concept without this layer is not among them.
     """
 
     path: str

@@ -29,9 +29,11 @@ FIELDS = ("lora_path", "unet_alpha", "text_encoder_alpha", "concept_name")
 class Concept:
     """An ED-LoRA: V⁺ of its tokens and an expert on text encoder and UNet.
 
-    name        how prompts call it: its tokens, as in "<potter1> <potter2>"
-    embeddings  token -> text encoder -> V [L,K], one row for each cross-attention layer
-    unet_alpha, text_encoder_alpha  weights of the expert on the two, by which ΔW is multiplied as it is
+    Args:
+        name: How prompts call it: its tokens, as in "<potter1> <potter2>".
+        embeddings: Token -> text encoder -> V [L,K], one row for each cross-attention layer.
+        unet_alpha: Scale of the expert on the UNet; ΔW is multiplied by it as it is.
+        text_encoder_alpha: The same for the text encoders.
     """
 
     name: str
@@ -96,7 +98,8 @@ def load_concept(
     """A concept from a .pth of the paper's tools (either key dialect), or from a .safetensors with its
     embeddings beside it.
 
-    name  which of the file's tokens prompts use and in which order; None: all, as they come
+    Args:
+        name: Which of the file's tokens prompts use and in which order; None: all, as they come.
     """
     where = printable(path, 300)
     if not os.path.exists(path):

@@ -35,14 +35,15 @@ def concept_batches(
 ) -> TensorBatches:
     """Batches for `train_edlora`; the pipeline is as before.
 
-    folder  pictures of one size; each caption names the concept by its tokens, or by <TOK> as in the paper's
-            data
-    tokens  as for `train_edlora`
-    masks   folder of pictures with the same names up to the ending, white where the concept is; any size:
-            they are scaled and cut like
-            their picture, then averaged over each latent
     Raises MoleValueError for captions without the concept or too long, MoleFileError for a mask that is
     missing.
+
+    Args:
+        folder: Pictures of one size; each caption names the concept by its tokens, or by <TOK> as in
+            the paper's data.
+        tokens: As for `train_edlora`.
+        masks: Folder of pictures with the same names up to the ending, white where the concept is; any
+            size: they are scaled and cut like their picture, then averaged over each latent.
     """
     if len(folder.counts()) != 1:
         raise MoleValueError(

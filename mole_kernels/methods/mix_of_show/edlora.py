@@ -54,13 +54,17 @@ UNET, TEXT = ("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj"
 class EDLoRATraining:
     """How a concept is trained; the numbers are the paper's.
 
-    config        its lr is the UNet expert's
-    embedding_lr, text_encoder_lr  the other two groups'; warmup and schedule are the config's for all
-    rank, alpha, init  of the experts: ΔW = alpha B A; "kaiming" or "gaussian" (the research branch)
-    norm_limit    the embeddings stand still once their mean norm has come to it; None: never
-    noise_offset  σ of a constant added to each channel's noise
-    masked        the loss counts where a batch's mask is; else everywhere
-    attention     weight of the attention loss, which needs masks; 0 for none (the paper's code: 0.01)
+    Args:
+        config: Its lr is the UNet expert's.
+        embedding_lr: Learning rate of the embeddings; warmup and schedule are the config's.
+        text_encoder_lr: Learning rate of the experts on text encoders.
+        rank: Rank of the experts.
+        alpha: ΔW = alpha B A; not divided by the rank.
+        init: How A is drawn: "kaiming", or "gaussian" as in the research branch.
+        norm_limit: The embeddings stand still once their mean norm has come to it; None: never.
+        noise_offset: σ of a constant added to each channel's noise.
+        masked: The loss counts where a batch's mask is; else everywhere.
+        attention: Weight of the attention loss, which needs masks; 0 for none (the paper's code: 0.01).
     """
 
     config: TrainConfig
@@ -91,11 +95,14 @@ def train_edlora(
 ) -> Concept:
     """Trains a concept; the pipeline is bit for bit as before at its end.
 
-    batches  from `concept_batches`: latents, ids of their captions, masks where there are any
-    tokens   the concept's tokens in the order in which prompts use them -> `<rand-σ>` or the class word they
-             start from
-    run      run_dir, resume, progress, on_step, trackers: as in `fit`
-    Raises MoleValueError for tokens that are no new words, and what `fit` raises.
+    Args:
+        batches: From `concept_batches`: latents, ids of their captions, masks where there are any.
+        tokens: The concept's tokens in the order in which prompts use them -> `<rand-σ>` or the class
+            word they start from.
+        run: run_dir, resume, progress, on_step, trackers: as in `fit`.
+
+    Raises:
+        MoleValueError: Tokens that are no new words, and what `fit` raises.
     """
     config, name = training.config, " ".join(tokens)
     if processes().num_processes > 1:
@@ -155,8 +162,9 @@ def attention_linears(pipe: Any) -> dict[str, nn.Module]:
 class ConceptModel(nn.Module):
     """UNet, text encoders and the concept's embeddings as one model, for `fit`.
 
-    table  text encoder -> Parameter [tokens, L, K], looked up in the place of the rows that `concept_tokens`
-           made
+    Attributes:
+        table: Text encoder -> Parameter [tokens, L, K], looked up in the place of the rows that
+            `concept_tokens` made.
     """
 
     def __init__(

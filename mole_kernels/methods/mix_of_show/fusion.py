@@ -118,9 +118,11 @@ def fuse_pipeline(
     """Concepts into one expert that does to each concept's own inputs what that concept did alone; the
     pipeline is as before at the end.
 
-    progress  hears (what, done, of how many); the first call says the whole plan
     Errors are those of `plan_fusion`, and MoleValueError where a template does not fit the tokenizer or
     inputs are not finite.
+
+    Args:
+        progress: Hears (what, done, of how many); the first call says the whole plan.
     """
     fusion_plan, settings, tell = (
         plan_fusion(pipe, concepts, settings),

@@ -23,14 +23,17 @@ GROUPS = ("text encoder", "cross-attention", "unet")
 class FusionSettings:
     """How inputs are gathered and layers solved.
 
-    templates  prompts; {} is the concept. The first is the one that is sampled
-    steps      of the sampling run (the paper's code: 20, or 50 in its first version)
-    height, width  of its picture; None for the pipeline's own
-    memory     bytes that the sums may take at once, None for no limit; with less, layers go in groups, each
-               with sampling runs of its own
-    cutoff, ridge  see `experts.fuse.fuse_layer`
-    lbfgs      steps of the paper's optimiser on every layer too, for the report alone (the paper takes 500);
-               0 for none
+    Args:
+        templates: Prompts; {} is the concept. The first is the one that is sampled.
+        steps: Of the sampling run (the paper's code: 20, or 50 in its first version).
+        height: Of its picture in pixels; None for the pipeline's own.
+        width: Likewise.
+        memory: Bytes that the sums may take at once, None for no limit; with less, layers go in groups,
+            each with sampling runs of its own.
+        cutoff: See `experts.fuse.fuse_layer`.
+        ridge: See `experts.fuse.fuse_layer`.
+        lbfgs: Steps of the paper's optimiser on every layer too, for the report alone (the paper takes
+            500); 0 for none.
     """
 
     templates: tuple[str, ...] = ("photo of a {}", "{}")
@@ -58,13 +61,19 @@ class FusionSettings:
 class FusedLayer:
     """One fused layer.
 
-    rows        concept -> inputs seen       K  inputs of the layer     rank  of the result
-    base, by_weights, fused  the objective of the base, of weight fusion and of the result
-    directions  of K that the inputs reach   condition  largest ÷ smallest eigenvalue among them
-    seconds     to solve it
-    lbfgs, lbfgs_seconds  the objective where the optimiser stops, and how long it took; None where it was not
-                          asked for
-    note        what to know about it: no inputs, fewer inputs than ranks; "" where nothing
+    Args:
+        rows: Concept -> inputs seen.
+        K: Inputs of the layer.
+        rank: Rank of the result.
+        base: Objective Σ_i ‖(α_i ΔW_i − ΔW) X_i‖² of the base, ΔW = 0.
+        by_weights: Objective of the fusion of weights, without inputs.
+        fused: Objective of the result.
+        directions: How many of the K directions the inputs reach.
+        condition: Largest ÷ smallest eigenvalue among them.
+        seconds: To solve it.
+        lbfgs: Objective where the paper's optimiser stops; None where it was not asked for.
+        lbfgs_seconds: How long the optimiser took.
+        note: What to know about it: no inputs, fewer inputs than ranks; "" where nothing.
     """
 
     path: str

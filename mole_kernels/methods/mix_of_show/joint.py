@@ -17,11 +17,13 @@ from mole_kernels.methods.mix_of_show.regions import Region, shares
 def joint_mask(table: Tensor, lengths: Sequence[int]) -> Tensor:
     """Who attends to whom, [T,T] bool over [text 0 | text 1 | … | places].
 
-    table    [1+S, places]  what each place takes of the global text (row 0) and of the regions' (see
-             `regions.shares`)
-    lengths  tokens of each text
     A place sees every place and the texts that it takes of. A text sees itself and the places that take of
     it, no other text.
+
+    Args:
+        table: [1+S, places]: what each place takes of the global text (row 0) and of the regions' (see
+            `regions.shares`).
+        lengths: Tokens of each text.
     """
     if table.dim() != 2 or len(lengths) != table.shape[0]:
         raise MoleShapeError("joint_mask", expected=f"table [{len(lengths)}, places]", got=tuple(table.shape))
@@ -56,14 +58,16 @@ def regional_flux(
         image = pipe(height=512, width=512, **regional_flux(pipe, "a street", regions, height=512,
         width=512)).images[0]
 
-    embeds  the texts' embeddings [L,C], the global one first, instead of encoding them; pooled [1,D] with
-            them
     prompt_embeds holds all texts one after the other; `joint_attention_kwargs` the mask [1,1,T,T], for all
     layers and steps.
     A joint softmax has no share of one half: where regions overlap a place sees the texts of all that cover
     it ("mean"), or of the last
     ("overwrite"). Negative prompts of regions are not used, as FLUX has no guidance of that kind in one call.
     Ours: the paper has cross-attention only. Raises MoleTypeError, MoleValueError, MoleShapeError.
+
+    Args:
+        embeds: The texts' embeddings [L,C], the global one first, instead of encoding them; pooled
+            [1,D] with them.
     """
     if not regions or not all(isinstance(region, Region) for region in regions):
         raise MoleTypeError("regional_flux", expected="a list of regions, at least one", got="something else")

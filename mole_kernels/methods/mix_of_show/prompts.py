@@ -24,9 +24,10 @@ CHUNK = 64
 class TextStates:
     """Prompts as every cross-attention layer sees them.
 
-    states  [B,L,T,K]: layer i reads states[:, i]      pooled  [B,P] for SDXL, the mean over the layers'
-            variants; else None
-    ids     text encoder -> [B,L,T] int64
+    Args:
+        states: [B,L,T,K]; layer i reads states[:, i].
+        pooled: [B,P] for SDXL, the mean over the layers' variants; else None.
+        ids: Text encoder -> [B,L,T] int64.
     """
 
     states: Tensor
@@ -191,7 +192,8 @@ def read_positions(
     """(concept tokens' places, all places up to the end token, the end token's place) of one variant's ids
     [T].
 
-    wanted  token -> its id in this variant; MoleValueError where one was cut off
+    Args:
+        wanted: Token -> its id in this variant; MoleValueError where one was cut off.
     """
     tokenizer = text_encoders(pipe)[component][1]
     end = int((ids == tokenizer.eos_token_id).int().argmax())

@@ -28,12 +28,14 @@ SEPARATOR = "-*-"
 class Region:
     """One region of a picture.
 
-    prompt, negative  what holds there, and what shall not
-    box      (y0, x0, y1, x1) in fractions of the picture, y0 < y1 and x0 < x1
-    mask     [H,W] bool or 0…1, instead of a box; resized to a layer's grid by area and taken where it covers
-             at least half a place
-    experts  expert name -> adapter weight in this region, for the layers that see the picture; None: the
-             pipeline's own
+    Args:
+        prompt: What the region shows.
+        negative: What it does not show.
+        box: (y0, x0, y1, x1) in fractions of the picture, y0 < y1 and x0 < x1.
+        mask: [H,W] bool or 0…1, instead of a box; resized to a layer's grid by area and taken where it
+            covers at least half a place.
+        experts: Expert name -> adapter weight in this region, for the layers that see the picture;
+            None: the pipeline's own.
     """
 
     prompt: str

@@ -43,30 +43,30 @@ class regional:
     region is, the mean of those that
     cover a place (overlap="mean", the paper's code) or the last of them (overlap="overwrite", its text).
 
-    pipe      a StableDiffusion or StableDiffusionXL pipeline (anything whose `unet` has cross-attention
-              processors)
-    regions   the regions of the picture, or one list of regions for each prompt of the call
-    height, width  of the picture in pixels; found out by itself from the latents
-    handle    a patch made with gates=region_gates: then Region.experts says how much of each expert a region
-              gets
     elsewhere expert name -> weight where no region is (1 for all by default)
-    embeds    (positive, negative) texts of the regions instead of encoding them: [prompts, regions, L, C]
-              each, or with one text for
-              every cross-attention layer, [prompts, regions, layers, L, C], as extended textual inversion has
-              them
-    backend   of `regional_attention`
-    adapter   weights by box for the features of the pipeline's T2I-Adapter, see `adapters.weigh` and
-              `adapters.parse_adapter_weights`;
-              places outside all boxes have `adapter_elsewhere`
-    record    keep where each region's words were read, for `attention`; costs a second product of queries and
-              keys
-
     K and V of every region are computed once and kept while the texts, the weights and the gates stay
     (torch's version counters say
     so); the queries are not copied. Guidance, several prompts and several pictures per prompt are followed.
     Raises MoleTypeError, MoleValueError, MoleKeyError (an unknown expert), MoleStateError; then nothing was
     changed.
     Source: Mix-of-Show (Gu et al., NeurIPS 2023).
+
+    Args:
+        pipe: A StableDiffusion or StableDiffusionXL pipeline (anything whose `unet` has cross-attention
+            processors).
+        regions: The regions of the picture, or one list of regions for each prompt of the call.
+        height: Height of the picture in pixels; None takes it from the latents.
+        width: Width of the picture in pixels; None takes it from the latents.
+        handle: A patch made with gates=region_gates: then Region.experts says how much of each expert a
+            region gets.
+        embeds: (positive, negative) texts of the regions instead of encoding them: [prompts, regions,
+            L, C] each, or with one text for every cross-attention layer, [prompts, regions, layers, L,
+            C], as extended textual inversion has them.
+        backend: Of `regional_attention`.
+        adapter: Weights by box for the features of the pipeline's T2I-Adapter, see `adapters.weigh` and
+            `adapters.parse_adapter_weights`; places outside all boxes have `adapter_elsewhere`.
+        record: Keep where each region's words were read, for `attention`; costs a second product of
+            queries and keys.
     """
 
     def __init__(

@@ -27,9 +27,10 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 class Tokens:
     """The tokens of some concepts: what stands for each in layer 0, 1, … and under which ids.
 
-    names   token -> its L names, <new0> … as the paper's tools call them
-    ids     token -> text encoder -> their L ids
-    layers  L
+    Args:
+        names: Token -> its L names, <new0> … as the paper's tools call them.
+        ids: Token -> text encoder -> their L ids.
+        layers: L.
     """
 
     names: Mapping[str, tuple[str, ...]]
@@ -161,7 +162,8 @@ def new_embeddings(
     """V⁺ of each token, the same in every layer at first: `<rand-0.013>` is N(0, 0.013²), any other word that
     word's own embedding.
 
-    tokens  token -> `<rand-σ>` or a class word
+    Args:
+        tokens: Token -> `<rand-σ>` or a class word.
     """
     layers, embeddings = len(cross_attentions(pipe.unet)), dict[str, dict[str, Tensor]]()
     for token, start in tokens.items():

@@ -20,13 +20,14 @@ class ExpertPreset:
 class MoLEPreset:
     """Settings of the stages.
 
-    rank        of every expert
-    experts     name -> settings, in the order of the gates' rows; an expert of another name takes the first
-                one's
-    gates       the run of stage 3
-    resolution  side of the pictures in pixels
-    batch_size  pictures a batch and process
-    unet        the run of stage 1, None where the paper has none
+    Args:
+        rank: Of every expert.
+        experts: Name -> settings, in the order of the gates' rows; an expert of another name takes the
+            first one's.
+        gates: The run of stage 3.
+        resolution: Side of the pictures in pixels.
+        batch_size: Pictures a batch and process.
+        unet: The run of stage 1, None where the paper has none.
     """
 
     rank: int

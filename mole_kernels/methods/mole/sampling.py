@@ -42,7 +42,8 @@ def sample_pictures(
     """`pipe(...).images` with the paper's settings; picture i is drawn from seed + i alone. The pipeline
     keeps its own scheduler, also while it draws, so that several threads may sample from it.
 
-    more  goes to the pipeline: height, width, output_type, …
+    Args:
+        more: Goes to the pipeline: height, width, output_type, …
     """
     from diffusers import DDIMScheduler
 

@@ -27,8 +27,10 @@ KEEP_EVERY = 20
 class Answerer(Protocol):
     """Answers questions about pictures.
 
-    name    what an answers file records, so that answers of two models are not mixed
-    answer  in words; with `choices` it should be one of them, and what is none of them counts as wrong
+    Attributes:
+        name: What an answers file records, so that answers of two models are not mixed.
+        answer: In words; with `choices` it should be one of them, and what is none of them counts as
+            wrong.
     """
 
     name: str
@@ -40,9 +42,10 @@ class Answerer(Protocol):
 class Answers:
     """What came of one picture's questions, by question id.
 
-    answers  the answers, in normal form; a question that its parents rule out is not put
-    scores   1 where the answer is right, 0 where it is wrong or where a parent, or a parent's parent, was
-             answered wrongly
+    Args:
+        answers: The answers, in normal form; a question that its parents rule out is not put.
+        scores: 1 where the answer is right, 0 where it is wrong or where a parent, or a parent's
+            parent, was answered wrongly.
     """
 
     tree: Tree
@@ -59,12 +62,14 @@ class Answers:
 class Summary:
     """Figures over pictures.
 
-    score       mean over pictures of the mean over each one's questions (what DSG and TIFA report)
-    accuracy    share of all questions that score
-    categories  the same share by category
-    pictures, questions    how many there are
-    ruled_out   questions not put, since a parent was answered wrongly
-    unclear     answers that are none of the choices, counted as wrong
+    Args:
+        score: Mean over pictures of the mean over each one's questions (what DSG and TIFA report).
+        accuracy: Share of all questions that score.
+        categories: The same share by category.
+        pictures: Number of pictures.
+        questions: Number of questions.
+        ruled_out: Questions not put, since a parent was answered wrongly.
+        unclear: Answers that are none of the choices, counted as wrong.
     """
 
     score: float
@@ -127,8 +132,9 @@ def score_pictures(
     """Asks about every picture of a folder with metadata.jsonl whose text has a tree; a tree without a
     picture is a MoleKeyError.
 
-    answers_file  .jsonl where answers are kept, and read from when an evaluation goes on
-    on_picture    called as (pictures done, pictures in all)
+    Args:
+        answers_file: .jsonl where answers are kept, and read from when an evaluation goes on.
+        on_picture: Called as (pictures done, pictures in all).
     """
     by_prompt: dict[str, list[Tree]] = {}
     for tree in trees:

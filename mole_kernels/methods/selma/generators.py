@@ -25,12 +25,11 @@ class UnusableAnswer(MoleError, RuntimeError):
 class TextGenerator(Protocol):
     """Writes text.
 
-    name   what is recorded with each request; no secrets
-    write  the answer to a request. `number` counts what this writer was asked before for a skill, from 0;
-           `seed` differs from
-           attempt to attempt; both are the same again after a restart. Raises UnusableAnswer where another
-           attempt may help,
-           any other MoleError where it will not.
+    Attributes:
+        name: What is recorded with each request; no secrets.
+        write: The answer to a request. `number` counts what this writer was asked before for a skill,
+            from 0; `seed` differs from attempt to attempt; both are the same again after a restart.
+            Raises UnusableAnswer where another attempt may help, any other MoleError where it will not.
     """
 
     name: str
@@ -42,8 +41,9 @@ class TransformersText:
     """A causal language model of transformers on this machine; samples at `temperature`, chats where its
     tokenizer has a template.
 
-    model, tokenizer  what `AutoModelForCausalLM` and `AutoTokenizer` give; `LocalText.load` takes a folder or
-                      a hub name
+    Args:
+        model: What `AutoModelForCausalLM` gives; `TransformersText.load` takes a folder or a hub name.
+        tokenizer: What `AutoTokenizer` gives.
     """
 
     def __init__(

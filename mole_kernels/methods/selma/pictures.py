@@ -32,11 +32,12 @@ METADATA = "metadata.jsonl"
 class PictureSettings:
     """How pictures are made.
 
-    seed     with a picture's number it gives the picture's own seed, whatever process makes it and beside
-             which others
-    batch    pictures at once on each process
-    options  further arguments of the pipeline's call, plain values: num_inference_steps, guidance_scale,
-             height, width, …
+    Args:
+        seed: With a picture's number it gives the picture's own seed, whatever process makes it and
+            beside which others.
+        batch: Pictures at once on each process.
+        options: Further arguments of the pipeline's call, plain values: num_inference_steps,
+            guidance_scale, height, width, …
     """
 
     seed: int = 42

@@ -37,12 +37,14 @@ def parse_prompts(answer: str, start: int = 1) -> list[str]:
     """The prompts of an answer: its numbered items, else its bullets, else the strings of a JSON list, else
     none.
 
-    start  the number that a text which simply continues the list begins with: a first line without a number
-           is that item
     Introductions, closing remarks, quotes, markdown and "Prompt:" before an item are taken off; a line that
     follows an item
     directly belongs to it; what is empty, has no letter or is longer than 1000 characters is left out. A
     thousand items are enough.
+
+    Args:
+        start: The number that a text which simply continues the list begins with: a first line without
+            a number is that item.
     """
     items = list(islice(_json_items(answer), MAX_ITEMS)) or list(
         islice(_items(answer.replace("\r", "\n").split("\n"), start), MAX_ITEMS)

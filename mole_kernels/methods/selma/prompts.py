@@ -26,14 +26,15 @@ Rows = list[dict[str, Any]]
 class PromptSettings:
     """How many prompts, and how they are asked for. Defaults of the first four: the paper's code.
 
-    count     prompts to accept besides the seeds, exactly
-    shown     prompts shown in each request, drawn from seeds and accepted ones
-    more      prompts asked for in each request
-    limit     ROUGE-L F1 above which a prompt is turned away
-    seed      decides which are shown, and the seeds handed to the generator
-    attempts  how often one request is tried before the stage stops
-    wait      seconds before the second attempt; doubled each time, up to a minute
-    patience  requests in a row that bring nothing new before the stage stops
+    Args:
+        count: Prompts to accept besides the seeds, exactly.
+        shown: Prompts shown in each request, drawn from seeds and accepted ones.
+        more: Prompts asked for in each request.
+        limit: ROUGE-L F1 above which a prompt is turned away.
+        seed: Decides which are shown, and the seeds handed to the generator.
+        attempts: How often one request is tried before the stage stops.
+        wait: Seconds before the second attempt; doubled each time, up to a minute.
+        patience: Requests in a row that bring nothing new before the stage stops.
     """
 
     count: int = 1000
@@ -72,10 +73,12 @@ def write_prompts(
     """Exactly `settings.count` prompts of a skill, kept in the project's folder after each request; a restart
     goes on from there.
 
-    on_request  called as (prompts accepted, requests made)
-    Raises MoleStateError where the generator fails `attempts` times over or nothing new comes of `patience`
-    requests; what was
-    accepted before is kept.
+    Args:
+        on_request: Called as (prompts accepted, requests made).
+
+    Raises:
+        MoleStateError: The generator fails `attempts` times over or nothing new comes of `patience`
+            requests; what was accepted before is kept.
     """
     path, requests = project.folder(skill.name) / REQUESTS, kept_requests(project, skill.name)
     accepted = [text for row in requests for text in row["accepted"]]

@@ -20,12 +20,13 @@ YES, NO = "yes", "no"
 class Question:
     """One question about the picture of one prompt.
 
-    id        unique among the questions of its prompt
-    text      as it is put
-    answer    what is right; "yes" throughout in DSG
-    choices   what may be answered; () leaves it open
-    parents   ids of questions that must be answered rightly for this one to count (DSG)
-    category  what figures are grouped by
+    Args:
+        id: Unique among the questions of its prompt.
+        text: As it is put.
+        answer: What is right; "yes" throughout in DSG.
+        choices: What may be answered; () leaves it open.
+        parents: Ids of questions that must be answered rightly for this one to count (DSG).
+        category: What figures are grouped by.
     """
 
     id: str

@@ -17,9 +17,11 @@ SEEDS = 3
 class Skill:
     """One skill.
 
-    name   a folder's name: small letters, digits, '-' and '_'
-    seeds  three prompts that show it; every later prompt is modelled on them or on prompts accepted before
-    about  one phrase put into each request, "" for none
+    Args:
+        name: A folder's name: small letters, digits, '-' and '_'.
+        seeds: Three prompts that show it; every later prompt is modelled on them or on prompts accepted
+            before.
+        about: One phrase put into each request, "" for none.
     """
 
     name: str

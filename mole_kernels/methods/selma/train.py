@@ -32,13 +32,15 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 class SkillTraining:
     """How an expert is trained.
 
-    rank, alpha  of the expert; its scale is alpha/rank
-    resolution   side of the pictures in pixels, or (height, width)
-    batch_size   pictures a step, process and accumulation
-    flip         every picture also mirrored, once an epoch each: a random flip in expectation, and from
-                 cached latents
-    multiple     picture sizes are multiples of it; 64 fits Stable Diffusion
-    config       the run
+    Args:
+        rank: Rank of the expert.
+        alpha: Its scale is alpha/rank.
+        resolution: Side of the pictures in pixels, or (height, width).
+        batch_size: Pictures a step, process and accumulation.
+        flip: Every picture also mirrored, once an epoch each: a random flip in expectation, and from
+            cached latents.
+        multiple: Picture sizes are multiples of it; 64 fits Stable Diffusion.
+        config: The run.
     """
 
     config: TrainConfig

@@ -20,9 +20,9 @@ class TransformersVQA:
     """An `Answerer`: a model that classifies (ViLT) chooses the likeliest of the choices it knows, one that
     writes (BLIP) writes.
 
-    model, processor  such as ViltForQuestionAnswering and ViltProcessor, BlipForQuestionAnswering and
-                      BlipProcessor;
-                      `TransformersVQA.load` takes a folder or a hub name
+    Args:
+        model, processor: Such as ViltForQuestionAnswering and ViltProcessor, BlipForQuestionAnswering
+            and BlipProcessor; `TransformersVQA.load` takes a folder or a hub name.
     """
 
     def __init__(self, model: Any, processor: Any, *, name: str = "") -> None:
