@@ -5,31 +5,25 @@ Names are fetched when first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from mole_kernels.doors import door
 
 _HOME = {
-    "BlockGate": "block",
-    "BlockRouter": "block",
-    "BlockRouting": "block",
-    "Clock": "schedule",
-    "ClusterGate": "softmax",
-    "ConstantGate": "gate",
-    "Gate": "gate",
-    "GivenGate": "softmax",
-    "MaskGate": "gate",
-    "MoLEGate": "gate",
-    "SampleGate": "gate",
-    "ScheduleGate": "schedule",
-    "SoftmaxGate": "softmax",
+    "BlockGate": "mole_kernels.gates.block",
+    "BlockRouter": "mole_kernels.gates.block",
+    "BlockRouting": "mole_kernels.gates.block",
+    "Clock": "mole_kernels.gates.schedule",
+    "ClusterGate": "mole_kernels.gates.softmax",
+    "ConstantGate": "mole_kernels.gates.gate",
+    "Gate": "mole_kernels.gates.gate",
+    "GivenGate": "mole_kernels.gates.softmax",
+    "MaskGate": "mole_kernels.gates.gate",
+    "MoLEGate": "mole_kernels.gates.gate",
+    "SampleGate": "mole_kernels.gates.gate",
+    "ScheduleGate": "mole_kernels.gates.schedule",
+    "SoftmaxGate": "mole_kernels.gates.softmax",
 }
 
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mole_kernels.gates' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"mole_kernels.gates.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = door(__name__, _HOME)
