@@ -15,14 +15,11 @@ checkpoints.
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +27,10 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import scenes as known
+from seeds import run_seeds
 
 from mole_kernels.demo import data, evaluate
 from mole_kernels.demo.metrics import spread
@@ -257,42 +256,8 @@ def plot(table: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two seeds and shorter runs")
-    parser.add_argument("--seeds", type=int, help="how many, instead")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="of pictures, checkpoints and results (default: build/recipes/mix_of_show)"
-    )
-    args = parser.parse_args()
-    made = QUICK if args.quick else Settings()
-    made = replace(made, seeds=args.seeds or made.seeds)
-    out = args.out or Path("build/recipes/mix_of_show_quick" if args.quick else "build/recipes/mix_of_show")
-    out.mkdir(parents=True, exist_ok=True)
-    begun = time.time()
-    # a forked child of a process whose thread pools already run can hang
-    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        seeds = list(pool.map(run_seed, range(made.seeds), [made] * made.seeds, [out] * made.seeds))
-    table = combine(seeds)
-    result = {
-        "settings": asdict(made),
-        "torch": torch.__version__,
-        "seconds": time.time() - begun,
-        "table": table,
-        "seeds": seeds,
-    }
-    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "table.md").write_text(markdown(table))
-    plot(table, out / "fidelity.png")
-    print(markdown(table))
-    cpu = sum(one["cpu_seconds"] for one in seeds)
-    print(
-        f"{made.seeds} seeds, {time.time() - begun:.0f} s, {cpu:.0f} s of processor time; results.json, table.md, fidelity.png in {out}"
-    )
+    settings = {True: QUICK, False: Settings()}
+    run_seeds("mix_of_show", __doc__ or "", settings, run_seed, combine, markdown, plot, "fidelity.png")
 
 
 if __name__ == "__main__":
