@@ -290,7 +290,7 @@ def read_pipeline(name: str, dtype: str | None) -> Any:
 
 @contextmanager
 def _progress(title: str, total: int, start: int) -> Iterator[ProgressLine]:
-    with ProgressLine(title, total, start, max(1, total // 10), processes().is_main_process) as line:
+    with ProgressLine(title, total, start, 0, processes().is_main_process) as line:
         yield line
 
 

@@ -304,7 +304,7 @@ def _fill_latents(
     mine = sorted(first.values())[share[0] :: share[1]]
     todo = _by_bucket(folder, [i for i in mine if latent_id(folder[i]) not in store], at_once)
     done, total = 0, sum(len(part) for part in todo)
-    with ProgressLine("encoding", total, 0, max(1, total // 10), show and total > 0) as line:
+    with ProgressLine("encoding", total, 0, 0, show and total > 0) as line:
         for part in todo:
             pixels = torch.stack([_pixels(folder, i) for i in part])
             generators = [counted_generator(seed, "posterior", latent_id(folder[i])) for i in part]

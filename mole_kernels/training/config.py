@@ -43,7 +43,7 @@ class TrainConfig:
             backward: less memory, the same gradients.
         checkpoint_every: Steps between checkpoints, None for one at the end only.
         keep_last: How many checkpoints stay.
-        log_every: Steps between progress lines where there is no terminal.
+        log_every: Steps between progress lines where there is no terminal; 0 for one line at the end alone.
     """
 
     steps: int
@@ -63,7 +63,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     checkpoint_every: int | None = None
     keep_last: int = 2
-    log_every: int = 50
+    log_every: int = 0
 
     def __post_init__(self) -> None:
         # json gives lists back, and a resumed config has to compare equal
@@ -73,7 +73,7 @@ class TrainConfig:
             ("warmup", 0),
             ("accumulation", 1),
             ("keep_last", 1),
-            ("log_every", 1),
+            ("log_every", 0),
         ):
             value = getattr(self, name)
             _check(_integer(value) and value >= least, name, f"an integer of at least {least}", value)

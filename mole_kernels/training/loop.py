@@ -98,7 +98,7 @@ def fit(
             (seed, n) alone.
         run_dir: Where checkpoints go; with `resume` the run goes on from the newest, or begins if there
             is none. A resumed run equals one that was never interrupted, bit for bit on a CPU.
-        progress: A bar on a terminal, else a line every `config.log_every` steps, on stderr.
+        progress: A bar on a terminal, else a line at the end (and every `config.log_every` steps), on stderr.
         on_step: Called as (steps done, loss) after each step.
         trackers: Accelerate's, such as ("tensorboard",): loss, learning rate and samples/s of each
             step, below run_dir.

@@ -1,4 +1,4 @@
-"""How a run shows itself: a live bar on a terminal, a line now and then elsewhere."""
+"""How a run shows itself: a live bar on a terminal, one line at its end elsewhere."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from rich.progress import (
 
 
 class ProgressLine:
-    """Steps, mean loss of late steps, steps and samples per second, time left; writes to stderr, nothing when
-    `enabled` is false.
+    """Steps, mean loss of late steps, steps and samples per second, time left; to stderr.
+
+    Where stderr is no terminal (a log, a pipe) one line sums the run up at its end; with `log_every` > 0
+    there is a line every so many steps before it. Nothing when `enabled` is false.
     """
 
     def __init__(self, title: str, total: int, start: int, log_every: int, enabled: bool) -> None:
@@ -31,7 +33,8 @@ class ProgressLine:
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._mean: float | None = None
-        self._logged = start
+        # the step that was reached and what is said of it, for the line at the end
+        self._reached = (start, "")
         self._began = time.perf_counter()
 
     def __enter__(self) -> ProgressLine:
@@ -56,6 +59,11 @@ class ProgressLine:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+            return
+        step, figures = self._reached
+        if step > self.start:
+            seconds = int(time.perf_counter() - self._began)
+            self.say(f"{self.title} {step}/{self.total}  {figures}  in {seconds // 60}:{seconds % 60:02d}")
 
     def update(self, step: int, loss: float | None = None, samples: int = 0) -> None:
         """`step` steps are done, the last with this loss; so many samples went through since the start."""
@@ -69,13 +77,15 @@ class ProgressLine:
             figures = f"loss {self._mean:.4f}  {rate:.2f} it/s  {figures}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
+        elif self._line_is_due(step):
+            left = int((self.total - step) / max(rate, 1e-9))
+            self.say(f"{self.title} {step}/{self.total}  {figures}  left {left // 60}:{left % 60:02d}")
+        self._reached = (step, figures)
+
+    def _line_is_due(self, step: int) -> bool:
         # a step may be of several units, so a multiple of log_every may be stepped over
-        elif step // self.log_every > self._logged // self.log_every or step == self.total:
-            self._logged = step
-            left = (self.total - step) / max(rate, 1e-9)
-            self.say(
-                f"{self.title} {step}/{self.total}  {figures}  left {int(left // 60)}:{int(left % 60):02d}"
-            )
+        every = self.log_every
+        return every > 0 and step < self.total and step // every > self._reached[0] // every
 
     def say(self, text: str) -> None:
         """One line of its own, above the bar."""

@@ -239,6 +239,52 @@ def test_a_thread_that_dies_holding_blocks_nobody(monkeypatch):
     assert handle.scales["a"] == 0.5
 
 
+@pytest.mark.parametrize("poll", [0.005, 1000.0], ids=["polls often", "never polls"])
+def test_a_change_waits_for_a_long_forward_and_is_woken_by_its_end(x, monkeypatch, poll):
+    """Counted, not timed: a forward that outlasts many polls is not given up, and its end wakes the change."""
+    monkeypatch.setattr(forward_lock, "POLL", poll)
+    model = Mlp()
+    handle = mk.patch(model, two_experts(model))
+    inside, leave, events, polls = threading.Event(), threading.Event(), [], []
+    wait = threading.Condition.wait
+
+    def counted(self: threading.Condition, timeout: float | None = None) -> bool:
+        woken = wait(self, timeout)
+        if self is handle._turns._free and not woken:
+            polls.append(1)
+            if len(polls) == 5:
+                leave.set()
+        return woken
+
+    monkeypatch.setattr(threading.Condition, "wait", counted)
+
+    def hold(*_: Any) -> None:
+        inside.set()
+        assert leave.wait(LONG)
+        events.append("forward")
+
+    hook = model.first.register_forward_hook(hold)
+
+    def change() -> None:
+        assert inside.wait(LONG)
+        if poll > 1:
+            # the forward ends once the change is asleep: nothing but its notice can wake it
+            threading.Thread(target=lambda: _asleep(handle) and leave.set()).start()
+        handle.set_scales({"a": 0.5})
+        events.append("change")
+
+    together(lambda: model(x), change)
+    hook.remove()
+    assert events == ["forward", "change"] and handle.scales["a"] == 0.5
+    assert len(polls) >= 5 if poll < 1 else not polls
+
+
+def _asleep(handle: Any) -> bool:
+    while not handle._turns._asleep:
+        time.sleep(0.001)
+    return True
+
+
 def test_many_forwards_do_not_keep_a_change_waiting(x):
     model = Mlp()
     handle = mk.patch(model, two_experts(model))

@@ -202,9 +202,7 @@ def train_identities(
     state.wait_for_everyone()
     mine = list(folders)[state.process_index :: state.num_processes]
     targets = find_targets(pipe, training.targets)
-    with ProgressLine(
-        "identities", len(mine), 0, max(1, len(mine) // 20), progress and state.is_main_process
-    ) as line:
+    with ProgressLine("identities", len(mine), 0, 0, progress and state.is_main_process) as line:
         for done, name in enumerate(mine, 1):
             file = work / "experts" / f"{name}.safetensors"
             filtered, trained = work / "pictures" / name, file.exists()
