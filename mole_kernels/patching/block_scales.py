@@ -203,6 +203,9 @@ def _expanded(where: str, blocks: Mapping[str, Any], unet: nn.Module) -> Mapping
             f"scales by block that do not fit this UNet: {error}",
             hint='{"down": …, "mid": …, "up": …}',
         ) from error
+    for block, scale in expanded.items():
+        if isinstance(scale, Mapping | list | tuple):
+            raise MoleTypeError(where, expected=f"a number for {block}", got=type(scale).__name__)
     return expanded
 
 
