@@ -1,6 +1,4 @@
-"""One gate for a whole transformer block and sample (MoLE of ICLR 2024), with a balancing loss that has a
-gradient.
-"""
+"""One gate per transformer block and sample (MoLE of ICLR 2024), with a differentiable balancing loss."""
 
 from __future__ import annotations
 
@@ -17,12 +15,15 @@ from mole_kernels.operands import Gates
 
 
 class BlockRouter(nn.Module):
-    """g = softmax_e(W · normalise(mean_t h) / exp(log_temperature)) for each sample.  h [B,T,C] -> g [B,E]
-    float32
+    """g = softmax_e(W · normalise(mean_t h) / exp(log_temperature)) for each sample.
 
-    The paper gates on a block's flattened, normalised features, which ties W to one picture size; the mean
-    over tokens (ours) takes
-    any. The temperature is learnt, as in the paper.
+    The paper gates on a block's flattened, normalised features, which ties W to one picture size. This
+    router takes the mean over tokens and so any size. The temperature is learnt, as in the paper.
+
+    Args:
+        features: C, the width of the block's input.
+        num_experts: E.
+        device: Device of the parameters.
     """
 
     def __init__(self, features: int, num_experts: int, device=None) -> None:
@@ -32,15 +33,18 @@ class BlockRouter(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, h: Tensor) -> Tensor:
+        """Gates [B,E] float32 of a block's input h [B,T,C]."""
         pooled = nn.functional.normalize(h.float().flatten(1, -2).mean(1), dim=-1)
-        # float32 whatever autocast says: 0.8 of one expert must not become 0.797
+        # float32 even under autocast, which would turn 0.8 of an expert into 0.797
         with torch.autocast(h.device.type, enabled=False):
             return torch.softmax(pooled @ self.weight.float().mT / self.log_temperature.float().exp(), -1)
 
 
 class BlockGate(Gate):
-    """gate = what the block's router said of the block's input, the same for every token and layer of the
-    block.
+    """The output of the block's router, the same for every token and every layer of the block.
+
+    Args:
+        router: The router that the layers of the block share.
     """
 
     def __init__(self, router: BlockRouter) -> None:
@@ -62,17 +66,26 @@ class BlockGate(Gate):
 
 
 class BlockRouting:
-    """Gates of MoLE (Wu et al., ICLR 2024, arXiv 2404.13628): one softmax over the experts for each
-    transformer block and sample.
+    """One softmax over the experts for each transformer block and sample.
 
-        routing = BlockRouting(unet)
+    A layer outside all blocks has no gate: every expert counts fully there. `remove` takes the hooks off
+    the blocks.
+
+    Args:
+        model: The module whose blocks are routed.
+        is_block: (path, module) -> whether the module is a block. None: modules whose class name ends in
+            "TransformerBlock".
+
+    Raises:
+        MoleTypeError: `model` is no nn.Module, for example a whole pipeline.
+        MoleKeyError: No module of it is a block.
+
+    Example:
+        routing = mk.gates.BlockRouting(unet)
         handle = mk.patch(unet, experts, gates=routing)
         loss = denoising + 0.01 * routing.balance_loss()
 
-    model    whose blocks are routed: modules of class BasicTransformerBlock or similar, or those
-             `is_block(path, module)` takes
-    A layer outside all blocks has no gate (every expert counts fully). `remove` takes the hooks off the
-    blocks.
+    Source: MoLE (Wu et al., ICLR 2024, arXiv 2404.13628).
     """
 
     def __init__(self, model: nn.Module, is_block: Callable[[str, nn.Module], bool] | None = None) -> None:
@@ -95,7 +108,7 @@ class BlockRouting:
         self.routers: dict[str, BlockRouter] = {}
         self._gates: dict[str, list[BlockGate]] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._said: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}
         self._experts: int | None = None
 
     def __call__(self, path: str, module: nn.Module, experts: LayerExperts) -> Gate | None:
@@ -126,28 +139,37 @@ class BlockRouting:
     def _hook(self, block: str) -> Callable[..., None]:
         def route(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             h = args[0] if args else kwargs["hidden_states"]
-            said = self.routers[block](h)
-            self._said[block] = said
+            weights = self.routers[block](h)
+            self._last[block] = weights
             for gate in self._gates[block]:
-                gate.current = said
+                gate.current = weights
 
         return route
 
     def gates(self) -> dict[str, Tensor]:
-        """block -> its gate [B,E] in the last forward."""
-        if not self._said:
+        """block -> its gate [B,E] float32 in the last forward.
+
+        Raises:
+            MoleStateError: No routed block has run yet.
+        """
+        if not self._last:
             raise MoleStateError("BlockRouting", "no routed block has run yet", hint="run the model first")
-        return dict(self._said)
+        return dict(self._last)
 
     def balance_loss(self) -> Tensor:
-        """−Σ_e log q_e, q_e the mean of gate e over the blocks and samples of the last forward; least where
-        all experts are used alike.
+        """−Σ_e log q_e, where q_e is the mean of gate e over blocks and samples of the last forward.
 
-        The paper's −log Π_e q_e. Its released code builds it from detached gates, which leaves no gradient;
-        this one has one.
+        It is smallest where all experts are used equally. This is the paper's −log Π_e q_e with a gradient;
+        the released code computes it from detached gates, which leaves none.
+
+        Returns:
+            A scalar float32.
+
+        Raises:
+            MoleStateError: No routed block has run yet.
         """
-        every = torch.cat([said.to(next(iter(self._said.values())).device) for said in self.gates().values()])
-        return -every.mean(0).log().sum()
+        gates = list(self.gates().values())
+        return -torch.cat([gate.to(gates[0].device) for gate in gates]).mean(0).log().sum()
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """The routers' parameters, for an optimiser."""
@@ -155,7 +177,7 @@ class BlockRouting:
             yield from router.parameters()
 
     def remove(self) -> None:
-        """Take the hooks off the blocks; the gates keep what they last said."""
+        """Take the hooks off the blocks; the gates keep their last values."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

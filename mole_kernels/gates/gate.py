@@ -1,4 +1,4 @@
-"""What decides how much of each expert a token gets."""
+"""Gates that weigh the experts per token, per sample or by constants."""
 
 from __future__ import annotations
 
@@ -19,37 +19,61 @@ _expired = torch.UntypedStorage._expired
 
 
 class Gate(nn.Module):
-    """Makes the `Gates` of one call for E experts; holds parameters, looks at no activations."""
+    """Base class of all gates: holds parameters and gives the operator's `Gates` for one call.
+
+    A gate never sees activations. The operator computes what depends on the layer's input.
+    """
 
     def operands(self, experts: LayerExperts) -> Gates:
+        """The gate operands of one call.
+
+        Args:
+            experts: The E experts of the layer that asks, whose `scale` and `up` a gate may use.
+        """
         raise NotImplementedError
 
 
-class Pool(NamedTuple):
-    """A pooled gate's p, how what it was made of stood, and that memory: not held, but known when it is gone
-    and another may lie there.
+class PooledVector(NamedTuple):
+    """A cached p [S,R] of a sample gate, and the state of the tensors that it was computed from.
+
+    Attributes:
+        p: The vector itself.
+        key: Address and version of up, scale and head.
+        sources: Their storages, held weakly: once one is freed, another tensor may reuse its address.
     """
 
     p: Tensor
     key: tuple[int, ...]
-    made_of: tuple[StorageWeakRef, ...]
+    sources: tuple[StorageWeakRef, ...]
 
-    def stands(self, key: tuple[int, ...]) -> bool:
-        up, scale, head = self.made_of
+    def is_current(self, key: tuple[int, ...]) -> bool:
+        """Whether p still belongs to tensors with this key."""
+        up, scale, head = self.sources
         # what StorageWeakRef.expired() calls, at a tenth of its time
         return self.key == key and not (_expired(up.cdata) or _expired(scale.cdata) or _expired(head.cdata))
 
 
 class MoLEGate(Gate):
-    """l = sigmoid(Phi x + phi_bias) per token, G_e = sigmoid(head_e · mean_t(o_e) + head_bias_e) per sample,
-    o_e the scaled expert output.
+    """Token gate sigmoid(Phi x + phi_bias) times sample gate sigmoid(head_e · mean_t(o_e) + head_bias_e).
 
-    phi   [E,K], phi_bias  [E]   the token ("local") gate; the official file's `softmoe.Phi_1`
-    head  [E,N], head_bias [E]   the sample ("global") gate; row e is the official `<name>_scale`
-    Initialised as nn.Linear is, which starts l·G near 1/4; sigmoids, independent per expert.
-    Source: MoLE (Zhu et al., NeurIPS 2024), its published network code.
-    The pooled gate reaches the operator as p_e = s_e B_eᵀ head_e: the same number, as experts are linear,
-    without any expert output.
+    o_e is the scaled output of expert e. Each expert has sigmoids of its own; they are initialised as
+    nn.Linear is, so their product starts near 1/4. The sample gate reaches the operator as
+    p_e = s_e B_eᵀ head_e, which gives the same number without any expert output, because experts are linear.
+
+    Args:
+        in_features: K, the layer's input features.
+        out_features: N, the layer's output features.
+        num_experts: E.
+        local: Whether there is a token gate: `phi` [E,K] and `phi_bias` [E].
+        pooled: Whether there is a sample gate: `head` [E,N] and `head_bias` [E].
+        device: Device of the parameters.
+        dtype: Dtype of the parameters, torch's default if None.
+
+    Raises:
+        MoleValueError: Neither gate is asked for.
+
+    Source: MoLE (Zhu et al., NeurIPS 2024), its published network code; `phi` is its `softmoe.Phi_1`, and
+    row e of `head` its `<name>_scale`.
     """
 
     def __init__(
@@ -73,11 +97,11 @@ class MoLEGate(Gate):
         self.phi_bias = nn.Parameter(torch.empty(num_experts, **make)) if local else None
         self.head = nn.Parameter(torch.empty(num_experts, out_features, **make)) if pooled else None
         self.head_bias = nn.Parameter(torch.empty(num_experts, **make)) if pooled else None
-        self._pool: Pool | None = None
+        self._pool: PooledVector | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """U(−1/√fan_in, 1/√fan_in) for weights and biases: nn.Linear's default."""
+        """Draw weights and biases from U(−1/√fan_in, 1/√fan_in), nn.Linear's default."""
         for weight, bias in ((self.phi, self.phi_bias), (self.head, self.head_bias)):
             if weight is not None and bias is not None:
                 bound = 1 / math.sqrt(weight.shape[1])
@@ -90,10 +114,16 @@ class MoLEGate(Gate):
         )
 
     def pooled(self, experts: LayerExperts) -> Tensor:
-        """p [S,R] float32, p_r = s_e Σ_n up[n,r] head[e,n] for column r of expert e.
+        """p_r = s_e Σ_n up[n,r] head[e,n] for each column r of expert e.
 
-        Kept while nothing that it is made of was written to; made anew where a gradient must flow, and inside
-        a compiled graph.
+        Cached until up, scale or head is written to. Computed at every call where a gradient must flow, and
+        inside a compiled graph.
+
+        Args:
+            experts: The layer's E experts, with up [S,N,R] and scale [E].
+
+        Returns:
+            p [S,R] in the gates' dtype (float32, or float64 for float64 heads).
         """
         up, scale, head = experts.up, experts.scale, self.head
         assert head is not None
@@ -105,23 +135,23 @@ class MoLEGate(Gate):
             # such tensors count no versions
             return collapsed(up, scale, head, experts.ranks)
         key = (up.data_ptr(), up._version, scale.data_ptr(), scale._version, head.data_ptr(), head._version)
-        kept = self._pool
-        if kept is None or kept.p.device != up.device or not kept.stands(key):
-            # made outside inference mode, for a later call may train with it
+        cached = self._pool
+        if cached is None or cached.p.device != up.device or not cached.is_current(key):
+            # not an inference tensor, since a later call may train with it
             with torch.inference_mode(False), torch.no_grad():
                 p = collapsed(up, scale, head, experts.ranks)
-                kept = self._pool = Pool(
+                cached = self._pool = PooledVector(
                     p, key, tuple([StorageWeakRef(t.untyped_storage()) for t in (up, scale, head)])
                 )
-        return kept.p
+        return cached.p
 
     def forget(self) -> None:
-        """Make p anew at the next call."""
+        """Drop the cached p, so that the next call computes it again."""
         self._pool = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        # FSDP puts gathered parameters in for each forward, whose values change without a version
+        # FSDP sets gathered parameters for each forward; their values change but their versions do not
         if isinstance(value, nn.Parameter):
             self._pool = None
 
@@ -135,13 +165,21 @@ class MoLEGate(Gate):
 
 
 def collapsed(up: Tensor, scale: Tensor, head: Tensor, ranks: tuple[int, ...]) -> Tensor:
-    """p [S,R], p_r = s_e Σ_n up[n,r] head[e,n] for column r of expert e.  up [S,N,R]  scale [E]  head [E,N];
-    p in the gates' dtype
+    """p_r = s_e Σ_n up[n,r] head[e,n] for each column r of expert e.
+
+    Args:
+        up: Up-projections of S adapter sets [S,N,R].
+        scale: Scale of each expert [E].
+        head: Rows of the sample gate [E,N].
+        ranks: Rank of each expert; their sum is R.
+
+    Returns:
+        p [S,R] in the gates' dtype.
     """
     E, (S, _, R), wide = len(ranks), up.shape, gate_dtype(head.dtype)
     with no_autocast(up.device.type):
         scaled, up = head.to(wide) * scale.to(wide)[:, None], up.to(wide)
-        # [S,E,R]: each head row against every column; expert e then keeps its own
+        # [S,E,R]: each head row against every column, of which expert e keeps its own columns
         every = (scaled @ up[0])[None] if S == 1 else scaled @ up
         if min(ranks) == max(ranks):
             return every.view(S, E, E, ranks[0]).diagonal(dim1=1, dim2=2).mT.reshape(S, R)
@@ -149,8 +187,17 @@ def collapsed(up: Tensor, scale: Tensor, head: Tensor, ranks: tuple[int, ...]) -
 
 
 class ConstantGate(Gate):
-    """gate_e = value_e for every token; with `learned`, gate_e = sigmoid(logit_e), trained, blind to its
-    input.
+    """gate_e = value_e for every token and sample, or a learnt sigmoid(logit_e).
+
+    Args:
+        num_experts: E.
+        value: One number for all experts, or E of them. None: 1, or 0.25 to start learning from.
+        learned: Whether the value is trained, as `logit` [E].
+        device: Device of the values.
+
+    Raises:
+        MoleShapeError: `value` is neither one number nor E numbers.
+        MoleValueError: `learned`, and a value that is not between 0 and 1.
     """
 
     value: Tensor
@@ -195,8 +242,13 @@ class ConstantGate(Gate):
 
 
 class MaskGate(Gate):
-    """gate_e[t] = mask[t,e]: a given value for every token, the same for all samples ([T,E]) or for each
-    ([B,T,E]).
+    """gate_e[t] = mask[t,e]: fixed values per token.
+
+    Args:
+        mask: [T,E] for all samples alike, or [B,T,E]; copied as float32.
+
+    Raises:
+        MoleShapeError: The mask has neither two nor three dimensions.
     """
 
     mask: Tensor
@@ -206,7 +258,14 @@ class MaskGate(Gate):
         self.register_buffer("mask", _as_gate(mask, "MaskGate", "[T,E] or [B,T,E]"))
 
     def set(self, mask: Tensor) -> None:
-        """Write another mask of the same shape in place: nothing recompiles."""
+        """Write another mask of the same shape in place; nothing recompiles.
+
+        Args:
+            mask: [T,E] or [B,T,E], as at the start.
+
+        Raises:
+            MoleShapeError: The mask has another shape. The old one stays.
+        """
         new = _as_gate(mask, "MaskGate.set", "[T,E] or [B,T,E]")
         if new.shape != self.mask.shape:
             raise MoleShapeError(
@@ -219,7 +278,14 @@ class MaskGate(Gate):
 
 
 class SampleGate(Gate):
-    """gate_e[b] = weights[b,e]: one row per sample, for example one-hot (each picture its own expert)."""
+    """gate_e[b] = weights[b,e]: one row per sample, for example one expert for each picture.
+
+    Args:
+        weights: [B,E]; copied as float32.
+
+    Raises:
+        MoleShapeError: The weights are not two-dimensional.
+    """
 
     weights: Tensor
 
@@ -230,7 +296,14 @@ class SampleGate(Gate):
         self.register_buffer("weights", weights.detach().to(torch.float32).clone())
 
     def set(self, weights: Tensor) -> None:
-        """Write other weights of the same shape in place: nothing recompiles."""
+        """Write other weights of the same shape in place; nothing recompiles.
+
+        Args:
+            weights: [B,E], as at the start.
+
+        Raises:
+            MoleShapeError: The weights have another shape. The old ones stay.
+        """
         if weights.shape != self.weights.shape:
             raise MoleShapeError(
                 "SampleGate.set",

@@ -17,12 +17,21 @@ from mole_kernels.operands import Gates
 
 
 class Clock(nn.Module):
-    """Which denoising step it is, shared by all gates of a model; a tensor, so that nothing recompiles as it
-    runs.
+    """The current denoising step, shared by all gates of a model.
 
-    clock = Clock(30)
-    handle = mk.patch(pipe, experts, gates=switch(clock, every=5))
-    pipe(prompt, num_inference_steps=30, callback_on_step_end=clock.callback)
+    The step is a tensor, so that nothing recompiles as it changes.
+
+    Args:
+        steps: Number of denoising steps of one picture.
+        device: Device of the step.
+
+    Raises:
+        MoleValueError: Fewer than one step.
+
+    Example:
+        clock = mk.gates.Clock(30)
+        handle = mk.patch(pipe, experts, gates=switch(clock, every=5))
+        pipe(prompt, num_inference_steps=30, callback_on_step_end=clock.callback)
     """
 
     step: Tensor
@@ -35,7 +44,14 @@ class Clock(nn.Module):
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
 
     def set(self, step: int) -> None:
-        """It is this step now, counted from 0; past the last one it stays the last."""
+        """Set the current step.
+
+        Args:
+            step: Counted from 0; a number past the last step means the last.
+
+        Raises:
+            MoleValueError: A negative step.
+        """
         if step < 0:
             raise MoleValueError("Clock.set", expected="a step >= 0", got=step)
         self.step.fill_(min(step, self.steps - 1))
@@ -43,15 +59,28 @@ class Clock(nn.Module):
     def callback(
         self, pipeline: object, step: int, timestep: object, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """For a pipeline's `callback_on_step_end`: on to the next step, and back to the first after the
-        last.
+        """Advance one step, and from the last to the first: for a pipeline's `callback_on_step_end`.
+
+        Args:
+            pipeline: Not used.
+            step: The step that has ended, counted from 0.
+            timestep: Not used.
+            kwargs: The pipeline's tensors, returned unchanged.
         """
         self.set((step + 1) % self.steps)
         return kwargs
 
 
 class ScheduleGate(Gate):
-    """gate_e = table[step, e], the same for every token and sample.  table [steps,E] float32"""
+    """gate_e = table[step, e], the same for every token and sample.
+
+    Args:
+        table: [steps,E]; copied as float32.
+        clock: Says which step it is.
+
+    Raises:
+        MoleShapeError: The table is not [steps,E] with the clock's number of steps.
+    """
 
     table: Tensor
 
@@ -72,8 +101,14 @@ Maker = Callable[[str, nn.Module, LayerExperts], Gate]
 
 
 def scheduled(clock: Clock, table: Mapping[str, Any]) -> Maker:
-    """For `patch(gates=…)`: {expert name: its weight at each step}; an expert that the table leaves out
-    raises MoleKeyError.
+    """Gates from a table of weights over the steps, for `patch(gates=…)`.
+
+    Args:
+        clock: Says which step it is.
+        table: {expert: its weight at each step}, each of the clock's length.
+
+    Raises:
+        MoleKeyError: At patching, an expert that the table leaves out.
     """
     rows = {name: torch.as_tensor(values, dtype=torch.float32) for name, values in table.items()}
 
@@ -93,10 +128,18 @@ def scheduled(clock: Clock, table: Mapping[str, Any]) -> Maker:
 
 
 def switch(clock: Clock, *, every: int = 5, order: list[str] | None = None) -> Maker:
-    """LoRA Switch (Zhong et al., 2024): one expert at a time, the next one after every `every` steps, in
-    `order` (the experts' own).
+    """One expert at a time: gate_e(i) = 1 where e = (i // every) mod E, else 0.
 
-    gate_e(i) = 1 where e = (i // every) mod E, else 0.
+    Args:
+        clock: Says which step it is.
+        every: Number of steps before the next expert's turn.
+        order: The experts' names in order of their turns. None: the patch's own order.
+
+    Raises:
+        MoleValueError: `every` below 1.
+        MoleKeyError: At patching, an expert that `order` leaves out.
+
+    Source: LoRA Switch (Zhong et al., 2024).
     """
     if every < 1:
         raise MoleValueError("switch", expected="every >= 1 step", got=every)
@@ -115,7 +158,12 @@ def switch(clock: Clock, *, every: int = 5, order: list[str] | None = None) -> M
 
 
 def largest_sum(factors: LowRank, count: int) -> float:
-    """The sum of the `count` largest |ΔW| entries, ΔW = scale · up · down."""
+    """The sum of the `count` largest entries of |ΔW|, ΔW = scale · up · down.
+
+    Args:
+        factors: down [R,K] and up [N,R] of one layer.
+        count: Number of entries; all N·K if there are fewer.
+    """
     delta = (factors.up.detach().float() @ factors.down.detach().float()).abs().flatten() * abs(factors.scale)
     return delta.topk(min(count, delta.numel())).values.sum(dtype=torch.float64).item()
 
@@ -123,14 +171,27 @@ def largest_sum(factors: LowRank, count: int) -> float:
 def k_lora(
     clock: Clock, bank: ExpertBank, content: str, style: str, *, alpha: float = 1.5, beta: float = 0.5
 ) -> Maker:
-    """K-LoRA (Ouyang et al., 2025): in each layer and step, the content expert or the style expert, whichever
-    weighs more.
+    """In each layer and step either the content expert or the style expert, whichever weighs more.
 
-    S_e = sum of the r_c·r_s largest |ΔW_e| of the layer;  γ = Σ_layers Σ|ΔW_content| / Σ_layers Σ|ΔW_style|
-    style at step i of n where S_style · γ · (alpha·i/n + beta) > S_content, else content; so style comes
-    late.
-    The sums are made once, when the gates are. A layer that only one of them has takes that one always.
-    Source: the paper's element selection and scaling factor with its α and β; its variant s* is not here.
+    With S_e the sum of the r_c·r_s largest |ΔW_e| of the layer and
+    γ = Σ_layers Σ|ΔW_content| / Σ_layers Σ|ΔW_style|, step i of n takes the style expert where
+    S_style · γ · (alpha·i/n + beta) > S_content, else the content expert; so style comes late. The sums are
+    computed once, at patching. A layer that only one of the two has always takes that one.
+
+    Args:
+        clock: Says which step it is.
+        bank: Holds both experts.
+        content: Name of the content expert.
+        style: Name of the style expert.
+        alpha: Growth of the style's weight over the steps.
+        beta: The style's weight at the first step.
+
+    Raises:
+        MoleKeyError: The bank lacks one of the two; at patching, a third expert.
+        MoleValueError: The style expert is zero everywhere.
+
+    Source: K-LoRA (Ouyang et al., 2025), its element selection and scaling factor; the variant s* is not
+    implemented.
     """
     for name in (content, style):
         if name not in bank.names:

@@ -1,4 +1,4 @@
-"""Gates that share one unit among the experts: per token, and per sample from a cluster."""
+"""Gates whose weights sum to 1 over the experts, and gates that are set from outside."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ from mole_kernels.reference import softmax_of_largest
 
 
 class SoftmaxGate(Gate):
-    """l = softmax_e((Phi x + phi_bias) / temperature) per token, over the top_k largest where that is given
-    (the others get 0).
+    """Token gate softmax_e((Phi x + phi_bias) / temperature), over the `top_k` largest logits.
 
-    phi [E,K], phi_bias [E]; top_k None: over all experts. The sum over the experts is 1 for every token.
-    Source: X-LoRA (Buehler & Buehler, 2024), whose scalings are softmaxes per token and layer with an
-    optional top-k and temperature.
-    It scales x before A, which is the same number, as experts are linear; its logits come from a first pass's
-    last hidden state, ours
-    from the layer's own input, so that no first pass is needed. Its other form, given scalings, is
-    `GivenGate`.
+    The weights of a token sum to 1. The parameters are `phi` [E,K] and `phi_bias` [E].
+
+    Args:
+        in_features: K, the layer's input features.
+        num_experts: E.
+        top_k: Number of experts that share a token; the others get 0. None: all of them.
+        temperature: Divides the logits.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters, torch's default if None.
+
+    Raises:
+        MoleValueError: `top_k` is not between 1 and E, or the temperature is not finite and above 0.
+
+    Source: X-LoRA (Buehler & Buehler, 2024), whose scalings are softmaxes per token and layer. X-LoRA takes
+    its logits from the last hidden state of a first pass; this gate takes them from the layer's own input, so
+    it needs no first pass. `GivenGate` takes scalings that were computed elsewhere.
     """
 
     def __init__(
@@ -58,10 +66,13 @@ class SoftmaxGate(Gate):
 
 
 class GivenGate(Gate):
-    """gate = whatever tensor was set last, broadcastable to [B,T,E]; its gradient flows to where it came
-    from.
+    """The tensor that was set last, with its gradient; 1 for every expert before that.
 
     For gates that something outside the layer computes: a router, a first pass (X-LoRA), a hypernetwork.
+
+    Args:
+        num_experts: E.
+        device: Device of the gate until one is set.
     """
 
     def __init__(self, num_experts: int, device=None) -> None:
@@ -70,7 +81,14 @@ class GivenGate(Gate):
         self.given: Tensor = torch.ones(1, 1, num_experts, device=device)
 
     def set(self, gate: Tensor) -> None:
-        """gate [B|1,T|1,E] float; kept as it is, not copied."""
+        """Use this gate from the next call on.
+
+        Args:
+            gate: [B|1,T|1,E] of a floating dtype; held, not copied, and its gradient flows back.
+
+        Raises:
+            MoleShapeError: The gate has another shape. The old one stays.
+        """
         if gate.dim() != 3 or gate.shape[2] != self.num_experts:
             raise MoleShapeError(
                 "GivenGate.set", expected=f"a gate [B|1,T|1,{self.num_experts}]", got=tuple(gate.shape)
@@ -90,16 +108,26 @@ class GivenGate(Gate):
 
 
 class ClusterGate(Gate):
-    """gate = softmax_e over the top_k of (W c_b / temperature) for the E−1 first experts, and 1 − max of them
-    for the last, universal one.
+    """Sample gate softmax_e(W c_b / temperature) of cluster centre c_b, and 1 − max_e for a universal expert.
 
-    centres   [C,D] float  cluster centres (k-means of prompt or image embeddings), fixed
-    weight    [E−1,D]      the router; `assign` says which cluster each sample of the batch belongs to
-    top_k     how many of the E−1 share; 1: the chosen expert gets its probability, not 1 (the softmax is over
-              all E−1)
-    Source: MoCLE (Gou et al., 2023), equations of the cluster router and the universal expert. Its released
-    code multiplies by the
-    largest gate twice for top-1; this does so once, as the paper has it.
+    The softmax is over all routed experts: with `top_k` 1, the chosen expert gets its probability, not 1.
+    `assign` sets the cluster of each sample. The parameter is `weight` [E−1,D], or [E,D] without a universal
+    expert.
+
+    Args:
+        centres: [C,D] float, for example k-means of prompt embeddings; fixed, copied as float32.
+        num_experts: E, with the universal expert, which is the last.
+        top_k: Number of routed experts that a sample gets; the others get 0.
+        temperature: Divides the logits.
+        universal: Whether the last expert is the universal one.
+        device: Device of the centres and parameters.
+
+    Raises:
+        MoleShapeError: The centres are not finite [C,D] of a floating dtype.
+        MoleValueError: Too few experts, or `top_k` or `temperature` out of range.
+
+    Source: MoCLE (Gou et al., 2023), equations of the cluster router and the universal expert. For top-1 its
+    released code multiplies by the largest gate twice; this gate does so once, as in the paper.
     """
 
     centres: Tensor
@@ -135,7 +163,15 @@ class ClusterGate(Gate):
         nn.init.normal_(self.weight, std=centres.shape[1] ** -0.5)
 
     def assign(self, clusters: Tensor) -> None:
-        """clusters [B] int64: the cluster of each sample, or [1] for all of them."""
+        """Set the cluster of each sample.
+
+        Args:
+            clusters: [B] int64, or [1] for all samples.
+
+        Raises:
+            MoleTypeError: Another dtype or number of dimensions.
+            MoleValueError: A cluster that does not exist.
+        """
         if clusters.dtype != torch.int64 or clusters.dim() != 1:
             raise MoleTypeError(
                 "ClusterGate.assign",
@@ -153,7 +189,17 @@ class ClusterGate(Gate):
         self.clusters = clusters.to(self.centres.device)
 
     def assign_nearest(self, embeddings: Tensor) -> Tensor:
-        """Assign each sample [B,D] to the nearest centre (Euclidean), and say which [B]."""
+        """Assign each sample to the nearest centre (Euclidean).
+
+        Args:
+            embeddings: [B,D], of the kind that the centres were computed from.
+
+        Returns:
+            The clusters [B] int64.
+
+        Raises:
+            MoleShapeError: The embeddings are not [B,D].
+        """
         if embeddings.dim() != 2 or embeddings.shape[1] != self.centres.shape[1]:
             raise MoleShapeError(
                 "ClusterGate", expected=f"embeddings [B,{self.centres.shape[1]}]", got=tuple(embeddings.shape)
@@ -165,11 +211,11 @@ class ClusterGate(Gate):
         return Gates(gate=self.weights()[:, None])
 
     def weights(self) -> Tensor:
-        """The gate of each sample [B,E] float32."""
+        """The gate [B,E] float32 of the samples assigned last; [1,E] where one cluster serves all."""
         logits = self.centres[self.clusters] @ self.weight.float().mT / self.temperature
         shares = torch.softmax(logits, -1)
-        kept = torch.where(softmax_of_largest(logits, self.top_k) > 0, shares, 0)
-        return torch.cat([kept, 1 - shares.amax(-1, keepdim=True)], -1) if self.universal else kept
+        routed = torch.where(softmax_of_largest(logits, self.top_k) > 0, shares, 0)
+        return torch.cat([routed, 1 - shares.amax(-1, keepdim=True)], -1) if self.universal else routed
 
 
 def _check_top_k(where: str, top_k: int | None, most: int) -> int:

@@ -41,18 +41,38 @@ def patch(
     cache_text: bool = False,
     group: bool = False,
 ) -> Handle:
-    """Put experts and gates onto the layers they name, all or nothing; `Handle.remove` takes them off bit for
-    bit.
+    """Put experts and gates onto the layers they name, all or nothing.
 
-    scales   expert name -> adapter weight to start with (1 where not given), see `Handle.set_scales`
-    backend  "auto", or the backend that every patched layer shall use
-    cache_text  whether keys and values of cross-attention are made once per text (`Handle.cache_text`)
-    group    whether projections of one tensor (q, k, v) are one product where that is exact and faster
-             (`Handle.group`)
-    The other arguments and the errors are those of `plan`. The base weights of patched layers are frozen
-    until `remove`.
-    Experts and a file's gates come frozen, in the layer's dtype and on its device; fresh gates are trainable,
-    in float32.
+    The base weights of patched layers are frozen until `Handle.remove`, which restores the model bit for
+    bit. Experts and the gates of a file are frozen, in the layer's dtype and on its device. Fresh gates are
+    trainable, in float32.
+
+    Args:
+        model: An nn.Module or a diffusers pipeline.
+        experts: {name: file, tensors or Expert}, an ExpertBank, or the path of a file from `Handle.save`.
+        gates: None (no gates, or those inside the file from `Handle.save`); the path of a gates file or a
+            GateFile; a word for fresh gates: "mole", "local", "global", "constant", "softmax", "top-1" or
+            "top-2" (see `plan`); or a callable (path, module, experts) -> Gate or None.
+        strict: Whether a key that matches no layer is an error. If False it is a MoleWarning. An expert
+            none of whose keys match is always an error.
+        targets: Patch only these layers: paths or their endings ("attn2.to_k"), a mapping by path, or a
+            callable (path, module) -> bool. None: every layer that an expert has.
+        scales: {expert: scale to start with}, 1 for the others; see `Handle.set_scales`.
+        backend: "auto", or the one backend that every patched layer uses.
+        allow_large_rank: Whether ranks above min(K, N) of a layer are accepted.
+        cache_text: Whether keys and values of cross-attention are computed once per text.
+        group: Whether projections of one tensor (q, k, v) become one product where that is exact and faster.
+
+    Returns:
+        The handle: scales, swap, fold, gate maps, save, remove. `with patch(…):` removes at the end.
+
+    Raises:
+        MoleError: Nothing has changed. MoleFileError: a file cannot be read. MoleKeyError: a name matches
+            nothing. MoleShapeError: a tensor does not fit its layer. MoleTypeError, MoleValueError: an
+            argument is of the wrong kind. MoleStateError: a layer is already patched.
+
+    Example:
+        handle = mk.patch(pipe, {"face": "face.safetensors"}, scales={"face": 0.8})
     """
     handle = None
     try:

@@ -80,23 +80,27 @@ def plan(
     targets: Targets | None = None,
     allow_large_rank: bool = False,
 ) -> Plan:
-    """What patching `model` would change; nothing is changed, every size is checked.
+    """What `patch` would change, with every size checked and nothing changed; `print` shows it as a table.
 
-    model    an nn.Module or a diffusers pipeline
-    experts  {name: path | tensors | Expert}, an ExpertBank, or the path of a file that `Handle.save` wrote
-    gates    None: no gate (or the single file's own) · a path or GateFile · "mole", "local", "global": fresh
-             MoLE gates, trainable ·
-             "constant": one learned constant for each expert · "softmax", "top-1", "top-2": a softmax over
-             the experts per token ·
-             a callable (path, module, layer_experts) -> Gate
-    strict   a key that meets no layer is an error; with False a MoleWarning, and it is listed. No key at all
-             is always an error
-    targets  only these layers: paths or their endings ("attn2.to_k"), a dict such as `mole_targets` gives, or
-             (path, module) -> bool
-    allow_large_rank  take ranks above min(K, N) too
+    Args:
+        model: An nn.Module or a diffusers pipeline.
+        experts: {name: file, tensors or Expert}, an ExpertBank, or the path of a file from `Handle.save`.
+        gates: None: no gates, or those inside the file from `Handle.save`. A path or GateFile: its gates.
+            "mole", "local", "global": fresh MoLE gates (both, token only, sample only). "constant": one
+            learnt constant per expert. "softmax", "top-1", "top-2": a softmax over the experts per token.
+            A callable (path, module, experts) -> Gate or None: its gate for each layer.
+        strict: Whether a key that matches no layer is an error. If False it is a MoleWarning and listed in
+            `Plan.unmatched`. An expert none of whose keys match is always an error.
+        targets: Only these layers: paths or their endings ("attn2.to_k"), a mapping by path, or a callable
+            (path, module) -> bool. None: every layer that an expert has.
+        allow_large_rank: Whether ranks above min(K, N) of a layer are accepted.
 
-    Raises MoleKeyError, MoleShapeError, MoleValueError, MoleTypeError, MoleStateError (layers already
-    patched), MoleFileError.
+    Raises:
+        MoleFileError: A file cannot be read.
+        MoleKeyError: A key, target or gate matches nothing.
+        MoleShapeError: A tensor does not fit its layer.
+        MoleTypeError, MoleValueError: An argument is of the wrong kind or value.
+        MoleStateError: A layer is already patched.
     """
     by_name, own_gates = read_experts(experts, model)
     spec = read_gates(gates)

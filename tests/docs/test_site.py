@@ -104,7 +104,7 @@ def test_the_api_comes_from_the_docstrings(site):
     from mole_kernels.patching.apply import patch
 
     text = (site / "api/pipelines.html").read_text(encoding="utf-8")
-    assert (patch.__doc__ or "none").split(";")[0] in text and "allow_large_rank" in text
+    assert (patch.__doc__ or "none").splitlines()[0] in text and "allow_large_rank" in text
 
 
 def test_docstrings_keep_their_tables():
