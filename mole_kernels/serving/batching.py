@@ -22,6 +22,8 @@ from mole_kernels.errors import MoleShapeError
 Batch: TypeAlias = Tensor | Sequence[Tensor]
 # what pipelines call their latents [L,…]
 LATENTS = ("latents", "intermediate_images")
+# parts of what they call the embeddings of their prompts
+TEXTS = ("prompt_embeds", "text_hidden_states")
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ class PipelineCall:
         prompts: Number of prompts, where it is known.
         pictures: Outputs per prompt.
         latents: [L,…], one row for each output; None before they are made.
-        texts: [k·L,…] or k·L tensors: the prompts' embeddings; None where the pipeline names them otherwise.
+        texts: Each [k·L,…] or k·L tensors: the prompts' embeddings, as far as their names are known.
     """
 
     name: str
     prompts: int | None
     pictures: int
     latents: Tensor | None
-    texts: Batch | None
+    texts: tuple[Batch, ...]
 
 
 def running_call(module: nn.Module) -> PipelineCall | None:
@@ -71,14 +73,14 @@ def _read_call(names: Mapping[str, Any]) -> PipelineCall:
         if name.startswith("num_") and name.endswith("_per_prompt") and isinstance(value, int) and value > 1
     }
     latents = next((t for name in LATENTS if isinstance(t := names.get(name), Tensor) and t.dim() > 1), None)
-    texts = names.get("prompt_embeds")
+    texts = (value for name, value in names.items() if any(known in name for known in TEXTS))
     return PipelineCall(
         type(names["self"]).__name__,
         1 if isinstance(prompt, str) else len(prompt) if isinstance(prompt, list | tuple) else None,
         # two such numbers that differ (pictures and videos) say nothing: 0 fits no batch
         (counts.pop() if len(counts) == 1 else 0) if counts else 1,
         latents,
-        texts if isinstance(texts, Tensor | list) else None,
+        tuple(t for t in texts if isinstance(t, list) or (isinstance(t, Tensor) and t.dim() > 1)),
     )
 
 
@@ -159,12 +161,26 @@ def _order_in(call: PipelineCall, prompts: int, batch: Batch) -> SampleOrder | s
     parts = B // L
     if parts > 1 and not _repeats(batch, parts, call.latents):
         return f"the {parts} parts of {L} samples do not hold the same latents"
-    if pictures == 1 or call.texts is None or len(call.texts) % L:
+    if pictures == 1:
         return SampleOrder(parts, pictures, prompts)
-    for by_prompt in (True, False):
-        if _is_constant(call.texts, L, pictures, by_prompt=by_prompt):
-            return SampleOrder(parts, pictures, prompts, by_prompt)
-    return "the prompts' embeddings follow no order of the pictures"
+    orders = _orders_of_texts(call.texts, L, pictures)
+    if not orders:
+        return f"{call.name} shows no embeddings of its prompts that follow one order of the pictures"
+    # prompts of equal texts show either order: then side by side, as diffusers repeats them
+    return SampleOrder(parts, pictures, prompts, by_prompt=True in orders)
+
+
+def _orders_of_texts(texts: Sequence[Batch], L: int, pictures: int) -> set[bool]:
+    """The values of `by_prompt` that all embeddings agree on which follow an order at all."""
+    agreed, found = {True, False}, False
+    for batch in texts:
+        if not len(batch) or len(batch) % L or not all(isinstance(t, Tensor) for t in batch):
+            continue
+        orders = {o for o in (True, False) if _is_constant(batch, L, pictures, by_prompt=o)}
+        # the first dimension of some embeddings is not the sample: they follow neither
+        if orders:
+            agreed, found = agreed & orders, True
+    return agreed if found else set()
 
 
 def _repeats(batch: Batch, parts: int, latents: Tensor) -> bool:

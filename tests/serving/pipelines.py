@@ -40,6 +40,9 @@ class Case:
     latents: tuple[int, ...]
     call: Callable[[slice], dict[str, Any]]
     denoiser: str = "transformer"
+    # inpainting draws other noise for a prompt alone than in a batch, without any adapter: there the oracle is the
+    # whole batch with one adapter, of which each prompt's rows are taken
+    by_itself: bool = True
 
     def __str__(self) -> str:
         return self.id
@@ -49,7 +52,13 @@ class Case:
         noise = randn(PROMPTS, PICTURES, *self.latents, seed=9)[which, :pictures].flatten(0, 1)
         names = inspect.signature(type(pipe).__call__).parameters
         count = next(n for n in names if n.startswith("num_") and n.endswith("_per_prompt"))
-        given = {"latents": noise, count: pictures, "output_type": "latent", "num_inference_steps": 2}
+        given = {count: pictures, "output_type": "latent", "num_inference_steps": 2}
+        if "latents" in names and "strength" not in names:
+            given["latents"] = noise
+        else:
+            # the noise is made from the picture: a generator for each output
+            numbers = torch.arange(PROMPTS * PICTURES).reshape(PROMPTS, PICTURES)[which, :pictures].flatten()
+            given["generator"] = [torch.Generator().manual_seed(int(n)) for n in numbers]
         pipe.set_progress_bar_config(disable=True)
         with torch.no_grad():
             out = pipe(**given | self.call(which))
@@ -219,6 +228,30 @@ def sdxl(cls: str = "StableDiffusionXLPipeline") -> Any:
     )
 
 
+def controlled() -> Any:
+    import diffusers
+
+    pipe = sd()
+    torch.manual_seed(5)
+    control = diffusers.ControlNetModel.from_unet(
+        pipe.unet, conditioning_embedding_out_channels=(4, 8)
+    ).eval()
+    for parameter in control.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    return diffusers.StableDiffusionControlNetPipeline(
+        **parts, controlnet=control, requires_safety_checker=False
+    )
+
+
+def pictures(*names: str, size: int = 16, **given: Any) -> Callable[[slice], dict[str, Any]]:
+    """One picture (and a mask of its right half) for all prompts."""
+    mask = torch.zeros(1, 1, size, size)
+    mask[..., size // 2 :] = 1
+    made = {"image": randn(1, 3, size, size, seed=4).clamp(-1, 1), "mask_image": mask}
+    return always(**{name: made[name] for name in names}, **given)
+
+
 SDXL_TEXTS = joined(
     texts(12, pooled_prompt_embeds=10, negative_pooled_prompt_embeds=10), always(**SIZE, guidance_scale=4.0)
 )
@@ -337,6 +370,28 @@ CASES = [
     Case("sd-perturbed", pag, (4, 8, 8), joined(texts(12), always(**SIZE, guidance_scale=1.0)), "unet"),
     Case("sd-guided-perturbed", pag, (4, 8, 8), joined(texts(12), always(**SIZE, **GUIDED)), "unet"),
     Case("sdxl", sdxl, (4, 8, 8), SDXL_TEXTS, "unet"),
+    Case(
+        "sd-img2img",
+        lambda: sd("StableDiffusionImg2ImgPipeline"),
+        (4, 8, 8),
+        joined(texts(12), pictures("image", strength=1.0, **GUIDED)),
+        "unet",
+    ),
+    Case(
+        "sd-inpaint",
+        lambda: sd("StableDiffusionInpaintPipeline"),
+        (4, 8, 8),
+        joined(texts(12), pictures("image", "mask_image", strength=1.0, **SIZE, **GUIDED)),
+        "unet",
+        by_itself=False,
+    ),
+    Case(
+        "sd-controlnet",
+        controlled,
+        (4, 8, 8),
+        joined(texts(12), pictures("image", **SIZE, **GUIDED)),
+        "unet",
+    ),
     Case("sd3", sd3, (4, 8, 8), prompts(height=64, width=64, max_sequence_length=8, **GUIDED)),
     Case("flux", flux, (6, 4), prompts(negative=False, max_sequence_length=8, **SMALL)),
     Case("flux-two-calls", flux, (6, 4), prompts(max_sequence_length=8, true_cfg_scale=3.0, **SMALL)),

@@ -14,7 +14,7 @@ from torch import Tensor
 import mole_kernels as mk
 from mole_kernels.errors import MoleShapeError
 from mole_kernels.modules.scan import scan
-from mole_kernels.serving.batching import LATENTS, PipelineCall, sample_order
+from mole_kernels.serving.batching import LATENTS, TEXTS, PipelineCall, sample_order
 from tests.serving.pipelines import CASES, ENDINGS, PICTURES, PROMPTS, Case
 from tests.tiny_models import make_expert
 
@@ -23,6 +23,7 @@ pytest.importorskip("transformers")
 
 
 UNREAD: list[str] = []
+UNTOLD = ["Ideogram4Pipeline", "RFD4ProteinaPipeline"]
 
 
 def experts(pipe: Any, denoiser: str) -> dict[str, Any]:
@@ -32,13 +33,19 @@ def experts(pipe: Any, denoiser: str) -> dict[str, Any]:
 
 def alone(case: Case, pipe: Any, people: dict[str, Any], names: list[str | None]) -> list[Tensor]:
     """Each prompt by itself, with its adapter for the whole model."""
+
+    def draw(i: int) -> Tensor:
+        if case.by_itself:
+            return case.draw(pipe, slice(i, i + 1))
+        return case.draw(pipe, slice(None))[i * PICTURES : (i + 1) * PICTURES]
+
     out = []
     for i, name in enumerate(names):
         if name is None:
-            out.append(case.draw(pipe, slice(i, i + 1)))
+            out.append(draw(i))
             continue
         with mk.patch(pipe, {name: people[name]}):
-            out.append(case.draw(pipe, slice(i, i + 1)))
+            out.append(draw(i))
     return out
 
 
@@ -125,7 +132,12 @@ def test_the_order_is_what_the_pipeline_made(prompts, pictures, parts, by_prompt
     if shuffled:
         # the parts of a sample side by side
         batch = batch.reshape(parts, count, -1, 2).transpose(0, 1).flatten(0, 1)
-    call = PipelineCall("Pipe", prompts, pictures, latents, texts.repeat(data.draw(st.integers(1, 2)), 1))
+    texts = texts.repeat(data.draw(st.integers(1, 2)), 1)
+    # another of the pipeline's embeddings, whose first dimension is a layer and no sample
+    layers = torch.randn(count, 2, 3)
+    call = PipelineCall(
+        "Pipe", prompts, pictures, latents, data.draw(st.sampled_from([(texts,), (layers, texts)]))
+    )
     try:
         order = sample_order("x", prompts, list(batch) if as_list and not conditions else batch, call, None)
     except MoleShapeError:
@@ -142,6 +154,30 @@ def test_without_a_pipeline_a_batch_is_told_or_refused():
     for parts in (None, 3):
         with pytest.raises(MoleShapeError, match=r"parts=… says"):
             sample_order("x", 2, batch, None, parts)
+
+
+@pytest.mark.parametrize("by_prompt", [True, False])
+@pytest.mark.parametrize("texts", ["none", "not repeated", "of another order each", "shuffled"])
+def test_pictures_whose_prompts_cannot_be_told_are_refused(texts, by_prompt):
+    """Two prompts of two pictures: side by side is a custom, and no reason to draw with each other's adapters."""
+    latents = torch.randn(4, 3, 2)
+    rows = torch.randn(2, 5)
+    side_by_side, as_a_whole = rows[[0, 0, 1, 1]], rows[[0, 1, 0, 1]]
+    shown = {
+        "none": (),
+        "not repeated": (rows,),
+        "of another order each": (side_by_side, as_a_whole),
+        "shuffled": (rows[[0, 1, 1, 0]],),
+    }[texts]
+    call = PipelineCall("Pipe", 2, 2, latents, shown if by_prompt else shown[::-1])
+    with pytest.raises(MoleShapeError, match="shows no embeddings of its prompts"):
+        sample_order("x", 2, latents, call, None)
+    # told, or a name for each picture
+    assert sample_order("x", 2, latents, call, 1).rows() == [0, 0, 1, 1]
+    assert sample_order("x", 4, latents, call, None).rows() == [0, 1, 2, 3]
+    # prompts of equal texts show either order
+    same = PipelineCall("Pipe", 2, 2, latents, (rows[[0, 0, 0, 0]],))
+    assert sample_order("x", 2, latents, same, None).rows() == [0, 0, 1, 1]
 
 
 def lora_pipelines() -> list[type]:
@@ -167,3 +203,10 @@ def test_what_is_read_of_every_pipeline_that_loads_loras():
     )
     assert len(classes) > 150
     assert unread == UNREAD
+    # several pictures of several prompts are refused in these, unless they are told
+    untold = sorted(
+        cls.__name__
+        for cls in classes
+        if not any(known in n for known in TEXTS for n in inspect.unwrap(cls.__call__).__code__.co_varnames)
+    )
+    assert untold == UNTOLD
