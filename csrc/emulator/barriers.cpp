@@ -13,7 +13,7 @@ void finish_phase(Mbarrier& b, const void* bar) {
   }
   b.phase++;
   b.pending = b.count;
-  b.near_done = b.near.result(), b.far_done = b.far.result();
+  b.near_done = b.near.result(), b.far_done = b.far.result(), b.freed_done = b.freed.result();
   wake_all(b.waiting);
 }
 
@@ -23,8 +23,11 @@ void check_bytes(const Mbarrier& b, const void* bar) {
          name_of(bar).c_str(), static_cast<long long>(b.bytes));
 }
 
-void arrive(const void* bar, uint32_t count, int64_t bytes, bool far) {
-  Mbarrier& b = barrier_at(bar, far ? "mbarrier_arrive_remote" : "mbarrier_arrive");
+// what an arrival publishes: to whoever waits in its CTA, in the cluster, or for freed memory alone
+enum class To { Near, Far, Freed };
+
+void arrive(const void* bar, uint32_t count, int64_t bytes, To to) {
+  Mbarrier& b = barrier_at(bar, to == To::Near ? "mbarrier_arrive" : "mbarrier_arrive_remote");
   if (b.pending < int64_t(count))
     fail("mbarrier",
          "an arrival too many at the mbarrier at %s: all %u of phase %llu have come, %lld bytes are still "
@@ -34,7 +37,7 @@ void arrive(const void* bar, uint32_t count, int64_t bytes, bool far) {
   b.bytes += bytes;
   check_bytes(b, bar);
   b.pending -= count;
-  publish(far ? b.far : b.near);
+  publish(to == To::Far ? b.far : to == To::Freed ? b.freed : b.near);
   made_progress();
   finish_phase(b, bar);
 }
@@ -111,7 +114,7 @@ void fence_mbarrier_init() {
 void mbarrier_arrive(uint64_t* bar, uint32_t count) {
   MOLE_ENTER;
   if (cta_of(bar) != me().cta) fail("bounds", "mbarrier_arrive: %s is not this CTA's", name_of(bar).c_str());
-  arrive(bar, count, 0, false);
+  arrive(bar, count, 0, To::Near);
   maybe_yield();
 }
 
@@ -129,21 +132,29 @@ void mbarrier_arrive_expect_tx(uint64_t* bar, uint32_t bytes) {
   MOLE_ENTER;
   if (cta_of(bar) != me().cta)
     fail("bounds", "mbarrier_arrive_expect_tx: %s is not this CTA's", name_of(bar).c_str());
-  arrive(bar, 1, bytes, false);
+  arrive(bar, 1, bytes, To::Near);
   maybe_yield();
 }
 
 void mbarrier_arrive_remote(uint64_t* bar, uint32_t rank) {
   MOLE_ENTER;
   const auto* there = remote(bar, rank, "mbarrier_arrive_remote");
-  arrive(there, 1, 0, cta_of(there) != me().cta);
+  arrive(there, 1, 0, cta_of(there) != me().cta ? To::Far : To::Near);
+  maybe_yield();
+}
+
+void mbarrier_arrive_freed(uint64_t* bar, uint32_t rank) {
+  MOLE_ENTER;
+  const auto* there = remote(bar, rank, "mbarrier_arrive_freed");
+  // without a scope that reaches the peer, even where the peer is this CTA itself: one word, one meaning
+  arrive(there, 1, 0, To::Freed);
   maybe_yield();
 }
 
 void mbarrier_arrive_expect_tx_remote(uint64_t* bar, uint32_t rank, uint32_t bytes) {
   MOLE_ENTER;
   const auto* there = remote(bar, rank, "mbarrier_arrive_expect_tx_remote");
-  arrive(there, 1, bytes, cta_of(there) != me().cta);
+  arrive(there, 1, bytes, cta_of(there) != me().cta ? To::Far : To::Near);
   maybe_yield();
 }
 
@@ -159,7 +170,7 @@ bool mbarrier_try_wait(uint64_t* bar, uint32_t parity, Scope scope) {
     if ((b.phase & 1) != parity) {
       learn(b.near_done);
       if (scope == kClusterScope) learn(b.far_done);
-      if (scope == kFreed) t.freed = join(t.freed, b.far_done);
+      if (scope == kFreed) t.freed = join(join(t.freed, b.far_done), b.freed_done);
       return true;
     }
     if (tries == 0) {

@@ -96,6 +96,7 @@ void mbarrier_arrive_expect_tx(uint64_t* bar, uint32_t bytes);
 bool mbarrier_try_wait(uint64_t* bar, uint32_t parity, Scope scope);
 void mbarrier_wait(uint64_t* bar, uint32_t parity, Scope scope);
 void mbarrier_arrive_remote(uint64_t* bar, uint32_t rank);
+void mbarrier_arrive_freed(uint64_t* bar, uint32_t rank);
 void mbarrier_arrive_expect_tx_remote(uint64_t* bar, uint32_t rank, uint32_t bytes);
 void mbarrier_arrive_after_cp_async(uint64_t* bar);
 

@@ -27,8 +27,8 @@ struct Mbarrier {
   Epoch born;
   bool fenced = false;       // its initialisation is known to the asynchronous proxy and the cluster
   unsigned maker = 0;        // the thread that initialised it
-  Messages near, far;        // arrivals of this CTA and copies; arrivals of peers
-  View near_done, far_done;  // what the last finished phase brought
+  Messages near, far, freed;  // arrivals of this CTA and copies; arrivals of peers; those of freed memory
+  View near_done, far_done, freed_done;  // what the last finished phase brought
   std::vector<Thread*> waiting;
   uint64_t in_flight = 0;  // bytes of issued copies that will count here
 };

@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant(
         "a stage is given back to this CTA alone",
         "pipeline.h",
-        "if (me.lane < cluster) mbarrier_arrive_remote(empty, me.lane);",
+        "if (me.lane < cluster) mbarrier_arrive_freed(empty, me.lane);",
         "if (me.lane < cluster) mbarrier_arrive(empty);",
         CLUSTER + " k=520",
     ),
@@ -131,6 +131,13 @@ MUTANTS = [
         "tile_kernel.h",
         "mbarrier_wait_cluster(&bars.z_full[me.group], phase);",
         "mbarrier_wait(&bars.z_full[me.group], phase);",
+        CLUSTER,
+    ),
+    Mutant(
+        "z is announced as freed memory is, without a fence",
+        "tile_kernel.h",
+        "if (me.warp == 0 && me.lane < cluster) mbarrier_arrive_remote(&bars.z_full[me.group], me.lane);",
+        "if (me.warp == 0 && me.lane < cluster) mbarrier_arrive_freed(&bars.z_full[me.group], me.lane);",
         CLUSTER,
     ),
     Mutant(

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(128, 1) copies(const __grid_constant__ CUtenso
     mbarrier_expect_tx(bar, 16);
     mbarrier_arrive_expect_tx(bar, 32768);
     mbarrier_arrive_remote(bar, 1);
+    mbarrier_arrive_freed(bar, 1);
     mbarrier_arrive_expect_tx_remote(bar, 1, 64);
     tma_load_2d(smem, &map, bar, 0, 1);
     tma_load_2d(smem, &map, bar, 0, 1, policy_evict_first());

@@ -80,6 +80,7 @@ FAULTS = {
         "late_store": "exit",
         "read_after_end": "exit",
         "no_freed_wait": "race",
+        "arrival_without_scope": "race",
         "ordinary_after_freed": "race|proxy",
         "no_second_fence": "proxy",
     },

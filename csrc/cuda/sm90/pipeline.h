@@ -68,7 +68,7 @@ MOLE_DEVICE Lane fresh(Lane me) {
 template <bool CLUSTER>
 MOLE_DEVICE void release_stage(uint64_t* empty, const Lane& me, int cluster) {
   if constexpr (CLUSTER) {
-    if (me.lane < cluster) mbarrier_arrive_remote(empty, me.lane);
+    if (me.lane < cluster) mbarrier_arrive_freed(empty, me.lane);
   } else {
     if (me.lane == 0) mbarrier_arrive(empty);
   }
@@ -77,7 +77,7 @@ MOLE_DEVICE void release_stage(uint64_t* empty, const Lane& me, int cluster) {
 template <bool CLUSTER>
 MOLE_DEVICE void wait_stage(uint64_t* empty, uint32_t parity) {
   if constexpr (CLUSTER)
-    mbarrier_wait_cluster(empty, parity);
+    mbarrier_wait_freed(empty, parity);
   else
     mbarrier_wait(empty, parity);
 }

@@ -32,6 +32,7 @@ constexpr const char* kFaults[] = {"none",
                                    "late_store",
                                    "read_after_end",
                                    "no_freed_wait",
+                                   "arrival_without_scope",
                                    "ordinary_after_freed",
                                    "no_second_fence"};
 
@@ -115,7 +116,10 @@ __device__ void exchange(const Shared& l, int fault) {
     if (fault == FAULT("source_reuse")) *reinterpret_cast<uint32_t*>(l.stage) = 0;
     // two arrivals at each CTA: its own and its peer's, for what the barrier above has gathered
     mbarrier_arrive(l.stored);
-    if (fault != FAULT("no_remote_arrival")) mbarrier_arrive_remote(l.stored, peer);
+    if (fault == FAULT("arrival_without_scope"))
+      mbarrier_arrive_freed(l.stored, peer);
+    else if (fault != FAULT("no_remote_arrival"))
+      mbarrier_arrive_remote(l.stored, peer);
   }
 }
 
@@ -123,7 +127,7 @@ __device__ void exchange(const Shared& l, int fault) {
 __device__ void reload(const Shared& l, const CUtensorMap* x, int row0, int fault) {
   const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
-    for (uint32_t r = 0; r < 2; r++) mbarrier_arrive_remote(l.freed, r);
+    for (uint32_t r = 0; r < 2; r++) mbarrier_arrive_freed(l.freed, r);
     if (fault != FAULT("no_freed_wait")) mbarrier_wait_freed(l.freed, 0);
     if (fault == FAULT("ordinary_after_freed")) st_cluster(cluster_map(l.x, 1 - rank), 1.0f);
     mbarrier_arrive_expect_tx(l.loaded, 8192);
