@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from mole_kernels.errors import MoleShapeError, MoleStateError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.serving.batching import Batch, SampleOrder, running_call, sample_order
-from mole_kernels.serving.pool import Lease
+from mole_kernels.serving.pool import Lease, StoredAdapter
 
 if TYPE_CHECKING:
-    from mole_kernels.serving.assignment import Assignment
     from mole_kernels.serving.serve import Served
 
 _OUTSIDE: Final = object()
@@ -120,10 +119,13 @@ class ComponentRoute:
         assignment = self._served.assignment_of_caller()
         if assignment is None:
             return None, None
-        prompts, part = self._rows(assignment, batch)
+        adapters, parts = assignment.adapters, assignment.parts
+        # an error's traceback keeps these frames, and must not keep the assignment that ends with the error
+        del assignment
+        prompts, part = self._rows(adapters, parts, batch)
         self._served.keep_in_place(self.module)
-        lease = self._served.lease(assignment)
-        sets = [lease.index(assignment.adapters[p]) for p in prompts]
+        lease = self._served.lease(adapters)
+        sets = [lease.index(adapters[p]) for p in prompts]
         device = batch.device if isinstance(batch, Tensor) else batch[0].device
         # the number of samples after which the sets repeat
         self._running.part = 1 if len(set(sets)) == 1 else part
@@ -137,18 +139,20 @@ class ComponentRoute:
                 last = self._running.last = ((sets, device), torch.tensor(sets, device=device))
         return last[1]
 
-    def _rows(self, assignment: Assignment, batch: Batch) -> tuple[list[int], int]:
+    def _rows(
+        self, adapters: Sequence[StoredAdapter | None], parts: int | None, batch: Batch
+    ) -> tuple[list[int], int]:
         """The prompt of each sample, and how many samples a part of the batch has."""
-        B, P = len(batch), len(assignment.adapters)
-        if all(adapter is assignment.adapters[0] for adapter in assignment.adapters):
+        B, P = len(batch), len(adapters)
+        if all(adapter is adapters[0] for adapter in adapters):
             return [0] * B, 1
         # an encoder sees the prompts, before they are repeated
         call = None if "encoder" in self.component else running_call(self.module)
         shape = None if call is None else (call.name, call.prompts, call.pictures, _length(call.latents))
-        key = (B, P, assignment.parts, shape)
+        key = (B, P, parts, shape)
         order = self._orders.get(key)
         if order is None:
-            order = sample_order(f"serve, {self.component}", P, batch, call, assignment.parts)
+            order = sample_order(f"serve, {self.component}", P, batch, call, parts)
             self._orders[key] = order
             if len(self._orders) > MOST_ORDERS:
                 self._orders.popitem(last=False)

@@ -24,7 +24,7 @@ from mole_kernels.patching.sources import Source, read_expert
 from mole_kernels.patching.swap import match_held
 from mole_kernels.serving.assignment import Assignment, AssignmentScope, CallerStacks
 from mole_kernels.serving.layout import AdapterLayout
-from mole_kernels.serving.pool import AdapterPool, Lease, PoolStats
+from mole_kernels.serving.pool import AdapterPool, Lease, PoolStats, StoredAdapter
 from mole_kernels.serving.route import ComponentRoute
 from mole_kernels.serving.strength import Strengths
 
@@ -298,9 +298,9 @@ class Served:
             )
         return assignment if assignment is not None and any(assignment.adapters) else None
 
-    def lease(self, assignment: Assignment) -> Lease:
-        """Hold the sets of an assignment's adapters for a forward."""
-        return self._pool.lease(assignment.adapters)
+    def lease(self, adapters: Sequence[StoredAdapter | None]) -> Lease:
+        """Hold the sets of these adapters for a forward."""
+        return self._pool.lease(adapters)
 
     def keep_in_place(self, component: nn.Module) -> None:
         """The layers' factors are views of the pool; made anew where `.to()` gave them memory of their own.

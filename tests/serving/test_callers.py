@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mole_kernels as mk
-from mole_kernels.errors import MoleStateError, MoleValueError
+from mole_kernels.errors import MoleShapeError, MoleStateError, MoleValueError
 from mole_kernels.serving.serve import Served
 from tests.serving.test_state_machine import SOLO, VERSIONS, X, merged
 from tests.tiny_models import Mlp, make_expert, run_unet, tiny_unet
@@ -402,6 +402,37 @@ def test_a_forward_that_fails_lets_its_sets_go(model):
     with served.assign(["b"]):
         assert is_solo(draw(model), 1, 1, 1)
     assert torch.equal(draw(model), SOLO[None])
+
+
+def fail_in_a_layer(model: nn.Module) -> None:
+    model.second.register_forward_pre_hook(lambda *_: 1 / 0)
+    draw(model)
+
+
+@torch.no_grad()
+def fail_for_the_batch(model: nn.Module) -> None:
+    model(X[:1])
+
+
+def fail_outside_a_forward(model: nn.Module) -> None:
+    model.first(X)
+
+
+@pytest.mark.parametrize("fail", [fail_in_a_layer, fail_for_the_batch, fail_outside_a_forward])
+def test_an_error_in_the_blocks_is_the_one_that_is_seen(model, fail):
+    """An error's traceback holds the frames it came through; the model is given back all the same."""
+    weight = model.first.weight
+    try:
+        with served_with(model) as served, served.assign(["a", "b", "c"]):
+            fail(model)
+    except MoleStateError as error:
+        assert "another" not in str(error) and "other callers" not in str(error)
+        assert fail is fail_outside_a_forward
+    except (ZeroDivisionError, MoleShapeError):
+        pass
+    else:
+        raise AssertionError("nothing was raised")
+    assert type(model.first) is nn.Linear and model.first.weight is weight
 
 
 class Timed(nn.Module):
