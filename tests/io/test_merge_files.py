@@ -181,8 +181,18 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler: a job in the background of a shell inherits that Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("what", ["merge", "compress"])
-def test_76_ctrl_c_and_a_full_disk_leave_the_old_file(what: str, files: list[Path], tmp_path: Path):
+def test_76_ctrl_c_and_a_full_disk_leave_the_old_file(
+    what: str, files: list[Path], tmp_path: Path, interruptible: None
+):
     before, out = snapshot(tmp_path), tmp_path / "out.safetensors"
 
     def run(progress=None) -> None:

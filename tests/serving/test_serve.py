@@ -60,8 +60,9 @@ def test_each_sample_of_a_pipeline_gets_its_own_expert(pipeline, guidance, each)
         want.append(draw(pipe, len(batch), each, guidance, slice(i, i + 1)))
     with serve(pipeline, experts) as served, served.assign(batch):
         got = draw(pipeline, len(batch), each, guidance)
-    torch.testing.assert_close(got, torch.cat(want), rtol=2e-5, atol=2e-5)
-    assert not torch.allclose(want[0], want[3], atol=1e-3)
+    # two guided steps: sums of other batches are other sums, by a hundredth of what tells the adapters apart
+    torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(want[0], want[3], atol=1e-2)
 
 
 def test_unserved_is_the_base_and_removing_restores_everything(unet):
