@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: lock mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests peft-tests robustness endurance docs fuzz hf-kernels wheel sdist sbom matrix quantised-tests
+.PHONY: lock mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests serving-suite peft-tests robustness endurance docs fuzz hf-kernels wheel sdist sbom matrix quantised-tests
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch.
@@ -88,6 +88,14 @@ endurance: $(STAMP)
 # diffusers' own LoRA tests with acceleration switched on; SOURCE is a checkout of diffusers
 diffusers-tests: $(STAMP)
 	$(BIN)/python python/tools/diffusers_suite.py $(if $(SOURCE),--source $(SOURCE))
+
+# every pipeline of diffusers that loads LoRA files, two prompts of two outputs, each prompt with its own adapter: none may be drawn with
+# another's. From diffusers' tests, make serving-suite SOURCE=<a checkout of diffusers>, one class with ONLY=<part of its name>
+serving-suite: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/serving-suite/packages \
+	  parameterized==0.9.0 requests-mock==1.12.1 ftfy==6.3.1 wcwidth==0.9.4
+	HF_HUB_OFFLINE=1 PYTHONPATH=build/serving-suite/packages $(BIN)/python python/tools/serving_suite.py --source $(SOURCE) \
+	  $(if $(ONLY),--only $(ONLY))
 
 # kernels compiled for GPUs that are not here: registers, spills, tensor-core instructions; some of them with ONLY=<pattern> and ARCH=<90>;
 # by another Triton, unpacked beside the environment, with TRITON=<version>
