@@ -81,7 +81,7 @@ class LoRAFusion(nn.Module):
         return best
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.stacked.gated(x) if self.stacked.phi is not None else self.ungated(x)
+        z = self.stacked.gated(x) if self.stacked.token_weight is not None else self.ungated(x)
         y = torch.empty(*x.shape[:-1], self.weight.shape[0], dtype=x.dtype, device=x.device)
         M, K, N, R = z.shape[0], x.shape[-1], self.weight.shape[0], z.shape[-1]
         t = self.tile

@@ -13,6 +13,7 @@ from benchmarks.layer import Layer
 from benchmarks.peers import methods
 from benchmarks.timing import Budget, Times, paired
 from mole_kernels.backends import cpu
+from mole_kernels.operands import Call, Need, Saved
 
 # relative error that a method of this dtype may have; ours is held to less by the tests
 ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}
@@ -106,28 +107,15 @@ def backward(case: Case, layer: Layer, seconds: float) -> list[dict[str, Any]]:
 def operator_backward(layer: Layer, dy: Tensor) -> Callable[[], object]:
     """The same gradients from the compiled operator alone, without autograd."""
     with torch.no_grad():
-        e, g = layer.experts.operands(), layer.gate.operands(layer.experts)
-        x, weight = layer.x.detach(), layer.base.weight
-        saved = cpu.forward(x, weight, layer.base.bias, e.down, e.up, e.scale, e.ranks, *g[:5], True)[1:]
-        need = [True, True, True, False, False, True, True, True, True]
-        args = (
-            dy,
-            x,
-            weight,
-            e.down.detach(),
-            e.up.detach(),
-            e.scale,
-            e.ranks,
-            None,
-            g.phi.detach(),
-            g.pool.detach(),
-            *saved,
-            need,
-        )
+        experts = layer.experts.operands()
+        gates = layer.gate.operands(layer.experts)
+        call = Call(layer.x.detach(), layer.base.weight, layer.base.bias, experts, gates, save=True)
+        saved = Saved(*cpu.forward(call)[1:])
+        need = Need(**dict.fromkeys(Need._fields, True) | {"scale": False, "gate": False})
 
     def run() -> object:
         with torch.no_grad():
-            return cpu.backward(*args)
+            return cpu.backward(call, saved, dy, need)
 
     return run
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from benchmarks.layer import Layer
 from mole_kernels.backends import cpu
 from mole_kernels.layers.linear import GatedLoRALinear
+from mole_kernels.operands import Call
 
 
 class Stacked(nn.Module):
@@ -32,8 +33,11 @@ class Stacked(nn.Module):
         self.ranks, self.scale = e.ranks, e.scale
         # contiguous once and outside the clock; beside each other so that neither product copies
         self.down, self.up_t = e.down[0], e.up[0].mT
-        self.phi, self.phi_bias = g.phi, g.phi_bias
-        self.pool, self.pool_bias = None if g.pool is None else g.pool[0], g.pool_bias
+        self.token_weight, self.token_bias = g.token_weight, g.token_bias
+        self.sample_weight, self.sample_bias = (
+            None if g.sample_weight is None else g.sample_weight[0],
+            g.sample_bias,
+        )
 
     def gated(self, x: Tensor) -> Tensor:
         """γ ⊙ h, [B·T,R]"""
@@ -41,10 +45,10 @@ class Stacked(nn.Module):
         E, r = len(self.ranks), self.ranks[0]
         h = F.linear(x, self.down).view(B, T, E, r)
         gamma = self.scale
-        if self.phi is not None and self.pool is not None:
-            local = torch.sigmoid(F.linear(x, self.phi, self.phi_bias).float())
-            pooled = (h.mean(1, dtype=torch.float32) * self.pool.view(E, r)).sum(-1)
-            gamma = local * (torch.sigmoid(pooled + self.pool_bias.float()) * self.scale)[:, None]  # type: ignore[union-attr]
+        if self.token_weight is not None and self.sample_weight is not None:
+            local = torch.sigmoid(F.linear(x, self.token_weight, self.token_bias).float())
+            pooled = (h.mean(1, dtype=torch.float32) * self.sample_weight.view(E, r)).sum(-1)
+            gamma = local * (torch.sigmoid(pooled + self.sample_bias.float()) * self.scale)[:, None]  # type: ignore[union-attr]
         return (h * gamma.to(h.dtype)[..., None]).view(B * T, E * r)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,20 +98,10 @@ class Operator(nn.Module):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        e = layer.experts.operands()
-        self.args = (
-            layer.base.weight,
-            layer.base.bias,
-            e.down,
-            e.up,
-            e.scale,
-            e.ranks,
-            *layer.gates()[:5],
-            False,
-        )
+        self.call = Call(layer.x, layer.base.weight, layer.base.bias, layer.experts.operands(), layer.gates())
 
     def forward(self, x: Tensor) -> Tensor:
-        return cpu.forward(x, *self.args)[0]
+        return cpu.forward(self.call._replace(x=x)).y
 
 
 def peft_layer(layer: Layer) -> nn.Module | None:

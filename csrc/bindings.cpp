@@ -12,18 +12,19 @@ std::string instruction_set_name() { return instruction_set(); }
 }  // namespace mole
 
 STABLE_TORCH_LIBRARY(mole_cpu, m) {
+  // the operands of a call, in the order of FIELDS in mole_kernels/operands.py
+#define MOLE_CALL                                                                                       \
+  "Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, "          \
+  "Tensor? assignment, Tensor? gate, Tensor? token_weight, Tensor? token_bias, Tensor? sample_weight, " \
+  "Tensor? sample_bias, int top_k, bool save"
+  m.def("forward(" MOLE_CALL ") -> (Tensor y, Tensor h, Tensor token_gate, Tensor sample_gate)");
+  // need: bit i asks for the i-th gradient
   m.def(
-      "forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] ranks, "
-      "Tensor? gate, Tensor? phi, "
-      "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, bool save, Tensor? assignment=None, int top_k=0) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  // need: bit i asks for the i-th of dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias
-  m.def(
-      "backward(Tensor dy, Tensor x, Tensor weight, Tensor down, Tensor up, Tensor scale, int[] ranks, "
-      "Tensor? gate, Tensor? phi, "
-      "Tensor? pool, Tensor h, Tensor token_gate, Tensor sample_gate, int need, Tensor? assignment=None, int "
-      "top_k=0) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "backward(Tensor dy, " MOLE_CALL
+      ", Tensor h, Tensor token_gate, Tensor sample_gate, int need) -> (Tensor dx, Tensor ddown, Tensor dup, "
+      "Tensor dscale, Tensor dgate, Tensor dtoken_weight, Tensor dtoken_bias, Tensor dsample_weight, "
+      "Tensor dsample_bias)");
+#undef MOLE_CALL
   m.def("instruction_set() -> str");
 }
 

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from mole_kernels.backends.select import Backend, select
 from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
-from mole_kernels.operands import Experts, Gates
+from mole_kernels.operands import Call, Experts, Gates
 from mole_kernels.ops import direct, schema
 from mole_kernels.ops.twice import plain_forward
 from mole_kernels.precision import autocast_dtype
-from mole_kernels.problem import Problem
 
 OP = "gated_lora_linear"
 NO_GATES = Gates()
@@ -31,27 +30,41 @@ def gated_lora_linear(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """y = x Wᵀ + b + Σ_e s_e·gate_e·l_e·G_e·(x A_eᵀ) B_eᵀ, with l = sigmoid(x phiᵀ + phi_bias), G =
-    sigmoid(pooled).
+    """A frozen linear layer plus E gated low-rank experts, in one call.
 
-    x        [..., K] float     first dimension is the sample, the last K, all between are tokens; [M,K] is
-             one sample
-    weight   [N,K], bias [N]    frozen: no gradient is made for them
-    experts  down [S,R,K], up [S,N,R], scale [E], ranks; S = 1 or the number of samples; any S with an
-             assignment [B] of each sample's set
-    gates    `Gates`; absent parts count as 1; with top_k the token gate is a softmax over each token's k
-             largest logits.
-             A NaN in a gate makes NaN of the outputs it touches; gates need not sum to one
-    backend  "auto", or a backend by name
-    Returns y [..., N] in x's dtype (autocast's where that is on). Low-precision inputs accumulate in float32.
-    Gradients: x, down, up, scale and every part of gates.
+    y = x Wᵀ + b + Σ_e s_e · gate_e · l_e · G_e · (x A_eᵀ) B_eᵀ, with the token gate
+    l = sigmoid(x token_weightᵀ + token_bias) and the sample gate
+    G_e = sigmoid(Σ_{r∈e} sample_weight_r · mean_t h_r + sample_bias_e), h = x Aᵀ.
+    Low-precision inputs accumulate in float32. Gradients reach x, down, up, scale and every part of gates.
 
-    An assignment is checked to lie in −1 … S−1 on the CPU; on a GPU that would wait for the device, so there
-    it is the caller's to hold.
+    Args:
+        x: [..., K] float. The first dimension is the sample, the last K, all between are tokens; [M,K] is one
+            sample.
+        weight: [N,K], frozen: it gets no gradient.
+        bias: [N] or None, frozen too.
+        experts: down [S,R,K], up [S,N,R], scale [E], ranks; S = 1 or the number of samples, or any S with an
+            assignment [B] of each sample's set. An assignment is checked to lie in −1 … S−1 on a CPU; on a
+            GPU that would wait for the device, so there the caller must see to it.
+        gates: Absent parts count as 1. Gates need not sum to one; a NaN in a gate makes NaN of the outputs
+            that it touches.
+        backend: "auto", or a backend by name.
 
-    Raises MoleShapeError, MoleTypeError (dtypes, devices), MoleValueError (ranks, assignment, top_k, backend
-    name), MoleStateError
-    (weight wants a gradient), MoleBackendError (the backend named refuses).
+    Returns:
+        y [..., N] in x's dtype (autocast's where that is on).
+
+    Raises:
+        MoleShapeError: A tensor has another shape than the sizes above ask for.
+        MoleTypeError: dtypes or devices differ or are not supported.
+        MoleValueError: Ranks, assignment, top_k or the backend's name are not valid.
+        MoleStateError: The weight or the bias wants a gradient.
+        MoleBackendError: The backend that was named refuses the call.
+
+    Example:
+        >>> import torch, mole_kernels as mk
+        >>> x, weight = torch.randn(2, 5, 8), torch.randn(6, 8)
+        >>> experts = mk.Experts(torch.randn(1, 4, 8), torch.randn(1, 6, 4), torch.ones(1), (4,))
+        >>> mk.gated_lora_linear(x, weight, None, experts).shape
+        torch.Size([2, 5, 6])
     """
     return gated_lora_linear_with_gates(x, weight, bias, experts, gates, backend=backend)[0]
 
@@ -65,78 +78,100 @@ def gated_lora_linear_with_gates(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`gated_lora_linear`, and what its gates said: y [...,N], token gate l [B,T,E] and sample gate G [B,E]
-    (None where absent).
+    """`gated_lora_linear`, and the values of its gates.
 
-    The gates come back detached and in float32.
+    Args:
+        x: See `gated_lora_linear`, as the other arguments.
+        weight: [N,K].
+        bias: [N] or None.
+        experts: The experts.
+        gates: The gates.
+        backend: "auto", or a backend by name.
+
+    Returns:
+        y [..., N]; the token gate l [B,T,E] and the sample gate G [B,E], detached and in float32 (float64
+        beside float64 operands), or None where the call has none.
+
+    Raises:
+        MoleError: As `gated_lora_linear` does.
     """
-    gates = gates or NO_GATES
+    compiling = torch.compiler.is_compiling()
+    return evaluate(x, weight, bias, experts, gates or NO_GATES, backend, compiling)
+
+
+def evaluate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    experts: Experts,
+    gates: Gates,
+    backend: str,
+    compiling: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`gated_lora_linear_with_gates`, for a caller that has asked torch whether a compiler traces the call.
+
+    A layer's eager call pays for every Python function on its way (tests/layers/test_calls.py counts them),
+    so what is looked up here is looked up without one.
+    """
     down, up, scale, ranks, assignment = experts
-    gate, phi, phi_bias, pool, pool_bias, top_k = gates
-    tensors = (x, weight, bias, down, up, scale, gate, phi, phi_bias, pool, pool_bias, assignment)
-    unobserved = direct.unobserved(tensors)
-    known = _look_up(tensors, backend, x, weight, bias, experts, gates) if unobserved else None
-    if known is None:
-        _check_types(x, weight, bias, experts, gates)
-        _check_shapes(_as_samples(x), weight, bias, experts, gates)
+    tensors = (x, weight, bias, down, up, scale, assignment) + gates[:-1]
+    unobserved = not compiling and direct.unobserved_eager(tensors)
+    known = None
+    if unobserved:
+        autocast = autocast_dtype(x.device.type) if torch._C._is_any_autocast_enabled() else None
+        key: list[object] = [backend, tuple(ranks), gates.top_k, autocast]
+        for t in tensors:
+            key.append(None if t is None else (t.shape, t.dtype, t.device))
+        kind = tuple(key)
+        known = _KNOWN.get(kind) or _learn(kind, x, weight, bias, experts, gates)
+    else:
+        _check(x, weight, bias, experts, gates)
     if assignment is not None:
         _check_values(assignment, down.shape[0])
     flat = x.dim() == 3
-    x3 = x if flat else _as_samples(x)
-    if known is None or known.casts:
-        x3, weight, bias, down, up, phi = _cast(x3, weight, bias, down, up, phi)
+    x3 = x if flat else as_samples(x)
     save = trains = False
     if torch.is_grad_enabled():
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        save = _wants_grad((x3, down, up, scale, gate, phi, phi_bias, pool, pool_bias))
+        for t in (x, down, up, scale) + gates[:-1]:
+            save = save or (t is not None and t.requires_grad)
     if save and trains:
         raise MoleStateError(
             OP,
             "weight or bias requires a gradient, but the base layer is frozen here and would get none",
             hint="weight.requires_grad_(False)",
         )
+    call = Call(x3, weight, bias, experts, gates, save)
+    if known is None or known.casts:
+        call = _cast(call)
     if save and not unobserved and direct.transformed():
         # torch gives a registered operator no rule for torch.func.grad; plain operations have theirs
-        experts, gates = Experts(down, up, scale, ranks, assignment), gates._replace(phi=phi)
-        y, token_gate, sample_gate = plain_forward(x3, weight, bias, experts, gates)
+        y, token_gate, sample_gate = plain_forward(*call[:-1])
         token_gate, sample_gate = (None if g is None else g.detach() for g in (token_gate, sample_gate))
         return y if flat else y.reshape(*x.shape[:-1], weight.shape[0]), token_gate, sample_gate
-    args = (
-        x3,
-        weight,
-        bias,
-        down,
-        up,
-        scale,
-        ranks,
-        gate,
-        phi,
-        phi_bias,
-        pool,
-        pool_bias,
-        save,
-        assignment,
-        top_k,
-    )
     if known is None or known.backend is None or trains:
-        y, _, token_gate, sample_gate = schema.forward_op(*args, backend)
+        y, _, token_gate, sample_gate = schema.forward_op(*call.flat(), backend)
+    elif not save and not known.autocast:
+        y, _, token_gate, sample_gate = known.backend.forward(call)
     else:
-        y, _, token_gate, sample_gate = direct.forward(known.backend, args, save, known.autocast)
+        y, _, token_gate, sample_gate = direct.forward(known.backend, call, known.autocast)
     y = y if flat else y.reshape(*x.shape[:-1], weight.shape[0])
-    return y, token_gate if phi is not None else None, sample_gate if pool is not None else None
+    return (
+        y,
+        token_gate if gates.token_weight is not None else None,
+        sample_gate if gates.sample_weight is not None else None,
+    )
 
 
 class Known(NamedTuple):
     """What a call's shapes, dtypes, devices and backend name settle, once they were found good.
 
     Attributes:
-        problem: The problem that the tensors pose.
         casts: Whether an operand must be cast to the compute dtype.
         autocast: Whether autocast is on.
         backend: The backend that computes it; None on a device that only torch's dispatcher knows.
     """
 
-    problem: Problem
     casts: bool
     autocast: bool
     backend: Backend | None
@@ -147,53 +182,22 @@ class Known(NamedTuple):
 _KNOWN: dict[tuple, Known] = {}
 
 
-def _look_up(
-    tensors: tuple,
-    backend: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    experts: Experts,
-    gates: Gates,
+def _learn(
+    key: tuple, x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates
 ) -> Known:
-    """What is known of such a call; the first of its kind is checked."""
-    ranks, autocast = tuple(experts.ranks), autocast_dtype(x.device.type)
-    key = (
-        backend,
-        ranks,
-        gates.top_k,
-        autocast,
-        *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
-    )
-    known = _KNOWN.get(key)
-    if known is None:
-        _check_types(x, weight, bias, experts, gates)
-        x3 = _as_samples(x)
-        _check_shapes(x3, weight, bias, experts, gates)
-        x3, *operands = _cast(x3, weight, bias, experts.down, experts.up, gates.phi)
-        casts = (
-            any(a is not b for a, b in zip(operands, (weight, bias, experts.down, experts.up, gates.phi)))
-            or x3.dtype != x.dtype
-        )
-        problem = schema.problem_of(
-            x3,
-            weight,
-            experts.down,
-            ranks,
-            gates.gate,
-            gates.phi,
-            gates.pool,
-            experts.assignment,
-            gates.top_k,
-        )
-        chosen = select(problem, backend) if problem.device in DEVICES else None
-        if len(_KNOWN) >= MOST_KNOWN:
-            _KNOWN.clear()
-        known = _KNOWN[key] = Known(problem, casts, autocast is not None, chosen)
+    """What is known of a kind of call: its first one is checked, and a backend chosen for it."""
+    _check(x, weight, bias, experts, gates)
+    given = Call(as_samples(x), weight, bias, experts, gates)
+    call = _cast(given)
+    backend, _, _, autocast, *_ = key
+    chosen = select(call.problem(), backend) if x.device.type in DEVICES else None
+    if len(_KNOWN) >= MOST_KNOWN:
+        _KNOWN.clear()
+    known = _KNOWN[key] = Known(call is not given, autocast is not None, chosen)
     return known
 
 
-def _as_samples(x: Tensor) -> Tensor:
+def as_samples(x: Tensor) -> Tensor:
     """[K] -> [1,1,K], [M,K] -> [1,M,K], [B,...,K] -> [B,T,K]."""
     if x.dim() == 3:
         return x
@@ -206,14 +210,28 @@ def _as_samples(x: Tensor) -> Tensor:
     return x.flatten(1, -2)
 
 
-def _wants_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
-
-
-def _cast(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, phi: Tensor | None):
-    """Everything that enters a product in one dtype: autocast's where it is on, else x's."""
+def _cast(call: Call) -> Call:
+    """Everything that enters a product in one dtype: autocast's where it is on, else x's. The same call where
+    nothing is cast.
+    """
+    x, weight, bias, experts, gates, save = call
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
-    return (t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, weight, bias, down, up, phi))
+    entering = (x, weight, bias, experts.down, experts.up, gates.token_weight)
+    if all(t is None or t.dtype == dtype for t in entering):
+        return call
+    return Call(
+        x.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        experts._replace(down=experts.down.to(dtype), up=experts.up.to(dtype)),
+        gates if gates.token_weight is None else gates._replace(token_weight=gates.token_weight.to(dtype)),
+        save,
+    )
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates) -> None:
+    _check_types(x, weight, bias, experts, gates)
+    _check_shapes(as_samples(x), weight, bias, experts, gates)
 
 
 def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates) -> None:
@@ -321,8 +339,8 @@ def _check_values(assignment: Tensor, S: int) -> None:
 
 def _check_gates(gates: Gates, B: int, T: int, K: int, E: int, R: int, S: int) -> None:
     gate = gates.gate
-    if gates.top_k < 0 or (gates.top_k and gates.phi is None):
-        raise MoleValueError(OP, expected="top_k = 0, or k ≥ 1 with phi", got=gates.top_k)
+    if gates.top_k < 0 or (gates.top_k and gates.token_weight is None):
+        raise MoleValueError(OP, expected="top_k = 0, or k ≥ 1 with token_weight", got=gates.top_k)
     if gate is not None and (
         gate.dim() != 3 or gate.shape[0] not in (1, B) or gate.shape[1] not in (1, T) or gate.shape[2] != E
     ):
@@ -332,13 +350,13 @@ def _check_gates(gates: Gates, B: int, T: int, K: int, E: int, R: int, S: int) -
             got=tuple(gate.shape),
         )
     for name, tensor, shape, words in (
-        ("phi", gates.phi, (E, K), "[E,K]"),
-        ("phi_bias", gates.phi_bias, (E,), "[E]"),
-        ("pool", gates.pool, (S, R), "[S,R]"),
-        ("pool_bias", gates.pool_bias, (E,), "[E]"),
+        ("token_weight", gates.token_weight, (E, K), "[E,K]"),
+        ("token_bias", gates.token_bias, (E,), "[E]"),
+        ("sample_weight", gates.sample_weight, (S, R), "[S,R]"),
+        ("sample_bias", gates.sample_bias, (E,), "[E]"),
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise MoleShapeError(OP, expected=f"{name} {words} = {list(shape)}", got=tuple(tensor.shape))
-    for bias, product in (("phi_bias", "phi"), ("pool_bias", "pool")):
+    for bias, product in (("token_bias", "token_weight"), ("sample_bias", "sample_weight")):
         if getattr(gates, bias) is not None and getattr(gates, product) is None:
             raise MoleValueError(OP, f"{bias} without {product}", hint=f"give {product} too, or neither")

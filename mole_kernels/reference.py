@@ -13,13 +13,14 @@ from mole_kernels.operands import Experts, Gates
 
 
 def token_gate_ref(x: Tensor, gates: Gates) -> Tensor | None:
-    """l = sigmoid(logits), or softmax over the top_k; logits = x phiᵀ + phi_bias.  x [B,T,K] -> [B,T,E], or
-    None without a token gate.
+    """l = sigmoid(logits), or softmax over the top_k, of logits = x token_weightᵀ + token_bias.
+
+    x [B,T,K] -> l [B,T,E], or None without a token gate.
     """
-    if gates.phi is None:
+    if gates.token_weight is None:
         return None
-    logits = x @ gates.phi.to(x.dtype).mT
-    logits = logits if gates.phi_bias is None else logits + gates.phi_bias.to(x.dtype)
+    logits = x @ gates.token_weight.to(x.dtype).mT
+    logits = logits if gates.token_bias is None else logits + gates.token_bias.to(x.dtype)
     return softmax_of_largest(logits, gates.top_k) if gates.top_k else torch.sigmoid(logits)
 
 
@@ -49,11 +50,11 @@ def sample_gate_ref(h: Tensor, e: int, span: slice, gates: Gates) -> Tensor | No
     """G_e = sigmoid(p_e · mean_t h_e + c_e).  h [B,T,R_e] -> [B,1], or None where the call has no sample
     gate.
     """
-    if gates.pool is None:
+    if gates.sample_weight is None:
         return None
     mean = h.mean(1) if h.shape[1] else h.new_zeros(h.shape[0], h.shape[2])
-    logit = (mean * gates.pool[:, span].to(h.dtype)).sum(-1, keepdim=True)
-    return torch.sigmoid(logit if gates.pool_bias is None else logit + gates.pool_bias[e].to(h.dtype))
+    logit = (mean * gates.sample_weight[:, span].to(h.dtype)).sum(-1, keepdim=True)
+    return torch.sigmoid(logit if gates.sample_bias is None else logit + gates.sample_bias[e].to(h.dtype))
 
 
 def gated_lora_ref(
@@ -68,8 +69,8 @@ def gated_lora_ref(
     y = F.linear(x, weight, bias)
     local = token_gate_ref(x, gates)
     if experts.assignment is not None:
-        if gates.pool is not None:
-            gates = gates._replace(pool=gates.pool[experts.assignment.clamp_min(0)])
+        if gates.sample_weight is not None:
+            gates = gates._replace(sample_weight=gates.sample_weight[experts.assignment.clamp_min(0)])
         experts = sets_of(experts)
     sample_gates = []
     start = 0

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from mole_kernels.backends.select import BACKENDS
-from mole_kernels.operands import Experts, Gates
+from mole_kernels.operands import Call, Experts, Gates, Need
 from mole_kernels.problem import Problem
 from mole_kernels.reference import gated_lora_ref
 
+NAMES = Need._fields
+ALL = Need(*[True] * len(NAMES))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # backends that take tensors on a CPU; Triton's and CUDA's kernels are held to the same truth by tests/kernels,
 # tests/emulator and, on a device, `make gpu`
@@ -87,7 +89,7 @@ class Case:
         size = self.B, self.T, self.K, self.N, self.ranks, abs(self.S)
         return Problem(*size, dtype, "cpu", local, pooled, given, self.top_k, self.S < 0)
 
-    def make(self, dtype: torch.dtype, integers: bool = False) -> Call:
+    def make(self, dtype: torch.dtype, integers: bool = False) -> CaseCall:
         g = torch.Generator().manual_seed(self.seed)
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -104,7 +106,7 @@ class Case:
         )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scale = torch.linspace(0.5, 1.5, self.E, dtype=wide) if not integers else torch.ones(self.E)
-        return Call(
+        return CaseCall(
             x,
             weight,
             bias,
@@ -117,18 +119,24 @@ class Case:
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.randn(*shape, generator=g, dtype=torch.float64) * scale
 
-        gate = phi = phi_bias = pool = pool_bias = None
+        gate = token_weight = token_bias = sample_weight = sample_bias = None
         if self.local:
-            phi, phi_bias = draw(self.E, self.K, scale=self.K**-0.5).to(dtype), draw(self.E).to(dtype)
+            token_weight, token_bias = (
+                draw(self.E, self.K, scale=self.K**-0.5).to(dtype),
+                draw(self.E).to(dtype),
+            )
         if "pooled" in self.gate or "both" in self.gate:
-            pool, pool_bias = draw(abs(self.S), self.R, scale=self.R**-0.5).to(wide), draw(self.E).to(wide)
+            sample_weight, sample_bias = (
+                draw(abs(self.S), self.R, scale=self.R**-0.5).to(wide),
+                draw(self.E).to(wide),
+            )
         if "constant" in self.gate:
             gate = torch.rand(1, 1, self.E, generator=g).to(wide)
         if "mask" in self.gate:
             gate = torch.rand(1, self.T, self.E, generator=g).to(wide)
         if "onehot" in self.gate:
             gate = torch.eye(self.E)[torch.arange(self.B) % self.E][:, None].to(wide)
-        return Gates(gate, phi, phi_bias, pool, pool_bias, self.top_k)
+        return Gates(gate, token_weight, token_bias, sample_weight, sample_bias, self.top_k)
 
 
 def _laid_out(draw, case: Case) -> Tensor:
@@ -144,13 +152,17 @@ def _laid_out(draw, case: Case) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Call:
+class CaseCall:
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     experts: Experts
     gates: Gates
     case: Case
+
+    def operands(self, save: bool = True) -> Call:
+        """The call as a backend takes it; `save`: a gradient will be asked for."""
+        return Call(self.x, self.weight, self.bias, self.experts, self.gates, save)
 
     def tensors(self) -> dict[str, Tensor]:
         """The differentiable operands by name."""
@@ -163,7 +175,7 @@ class Call:
         }
         return named
 
-    def with_tensors(self, new: dict[str, Tensor]) -> Call:
+    def with_tensors(self, new: dict[str, Tensor]) -> CaseCall:
         experts = self.experts._replace(down=new["down"], up=new["up"], scale=new["scale"])
         return replace(
             self,
@@ -172,7 +184,7 @@ class Call:
             gates=self.gates._replace(**{name: new[name] for name in self.gates.tensors()}),
         )
 
-    def double(self) -> Call:
+    def double(self) -> CaseCall:
         wide = self.with_tensors({name: t.double() for name, t in self.tensors().items()})
         return replace(
             wide, weight=self.weight.double(), bias=None if self.bias is None else self.bias.double()

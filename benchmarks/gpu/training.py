@@ -66,9 +66,9 @@ def trained(name: str, layer: Layer) -> tuple[nn.Module, list[Tensor]]:
             stacked = Stacked(layer)
         stacked.down, stacked.up_t = (t.detach().requires_grad_(True) for t in (stacked.down, stacked.up_t))
         leaves = [stacked.down, stacked.up_t]
-        if stacked.pool is not None:
-            stacked.pool = stacked.pool.detach().requires_grad_(True)
-            leaves += [stacked.pool, stacked.phi, stacked.phi_bias, stacked.pool_bias]  # type: ignore[list-item]
+        if stacked.sample_weight is not None:
+            stacked.sample_weight = stacked.sample_weight.detach().requires_grad_(True)
+            leaves += [stacked.sample_weight, stacked.token_weight, stacked.token_bias, stacked.sample_bias]  # type: ignore[list-item]
         return stacked, leaves
     experts.requires_grad_(True)
     return layer_of(layer), [experts.down, experts.up, *gates]

@@ -21,7 +21,7 @@ from mole_kernels.backends.select import BACKENDS
 from mole_kernels.functional import gated_lora_linear
 from mole_kernels.methods.mix_of_show.regions import Region, shares
 from tests import cases as problems
-from tests.truth import Call, Case
+from tests.truth import Case, CaseCall
 
 # roundings on the way to y and to a gradient: h, its gated form, the base and the sum; twice as many
 # backwards
@@ -117,7 +117,7 @@ def moved(t: Tensor, kind: str) -> Tensor:
     return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
 
-def on_device(call: Call, kind: str) -> Call:
+def on_device(call: CaseCall, kind: str) -> CaseCall:
     there = call.with_tensors({name: moved(t, kind) for name, t in call.tensors().items()})
     experts = there.experts._replace(
         **{
@@ -130,7 +130,7 @@ def on_device(call: Call, kind: str) -> Call:
     return replace(there, weight=moved(call.weight, kind), bias=bias, experts=experts)
 
 
-def run(call: Call, backend: str) -> Tensor:
+def run(call: CaseCall, backend: str) -> Tensor:
     return gated_lora_linear(call.x, call.weight, call.bias, call.experts, call.gates, backend=backend)
 
 
@@ -185,7 +185,7 @@ def check_rules(item: Item, context: Context) -> Outcome:
 
 
 def check_gradients(
-    item: Item, context: Context, out: Outcome, call: Call, dtype: torch.dtype, most: int
+    item: Item, context: Context, out: Outcome, call: CaseCall, dtype: torch.dtype, most: int
 ) -> None:
     backend = item["backend"]
     if BACKENDS[backend].reject(
@@ -240,7 +240,7 @@ def check_experts(item: Item, context: Context) -> Outcome:
     return out
 
 
-def integers(dtype: torch.dtype) -> Call:
+def integers(dtype: torch.dtype) -> CaseCall:
     """Numbers so small that every partial sum is exact."""
     call = INTEGERS.make(dtype, integers=True)
     down = torch.zeros_like(call.experts.down)
@@ -304,7 +304,7 @@ def check_graph(item: Item, context: Context) -> Outcome:
     return out
 
 
-def _step(call: Call, backend: str, training: bool, held: list[Tensor]) -> Callable[[], None]:
+def _step(call: CaseCall, backend: str, training: bool, held: list[Tensor]) -> Callable[[], None]:
     """y, and with `training` all gradients, into `held`."""
 
     def step() -> None:
@@ -345,7 +345,7 @@ def check_nan(item: Item, context: Context) -> Outcome:
     return out
 
 
-FAULTS: dict[str, Callable[[Call], Call]] = {
+FAULTS: dict[str, Callable[[CaseCall], CaseCall]] = {
     "a scale 5 % off": lambda c: replace(c, experts=c.experts._replace(scale=c.experts.scale * 1.05)),
     "experts swapped": lambda c: replace(c, experts=c.experts._replace(scale=c.experts.scale.flip(0))),
     "a lost K tail": lambda c: replace(c, experts=c.experts._replace(down=_without(c.experts.down, -1, 8))),
@@ -370,13 +370,13 @@ def _element(t: Tensor) -> Tensor:
     return t
 
 
-def _row(c: Call) -> Tensor:
+def _row(c: CaseCall) -> Tensor:
     gate = c.gates.gate.expand(c.x.shape[0], c.x.shape[1], -1).clone()  # type: ignore[union-attr]
     gate[0, 5] = gate[0, 5].flip(-1) + 0.25
     return gate
 
 
-def _fp8(c: Call) -> Tensor:
+def _fp8(c: CaseCall) -> Tensor:
     return c.gates.gate.to(torch.float8_e4m3fn).to(c.gates.gate.dtype)  # type: ignore[union-attr]
 
 

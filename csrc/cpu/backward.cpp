@@ -13,10 +13,10 @@ enum Need {
   UP = 4,
   SCALE = 8,
   GATE = 16,
-  PHI = 32,
-  PHI_BIAS = 64,
-  POOL = 128,
-  POOL_BIAS = 256
+  TOKEN_WEIGHT = 32,
+  TOKEN_BIAS = 64,
+  SAMPLE_WEIGHT = 128,
+  SAMPLE_BIAS = 256
 };
 
 template <class W>
@@ -29,7 +29,7 @@ template <class W>
 struct GateGradients {
   const Call& c;
   const W *token, *sample;
-  Tensor scale, gate, dlogit, phi_bias, dq, pool_bias;
+  Tensor scale, gate, dlogit, token_bias, dq, sample_bias;
 
   GateGradients(const Call& c, const W* token, const W* sample)
       : c(c),
@@ -38,9 +38,9 @@ struct GateGradients {
         scale(empty({c.E}, c.wide_type)),
         gate(gate_like(c)),
         dlogit(empty({c.B, c.T, token ? c.E : 0}, c.wide_type)),
-        phi_bias(empty({c.E}, c.wide_type)),
+        token_bias(empty({c.E}, c.wide_type)),
         dq(empty({c.B, c.E}, c.wide_type)),
-        pool_bias(empty({c.E}, c.wide_type)) {}
+        sample_bias(empty({c.E}, c.wide_type)) {}
 
   static Tensor gate_like(const Call& c) {
     const Maybe& g = c.gate.tensor;
@@ -48,7 +48,7 @@ struct GateGradients {
   }
 
   // γ_e D_e -> γ_e D_e − l_e Σ_f γ_f D_f, for the tokens of one sample
-  void through_softmax(int64_t b, std::vector<double>& dphi) {
+  void through_softmax(int64_t b, std::vector<double>& dtoken_weight) {
     for (int64_t t = 0; t < c.T; ++t) {
       const int64_t m = (b * c.T + t) * c.E;
       W* d = at<W>(dlogit) + m;
@@ -56,13 +56,14 @@ struct GateGradients {
       for (int64_t e = 0; e < c.E; ++e) sum += d[e];
       for (int64_t e = 0; e < c.E; ++e) {
         const double left = d[e] - token[m + e] * sum;
-        d[e] = W(left), dphi[e] += left;
+        d[e] = W(left), dtoken_weight[e] += left;
       }
     }
   }
 
   void run(const W* D) {
-    std::vector<double> ds(c.E), dphi(c.E), dpool(c.E), dgate(c.gate.tensor ? gate.numel() : 0);
+    std::vector<double> ds(c.E), dtoken_weight(c.E), dsample_weight(c.E),
+        dgate(c.gate.tensor ? gate.numel() : 0);
     const int64_t gate_b = c.gate.tensor && gate.size(0) > 1 ? gate.size(1) * c.E : 0,
                   gate_t = c.gate.tensor && gate.size(1) > 1 ? c.E : 0;
     const W* s = at<W>(c.scale);
@@ -83,16 +84,17 @@ struct GateGradients {
           if (token && c.top_k)
             at<W>(dlogit)[m] = W(gamma);
           else if (token)
-            at<W>(dlogit)[m] = W(gamma * (1 - l)), dphi[e] += gamma * (1 - l);
+            at<W>(dlogit)[m] = W(gamma * (1 - l)), dtoken_weight[e] += gamma * (1 - l);
           q += gamma * (1 - G);
         }
         at<W>(dq)[b * c.E + e] = W(q);
-        dpool[e] += q;
+        dsample_weight[e] += q;
       }
-      if (token && c.top_k) through_softmax(b, dphi);
+      if (token && c.top_k) through_softmax(b, dtoken_weight);
     }
     for (int64_t e = 0; e < c.E; ++e)
-      at<W>(scale)[e] = W(ds[e]), at<W>(phi_bias)[e] = W(dphi[e]), at<W>(pool_bias)[e] = W(dpool[e]);
+      at<W>(scale)[e] = W(ds[e]), at<W>(token_bias)[e] = W(dtoken_weight[e]),
+      at<W>(sample_bias)[e] = W(dsample_weight[e]);
     for (size_t i = 0; i < dgate.size(); ++i) at<W>(gate)[i] = W(dgate[i]);
   }
 };
@@ -120,8 +122,8 @@ struct Backward {
         token_gate(token_gate),
         sample_gate(sample_gate),
         need(need),
-        token(c.phi ? static_cast<const char*>(data(token_gate)) : nullptr),
-        sample(c.pool ? static_cast<const char*>(data(sample_gate)) : nullptr),
+        token(c.token_weight ? static_cast<const char*>(data(token_gate)) : nullptr),
+        sample(c.sample_weight ? static_cast<const char*>(data(sample_gate)) : nullptr),
         gates(c, reinterpret_cast<const W*>(token), reinterpret_cast<const W*>(sample)) {}
 
   bool none(const Tensor& t) const { return t.numel() == 0; }
@@ -147,15 +149,16 @@ struct Backward {
                              pd + row(b, t) * c.E);
            });
     gates.run(pd);
-    std::vector<W> add(c.pool ? c.B * c.R : 0);
-    for (int64_t b = 0; c.pool && b < c.B; ++b)
+    std::vector<W> add(c.sample_weight ? c.B * c.R : 0);
+    for (int64_t b = 0; c.sample_weight && b < c.B; ++b)
       for (int64_t e = 0; c.set_of[b] >= 0 && e < c.E; ++e)
         for (int64_t r = c.starts[e]; r < c.starts[e + 1]; ++r)
-          add[b * c.R + r] = at<W>(gates.dq)[b * c.E + e] * at<W>(*c.pool)[c.set_of[b] * c.R + r] / W(c.T);
+          add[b * c.R + r] =
+              at<W>(gates.dq)[b * c.E + e] * at<W>(*c.sample_weight)[c.set_of[b] * c.R + r] / W(c.T);
     c.blocks.each(c.groups.taken(), [&](int64_t b, int64_t t, int64_t rows) {
       W* line = pv + row(b, t) * c.R;
-      k.gate(line, c.R, rows, c.gates(b, t, token, sample), c.pool ? add.data() + b * c.R : nullptr, line,
-             c.R, true);
+      k.gate(line, c.R, rows, c.gates(b, t, token, sample), c.sample_weight ? add.data() + b * c.R : nullptr,
+             line, c.R, true);
     });
     return v;
   }
@@ -171,17 +174,17 @@ struct Backward {
   // dx = dy·W + [dh | dlogit]·[A ; Φ]
   Tensor input_gradient(const Tensor& dh) const {
     Tensor dx = empty({c.B, c.T, c.K}, c.type);
-    const Tensor& phi = c.phi ? *c.phi : c.weight;
-    const Sets w[3] = {
-        c.weight_n(),
-        c.down_r(),
-        {static_cast<const char*>(data(phi)), k.element_size, 0, phi.stride(0), phi.stride(1)}};
+    const Tensor& token_weight = c.token_weight ? *c.token_weight : c.weight;
+    const Sets w[3] = {c.weight_n(),
+                       c.down_r(),
+                       {static_cast<const char*>(data(token_weight)), k.element_size, 0,
+                        token_weight.stride(0), token_weight.stride(1)}};
     const int64_t depth[3] = {c.N, c.R, c.E};
     const auto fill = [&](int64_t b, int64_t t, int64_t rows, Product* p) {
       p[0] = operands(at<W>(dh) + row(b, t) * c.R, c.R, rows, Scratch::GATED);
-      if (c.phi) p[1] = operands(at<W>(gates.dlogit) + row(b, t) * c.E, c.E, rows, Scratch::LEFT);
+      if (c.token_weight) p[1] = operands(at<W>(gates.dlogit) + row(b, t) * c.E, c.E, rows, Scratch::LEFT);
     };
-    const int thin = c.phi ? 2 : 1;
+    const int thin = c.token_weight ? 2 : 1;
     char* out = static_cast<char*>(data(dx));
     if (none(dx)) return dx;
     if (fuses_base(c, dy)) {
@@ -216,7 +219,7 @@ struct Backward {
         c.R, [&](int64_t b, int64_t t, int64_t) { return at<W>(dh) + row(b, t) * c.R; }, c.x_rows(), c.K);
   }
 
-  Tensor phi_gradient() const {
+  Tensor token_weight_gradient() const {
     Tensor out = empty({c.E, c.K}, c.wide_type);
     reduce(
         k, c.groups.taken(), c.T, c.E,
@@ -243,7 +246,7 @@ struct Backward {
   }
 
   // dp[s,r] = Σ_b dq[b,e(r)] · mean_t h[b,t,r]
-  Tensor pool_gradient() const {
+  Tensor sample_weight_gradient() const {
     Tensor out = empty({c.S, c.R}, c.wide_type);
     std::vector<double> total(c.S * c.R);
     std::vector<W> sums(c.R);
@@ -265,16 +268,19 @@ struct Backward {
     return out;
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run(ScalarType scale,
-                                                                                         ScalarType gate,
-                                                                                         ScalarType pool) {
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run(
+      ScalarType scale, ScalarType gate, ScalarType sample_weight) {
     const Tensor no = empty({0}, c.type);
     const Tensor dh = need & ~UP ? thin_gradient() : no;
-    return {need & X ? input_gradient(dh) : no,      need & DOWN ? as(down_gradient(dh), c.type) : no,
-            need & UP ? up_gradient() : no,          need & SCALE ? as(gates.scale, scale) : no,
-            need & GATE ? as(gates.gate, gate) : no, need & PHI ? as(phi_gradient(), c.type) : no,
-            need & PHI_BIAS ? gates.phi_bias : no,   need & POOL ? as(pool_gradient(), pool) : no,
-            need & POOL_BIAS ? gates.pool_bias : no};
+    return {need & X ? input_gradient(dh) : no,
+            need & DOWN ? as(down_gradient(dh), c.type) : no,
+            need & UP ? up_gradient() : no,
+            need & SCALE ? as(gates.scale, scale) : no,
+            need & GATE ? as(gates.gate, gate) : no,
+            need & TOKEN_WEIGHT ? as(token_weight_gradient(), c.type) : no,
+            need & TOKEN_BIAS ? gates.token_bias : no,
+            need & SAMPLE_WEIGHT ? as(sample_weight_gradient(), sample_weight) : no,
+            need & SAMPLE_BIAS ? gates.sample_bias : no};
   }
 };
 
@@ -284,33 +290,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& dy_,
     const Tensor& x,
     const Tensor& weight,
+    const Maybe& /*bias*/,
     const Tensor& down,
     const Tensor& up,
     const Tensor& scale,
     const std::vector<int64_t>& ranks,
+    const Maybe& assignment,
     const Maybe& gate,
-    const Maybe& phi,
-    const Maybe& pool,
+    const Maybe& token_weight,
+    const Maybe& /*token_bias*/,
+    const Maybe& sample_weight,
+    const Maybe& /*sample_bias*/,
+    int64_t top_k,
+    bool /*save*/,
     const Tensor& h_,
     const Tensor& token_gate,
     const Tensor& sample_gate,
-    int64_t need,
-    const Maybe& assignment,
-    int64_t top_k) {
-  const Call c(x, weight, down, up, scale, ranks, gate, phi, pool, assignment, top_k);
+    int64_t need) {
+  const Call c(x, weight, down, up, scale, ranks, gate, token_weight, sample_weight, assignment, top_k);
   const Tensor dy = dense(as(dy_, c.type)), h = dense(as(h_, c.type));
   STD_TORCH_CHECK(dy.numel() == c.B * c.T * c.N && h.numel() == c.B * c.T * c.R,
                   "mole_cpu: expected dy [B,T,N] and h [B,T,R] of the forward");
   const Tensor token = dense(as(token_gate, c.wide_type)), sample = dense(as(sample_gate, c.wide_type));
-  STD_TORCH_CHECK((!phi || token.numel() == c.B * c.T * c.E) && (!pool || sample.numel() == c.B * c.E),
-                  "mole_cpu: expected the gates of the forward");
+  STD_TORCH_CHECK(
+      (!token_weight || token.numel() == c.B * c.T * c.E) && (!sample_weight || sample.numel() == c.B * c.E),
+      "mole_cpu: expected the gates of the forward");
   // a gradient of what the call lacks is empty
-  need &= ~((gate ? 0 : GATE) | (phi ? 0 : PHI | PHI_BIAS) | (pool ? 0 : POOL | POOL_BIAS));
+  need &= ~((gate ? 0 : GATE) | (token_weight ? 0 : TOKEN_WEIGHT | TOKEN_BIAS) |
+            (sample_weight ? 0 : SAMPLE_WEIGHT | SAMPLE_BIAS));
   const ScalarType gate_type = gate ? gate->scalar_type() : c.wide_type,
-                   pool_type = pool ? pool->scalar_type() : c.wide_type;
+                   sample_weight_type = sample_weight ? sample_weight->scalar_type() : c.wide_type;
   if (c.wide_type == ScalarType::Double)
-    return Backward<double>(c, dy, h, token, sample, need).run(scale.scalar_type(), gate_type, pool_type);
-  return Backward<float>(c, dy, h, token, sample, need).run(scale.scalar_type(), gate_type, pool_type);
+    return Backward<double>(c, dy, h, token, sample, need)
+        .run(scale.scalar_type(), gate_type, sample_weight_type);
+  return Backward<float>(c, dy, h, token, sample, need)
+      .run(scale.scalar_type(), gate_type, sample_weight_type);
 }
 
 }  // namespace mole

@@ -55,8 +55,8 @@ Call::Call(const Tensor& x,
            const Tensor& scale,
            const std::vector<int64_t>& ranks,
            const Maybe& gate,
-           const Maybe& phi,
-           const Maybe& pool,
+           const Maybe& token_weight,
+           const Maybe& sample_weight,
            const Maybe& assignment,
            int64_t top_k)
     : top_k(top_k),
@@ -71,15 +71,16 @@ Call::Call(const Tensor& x,
       up(up),
       scale(dense(as(scale, wide_type))),
       gate(gate, wide_type, k.wide_size),
-      phi(phi),
-      pool(dense(as(pool, wide_type))),
+      token_weight(token_weight),
+      sample_weight(dense(as(sample_weight, wide_type))),
       groups(set_of),
       blocks(k, groups.smallest(), x.size(1)) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && weight.dim() == 2 && down.dim() == 3,
                   "mole_cpu: expected x [B,T,K], weight [N,K], down [S,R,K]");
   B = x.size(0), T = x.size(1), K = x.size(2), N = weight.size(0), S = down.size(0), R = down.size(1),
   E = int64_t(ranks.size());
-  STD_TORCH_CHECK(top_k >= 0 && (top_k == 0 || phi), "mole_cpu: expected top_k = 0, or k ≥ 1 with phi");
+  STD_TORCH_CHECK(top_k >= 0 && (top_k == 0 || token_weight),
+                  "mole_cpu: expected top_k = 0, or k ≥ 1 with token_weight");
   starts.assign(1, 0);
   for (int64_t r : ranks) starts.push_back(starts.back() + r);
   STD_TORCH_CHECK(starts.back() == R, "mole_cpu: the ranks do not add up to the rows of down");
@@ -87,9 +88,9 @@ Call::Call(const Tensor& x,
   expect(down, "down", type, {S, R, K});
   expect(up, "up", type, {S, N, R});
   expect(this->scale, "scale", wide_type, {E});
-  if (phi) expect(*phi, "phi", type, {E, K});
+  if (token_weight) expect(*token_weight, "token_weight", type, {E, K});
   // NOLINTNEXTLINE(bugprone-unchecked-optional-access): the member is made of the argument that is asked
-  if (pool) expect(*this->pool, "pool", wide_type, {S, R});
+  if (sample_weight) expect(*this->sample_weight, "sample_weight", wide_type, {S, R});
   if (gate) {
     // NOLINTNEXTLINE(bugprone-unchecked-optional-access): the same
     const Tensor& g = *this->gate.tensor;

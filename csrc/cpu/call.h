@@ -35,7 +35,7 @@ struct Call {
   const Kernels& k;
   Tensor x, weight, down, up, scale;
   GivenGate gate;
-  Maybe phi, pool;  // phi as the caller has it; pool [S,R] wide
+  Maybe token_weight, sample_weight;  // token_weight as the caller has it; sample_weight [S,R] wide
   Groups groups;
   Blocks blocks;
 
@@ -46,8 +46,8 @@ struct Call {
        const Tensor& scale,
        const std::vector<int64_t>& ranks,
        const Maybe& gate,
-       const Maybe& phi,
-       const Maybe& pool,
+       const Maybe& token_weight,
+       const Maybe& sample_weight,
        const Maybe& assignment,
        int64_t top_k);
 
@@ -111,31 +111,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x,
                                                    const Tensor& up,
                                                    const Tensor& scale,
                                                    const std::vector<int64_t>& ranks,
-                                                   const Maybe& gate,
-                                                   const Maybe& phi,
-                                                   const Maybe& phi_bias,
-                                                   const Maybe& pool,
-                                                   const Maybe& pool_bias,
-                                                   bool save,
                                                    const Maybe& assignment,
-                                                   int64_t top_k);
+                                                   const Maybe& gate,
+                                                   const Maybe& token_weight,
+                                                   const Maybe& token_bias,
+                                                   const Maybe& sample_weight,
+                                                   const Maybe& sample_bias,
+                                                   int64_t top_k,
+                                                   bool save);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy,
     const Tensor& x,
     const Tensor& weight,
+    const Maybe& bias,
     const Tensor& down,
     const Tensor& up,
     const Tensor& scale,
     const std::vector<int64_t>& ranks,
+    const Maybe& assignment,
     const Maybe& gate,
-    const Maybe& phi,
-    const Maybe& pool,
+    const Maybe& token_weight,
+    const Maybe& token_bias,
+    const Maybe& sample_weight,
+    const Maybe& sample_bias,
+    int64_t top_k,
+    bool save,
     const Tensor& h,
     const Tensor& token_gate,
     const Tensor& sample_gate,
-    int64_t need,
-    const Maybe& assignment,
-    int64_t top_k);
+    int64_t need);
 
 }  // namespace mole

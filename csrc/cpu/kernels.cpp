@@ -196,19 +196,20 @@ struct Of {
                        int64_t a_row,
                        int64_t rows,
                        int64_t k,
-                       const void* phi_,
-                       int64_t phi_row,
+                       const void* token_weight_,
+                       int64_t token_row,
                        int64_t experts,
                        void* logits_,
                        bool accumulate) {
     constexpr int R = L / 2;
-    const O *a = static_cast<const O*>(source), *phi = static_cast<const O*>(phi_);
+    const O *a = static_cast<const O*>(source), *token_weight = static_cast<const O*>(token_weight_);
     W* logits = static_cast<W*>(logits_);
     for (int64_t i = 0; i < rows; i += R)
       for (int64_t e = 0; e < experts; e += 2) {
         const O* line[R];
         for (int64_t j = 0; j < R; ++j) line[j] = a + (i + j < rows ? i + j : rows - 1) * a_row;
-        const O *one = phi + e * phi_row, *two = phi + (e + 1 < experts ? e + 1 : e) * phi_row;
+        const O *one = token_weight + e * token_row,
+                *two = token_weight + (e + 1 < experts ? e + 1 : e) * token_row;
         W sums[L];
         store(sums, dots<R>(line, one, two, k));
         for (int64_t j = 0; j < R && i + j < rows; ++j)

@@ -66,13 +66,13 @@ struct Kernels {
                    int64_t c_row,
                    bool accumulate,
                    const void* bias);
-  // wide logits [rows,experts] = (or +=) operand a [rows,k] · operand phi [experts,k]ᵀ
+  // wide logits [rows,experts] = (or +=) operand a [rows,k] · operand token_weight [experts,k]ᵀ
   void (*row_dots)(const void* a,
                    int64_t a_row,
                    int64_t rows,
                    int64_t k,
-                   const void* phi,
-                   int64_t phi_row,
+                   const void* token_weight,
+                   int64_t token_row,
                    int64_t experts,
                    void* logits,
                    bool accumulate);

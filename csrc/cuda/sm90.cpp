@@ -70,12 +70,12 @@ std::string sm90_forward(Tensor x,
                          Tensor up,
                          Tensor scale,
                          std::vector<int64_t> ranks,
-                         Maybe gate,
-                         Maybe phi,
-                         Maybe phi_bias,
-                         Maybe pool,
-                         Maybe pool_bias,
                          Maybe assignment,
+                         Maybe gate,
+                         Maybe token_weight,
+                         Maybe token_bias,
+                         Maybe sample_weight,
+                         Maybe sample_bias,
                          int64_t top_k,
                          Tensor y,
                          Maybe h,
@@ -101,8 +101,8 @@ std::string sm90_forward(Tensor x,
                   "mole_cuda: nothing to do, or too much, for x ", shape_of(x));
   STD_TORCH_CHECK(assignment || S == 1 || S == B, "mole_cuda: expected down [S,R,K] with S = 1 or B = ", B,
                   ", got ", shape_of(down));
-  STD_TORCH_CHECK(S > 0 && top_k >= 0 && (top_k == 0 || phi),
-                  "mole_cuda: expected top_k = 0, or k ≥ 1 with phi, and at least one set");
+  STD_TORCH_CHECK(S > 0 && top_k >= 0 && (top_k == 0 || token_weight),
+                  "mole_cuda: expected top_k = 0, or k ≥ 1 with token_weight, and at least one set");
   STD_TORCH_CHECK(E >= 1 && E <= MOST_EXPERTS, "mole_cuda: expected 1 to ", MOST_EXPERTS, " experts, got ",
                   E);
   STD_TORCH_CHECK(tile.size() == 4, "mole_cuda: expected tile: warp groups, columns, extra columns, cluster");
@@ -114,8 +114,8 @@ std::string sm90_forward(Tensor x,
        {std::pair<const Tensor*, const char*>{&weight, "weight"}, {&down, "down"}, {&up, "up"}, {&y, "y"}})
     expect_type(*t, name, type);
 
-  const Sizes s =
-      sizes_of(B, T, K, N, R, E, S, phi.has_value(), pool.has_value(), assignment.has_value(), false);
+  const Sizes s = sizes_of(B, T, K, N, R, E, S, token_weight.has_value(), sample_weight.has_value(),
+                           assignment.has_value(), false);
   const Way chosen = way_of(way);
   const std::string never = refusal(chosen, s);
   STD_TORCH_CHECK(never.empty(), "mole_cuda: ", way, " refuses: ", never);
@@ -127,7 +127,7 @@ std::string sm90_forward(Tensor x,
   const torch::stable::accelerator::DeviceGuard on(device);
   Call call{};
   Params& p = call.params;
-  const bool alone = S > 1 || pool.has_value() || assignment.has_value();
+  const bool alone = S > 1 || sample_weight.has_value() || assignment.has_value();
   std::string reason;
   call.x = grouped(reason, x, "x", alone);
   call.y = grouped(reason, y, "y", alone);
@@ -146,30 +146,30 @@ std::string sm90_forward(Tensor x,
     p.bias = bias->data_ptr();
     if (reinterpret_cast<uint64_t>(p.bias) % 4) reason = "bias does not begin at a multiple of 4 bytes";
   }
-  if (phi) {
-    expect(*phi, "phi", {E, K}, device);
-    expect_type(*phi, "phi", type);
-    call.phi = matrix(*phi);
-    refuse_layout(reason, *phi, "phi", call.phi);
+  if (token_weight) {
+    expect(*token_weight, "token_weight", {E, K}, device);
+    expect_type(*token_weight, "token_weight", type);
+    call.token_weight = matrix(*token_weight);
+    refuse_layout(reason, *token_weight, "token_weight", call.token_weight);
     STD_TORCH_CHECK(token_gate, "mole_cuda: expected token_gate to be filled");
     expect(*token_gate, "token_gate", {B, T, E}, device);
     p.token_gate =
         static_cast<float*>(workspace(token_gate, "token_gate", ScalarType::Float, B * T * E, device));
   }
-  const std::tuple<const Maybe*, const char*, int64_t> vectors[] = {{&phi_bias, "phi_bias", E},
-                                                                    {&pool_bias, "pool_bias", E}};
+  const std::tuple<const Maybe*, const char*, int64_t> vectors[] = {{&token_bias, "token_bias", E},
+                                                                    {&sample_bias, "sample_bias", E}};
   for (auto [t, name, size] : vectors) {
     if (!*t) continue;
     expect(**t, name, {size}, device);
     STD_TORCH_CHECK((*t)->is_contiguous(), "mole_cuda: expected a contiguous ", name);
   }
   take_gates(p, scale, gate, assignment, B, T, E, device);
-  p.phi_bias = numbers(phi_bias, "phi_bias");
-  p.pool_bias = numbers(pool_bias, "pool_bias");
-  p.pool = numbers(pool, "pool");
-  if (pool) {
-    expect(*pool, "pool", {S, R}, device);
-    STD_TORCH_CHECK(pool->is_contiguous(), "mole_cuda: expected a contiguous pool");
+  p.token_bias = numbers(token_bias, "token_bias");
+  p.sample_bias = numbers(sample_bias, "sample_bias");
+  p.sample_weight = numbers(sample_weight, "sample_weight");
+  if (sample_weight) {
+    expect(*sample_weight, "sample_weight", {S, R}, device);
+    STD_TORCH_CHECK(sample_weight->is_contiguous(), "mole_cuda: expected a contiguous sample_weight");
     p.pool_set = R;
     STD_TORCH_CHECK(sample_gate, "mole_cuda: expected sample_gate to be filled");
     expect(*sample_gate, "sample_gate", {B, E}, device);
@@ -257,8 +257,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mole_cuda, m) {
       "columns) -> ()");
   m.def(
       "sm90_forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, int[] "
-      "ranks, Tensor? gate, Tensor? phi, "
-      "Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, Tensor? assignment, int top_k, Tensor(a!) y, "
+      "ranks, Tensor? assignment, Tensor? gate, Tensor? token_weight, Tensor? token_bias, "
+      "Tensor? sample_weight, Tensor? sample_bias, int top_k, Tensor(a!) y, "
       "Tensor(b!)? h, Tensor(c!)? token_gate, Tensor(d!)? sample_gate, "
       "Tensor(e!)? z, Tensor(f!)? parts, Tensor(g!)? flags, str way, int[] tile) -> str");
 }

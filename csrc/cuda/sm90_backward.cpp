@@ -11,7 +11,7 @@ std::string take_operands(Call& call,
                           const Tensor& weight,
                           const Tensor& down,
                           const Tensor& up,
-                          const Maybe& phi,
+                          const Maybe& token_weight,
                           const Tensor& dx,
                           bool alone) {
   std::string reason;
@@ -25,7 +25,9 @@ std::string take_operands(Call& call,
   refuse_layout(reason, weight, "weight", call.w);
   refuse_layout(reason, up, "up", call.down);
   refuse_layout(reason, down, "down", call.up);
-  if (phi) call.phi = matrix(*phi), refuse_layout(reason, *phi, "phi", call.phi);
+  if (token_weight)
+    call.token_weight = matrix(*token_weight),
+    refuse_layout(reason, *token_weight, "token_weight", call.token_weight);
   return reason;
 }
 
@@ -39,9 +41,9 @@ std::string sm90_backward(Tensor dy,
                           Tensor up,
                           Tensor scale,
                           std::vector<int64_t> ranks,
-                          Maybe gate,
-                          Maybe phi,
                           Maybe assignment,
+                          Maybe gate,
+                          Maybe token_weight,
                           int64_t top_k,
                           Maybe h,
                           Maybe token_gate,
@@ -66,7 +68,8 @@ std::string sm90_backward(Tensor dy,
                   "mole_cuda: nothing to do, or too much, for dy ", shape_of(dy));
   STD_TORCH_CHECK(S > 0 && (assignment || S == 1 || S == B),
                   "mole_cuda: expected down [S,R,K] with S = 1 or B = ", B, ", got ", shape_of(down));
-  STD_TORCH_CHECK(top_k >= 0 && (top_k == 0 || phi), "mole_cuda: expected top_k = 0, or k ≥ 1 with phi");
+  STD_TORCH_CHECK(top_k >= 0 && (top_k == 0 || token_weight),
+                  "mole_cuda: expected top_k = 0, or k ≥ 1 with token_weight");
   STD_TORCH_CHECK(E >= 1 && E <= MOST_EXPERTS, "mole_cuda: expected 1 to ", MOST_EXPERTS, " experts, got ",
                   E);
   STD_TORCH_CHECK(tile.size() == 4, "mole_cuda: expected tile: warp groups, columns, extra columns, cluster");
@@ -74,13 +77,15 @@ std::string sm90_backward(Tensor dy,
   expect(down, "down", {S, R, K}, device);
   expect(up, "up", {S, N, R}, device);
   expect(dx, "dx", {B, T, K}, device);
-  if (phi) expect(*phi, "phi", {E, K}, device), expect_type(*phi, "phi", type);
+  if (token_weight)
+    expect(*token_weight, "token_weight", {E, K}, device), expect_type(*token_weight, "token_weight", type);
   for (auto [t, name] :
        {std::pair<const Tensor*, const char*>{&weight, "weight"}, {&down, "down"}, {&up, "up"}, {&dx, "dx"}})
     expect_type(*t, name, type);
 
   const Way chosen = way_of(way);
-  const Sizes s = sizes_of(B, T, K, N, R, E, S, phi.has_value(), false, assignment.has_value(), true);
+  const Sizes s =
+      sizes_of(B, T, K, N, R, E, S, token_weight.has_value(), false, assignment.has_value(), true);
   const std::string never = refusal(chosen, s);
   STD_TORCH_CHECK(never.empty(), "mole_cuda: ", way, " refuses: ", never);
   const Candidate c =
@@ -90,17 +95,17 @@ std::string sm90_backward(Tensor dy,
   const torch::stable::accelerator::DeviceGuard on(device);
   Call call{};
   Params& p = call.params;
-  const std::string reason = take_operands(call, dy, weight, down, up, phi, dx, S > 1 || assignment);
+  const std::string reason = take_operands(call, dy, weight, down, up, token_weight, dx, S > 1 || assignment);
   take_gates(p, scale, gate, assignment, B, T, E, device);
   take_sizes(p, s, T, S, ranks);
   p.top_k = int32_t(std::min(top_k, E));
-  if (phi)
+  if (token_weight)
     p.token_gate =
         static_cast<float*>(workspace(token_gate, "token_gate", ScalarType::Float, B * T * E, device));
-  if (phi || d) p.h = workspace(h, "h", type, B * T * R, device);
+  if (token_weight || d) p.h = workspace(h, "h", type, B * T * R, device);
   const bool first = chosen == Way::persistent;
   if (first || dh) p.dh = workspace(dh, "dh", type, B * T * R, device);
-  if ((first && phi) || d)
+  if ((first && token_weight) || d)
     p.d = static_cast<float*>(workspace(d, "d", ScalarType::Float, c.tile.slices * B * T * E, device));
   p.flags =
       static_cast<uint32_t*>(workspace(flags, "flags", ScalarType::Int, Rooms(c.tile, s).flags, device));
@@ -119,8 +124,8 @@ std::string sm90_backward(Tensor dy,
 STABLE_TORCH_LIBRARY_FRAGMENT(mole_cuda, m) {
   m.def(
       "sm90_backward(Tensor dy, Tensor weight, Tensor down, Tensor up, Tensor scale, int[] ranks, Tensor? "
-      "gate, Tensor? phi, Tensor? "
-      "assignment, int top_k, Tensor? h, Tensor? token_gate, Tensor(a!) dx, Tensor(b!)? dh, Tensor(c!)? d, "
+      "assignment, Tensor? gate, Tensor? token_weight, int top_k, Tensor? h, Tensor? token_gate, Tensor(a!) "
+      "dx, Tensor(b!)? dh, Tensor(c!)? d, "
       "Tensor(d!)? flags, str way, "
       "int[] tile) -> str");
 }

@@ -25,8 +25,8 @@ struct Mbarrier {
   uint64_t phase = 0;
   uint32_t dim = 0;  // its asynchronous operations, and its initialisation
   Epoch born;
-  bool fenced = false;       // its initialisation is known to the asynchronous proxy and the cluster
-  unsigned maker = 0;        // the thread that initialised it
+  bool fenced = false;        // its initialisation is known to the asynchronous proxy and the cluster
+  unsigned maker = 0;         // the thread that initialised it
   Messages near, far, freed;  // arrivals of this CTA and copies; arrivals of peers; those of freed memory
   View near_done, far_done, freed_done;  // what the last finished phase brought
   std::vector<Thread*> waiting;

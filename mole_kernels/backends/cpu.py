@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from mole_kernels import extension
 from mole_kernels.errors import MoleBackendError
+from mole_kernels.operands import Call, Gradients, Need, Outputs, Saved
 from mole_kernels.problem import Problem
 
 name = "cpu"
@@ -28,72 +30,22 @@ def _operators():
     reason = extension.why_not()
     if reason is not None:
         raise MoleBackendError("backend 'cpu'", reason)
-    return torch.ops.mole_cpu.forward.default, torch.ops.mole_cpu.backward.default
+    # what `OpOverload.__call__` calls
+    return torch.ops.mole_cpu.forward.default._op, torch.ops.mole_cpu.backward.default._op
 
 
 @lru_cache(maxsize=512)
-def _bits(need: tuple[bool, ...]) -> int:
+def _bits(need: Need) -> int:
     return sum(1 << i for i, wanted in enumerate(need) if wanted)
 
 
-def forward(
-    x,
-    weight,
-    bias,
-    down,
-    up,
-    scale,
-    ranks,
-    gate,
-    phi,
-    phi_bias,
-    pool,
-    pool_bias,
-    save,
-    assignment=None,
-    top_k=0,
-):
+def forward(call: Call) -> Outputs:
     """y, h, l, G; see docs/design.md section 3."""
-    return _operators()[0](
-        x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k
-    )
+    x, weight, bias, experts, gates, save = call
+    # `Outputs._make` without the Python call, of which there is one for every layer of a model
+    return tuple.__new__(Outputs, _operators()[0](x, weight, bias, *experts, *gates, save))
 
 
-def backward(
-    dy,
-    x,
-    weight,
-    down,
-    up,
-    scale,
-    ranks,
-    gate,
-    phi,
-    pool,
-    h,
-    token_gate,
-    sample_gate,
-    need,
-    assignment=None,
-    top_k=0,
-):
-    """The nine gradients; what nobody needs is empty."""
-    args = (
-        dy,
-        x,
-        weight,
-        down,
-        up,
-        scale,
-        ranks,
-        gate,
-        phi,
-        pool,
-        h,
-        token_gate,
-        sample_gate,
-        _bits(tuple(need)),
-        assignment,
-        top_k,
-    )
-    return _operators()[1](*args)
+def backward(call: Call, saved: Saved, dy: Tensor, need: Need) -> Gradients:
+    """The gradients that `need` names; the others are empty."""
+    return Gradients._make(_operators()[1](dy, *call.flat(), *saved, _bits(need)))

@@ -11,7 +11,7 @@ torch). The sums over tokens, the backward's second launch, are always Triton's.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from mole_kernels.dispatch.work import Use
 from mole_kernels.errors import MoleBackendError
 from mole_kernels.kernels.sm90 import WAYS, impossible
 from mole_kernels.kernels.triton.workspace import flags
+from mole_kernels.operands import Call, Gradients, Need, Outputs, Saved
 from mole_kernels.problem import Problem
 
 name = "cuda"
@@ -58,166 +59,129 @@ def reject(problem: Problem) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _way(
-    index: int | None,
-    B: int,
-    T: int,
-    K: int,
-    N: int,
-    ranks: tuple[int, ...],
-    S: int,
-    dtype: torch.dtype,
-    token: bool,
-    sample: bool,
-    gate: tuple[bool, bool] | None,
-    top_k: int,
-    assigned: bool,
-    save: bool,
-    backward: bool,
-) -> str:
-    """What `choose` takes for a call, or its backward, of Triton's ways too; gate: whether the given one
-    varies by sample, by token.
-    """
-    problem = Problem(B, T, K, N, ranks, S, dtype, "cuda", token, sample, gate is not None, top_k, assigned)
-    by_sample, by_token = gate or (False, False)
+def _way(index: int | None, problem: Problem, use: Use) -> str:
+    """What `choose` takes for a call, or its backward, of Triton's ways too."""
     device = devices.present(index)
-    others, kind = (
-        triton.reject(problem) is None,
-        (B, T, K, N, ranks, S, token, sample, assigned, backward, index),
-    )
-    able = [n for n in HOPPER if (others or not backward) and not _plan(n.removeprefix("cuda_"), *kind)[1]]
+    others = triton.reject(problem) is None
+    able = [
+        n
+        for n in HOPPER
+        if (others or not use.backward)
+        and not _plan(n.removeprefix("cuda_"), problem, use.backward, index)[1]
+    ]
     names = (*(CANDIDATES if others else ("stacked",)), *able)
-    return choose(problem, device, for_device(device), Use(backward, save, by_token, by_sample), names).name
+    return choose(problem, device, for_device(device), use, names).name
+
+
+# what the library's sm90_plan gives, in its order; the first four name a tile
+TILE = ("warp_groups", "columns", "extra", "cluster")
+PLAN = (*TILE, "stages", "shared", "grid", "slices", "z", "parts", "flags", "nanoseconds")
+
+
+class TilePlan(NamedTuple):
+    """The library's tile for a way, and what it needs allocated.
+
+    tile        rows, columns, stages, cluster
+    slices      column slices that each hold a share of D (backward)
+    z, parts    floats; flags: counters
+    """
+
+    tile: tuple[int, ...]
+    slices: int
+    z: int
+    parts: int
+    flags: int
 
 
 @lru_cache(maxsize=4096)
-def _plan(
-    way: str,
-    B: int,
-    T: int,
-    K: int,
-    N: int,
-    ranks: tuple[int, ...],
-    S: int,
-    token: bool,
-    sample: bool,
-    assigned: bool,
-    backward: bool,
-    index: int | None,
-) -> tuple[tuple[int, ...], str]:
-    """The library's tile for a way, and the floats of z, floats of shares and counters that it needs; or the
-    reason why it has none.
-    """
+def _plan(way: str, problem: Problem, backward: bool, index: int | None) -> tuple[TilePlan | None, str]:
+    """The plan for a way; or None, and the reason why it has none."""
+    p = problem
     device = torch.cuda.current_device() if index is None else index
-    plan, reason = torch.ops.mole_cuda.sm90_plan(
-        way, [B, T, K, N, sum(ranks), len(ranks), S], token, sample, assigned, backward, device
+    sizes = [p.B, p.T, p.K, p.N, p.R, p.E, p.S]
+    numbers, reason = torch.ops.mole_cuda.sm90_plan(
+        way, sizes, p.token_gate, p.sample_gate, p.assigned, backward, device
     )
-    return tuple(plan), reason
+    if reason:
+        return None, reason
+    named = dict(zip(PLAN, numbers, strict=True))
+    tile = tuple(named[name] for name in TILE)
+    return TilePlan(tile, *(named[name] for name in ("slices", "z", "parts", "flags"))), ""
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scale: Tensor,
-    ranks: tuple[int, ...],
-    gate: Tensor | None,
-    phi: Tensor | None,
-    phi_bias: Tensor | None,
-    pool: Tensor | None,
-    pool_bias: Tensor | None,
-    save: bool,
-    assignment: Tensor | None = None,
-    top_k: int = 0,
-    way: str | None = None,
-) -> tuple[Tensor, ...]:
+def _chosen(call: Call, way: str | None, backward: bool) -> str:
+    """One of our ways, or the name of one of Triton's.
+
+    Raises:
+        MoleBackendError: The way asked for by name is none of ours.
+    """
+    if way is None:
+        return _way(call.x.device.index, call.problem(), triton.use_of(call, backward=backward))
+    if way not in WAYS:
+        raise MoleBackendError("backend 'cuda'", f"has no way {way!r}: {', '.join(WAYS)}")
+    return f"cuda_{way}"
+
+
+def forward(call: Call, *, way: str | None = None) -> Outputs:
     """y, h, l, G; see docs/design.md section 3. `way` (cluster, persistent, recompute) overrides the choice.
 
-    Raises MoleBackendError where the way that was asked for by name cannot compute the call.
+    Raises:
+        MoleBackendError: The way that was asked for by name cannot compute the call.
     """
-    arguments = (
-        x,
-        weight,
-        bias,
-        down,
-        up,
-        scale,
-        ranks,
-        gate,
-        phi,
-        phi_bias,
-        pool,
-        pool_bias,
-        save,
-        assignment,
-        top_k,
-    )
-    B, T, K = x.shape
-    kind = (B, T, K, weight.shape[0], tuple(ranks), down.shape[0])
-    token, sample, assigned, index = phi is not None, pool is not None, assignment is not None, x.device.index
-    chosen = way
-    if chosen is None:
-        varies = None if gate is None else (gate.shape[0] > 1, gate.shape[1] > 1)
-        chosen = _way(
-            index, *kind, x.dtype, token, sample, varies, top_k if token else 0, assigned, save, False
-        )
-        if chosen not in HOPPER:
-            return _elsewhere(arguments, chosen)
-        chosen = chosen.removeprefix("cuda_")
-    elif chosen not in WAYS:
-        raise MoleBackendError("backend 'cuda'", f"has no way {chosen!r}: {', '.join(WAYS)}")
-    plan, reason = _plan(chosen, *kind, token, sample, assigned, False, index)
-    if not reason:
-        *outputs, reason = _run(chosen, plan, arguments)
-    if not reason:
-        return tuple(outputs)
+    chosen = _chosen(call, way, backward=False)
+    if chosen not in HOPPER:
+        return _elsewhere(call, chosen)
+    ours = chosen.removeprefix("cuda_")
+    plan, reason = _plan(ours, call.problem(), False, call.x.device.index)
+    if plan is not None:
+        out, reason = _run(ours, plan, call)
+        if not reason:
+            return out
     if way is not None:
         raise MoleBackendError(
             f"backend 'cuda', way {way!r}", reason, hint="way=None takes the best that fits"
         )
-    return _elsewhere(arguments, None)
+    return _elsewhere(call, None)
 
 
-def _run(way: str, plan: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """One launch with the outputs and the workspace that it fills -> y, h, l, G, and why it was refused (""
-    where it was not).
+def _run(way: str, plan: TilePlan, call: Call) -> tuple[Outputs, str]:
+    """One launch with the outputs and the workspace that it fills, and why it was refused ("" where it was
+    not).
     """
-    x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, save, assignment, top_k = (
-        arguments
-    )
+    x, weight, bias, (down, up, scale, ranks, assignment), gates, save = call
     B, T, _ = x.shape
     E = len(ranks)
-    floats = {"dtype": torch.float32, "device": x.device}
-    none = x.new_empty(0)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    token, sample = gates.token_weight is not None, gates.sample_weight is not None
     y = x.new_empty(B, T, weight.shape[0])
     h = x.new_empty(B, T, down.shape[1]) if save else None
-    token_gate = torch.empty(B, T, E, **floats) if phi is not None else None
-    sample_gate = torch.empty(B, E, **floats) if pool is not None else None
-    n_z, n_parts, n_flags = plan[8:11]
-    z = torch.empty(n_z, **floats) if n_z else None
-    parts = torch.empty(n_parts, **floats) if n_parts else None
-    counters = flags(x.device, n_flags) if n_flags else None
-    vectors = (
-        t if t is None else t.contiguous() for t in (bias, scale, phi_bias, pool, pool_bias, assignment)
-    )
-    bias, scale, phi_bias, pool, pool_bias, assignment = vectors
+    token_gate = floats(B, T, E) if token else None
+    sample_gate = floats(B, E) if sample else None
+    z = floats(plan.z) if plan.z else None
+    parts = floats(plan.parts) if plan.parts else None
+    counters = flags(x.device, plan.flags) if plan.flags else None
+
+    def flat(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.contiguous()
+
     reason = torch.ops.mole_cuda.sm90_forward(
         x,
         weight,
-        bias,
+        flat(bias),
         down,
         up,
-        scale,
+        flat(scale),
         ranks,
-        gate,
-        phi,
-        phi_bias,
-        pool,
-        pool_bias,
-        assignment,
-        top_k if phi is not None else 0,
+        flat(assignment),
+        gates.gate,
+        gates.token_weight,
+        flat(gates.token_bias),
+        flat(gates.sample_weight),
+        flat(gates.sample_bias),
+        gates.top_k if token else 0,
         y,
         h,
         token_gate,
@@ -226,142 +190,99 @@ def _run(way: str, plan: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[A
         parts,
         counters,
         way,
-        plan[:4],
+        plan.tile,
     )
-    absent = torch.empty(0, **floats)
-    gates = (absent if g is None else g for g in (token_gate, sample_gate))
-    return y, none if h is None else h, *gates, reason
+    absent = floats(0)
+    out = Outputs(
+        y=y,
+        h=x.new_empty(0) if h is None else h,
+        token_gate=absent if token_gate is None else token_gate,
+        sample_gate=absent if sample_gate is None else sample_gate,
+    )
+    return out, reason
 
 
-def _problem(x: Tensor, weight: Tensor, down: Tensor, ranks: tuple[int, ...]) -> Problem:
-    B, T, K = x.shape
-    return Problem(B, T, K, weight.shape[0], tuple(ranks), down.shape[0], x.dtype, x.device.type)
-
-
-def _elsewhere(arguments: Any, way: str | None) -> tuple[Tensor, ...]:
+def _elsewhere(call: Call, way: str | None) -> Outputs:
     """The same call by Triton, or without it by plain torch; way: of Triton's, None lets it choose."""
-    x, weight, down, ranks = arguments[0], arguments[1], arguments[3], arguments[6]
-    if way == "stacked" or triton.reject(_problem(x, weight, down, ranks)) is not None:
-        return stacked.forward(*arguments)
-    run: Any = triton.forward
-    return run(*arguments, way=way)
+    if way == "stacked" or triton.reject(call.problem()) is not None:
+        return stacked.forward(call)
+    return triton.forward(call, way=way)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    down: Tensor,
-    up: Tensor,
-    scale: Tensor,
-    ranks: tuple[int, ...],
-    gate: Tensor | None,
-    phi: Tensor | None,
-    pool: Tensor | None,
-    h: Tensor,
-    token_gate: Tensor,
-    sample_gate: Tensor,
-    need: list[bool],
-    assignment: Tensor | None = None,
-    top_k: int = 0,
-    way: str | None = None,
-) -> tuple[Tensor, ...]:
-    """The nine gradients: dX by one of our launches, the sums over tokens by Triton's second; or all by
-    Triton, or by plain torch.
+def backward(call: Call, saved: Saved, dy: Tensor, need: Need, *, way: str | None = None) -> Gradients:
+    """The gradients that `need` names: dX by one of our launches, the sums over tokens by Triton's second; or
+    all by Triton, or by plain torch.
 
     `way` (cluster, persistent, recompute) overrides the choice of who makes dX; where nobody wants dX it says
     nothing.
-    Raises MoleBackendError where the way that was asked for by name cannot compute dX.
+
+    Raises:
+        MoleBackendError: The way that was asked for by name cannot compute dX.
     """
-    arguments = (
-        dy,
-        x,
-        weight,
-        down,
-        up,
-        scale,
-        ranks,
-        gate,
-        phi,
-        pool,
-        h,
-        token_gate,
-        sample_gate,
-        need,
-        assignment,
-        top_k,
-    )
-    kind = (*x.shape, weight.shape[0], tuple(ranks), down.shape[0])
-    token, sample, assigned, index = phi is not None, pool is not None, assignment is not None, x.device.index
-    second = triton.reject(_problem(x, weight, down, ranks))
-    chosen = way
-    if not need[0] or (way is None and second is not None):
-        return _backward_elsewhere(arguments, None, second)
-    if chosen is None:
-        varies = None if gate is None else (gate.shape[0] > 1, gate.shape[1] > 1)
-        chosen = _way(
-            index, *kind, x.dtype, token, sample, varies, top_k if token else 0, assigned, False, True
-        )
-        if chosen not in HOPPER:
-            return _backward_elsewhere(arguments, chosen, second)
-        chosen = chosen.removeprefix("cuda_")
-    elif chosen not in WAYS:
-        raise MoleBackendError("backend 'cuda'", f"has no way {chosen!r}: {', '.join(WAYS)}")
-    plan, reason = _plan(chosen, *kind, token, sample, assigned, True, index)
+    second = triton.reject(call.problem())
+    if not need.x or (way is None and second is not None):
+        return _backward_elsewhere(call, saved, dy, need, None, second)
+    chosen = _chosen(call, way, backward=True)
+    if chosen not in HOPPER:
+        return _backward_elsewhere(call, saved, dy, need, chosen, second)
+    ours = chosen.removeprefix("cuda_")
+    plan, reason = _plan(ours, call.problem(), True, call.x.device.index)
     reason = reason or second or ""
-    if not reason:
-        *first, reason = _run_dx(chosen, plan, arguments)
-    if not reason:
-        run: Any = triton.backward
-        return run(*arguments, first=tuple(first))
+    if plan is not None and not reason:
+        first, reason = _run_dx(ours, plan, call, saved, dy, need)
+        if not reason:
+            return triton.backward(call, saved, dy, need, first=first)
     if way is not None:
         raise MoleBackendError(
             f"backend 'cuda', dX by way {way!r}", reason, hint="way=None takes the best that fits"
         )
-    return _backward_elsewhere(arguments, None, second)
+    return _backward_elsewhere(call, saved, dy, need, None, second)
 
 
-def _run_dx(way: str, plan: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _run_dx(
+    way: str, plan: TilePlan, call: Call, saved: Saved, dy: Tensor, need: Need
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], str]:
     """One launch -> dX, dh [B,T,R] and shares of D [slices,B·T,E] (None where nobody wants them), and why it
     was refused ("").
     """
-    dy, x, weight, down, up, scale, ranks, gate, phi, _, h, token_gate, _, need, assignment, top_k = arguments
+    x, weight, _, (down, up, scale, ranks, assignment), gates, _ = call
     B, T, _ = x.shape
+    token = gates.token_weight is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # `persistent` hands them over to its own tiles of dX
-    dh = x.new_empty(B, T, down.shape[1]) if need[1] or way == "persistent" else None
-    wanted = need[3] or (need[4] and gate is not None) or phi is not None
-    d = torch.empty(plan[7], B * T, len(ranks), dtype=torch.float32, device=x.device) if wanted else None
-    counters = flags(x.device, plan[10]) if plan[10] else None
-    scale, assignment = (t if t is None else t.contiguous() for t in (scale, assignment))
+    dh = x.new_empty(B, T, down.shape[1]) if need.down or way == "persistent" else None
+    wanted = need.scale or (need.gate and gates.gate is not None) or token
+    d = torch.empty(plan.slices, B * T, len(ranks), dtype=torch.float32, device=x.device) if wanted else None
+    counters = flags(x.device, plan.flags) if plan.flags else None
     reason = torch.ops.mole_cuda.sm90_backward(
         dy,
         weight,
         down,
         up,
-        scale,
+        scale.contiguous(),
         ranks,
-        gate,
-        phi,
-        assignment,
-        top_k if phi is not None else 0,
-        h.contiguous(),
-        token_gate if phi is not None else None,
+        None if assignment is None else assignment.contiguous(),
+        gates.gate,
+        gates.token_weight,
+        gates.top_k if token else 0,
+        saved.h.contiguous(),
+        saved.token_gate if token else None,
         dx,
         dh,
         d,
         counters,
         way,
-        plan[:4],
+        plan.tile,
     )
-    return dx, dh, d, reason
+    return (dx, dh, d), reason
 
 
-def _backward_elsewhere(arguments: Any, way: str | None, refused: str | None) -> tuple[Tensor, ...]:
+def _backward_elsewhere(
+    call: Call, saved: Saved, dy: Tensor, need: Need, way: str | None, refused: str | None
+) -> Gradients:
     """The same backward by Triton, or where it refuses, by plain torch; way: of Triton's, None lets it
     choose.
     """
     if refused is not None or way == "stacked":
-        return stacked.backward(*arguments)
-    run: Any = triton.backward
-    return run(*arguments, way=way)
+        return stacked.backward(call, saved, dy, need)
+    return triton.backward(call, saved, dy, need, way=way)

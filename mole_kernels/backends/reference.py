@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mole_kernels.backends import sets
-from mole_kernels.operands import Experts, Gates
+from mole_kernels.operands import Call, Gradients, Need, Outputs, Saved
 from mole_kernels.precision import gate_dtype
 from mole_kernels.problem import Problem
 from mole_kernels.reference import gated_lora_ref, sets_of
 
 name = "reference"
-# dphi_bias and dpool_bias among the nine gradients: in the gates' dtype
-BIASES = (6, 8)
+BIASES = ("token_bias", "sample_bias")
 
 
 def reject(problem: Problem) -> str | None:
@@ -23,118 +20,95 @@ def reject(problem: Problem) -> str | None:
     return None
 
 
-def forward(
-    x,
-    weight,
-    bias,
-    down,
-    up,
-    scale,
-    ranks,
-    gate,
-    phi,
-    phi_bias,
-    pool,
-    pool_bias,
-    save,
-    assignment=None,
-    top_k=0,
-):
+def forward(call: Call) -> Outputs:
     """y, h, l, G in float32 (float64 for float64), rounded to x's dtype once at the end; see docs/design.md
     section 3.
     """
-    wide = gate_dtype(x.dtype)
+    dtype, wide = call.x.dtype, gate_dtype(call.x.dtype)
+    x, weight, bias, experts, gates, save = _widened(call)
+    y, *of_gates = gated_lora_ref(x, weight, bias, experts, gates)
+    h = (x @ sets_of(experts).down.mT).to(dtype) if save else x.new_empty(0, dtype=dtype)
+    token_gate, sample_gate = (x.new_empty(0, dtype=wide) if g is None else g.contiguous() for g in of_gates)
+    return Outputs(y.to(dtype).contiguous(), h.contiguous(), token_gate, sample_gate)
 
-    def cast(*tensors: Tensor | None) -> list[Any]:
-        return [None if t is None else t.to(wide) for t in tensors]
 
-    xw, weight, bias = cast(x, weight, bias)
-    wide_down, wide_up, wide_scale = cast(down, up, scale)
-    experts = Experts(wide_down, wide_up, wide_scale, ranks, assignment)
-    y, *gates = gated_lora_ref(
-        xw,
-        weight,
-        bias,
-        experts,
-        Gates(gate, phi, phi_bias, pool, pool_bias, top_k).map(lambda t: t.to(wide)),
+def _widened(call: Call) -> Call:
+    """The call with every tensor that enters a product in the gates' dtype."""
+    wide = gate_dtype(call.x.dtype)
+    experts = call.experts
+    return call._replace(
+        x=call.x.to(wide),
+        weight=call.weight.to(wide),
+        bias=None if call.bias is None else call.bias.to(wide),
+        experts=experts._replace(
+            down=experts.down.to(wide), up=experts.up.to(wide), scale=experts.scale.to(wide)
+        ),
+        gates=call.gates.map(lambda t: t.to(wide)),
     )
-    h = (xw @ sets_of(experts).down.mT).to(x.dtype) if save else x.new_empty(0)
-    return (
-        y.to(x.dtype).contiguous(),
-        h.contiguous(),
-        *(xw.new_empty(0) if g is None else g.contiguous() for g in gates),
+
+
+def backward(call: Call, saved: Saved, dy: Tensor, need: Need) -> Gradients:
+    """The gradients that `need` names, one expert at a time, in the gates' dtype."""
+    grads = sets.of_sets(call, _backward(_widened(sets.own_sets(call)), saved, dy), Need(*[True] * len(need)))
+    wide = gate_dtype(call.x.dtype)
+    # the biases' gradients are in the gates' dtype
+    operands = call.experts._asdict() | call.gates._asdict() | {"x": call.x}
+    dtypes = {
+        name: wide if name in BIASES else t.dtype
+        for name, t in operands.items()
+        if name in Need._fields and t is not None
+    }
+    return Gradients(
+        **{
+            name: getattr(grads, name).sum_to_size(operands[name].shape).to(dtypes[name]).contiguous()
+            if wanted and name in dtypes
+            else call.x.new_empty(0)
+            for name, wanted in need._asdict().items()
+        }
     )
 
 
-def backward(
-    dy,
-    x,
-    weight,
-    down,
-    up,
-    scale,
-    ranks,
-    gate,
-    phi,
-    pool,
-    h,
-    token_gate,
-    sample_gate,
-    need,
-    assignment=None,
-    top_k=0,
-):
-    """The nine gradients, one expert at a time, in the gates' dtype; what nobody needs is dropped at the
-    end.
-    """
-    wide = gate_dtype(x.dtype)
-    B, T, E = x.shape[0], x.shape[1], len(ranks)
-    like = (x, down, up, scale, gate, phi, scale, pool, scale)
-    if assignment is not None:
-        down, up, pool = (None if t is None else sets.gather(assignment, t) for t in (down, up, pool))
-    dyw, xw, hw, downw, upw = (t.to(wide) for t in (dy, x, h, down, up))
+def _backward(call: Call, saved: Saved, dy: Tensor) -> Gradients:
+    """All gradients of a call without an assignment, every tensor in the gates' dtype."""
+    x, weight, _, (down, up, scale, ranks, _), gates, _ = call
+    wide, (B, T, K), E = x.dtype, x.shape, len(ranks)
+    dy, h = dy.to(wide), saved.h.to(wide)
     ones = torch.ones(B, T, E, dtype=wide, device=x.device)
-    given = ones if gate is None else gate.to(wide).expand(B, T, E)
-    local = ones if phi is None else token_gate
-    pooled = ones if pool is None else sample_gate[:, None].expand(B, T, E)
-    dx, ddown, dup = dyw @ weight.to(wide), torch.zeros_like(downw), torch.zeros_like(upw)
+    given = ones if gates.gate is None else gates.gate.expand(B, T, E)
+    token = ones if gates.token_weight is None else saved.token_gate
+    sample = ones if gates.sample_weight is None else saved.sample_gate[:, None].expand(B, T, E)
+    dx, ddown, dup = dy @ weight, torch.zeros_like(down), torch.zeros_like(up)
     dscale, dgate = torch.zeros(E, dtype=wide, device=x.device), torch.zeros_like(ones)
-    dphi = torch.zeros(E, x.shape[2], dtype=wide, device=x.device)
-    dphi_bias, dpool_bias = torch.zeros_like(dscale), torch.zeros_like(dscale)
-    dpool = torch.zeros(down.shape[:2], dtype=wide, device=x.device)
+    dtoken_weight = torch.zeros(E, K, dtype=wide, device=x.device)
+    dtoken_bias, dsample_bias = torch.zeros_like(dscale), torch.zeros_like(dscale)
+    dsample_weight = torch.zeros(down.shape[:2], dtype=wide, device=x.device)
     # γ_e D_e: what reaches expert e's token logit through its own gate
     through = torch.zeros_like(ones)
     start = 0
     for e, rank in enumerate(ranks):
         span = slice(start, start + rank)
         start += rank
-        A, Bup, he = downw[:, span], upw[:, :, span], hw[..., span]
-        gamma = scale[e].to(wide) * given[..., e] * local[..., e] * pooled[..., e]
-        V = dyw @ Bup
+        A, Bup, he = down[:, span], up[:, :, span], h[..., span]
+        gamma = scale[e] * given[..., e] * token[..., e] * sample[..., e]
+        V = dy @ Bup
         D = (V * he).sum(-1)
-        dup[:, :, span] = (dyw.mT @ (he * gamma[..., None])).sum_to_size(dup[:, :, span].shape)
-        dscale[e] = (D * given[..., e] * local[..., e] * pooled[..., e]).sum()
-        dgate[..., e] = D * scale[e].to(wide) * local[..., e] * pooled[..., e]
+        dup[:, :, span] = (dy.mT @ (he * gamma[..., None])).sum_to_size(dup[:, :, span].shape)
+        dscale[e] = (D * given[..., e] * token[..., e] * sample[..., e]).sum()
+        dgate[..., e] = D * scale[e] * token[..., e] * sample[..., e]
         dh = gamma[..., None] * V
-        if pool is not None:
-            dq = (gamma * (1 - pooled[..., e]) * D).sum(1)
-            dpool[:, span] = (dq[:, None] * he.sum(1) / max(T, 1)).sum_to_size(dpool[:, span].shape)
-            dpool_bias[e] = dq.sum()
-            dh = dh + (dq[:, None] * pool[:, span].to(wide))[:, None] / max(T, 1)
-        if phi is not None:
+        if gates.sample_weight is not None:
+            dq = (gamma * (1 - sample[..., e]) * D).sum(1)
+            dsample_weight[:, span] = (dq[:, None] * he.sum(1) / max(T, 1)).sum_to_size(
+                dsample_weight[:, span].shape
+            )
+            dsample_bias[e] = dq.sum()
+            dh = dh + (dq[:, None] * gates.sample_weight[:, span])[:, None] / max(T, 1)
+        if gates.token_weight is not None:
             through[..., e] = gamma * D
-        ddown[:, span] = (dh.mT @ xw).sum_to_size(ddown[:, span].shape)
+        ddown[:, span] = (dh.mT @ x).sum_to_size(ddown[:, span].shape)
         dx = dx + dh @ A
-    if phi is not None:
-        dlogit = through - local * (through.sum(-1, keepdim=True) if top_k else through)
-        dphi, dphi_bias = torch.einsum("bte,btk->ek", dlogit, xw), dlogit.sum((0, 1))
-        dx = dx + dlogit @ phi.to(wide)
-    if assignment is not None:
-        ddown, dup, dpool = (sets.scatter(assignment, g, like[1].shape[0]) for g in (ddown, dup, dpool))
-    grads = (dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias)
-    return tuple(
-        g.sum_to_size(t.shape).to(t.dtype if i not in BIASES else wide).contiguous()
-        if wanted and t is not None
-        else x.new_empty(0)
-        for i, (g, t, wanted) in enumerate(zip(grads, like, need))
-    )
+    if gates.token_weight is not None:
+        dlogit = through - token * (through.sum(-1, keepdim=True) if gates.top_k else through)
+        dtoken_weight, dtoken_bias = torch.einsum("bte,btk->ek", dlogit, x), dlogit.sum((0, 1))
+        dx = dx + dlogit @ gates.token_weight
+    return Gradients(dx, ddown, dup, dscale, dgate, dtoken_weight, dtoken_bias, dsample_weight, dsample_bias)

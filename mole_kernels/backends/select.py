@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from mole_kernels.backends import cpu, cuda, reference, stacked, triton
 from mole_kernels.errors import MoleBackendError, MoleValueError, MoleWarning
+from mole_kernels.operands import Call, Gradients, Need, Outputs, Saved
 from mole_kernels.problem import Problem
 
 
@@ -21,9 +22,9 @@ class Backend(Protocol):
 
     def reject(self, problem: Problem) -> str | None: ...
 
-    def forward(self, *args: Any) -> tuple[Tensor, ...]: ...
+    def forward(self, call: Call) -> Outputs: ...
 
-    def backward(self, *args: Any) -> tuple[Tensor, ...]: ...
+    def backward(self, call: Call, saved: Saved, dy: Tensor, need: Need) -> Gradients: ...
 
 
 # in the order of preference; a compiled backend before plain torch

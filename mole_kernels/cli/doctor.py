@@ -162,17 +162,19 @@ def _run(name: str, device: str, dtype: torch.dtype, out_dtype: torch.dtype) -> 
         (2,),
         (2, 15, 20),
     )
-    x, weight, bias, down, up, scale, phi, phi_bias, pool, pool_bias, dy = (
+    x, weight, bias, down, up, scale, token_weight, token_bias, sample_weight, sample_bias, dy = (
         torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes
     )
-    trained = [t.to(device, dtype).requires_grad_() for t in (x, down, up, phi, phi_bias)]
+    trained = [t.to(device, dtype).requires_grad_() for t in (x, down, up, token_weight, token_bias)]
     # scales and pooled gates stay float32, except in the float64 truth
     float32 = [
         t.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
-        for t in (scale, pool, pool_bias)
+        for t in (scale, sample_weight, sample_bias)
     ]
     experts = Experts(trained[1], trained[2], float32[0], (5, 4))
-    gates = Gates(phi=trained[3], phi_bias=trained[4], pool=float32[1], pool_bias=float32[2])
+    gates = Gates(
+        token_weight=trained[3], token_bias=trained[4], sample_weight=float32[1], sample_bias=float32[2]
+    )
     y = gated_lora_linear(
         trained[0], weight.to(device, dtype), bias.to(device, dtype), experts, gates, backend=name
     )

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from mole_kernels.backends import cuda, stacked, triton
 from mole_kernels.dispatch.choose import HOPPER
-from mole_kernels.dispatch.suite import Call
+from mole_kernels.dispatch.suite import SuiteCase
 from mole_kernels.errors import printable
+from mole_kernels.operands import Call, Experts, Gates, Need, Outputs, Saved
 
 # calls in one graph, replays of each: interleaved, in alternating order
 CALLS, ROUNDS, WARM = 10, 9, 3
@@ -23,12 +24,12 @@ CALLS, ROUNDS, WARM = 10, 9, 3
 TOLERANCE = 0.05
 
 
-def measure(call: Call, names: list[str]) -> tuple[dict[str, float], dict[str, str]]:
+def measure(case: SuiteCase, names: list[str]) -> tuple[dict[str, float], dict[str, str]]:
     """Microseconds of "plain" and of each of `names`; and why one has none."""
     failed: dict[str, str] = {}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     try:
-        runs = programs(call, names)
+        runs = programs(case, names)
         truth = [t.float() for t in runs["stacked"]()]
     except RuntimeError as reason:
         return {}, {"stacked": _short(reason)}
@@ -48,9 +49,9 @@ def _short(reason: Exception) -> str:
     return f"{type(reason).__name__}: {printable(str(reason).partition(chr(10))[0], 200)}"
 
 
-def programs(call: Call, names: list[str]) -> dict[str, Callable[[], list[Tensor]]]:
+def programs(case: SuiteCase, names: list[str]) -> dict[str, Callable[[], list[Tensor]]]:
     """What to run for the plain layer and for each candidate, on the same random inputs."""
-    p, device = call.problem, call.problem.device
+    p, device = case.problem, case.problem.device
     draw = torch.Generator(device).manual_seed(0)
 
     def new(*shape: int, dtype: torch.dtype = p.dtype, scale: float = 1.0) -> Tensor:
@@ -59,35 +60,50 @@ def programs(call: Call, names: list[str]) -> dict[str, Callable[[], list[Tensor
     x, weight, bias = new(p.B, p.T, p.K), new(p.N, p.K, scale=p.K**-0.5), new(p.N)
     down, up = new(p.S, p.R, p.K, scale=p.K**-0.5), new(p.S, p.N, p.R, scale=p.R**-0.5)
     scale = torch.ones(p.E, device=device)
-    shape = (p.B, p.T, p.E) if call.use.by_token else (1, 1, p.E)
+    shape = (p.B, p.T, p.E) if case.use.by_token else (1, 1, p.E)
     gate = torch.rand(*shape, generator=draw, device=device) if p.given_gate else None
-    phi, phi_bias = (new(p.E, p.K, scale=p.K**-0.5), new(p.E)) if p.token_gate else (None, None)
-    pool = new(p.S, p.R, dtype=torch.float32) if p.sample_gate else None
-    pool_bias = new(p.E, dtype=torch.float32) if p.sample_gate else None
-    operands = (x, weight, bias, down, up, scale, p.ranks, gate, phi, phi_bias, pool, pool_bias)
-    if not call.use.backward:
-        save = call.use.save
+    token_weight, token_bias = (new(p.E, p.K, scale=p.K**-0.5), new(p.E)) if p.token_gate else (None, None)
+    sample_weight = new(p.S, p.R, dtype=torch.float32) if p.sample_gate else None
+    sample_bias = new(p.E, dtype=torch.float32) if p.sample_gate else None
+    operands = Call(
+        x,
+        weight,
+        bias,
+        Experts(down, up, scale, p.ranks),
+        Gates(gate, token_weight, token_bias, sample_weight, sample_bias),
+        case.use.save or case.use.backward,
+    )
+    if not case.use.backward:
         runs: dict[str, Callable[[], list[Tensor]]] = {"plain": lambda: [F.linear(x, weight, bias)]}
         for name in names:
             forward = stacked.forward if name == "stacked" else _way(name)
-            runs[name] = lambda forward=forward: list(forward(*operands, save))  # type: ignore[misc]
+            runs[name] = lambda forward=forward: list(forward(operands))  # type: ignore[misc]
         return runs
     dy = new(p.B, p.T, p.N)
-    _, h, token_gate, sample_gate = stacked.forward(*operands, True)
+    saved = Saved(*stacked.forward(operands)[1:])
     # what training experts and MoLE's gates asks for; given gates and scales are constants there
-    need = [True, True, True, False, False, p.token_gate, p.token_gate, p.sample_gate, p.sample_gate]
-    rest = (dy, x, weight, down, up, scale, p.ranks, gate, phi, pool, h, token_gate, sample_gate, need)
+    need = Need(
+        x=True,
+        down=True,
+        up=True,
+        scale=False,
+        gate=False,
+        token_weight=p.token_gate,
+        token_bias=p.token_gate,
+        sample_weight=p.sample_gate,
+        sample_bias=p.sample_gate,
+    )
     runs = {"plain": lambda: [dy @ weight]}
     for name in names:
         run, way = (cuda.backward if name in HOPPER else triton.backward), name.removeprefix("cuda_")
-        runs[name] = lambda run=run, way=way: list(run(*rest, way=way))  # type: ignore[misc]
+        runs[name] = lambda run=run, way=way: list(run(operands, saved, dy, need, way=way))  # type: ignore[misc]
     return runs
 
 
-def _way(name: str) -> Callable[..., tuple[Tensor, ...]]:
+def _way(name: str) -> Callable[[Call], Outputs]:
     if name in HOPPER:
-        return lambda *operands: cuda.forward(*operands, way=name.removeprefix("cuda_"))  # type: ignore[misc]
-    return lambda *operands: triton.forward(*operands, way=name)  # type: ignore[misc]
+        return lambda call: cuda.forward(call, way=name.removeprefix("cuda_"))
+    return lambda call: triton.forward(call, way=name)
 
 
 def error(got: list[Tensor], truth: list[Tensor]) -> float:

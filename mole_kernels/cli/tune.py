@@ -19,7 +19,7 @@ from mole_kernels.cli.screen import done, out, show_warning, table
 from mole_kernels.dispatch import tables
 from mole_kernels.dispatch.choose import CANDIDATES, HOPPER, choose, refusal
 from mole_kernels.dispatch.device import Device, known, present
-from mole_kernels.dispatch.suite import Call, suite
+from mole_kernels.dispatch.suite import SuiteCase, suite
 from mole_kernels.dispatch.tables import Row, Table, key_of
 from mole_kernels.errors import MoleFileError, MoleStateError, printable
 from mole_kernels.files.writer import atomic_write
@@ -84,7 +84,7 @@ def destination(device: Device, out_file: Path | None) -> Path:
 
 
 def collect(
-    calls: list[Call], device: Device, measure: Callable[[Call, list[str]], Measured]
+    calls: list[SuiteCase], device: Device, measure: Callable[[SuiteCase, list[str]], Measured]
 ) -> tuple[Table, list[str]]:
     """The table of `calls`, and a line for each candidate that failed; a failure costs its own time only."""
     rows: list[Row] = []
@@ -135,7 +135,7 @@ def _version(name: str) -> str:
         return "none"
 
 
-def summary(calls: list[Call], table_of_times: Table, device: Device) -> None:
+def summary(calls: list[SuiteCase], table_of_times: Table, device: Device) -> None:
     """How often each candidate was fastest, how often the model would have said so, and what its other
     choices would have cost.
     """
@@ -151,7 +151,7 @@ def summary(calls: list[Call], table_of_times: Table, device: Device) -> None:
     out().print(table(f"{len(choices)} calls", columns, rows, numbers=columns[1:]))
 
 
-def regret(calls: list[Call], table_of_times: Table, device: Device) -> list[tuple[str, str, float]]:
+def regret(calls: list[SuiteCase], table_of_times: Table, device: Device) -> list[tuple[str, str, float]]:
     """(the model's choice, the fastest, time of the first over the second) for each measured call whose
     choice was measured.
     """

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # a diffusers StableDiffusionPipeline; its components are no attributes that a type checker knows
 Pipeline = Any
 ASSETS = Path(__file__).parent / "assets"
+# two experts and their gates in one file of ours
+MIXTURE = ASSETS / "mixture.safetensors"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CAPTION_TOKENS = SLOTS + 2
 TEXT_WIDTH = 64

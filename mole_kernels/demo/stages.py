@@ -84,6 +84,22 @@ def sharp_scenes(plan: DigitTraining, seed: int) -> data.Pictures:
     return data.scenes(data.load_split("train"), plan.scenes, Generator().manual_seed(1000 * seed + 500))
 
 
+def scene_batches(pipe: Pipeline, pictures: int, batch: int, seed: int = 0) -> TensorBatches:
+    """Batches of sharp scenes for training, drawn and encoded now.
+
+    Args:
+        pipe: The pipeline of `load_pipeline`, which encodes pictures and captions.
+        pictures: How many scenes are drawn.
+        batch: Pictures in a batch.
+        seed: Of the scenes and of their order.
+
+    Returns:
+        Batches with "latents" [batch,4,6,18] and "encoder_hidden_states" [batch,tokens,K].
+    """
+    scenes = data.scenes(data.load_split("train"), pictures, Generator().manual_seed(1000 * seed + 500))
+    return batches_of(pipe, scenes, batch, seed)
+
+
 def ends(losses: list[float]) -> list[float]:
     """Mean loss of the first and of the last tenth."""
     tenth = max(1, len(losses) // 10)

@@ -61,7 +61,7 @@ GATES = ("none", "mole", "mask", "fixed")
 
 
 @dataclass(frozen=True)
-class Call:
+class SuiteCase:
     model: str
     problem: Problem
     use: Use
@@ -72,7 +72,7 @@ def gated(kind: str) -> dict[str, bool]:
     return dict(token_gate=kind == "mole", sample_gate=kind == "mole", given_gate=kind in ("mask", "fixed"))
 
 
-def suite(quick: bool = False) -> Iterator[Call]:
+def suite(quick: bool = False) -> Iterator[SuiteCase]:
     """Two experts of R/2 each, bfloat16; quick: five layers, two ranks, two kinds of gate."""
     models = QUICK if quick else tuple(LAYERS)
     for model in models:
@@ -81,6 +81,6 @@ def suite(quick: bool = False) -> Iterator[Call]:
                 for kind in GATES[:2] if quick else GATES:
                     problem = Problem(B, T, K, N, (R // 2, R // 2), 1, torch.bfloat16, "cuda", **gated(kind))
                     for use in (Use(), Use(save=True), Use(backward=True)):
-                        yield Call(
+                        yield SuiteCase(
                             model, problem, Use(use.backward, use.save, kind == "mask", kind == "mask")
                         )

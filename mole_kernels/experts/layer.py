@@ -116,7 +116,13 @@ class LayerExperts(nn.Module):
         if assignment is not None and samples is not None and samples != assignment.shape[0]:
             assert self.route is not None
             assignment = self.route.regrouped(samples)
-        return Experts(self.down, self.up, self.scale, self.ranks, assignment)
+        # past nn.Module.__getattr__, at every call of every layer; sharding may keep them elsewhere
+        own, buffers = self._parameters, self._buffers
+        down = own["down"] if "down" in own else self.down  # noqa: SIM401
+        up = own["up"] if "up" in own else self.up  # noqa: SIM401
+        scale = buffers["scale"] if "scale" in buffers else self.scale  # noqa: SIM401
+        # `Experts(…)` without its Python call
+        return tuple.__new__(Experts, (down, up, scale, self.ranks, assignment))
 
     def is_idle(self) -> bool:
         """Whether no sample of the running forward takes a set: the layer is then the base alone."""

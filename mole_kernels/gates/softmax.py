@@ -56,9 +56,11 @@ class SoftmaxGate(Gate):
 
     def operands(self, experts: LayerExperts) -> Gates:
         if self.temperature == 1:
-            return Gates(phi=self.phi, phi_bias=self.phi_bias, top_k=self.top_k)
+            return Gates(token_weight=self.phi, token_bias=self.phi_bias, top_k=self.top_k)
         return Gates(
-            phi=self.phi / self.temperature, phi_bias=self.phi_bias / self.temperature, top_k=self.top_k
+            token_weight=self.phi / self.temperature,
+            token_bias=self.phi_bias / self.temperature,
+            top_k=self.top_k,
         )
 
     def extra_repr(self) -> str:

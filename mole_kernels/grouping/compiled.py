@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mole_kernels.functional import _as_samples
+from mole_kernels.functional import as_samples
 from mole_kernels.grouping.operands import (
     operands_of_layer,
     pack_operands,
@@ -17,7 +17,8 @@ from mole_kernels.grouping.operands import (
     wants_gradient,
 )
 from mole_kernels.grouping.reasons import reason_against_layers
-from mole_kernels.ops.group import group_op
+from mole_kernels.operands import Call
+from mole_kernels.ops.group import group_forward
 from mole_kernels.precision import autocast_dtype
 
 if TYPE_CHECKING:
@@ -64,22 +65,12 @@ def compiled_output(group: Group, place: int, x: Tensor) -> Tensor | None:
     if not group.always and (x.device.type != "cuda" or extra > MOST_EXTRA * x.shape[-1]):
         return None
     packed = pack_operands(operands, False)
-    (down, up, scale, all_ranks, _), (gate, phi, phi_bias, pool, pool_bias, _) = packed.experts, packed.gates
-    y, _, _, _ = group_op(
-        _as_samples(x),
-        [layer.weight for layer in layers],
-        packed.bias,
-        down.to(x.dtype),
-        up.to(x.dtype),
-        scale,
-        all_ranks,
-        gate,
-        None if phi is None else phi.to(x.dtype),
-        phi_bias,
-        pool,
-        pool_bias,
-        layers[0].backend,
-    )
+    experts, gates = packed.experts, packed.gates
+    if gates.token_weight is not None:
+        gates = gates._replace(token_weight=gates.token_weight.to(x.dtype))
+    experts = experts._replace(down=experts.down.to(x.dtype), up=experts.up.to(x.dtype))
+    call = Call(as_samples(x), layers[0].weight, packed.bias, experts, gates)
+    y = group_forward(call, [layer.weight for layer in layers], layers[0].backend)
     ys = split_output(y.reshape(*x.shape[:-1], y.shape[-1]), operands)
     own = ys[place]
     ys[place] = None

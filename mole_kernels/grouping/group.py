@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mole_kernels.functional import _as_samples, gated_lora_linear_with_gates
+from mole_kernels.functional import as_samples, gated_lora_linear_with_gates
 from mole_kernels.grouping import weights as group_weights
 from mole_kernels.grouping.compiled import CompiledOutputs, all_trusted, compiled_output
 from mole_kernels.grouping.operands import (
@@ -165,7 +165,7 @@ class Group:
             return reason
         packing = self._packing(operands, x)
         if not self.always:
-            whole = problem_of_group(_as_samples(x), operands, packing.shared)
+            whole = problem_of_group(as_samples(x), operands, packing.shared)
             split = tuple([(part.N, part.experts.ranks) for part in operands])
             if reason := reason_against_one_product(
                 whole, split, x.device.index, wants_gradient(operands, x)

@@ -68,7 +68,9 @@ def reason_against_packing(operands: Sequence[LayerOperands]) -> str | None:
 
 
 def _learned_kinds(gates: Gates) -> tuple[bool, ...]:
-    return tuple([t is None for t in (gates.phi, gates.phi_bias, gates.pool, gates.pool_bias)])
+    return tuple(
+        [t is None for t in (gates.token_weight, gates.token_bias, gates.sample_weight, gates.sample_bias)]
+    )
 
 
 def has_equal_down(operands: Sequence[LayerOperands]) -> bool:
@@ -135,10 +137,10 @@ def _packed_gates(operands: Sequence[LayerOperands]) -> Gates:
     gates = [part.gates for part in operands]
     return Gates(
         gate,
-        joined([g.phi for g in gates], 0),
-        joined([g.phi_bias for g in gates], 0),
-        joined([g.pool for g in gates], 1),
-        joined([g.pool_bias for g in gates], 0),
+        joined([g.token_weight for g in gates], 0),
+        joined([g.token_bias for g in gates], 0),
+        joined([g.sample_weight for g in gates], 1),
+        joined([g.sample_bias for g in gates], 0),
         0,
     )
 
@@ -151,7 +153,7 @@ def problem_of_group(x: Tensor, operands: Sequence[LayerOperands], shared: bool)
     if not shared:
         ranks = tuple([rank for part in operands for rank in part.experts.ranks])
     given_gates = any(part.gates.gate is not None for part in operands)
-    kinds = first.gates.phi is not None, first.gates.pool is not None, given_gates
+    kinds = first.gates.token_weight is not None, first.gates.sample_weight is not None, given_gates
     return Problem(
         B,
         T,

@@ -22,7 +22,7 @@ from mole_kernels.layers.linear import Gated, GatedLoRALinear, check_fit
 
 GATED_CLASS: dict[type, type] = {nn.Linear: GatedLoRALinear, nn.Conv2d: GatedLoRAConv2d}
 PLAIN_CLASS: dict[type, type] = {gated: plain for plain, gated in GATED_CLASS.items()}
-ATTRIBUTES = ("experts", "gate", "backend", "experts_on", "last_gates", "experts_in_state")
+ATTRIBUTES = ("experts", "gate", "backend", "experts_on", "_last_gates", "experts_in_state")
 
 
 def reject(module: nn.Module) -> str | None:

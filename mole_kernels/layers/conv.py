@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mole_kernels.errors import MoleShapeError, MoleStateError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.gate import Gate
-from mole_kernels.layers import spread
+from mole_kernels.layers import offload
 from mole_kernels.layers.linear import Gated, check_fit
 from mole_kernels.operands import Experts, Gates
 
@@ -73,8 +73,8 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
         Φ are convolutions.
         """
         base = nn.Conv2d.forward(self, images)
-        if spread.offloaded(self.experts):
-            with spread.loaded(self.experts, self.gate):
+        if offload.offloaded(self.experts):
+            with offload.loaded(self.experts, self.gate):
                 return self._beside(images, base)
         return self._beside(images, base)
 
@@ -92,11 +92,11 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
         """
         S, R, _ = experts.down.shape
         z = self._filtered(images, experts.down.to(images.dtype), experts.assignment)
-        if gates.phi is not None:
-            E = gates.phi.shape[0]
-            z = torch.cat([z, self._filtered(images, gates.phi.to(images.dtype)[None], None)], 1)
+        if gates.token_weight is not None:
+            E = gates.token_weight.shape[0]
+            z = torch.cat([z, self._filtered(images, gates.token_weight.to(images.dtype)[None], None)], 1)
             pick = torch.eye(R + E, dtype=z.dtype, device=z.device)
-            gates = gates._replace(phi=pick[R:])
+            gates = gates._replace(token_weight=pick[R:])
         else:
             pick = torch.eye(R, dtype=z.dtype, device=z.device)
         return z, experts._replace(down=pick[:R].expand(S, -1, -1)), gates

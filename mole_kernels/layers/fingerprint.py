@@ -14,7 +14,7 @@ SETTINGS = (bool, int, float, str, tuple, type(None))
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SAMPLES = 1024
 # results of a call, which no call reads
-RESULTS = ("last_gates", "_pool")
+RESULTS = ("_last_gates", "_pool")
 
 Check = Literal["sample", "content", "versions"]
 

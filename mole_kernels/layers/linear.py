@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
-from mole_kernels.functional import NO_GATES, gated_lora_linear_with_gates
+from mole_kernels.functional import NO_GATES, evaluate
 from mole_kernels.gates.gate import Gate
-from mole_kernels.layers import spread
+from mole_kernels.layers import offload, sharded
 from mole_kernels.operands import Experts, Gates
 from mole_kernels.ops.direct import PLAIN
 
@@ -42,7 +42,7 @@ class Gated(nn.Module):
     gate: Gate | None
     backend: str
     experts_on: bool
-    last_gates: LastGates | None
+    # the values of `last_gates`
     # False for a layer that was patched in place: its state dict is the base's
     experts_in_state: bool
     # the ranks that share a batch's tokens, whose pooled gates look at all of them: `Handle.split_tokens`
@@ -52,43 +52,55 @@ class Gated(nn.Module):
 
     def mixture(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x Wᵀ + b + Σ_e s_e·g_e·(x A_eᵀ) B_eᵀ for tokens x [...,K] and weight [N,K]."""
-        experts = self.experts
+        # `self.experts` would go through nn.Module.__getattr__
+        modules = self._modules
+        experts: LayerExperts = modules["experts"]  # type: ignore[assignment]
         samples = None
         if experts.route is not None:
             if experts.is_idle():
                 return F.linear(x, weight, bias)
             samples = x.shape[0] if x.dim() > 2 else None
-        if spread.offloaded(experts):
-            with spread.loaded(experts, self.gate):
-                return self.mixture_of(x, weight, bias, experts.operands(samples), self.operands_of_gate())
-        return self.mixture_of(x, weight, bias, experts.operands(samples), self.operands_of_gate())
+        gate: Gate | None = modules.get("gate")  # type: ignore[assignment]
+        if "_hf_hook" in experts.__dict__:
+            with offload.loaded(experts, gate):
+                gates = NO_GATES if gate is None else gate.operands(experts)
+                return self.mixture_of(x, weight, bias, experts.operands(samples), gates)
+        gates = NO_GATES if gate is None else gate.operands(experts)
+        return self.mixture_of(x, weight, bias, experts.operands(samples), gates)
 
     def operands_of_gate(self) -> Gates:
+        """The operands of the layer's gate; `NO_GATES` where it has none."""
         return NO_GATES if self.gate is None else self.gate.operands(self.experts)
 
     def mixture_of(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gates: Gates
     ) -> Tensor:
-        """`mixture` of operands given; what the gates said is kept."""
+        """`mixture` of operands given; the values of the gates are kept."""
         if experts.assignment is not None and x.dim() == 2 and x.shape[0] == experts.assignment.shape[0]:
             # without a token axis each row is a sample of one token (time_emb_proj)
             return self.mixture_of(x[:, None], weight, bias, experts, gates)[:, 0]
-        if gates.pool is not None and self.tokens_group is not None:
-            gates = spread.pool_over(self.tokens_group, x, experts, gates)
-        if type(weight) not in PLAIN and spread.is_sharded(weight):
-            y, token, sample = spread.sharded_linear(x, weight, bias, experts, gates)
+        if gates.sample_weight is not None and self.tokens_group is not None:
+            gates = sharded.pool_over(self.tokens_group, x, experts, gates)
+        compiling = torch.compiler.is_compiling()
+        if type(weight) not in PLAIN and sharded.is_sharded(weight):
+            y, token, sample = sharded.sharded_linear(x, weight, bias, experts, gates)
         else:
-            y, token, sample = gated_lora_linear_with_gates(
-                x, weight, bias, experts, gates, backend=self.backend
-            )
-        if not torch.compiler.is_compiling():
-            # past nn.Module's search for parameters and modules, which costs more than the tuple
-            object.__setattr__(
-                self,
-                "last_gates",
-                LastGates(token, sample, None if gates.gate is None else gates.gate.detach()),
-            )
+            y, token, sample = evaluate(x, weight, bias, experts, gates, self.backend, compiling)
+        if not compiling:
+            given = None if gates.gate is None else gates.gate.detach()
+            # past nn.Module's search for parameters and modules
+            self.__dict__["_last_gates"] = (token, sample, given)
         return y
+
+    @property
+    def last_gates(self) -> LastGates | None:
+        """The values of the gates in the last eager forward; None before the first."""
+        values = self.__dict__.get("_last_gates")
+        return None if values is None else LastGates._make(values)
+
+    @last_gates.setter
+    def last_gates(self, values: LastGates | None) -> None:
+        self.__dict__["_last_gates"] = values
 
     def attach_experts(
         self, experts: LayerExperts, gate: Gate | None, backend: str, *, in_state: bool = True
@@ -127,7 +139,7 @@ class Gated(nn.Module):
     def __getstate__(self):
         # the last call's activations are no part of the layer, and a process group belongs to its process
         return {name: value for name, value in self.__dict__.items() if name != "tokens_group"} | {
-            "last_gates": None
+            "_last_gates": None
         }
 
     def _apply(self, fn, recurse: bool = True):
@@ -199,11 +211,14 @@ class GatedLoRALinear(Gated, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.group is not None and (y := self.group.take(self, x)) is not None:
             return y
-        return (
-            self.mixture(x, self.weight, self.bias)
-            if self.experts_on
-            else F.linear(x, self.weight, self.bias)
-        )
+        # past nn.Module.__getattr__; a parametrised or sharded layer keeps them elsewhere
+        own = self._parameters
+        weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        assert weight is not None
+        if not self.experts_on:
+            return F.linear(x, weight, bias)
+        return self.mixture(x, weight, bias)
 
 
 def _layer_experts(experts: LayerExperts | Experts) -> LayerExperts:

@@ -14,7 +14,8 @@ from mole_kernels.experts.lowrank import COMPONENTS
 from mole_kernels.layers.attach import reject
 from mole_kernels.layers.conv import conv_sizes
 from mole_kernels.layers.linear import Gated
-from mole_kernels.layers.spread import compute_dtype, is_sharded, reject_sharded
+from mole_kernels.layers.offload import compute_dtype
+from mole_kernels.layers.sharded import is_sharded, reject_sharded
 
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # the weight is read past the layer's own forward by these owners, so a patched forward would never run

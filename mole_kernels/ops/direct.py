@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from mole_kernels.backends import select as backends
+from mole_kernels.operands import Call, Need, Outputs, Saved
 from mole_kernels.ops import schema
 from mole_kernels.precision import no_autocast
 
@@ -35,10 +36,14 @@ def unobserved(tensors: Sequence[Tensor | None], *, ignore_profiler: bool = Fals
         True if they are plain tensors and no compiler, tracer, mode, function transform, dual number or
         profiler is active.
     """
+    # first, for a compiler must not look at the rest
+    return not torch.compiler.is_compiling() and unobserved_eager(tensors, ignore_profiler=ignore_profiler)
+
+
+def unobserved_eager(tensors: Sequence[Tensor | None], *, ignore_profiler: bool = False) -> bool:
+    """`unobserved`, for a caller that knows already that no compiler traces the call."""
     return (
-        # first, for a compiler must not look at the rest
-        not torch.compiler.is_compiling()
-        and PLAIN.issuperset(map(type, tensors))
+        PLAIN.issuperset(map(type, tensors))
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_torch_function_mode_enabled()
         and not torch._C._are_functorch_transforms_active()
@@ -53,23 +58,20 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def forward(
-    backend: backends.Backend, args: tuple[Any, ...], save: bool, autocast: bool
-) -> tuple[Tensor, ...]:
-    """What `torch.ops.mole.gated_lora_fwd(*args, backend.name)` gives.
+def forward(backend: backends.Backend, call: Call, autocast: bool) -> Outputs:
+    """What `torch.ops.mole.gated_lora_fwd` gives for the call and the backend's name.
 
     Args:
         backend: The backend that computes the call.
-        args: The arguments of the backend contract (docs/design.md section 3).
-        save: Whether autograd records the call.
+        call: The call; autograd records it where it is to be saved.
         autocast: Whether autocast is on; products keep their operands' dtype all the same.
     """
-    if save:
-        return Direct.apply(*args, backend.name)  # type: ignore[no-untyped-call]
+    if call.save:
+        return Direct.apply(*call.flat(), backend.name)  # type: ignore[no-any-return, no-untyped-call]
     if not autocast:
-        return backend.forward(*args)
-    with no_autocast(args[0].device.type):
-        return backend.forward(*args)
+        return backend.forward(call)
+    with no_autocast(call.x.device.type):
+        return backend.forward(call)
 
 
 class Direct(torch.autograd.Function):
@@ -77,20 +79,21 @@ class Direct(torch.autograd.Function):
 
     # with a separate setup_context torch would inspect the signature at every call: 20 µs
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with no_autocast(args[0].device.type):
-            out = backends.BACKENDS[args[-1]].forward(*args[:-1])
-        schema.setup(ctx, args, out)
+    def forward(ctx: Any, *flat: Any) -> Outputs:
+        *operands, name = flat
+        call = Call.of_flat(operands)
+        with no_autocast(call.x.device.type):
+            out = backends.BACKENDS[name].forward(call)
+        schema.setup(ctx, call, name, out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         return schema.grad(ctx, dy, run=_backward)
 
 
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    # what is left out is ranks, need, top_k and the name
-    if not unobserved(args[:6] + args[7:13] + args[14:15]):
-        return schema.backward_op(*args)
-    with no_autocast(args[1].device.type):
-        return backends.BACKENDS[args[-1]].backward(*args[:-1])
+def _backward(dy: Tensor, call: Call, saved: Saved, need: Need, backend: str) -> tuple[Tensor | None, ...]:
+    if not unobserved((dy, *call.tensors(), *saved)):
+        return schema.backward_call(dy, call, saved, need, backend)
+    with no_autocast(call.x.device.type):
+        return backends.BACKENDS[backend].backward(call, saved, dy, need)

@@ -9,16 +9,21 @@ graph stays right whatever moves them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mole_kernels import operands
+from mole_kernels.operands import Call
 from mole_kernels.ops import schema
 
+# without those operands that a group never has
+FIELDS = tuple(name for name in operands.FIELDS if name not in ("assignment", "top_k", "save"))
+TYPES = schema.TYPES | {"weight": "Tensor[]"}
 schema.library.define(
-    "gated_lora_group_fwd(Tensor x, Tensor[] weights, Tensor? bias, Tensor down, Tensor up, Tensor scale, "
-    "int[] ranks, Tensor? gate, Tensor? phi, Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, str backend) "
-    "-> (Tensor y, Tensor h, Tensor token_gate, Tensor sample_gate)"
+    f"gated_lora_group_fwd({', '.join(f'{TYPES[name]} {name}' for name in FIELDS)}, str backend) "
+    f"-> ({schema.OUTPUTS})"
 )
 
 
@@ -42,20 +47,40 @@ def beside(weights: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((sum(weight.shape[0] for weight in weights), K), (K, 1))
 
 
-def _forward(x, weights, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, backend):
+def _call(flat: Sequence[Any], weight: Tensor) -> Call:
+    named = dict.fromkeys(operands.FIELDS) | dict(zip(FIELDS, flat)) | {"top_k": 0, "save": False}
+    return Call.of_flat(tuple((named | {"weight": weight}).values()))
+
+
+def _forward(*flat):
+    *values, backend = flat
+    weights = values[FIELDS.index("weight")]
     weight = beside(weights)
     # right, and slower: a copy of the weights at each call
     weight = torch.cat(list(weights)) if weight is None else weight
-    return schema._forward(
-        x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, False, None, 0, backend
-    )
+    return schema.forward(_call(values, weight), backend)
 
 
-def _fake(x, weights, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, backend):
+def _fake(*flat):
+    *values, _ = flat
+    x, weights = (values[FIELDS.index(name)] for name in ("x", "weight"))
     weight = x.new_empty(sum(weight.shape[0] for weight in weights), x.shape[-1])
-    return schema._forward_fake(
-        x, weight, bias, down, up, scale, ranks, gate, phi, phi_bias, pool, pool_bias, False, None, 0, backend
-    )
+    return schema.forward_fake(_call(values, weight))
+
+
+def group_forward(call: Call, weights: Sequence[Tensor], backend: str) -> Tensor:
+    """y of a call whose weight are these, one under the other; no gradient, no assignment, no softmax.
+
+    Args:
+        call: The call; its own `weight` is not looked at.
+        weights: [N_i,K] each.
+        backend: "auto", or a backend by name.
+
+    Returns:
+        y [B,T,ΣN].
+    """
+    named = dict(zip(operands.FIELDS, call.flat())) | {"weight": list(weights)}
+    return group_op(*[named[name] for name in FIELDS], backend)[0]  # type: ignore[no-any-return]
 
 
 for _key in ("CPU", "CUDA", "XPU", "MPS"):

@@ -1,306 +1,174 @@
 """The operator as `torch.ops.mole.*`: schemas, backends behind them, fakes for compilers, and the gradient.
 
 `define` + `impl` in Python costs ~2 µs a call, ~5 µs with autograd (measured with an empty op); `custom_op`
-costs ~11.
-What an eager call does instead is in `direct.py`.
+costs ~11. What an eager call does instead is in `direct.py`. This is the only place where a `Call` is taken
+apart into the list of operands that torch.library wants, by `operands.FIELDS`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mole_kernels.backends.select import Backend, select
-from mole_kernels.operands import Experts, Gates
+from mole_kernels.backends.select import select
+from mole_kernels.operands import FIELDS, Call, Gradients, Need, Outputs, Saved
 from mole_kernels.ops.twice import differentiable_gradients
 from mole_kernels.precision import gate_dtype, no_autocast
-from mole_kernels.problem import Problem
+
+TYPES = {
+    "x": "Tensor",
+    "weight": "Tensor",
+    "bias": "Tensor?",
+    "down": "Tensor",
+    "up": "Tensor",
+    "scale": "Tensor",
+    "ranks": "int[]",
+    "assignment": "Tensor?",
+    "gate": "Tensor?",
+    "token_weight": "Tensor?",
+    "token_bias": "Tensor?",
+    "sample_weight": "Tensor?",
+    "sample_bias": "Tensor?",
+    "top_k": "int",
+    "save": "bool",
+}
+CALL = ", ".join(f"{TYPES[name]} {name}" for name in FIELDS)
+OUTPUTS = ", ".join(f"Tensor {name}" for name in Outputs._fields)
+SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
+GRADIENTS = ", ".join(f"Tensor d{name}" for name in Gradients._fields)
 
 library = torch.library.Library("mole", "DEF")
+library.define(f"gated_lora_fwd({CALL}, str backend) -> ({OUTPUTS})")
 library.define(
-    "gated_lora_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, "
-    "int[] ranks, Tensor? gate, Tensor? phi, Tensor? phi_bias, Tensor? pool, Tensor? pool_bias, bool save, "
-    "Tensor? assignment, int top_k, str backend) "
-    "-> (Tensor y, Tensor h, Tensor token_gate, Tensor sample_gate)"
-)
-library.define(
-    "gated_lora_bwd(Tensor dy, Tensor x, Tensor weight, Tensor down, Tensor up, Tensor scale, int[] ranks, "
-    "Tensor? gate, Tensor? phi, Tensor? pool, Tensor h, Tensor token_gate, Tensor sample_gate, bool[9] need, "
-    "Tensor? assignment, int top_k, str backend) "
-    "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dscale, Tensor dgate, Tensor dphi, Tensor dphi_bias, "
-    "Tensor dpool, Tensor dpool_bias)"
+    f"gated_lora_bwd(Tensor dy, {CALL}, {SAVED}, bool[{len(Need._fields)}] need, str backend)"
+    f" -> ({GRADIENTS})"
 )
 
-
-def problem_of(
-    x: Tensor,
-    weight: Tensor,
-    down: Tensor,
-    ranks: tuple[int, ...],
-    gate: Tensor | None,
-    phi: Tensor | None,
-    pool: Tensor | None,
-    assignment: Tensor | None,
-    top_k: int,
-) -> Problem:
-    """The Problem that these tensors pose.  x [B,T,K], weight [N,K], down [S,R,K]"""
-    B, T, K = x.shape
-    return Problem(
-        B,
-        T,
-        K,
-        weight.shape[0],
-        ranks,
-        down.shape[0],
-        x.dtype,
-        x.device.type,
-        phi is not None,
-        pool is not None,
-        gate is not None,
-        top_k if phi is not None else 0,
-        assignment is not None,
-    )
+Backward = Callable[[Tensor, Call, Saved, Need, str], tuple[Tensor | None, ...]]
 
 
-def _forward(
-    x,
-    weight,
-    bias,
-    down,
-    up,
-    scale,
-    ranks,
-    gate,
-    phi,
-    phi_bias,
-    pool,
-    pool_bias,
-    save,
-    assignment,
-    top_k,
-    backend,
-):
-    ranks = tuple(ranks)
-    chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool, assignment, top_k), backend)
+def forward(call: Call, backend: str) -> Outputs:
+    """The call on the backend of that name, or on the first that takes it ("auto")."""
+    chosen = select(call.problem(), backend)
     # operands are already in the compute dtype, and the gates' float32 must stay float32
-    with no_autocast(x.device.type):
-        return chosen.forward(
-            x,
-            weight,
-            bias,
-            down,
-            up,
-            scale,
-            ranks,
-            gate,
-            phi,
-            phi_bias,
-            pool,
-            pool_bias,
-            save,
-            assignment,
-            top_k,
-        )
+    with no_autocast(call.x.device.type):
+        return chosen.forward(call)
 
 
-def _backward(
-    dy,
-    x,
-    weight,
-    down,
-    up,
-    scale,
-    ranks,
-    gate,
-    phi,
-    pool,
-    h,
-    token_gate,
-    sample_gate,
-    need,
-    assignment,
-    top_k,
-    backend,
-):
-    ranks = tuple(ranks)
-    chosen: Backend = select(problem_of(x, weight, down, ranks, gate, phi, pool, assignment, top_k), backend)
-    with no_autocast(x.device.type):
-        return chosen.backward(
-            dy,
-            x,
-            weight,
-            down,
-            up,
-            scale,
-            ranks,
-            gate,
-            phi,
-            pool,
-            h,
-            token_gate,
-            sample_gate,
-            need,
-            assignment,
-            top_k,
-        )
-
-
-def _forward_fake(
-    x,
-    weight,
-    bias,
-    down,
-    up,
-    scale,
-    ranks,
-    gate,
-    phi,
-    phi_bias,
-    pool,
-    pool_bias,
-    save,
-    assignment,
-    top_k,
-    backend,
-):
+def forward_fake(call: Call) -> Outputs:
+    """Empty outputs of the right shapes and dtypes."""
+    x, gates = call.x, call.gates
     B, T, _ = x.shape
-    E, wide = len(ranks), gate_dtype(x.dtype)
-    return (
-        x.new_empty(B, T, weight.shape[0]),
-        x.new_empty(B, T, down.shape[1]) if save else x.new_empty(0),
-        x.new_empty(B, T, E, dtype=wide) if phi is not None else x.new_empty(0, dtype=wide),
-        x.new_empty(B, E, dtype=wide) if pool is not None else x.new_empty(0, dtype=wide),
+    E, wide = len(call.experts.ranks), gate_dtype(x.dtype)
+    return Outputs(
+        y=x.new_empty(B, T, call.weight.shape[0]),
+        h=x.new_empty(B, T, call.experts.down.shape[1]) if call.save else x.new_empty(0),
+        token_gate=x.new_empty((B, T, E) if gates.token_weight is not None else 0, dtype=wide),
+        sample_gate=x.new_empty((B, E) if gates.sample_weight is not None else 0, dtype=wide),
     )
 
 
-def _backward_fake(
-    dy,
-    x,
-    weight,
-    down,
-    up,
-    scale,
-    ranks,
-    gate,
-    phi,
-    pool,
-    h,
-    token_gate,
-    sample_gate,
-    need,
-    assignment,
-    top_k,
-    backend,
-):
-    wide, E = gate_dtype(x.dtype), len(ranks)
-    bias_like = x.new_empty(E, dtype=wide)
-    like = (x, down, up, scale, gate, phi, bias_like, pool, bias_like)
-    return tuple(
-        x.new_empty(t.shape, dtype=t.dtype) if wanted and t is not None else x.new_empty(0)
-        for t, wanted in zip(like, need)
+def _forward(*flat):
+    *operands, backend = flat
+    return forward(Call.of_flat(operands), backend)
+
+
+def _forward_fake(*flat):
+    *operands, _ = flat
+    return forward_fake(Call.of_flat(operands))
+
+
+def _unflat_backward(flat: Sequence[Any]) -> tuple[Tensor, Call, Saved, Need, str]:
+    dy, *rest, need, backend = flat
+    operands, saved = rest[: len(FIELDS)], rest[len(FIELDS) :]
+    return dy, Call.of_flat(operands), Saved(*saved), Need(*need), backend
+
+
+def _backward(*flat):
+    dy, call, saved, need, backend = _unflat_backward(flat)
+    chosen = select(call.problem(), backend)
+    with no_autocast(call.x.device.type):
+        return chosen.backward(call, saved, dy, need)
+
+
+def _backward_fake(*flat):
+    _, call, _, need, _ = _unflat_backward(flat)
+    x, wide, E = call.x, gate_dtype(call.x.dtype), len(call.experts.ranks)
+    like = differentiable(call)
+    for name in ("token_bias", "sample_bias"):
+        # in the gates' dtype, whatever the operand's
+        if like[name] is not None:
+            like[name] = x.new_empty(E, dtype=wide)
+    return Gradients(
+        **{
+            name: x.new_empty(t.shape, dtype=t.dtype) if wanted and t is not None else x.new_empty(0)
+            for (name, t), wanted in zip(like.items(), need)
+        }
     )
 
 
-def setup(ctx, inputs, output) -> None:
-    """Keep what the gradient needs of a forward's inputs and outputs."""
-    (
-        x,
-        weight,
-        _,
-        down,
-        up,
-        scale,
-        ranks,
-        gate,
-        phi,
-        phi_bias,
-        pool,
-        pool_bias,
-        _,
-        assignment,
-        top_k,
-        backend,
-    ) = inputs
-    _, h, token_gate, sample_gate = output
-    ctx.mark_non_differentiable(h, token_gate, sample_gate)
+def backward_call(
+    dy: Tensor, call: Call, saved: Saved, need: Need, backend: str
+) -> tuple[Tensor | None, ...]:
+    """`gated_lora_bwd` through torch's dispatcher."""
+    return backward_op(dy, *call.flat(), *saved, list(need), backend)  # type: ignore[no-any-return]
+
+
+def differentiable(call: Call) -> dict[str, Tensor | None]:
+    """The operands that have a gradient, by their names in `Need`."""
+    named = dict(zip(FIELDS, call.flat()))
+    return {name: named[name] for name in Need._fields}
+
+
+def setup(ctx: Any, call: Call, backend: str, out: Outputs) -> None:
+    """Keep what the gradient needs of a forward's call and outputs."""
+    ctx.mark_non_differentiable(out.h, out.token_gate, out.sample_gate)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x,
-        weight,
-        down,
-        up,
-        scale,
-        gate,
-        phi,
-        phi_bias,
-        pool,
-        pool_bias,
-        h,
-        token_gate,
-        sample_gate,
-        assignment,
-    )
-    ctx.ranks, ctx.backend, ctx.top_k = ranks, backend, top_k
+    tensors: list[Tensor | None] = []
+    constants: dict[str, Any] = {}
+    for name, value in zip(FIELDS, call.flat()):
+        is_tensor = isinstance(value, Tensor)
+        if not is_tensor and value is not None:
+            constants[name] = value
+        # the bias has no part in any gradient
+        tensors.append(value if is_tensor and name != "bias" else None)
+    ctx.save_for_backward(*tensors, out.h, out.token_gate, out.sample_gate)
+    ctx.constants, ctx.backend = constants, backend
 
 
-# positions of x, down, up, scale, gate, phi, phi_bias, pool, pool_bias among the sixteen inputs
-_DIFFERENTIABLE = (0, 3, 4, 5, 7, 8, 9, 10, 11)
+def _setup(ctx, inputs, output) -> None:
+    *operands, backend = inputs
+    setup(ctx, Call.of_flat(operands), backend, Outputs(*output))
 
 
-def grad(ctx, dy, *_unused, run=None):
-    """The gradients of the sixteen inputs; `run` computes `gated_lora_bwd`.
+def grad(ctx: Any, dy: Tensor | None, *_unused: Any, run: Backward = backward_call) -> tuple[Any, ...]:
+    """The gradients of a call's operands, in the order of `FIELDS`, and None for the backend.
 
     With `create_graph=True` the gradients themselves are differentiable: see `ops.twice`.
     """
+    none = dict.fromkeys((*FIELDS, "backend"))
     if dy is None:
-        return (None,) * 16
-    (
-        x,
-        weight,
-        down,
-        up,
-        scale,
-        gate,
-        phi,
-        phi_bias,
-        pool,
-        pool_bias,
-        h,
-        token_gate,
-        sample_gate,
-        assignment,
-    ) = ctx.saved_tensors
-    need = [bool(ctx.needs_input_grad[i]) for i in _DIFFERENTIABLE]
+        return tuple(none.values())
+    kept = ctx.saved_tensors
+    constants: dict[str, Any] = ctx.constants
+    call = Call.of_flat([constants.get(name, t) for name, t in zip(FIELDS, kept)])
+    saved = Saved(*kept[len(FIELDS) :])
+    wanted = dict(zip(FIELDS, ctx.needs_input_grad))
+    need = Need(**{name: bool(wanted[name]) for name in Need._fields})
     if torch.is_grad_enabled():
-        experts = Experts(down, up, scale, tuple(ctx.ranks), assignment)
-        gates = Gates(gate, phi, phi_bias, pool, pool_bias, ctx.top_k)
-        grads = differentiable_gradients(dy, x, weight, experts, gates, need)
+        grads: Sequence[Tensor | None] = differentiable_gradients(dy, call, need)
     else:
-        grads = (run or backward_op)(
-            dy,
-            x,
-            weight,
-            down,
-            up,
-            scale,
-            ctx.ranks,
-            gate,
-            phi,
-            pool,
-            h,
-            token_gate,
-            sample_gate,
-            need,
-            assignment,
-            ctx.top_k,
-            ctx.backend,
-        )
-    like = (x, down, up, scale, gate, phi, phi_bias, pool, pool_bias)
-    out: list[Tensor | None] = [None] * 16
-    for i, wanted, g, t in zip(_DIFFERENTIABLE, need, grads, like):
-        if wanted and g is not None and t is not None:
-            out[i] = g.to(t.dtype)
-    return tuple(out)
+        grads = run(dy, call, saved, need, ctx.backend)
+    like = differentiable(call)
+    found = {
+        name: g.to(t.dtype)
+        for (name, t), g, wants in zip(like.items(), grads, need)
+        if wants and g is not None and t is not None
+    }
+    return tuple((none | found).values())
 
 
 for _key in ("CPU", "CUDA", "XPU", "MPS"):
@@ -308,7 +176,7 @@ for _key in ("CPU", "CUDA", "XPU", "MPS"):
     library.impl("gated_lora_bwd", _backward, _key)
 torch.library.register_fake("mole::gated_lora_fwd", _forward_fake, lib=library)
 torch.library.register_fake("mole::gated_lora_bwd", _backward_fake, lib=library)
-torch.library.register_autograd("mole::gated_lora_fwd", grad, setup_context=setup, lib=library)
+torch.library.register_autograd("mole::gated_lora_fwd", grad, setup_context=_setup, lib=library)
 
 forward_op = torch.ops.mole.gated_lora_fwd.default
 backward_op = torch.ops.mole.gated_lora_bwd.default

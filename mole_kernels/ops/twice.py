@@ -7,46 +7,37 @@ forward. It is exact for every gate, set and dtype, and costs the reference's ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from mole_kernels.operands import Experts, Gates
+from mole_kernels.operands import Call, Experts, Gates, Need
 from mole_kernels.precision import gate_dtype, no_autocast
 from mole_kernels.reference import gated_lora_ref
 
 
-def differentiable_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, experts: Experts, gates: Gates, need: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of ⟨dy, y⟩ with respect to x, down, up, scale, gate, phi, phi_bias, pool and pool_bias, as a
-    graph.
+def differentiable_gradients(dy: Tensor, call: Call, need: Need) -> tuple[Tensor | None, ...]:
+    """Gradients of ⟨dy, y⟩ with respect to the operands that `Need` names, as a graph.
 
     Args:
         dy: [B,T,N], the gradient that reaches y; may itself require a gradient.
-        x: [B,T,K] in the compute dtype.
-        weight: [N,K], frozen.
-        experts: The call's experts, with its assignment where it has one.
-        gates: The call's gates.
-        need: Nine flags, which gradients are wanted.
+        call: The call; its bias is not looked at.
+        need: Which gradients are wanted.
 
     Returns:
-        Nine tensors in their operands' dtypes; None where not wanted or where the call has no such operand.
+        A tensor for each field of `Need`, in its operand's dtype; None where it is not wanted or where the
+        call has no such operand.
     """
-    operands = (x, experts.down, experts.up, experts.scale, *gates[:5])
+
     # views, so that an operand that was computed from another one counts by itself
-    views = [None if t is None else t.view_as(t) for t in operands]
-    view_x, down, up, scale, *gate_parts = views
-    assert view_x is not None and down is not None and up is not None and scale is not None
-    y = plain_forward(
-        view_x,
-        weight,
-        None,
-        Experts(down, up, scale, experts.ranks, experts.assignment),
-        Gates(*gate_parts, top_k=gates.top_k),  # type: ignore[arg-type, misc]
-        rounded=False,
-    )[0]
+    def view(t: Tensor) -> Tensor:
+        return t.view_as(t)
+
+    experts, gates = call.experts, call.gates.map(view)
+    experts = experts._replace(down=view(experts.down), up=view(experts.up), scale=view(experts.scale))
+    x = view(call.x)
+    y = plain_forward(x, call.weight, None, experts, gates, rounded=False)[0]
+    operands = {"x": x} | experts._asdict() | gates._asdict()
+    views = [operands[name] for name in Need._fields]
     with no_autocast(x.device.type):
         wanted = [t for t, wants in zip(views, need) if wants and t is not None]
         found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, allow_unused=True))

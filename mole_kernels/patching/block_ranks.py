@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from mole_kernels.layers.linear import Gated
-from mole_kernels.layers.spread import is_sharded
+from mole_kernels.layers.sharded import is_sharded
 
 
 def mark(layers: Mapping[str, nn.Module]) -> None:

@@ -13,7 +13,7 @@ from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.gates.gate import MoLEGate
 from mole_kernels.io.gates import GateFile, GateTensors
-from mole_kernels.layers import spread
+from mole_kernels.layers import sharded
 from mole_kernels.layers.conv import conv_of
 
 if TYPE_CHECKING:
@@ -71,5 +71,5 @@ def _spread(tensor: Tensor | None, rows: list[int], count: int) -> Tensor | None
     if tensor is None:
         return None
     whole = torch.zeros(count, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
-    whole[rows] = spread.whole(tensor.detach())
+    whole[rows] = sharded.whole(tensor.detach())
     return whole

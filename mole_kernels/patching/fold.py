@@ -21,7 +21,7 @@ from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.gate import ConstantGate
 from mole_kernels.layers.linear import Gated
-from mole_kernels.layers.spread import is_sharded
+from mole_kernels.layers.sharded import is_sharded
 from mole_kernels.modules.scan import roots
 
 if TYPE_CHECKING:

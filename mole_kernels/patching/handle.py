@@ -16,7 +16,7 @@ from mole_kernels.experts.bank import ExpertBank
 from mole_kernels.grouping.groups import Groups
 from mole_kernels.io.bank import save_bank
 from mole_kernels.io.gates import GateFile, save_gates
-from mole_kernels.layers import spread
+from mole_kernels.layers import offload, sharded
 from mole_kernels.layers.attach import PLAIN_CLASS, detach, follows_class
 from mole_kernels.layers.fingerprint import Check
 from mole_kernels.layers.linear import Gated
@@ -231,7 +231,7 @@ class Handle:
         """
         self._check_active("swap")
         self._check_names("swap", [name])
-        if any(spread.is_sharded(one.experts.down) for one in self._patched.values()):
+        if any(sharded.is_sharded(one.experts.down) for one in self._patched.values()):
             raise MoleStateError(
                 "Handle.swap", "the experts are sharded over ranks", hint="swap first, then fully_shard"
             )
@@ -251,8 +251,8 @@ class Handle:
                 if one.experts is not old
             ]
             for new, old in anew:
-                if spread.offloaded(old):
-                    spread.offload_like(new, old)
+                if offload.offloaded(old):
+                    offload.offload_like(new, old)
             if anew:
                 regroup(in_groups(self._roots))
 
@@ -437,7 +437,7 @@ class Handle:
             )
 
     def _check_here(self, what: str) -> None:
-        if any(spread.offloaded(one.experts) for one in self._patched.values()):
+        if any(offload.offloaded(one.experts) for one in self._patched.values()):
             raise MoleStateError(
                 f"Handle.{what}",
                 "offload hooks hold the experts between calls, and would drop their gradients",
@@ -497,8 +497,8 @@ class Handle:
         written is kept.
         """
         ones = self._patched.values()
-        if always and any(spread.offloaded(one.experts) for one in ones):
-            with spread.loaded(*(module for one in ones for module in (one.experts, one.gate)), write=write):
+        if always and any(offload.offloaded(one.experts) for one in ones):
+            with offload.loaded(*(module for one in ones for module in (one.experts, one.gate)), write=write):
                 yield
         else:
             yield

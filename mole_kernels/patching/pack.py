@@ -11,7 +11,7 @@ from mole_kernels.errors import MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.files.limits import finite
-from mole_kernels.layers.spread import compute_dtype, execution_device
+from mole_kernels.layers.offload import compute_dtype, execution_device
 
 
 def pack(path: str, factors: Mapping[str, LowRank], module: nn.Module) -> LayerExperts:

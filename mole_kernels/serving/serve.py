@@ -11,7 +11,7 @@ from torch import nn
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import LowRank
-from mole_kernels.layers import spread
+from mole_kernels.layers import offload
 from mole_kernels.modules.group_offload import in_groups, regroup
 from mole_kernels.modules.scan import roots, sizes
 from mole_kernels.modules.snapshot import all_or_nothing
@@ -108,7 +108,7 @@ class Served:
         modules = {path: layer.module for path, layer in layers.layers.items()}
         self._plan = layers
         self._layout = AdapterLayout.of({path: sizes(module) for path, module in modules.items()}, rank)
-        dtype, device = spread.compute_dtype(next(iter(modules.values()))), _device(layers)
+        dtype, device = offload.compute_dtype(next(iter(modules.values()))), _device(layers)
         self._pool = AdapterPool(capacity, self._layout.size, dtype, device, evict=evict)
         self._stacks = CallerStacks()
         self._strengths = Strengths(layers.model, self._layout)
@@ -333,7 +333,7 @@ class Served:
     def _is_in_place(self, component: nn.Module) -> bool:
         pool = self._pool.sets
         for route in self._routes.values():
-            if route.module is component and spread.offloaded(route.first):
+            if route.module is component and offload.offloaded(route.first):
                 return False
             if route.module is component and route.first.down.dtype == pool.dtype:
                 return route.first.down.untyped_storage().data_ptr() == pool.untyped_storage().data_ptr()
@@ -342,7 +342,7 @@ class Served:
     def _place(self, component: nn.Module) -> None:
         for experts in self._experts.values():
             # a hook would bring the whole pool with every call
-            spread.stay(experts)
+            offload.stay(experts)
         first = next(route.first for route in self._routes.values() if route.module is component).down
         if (first.device, first.dtype) != (self._pool.sets.device, self._pool.sets.dtype):
             self._pool.place(first.dtype, first.device)
@@ -382,4 +382,4 @@ def _device(layers: Plan) -> torch.device:
     if not weight.is_meta:
         return weight.device
     factor = next(iter(next(iter(layers.layers.values())).factors.values()))
-    return spread.execution_device(module) or factor.down.device
+    return offload.execution_device(module) or factor.down.device

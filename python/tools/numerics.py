@@ -27,7 +27,7 @@ from mole_kernels.kernels.triton import launch  # noqa: E402
 from mole_kernels.reports.plots import COLOURS, INK  # noqa: E402
 from tests.kernels.interpreter import run as interpreted  # noqa: E402
 from tests.kernels.support import SMALL, forward_of  # noqa: E402
-from tests.truth import Call, Case, rounding_error  # noqa: E402
+from tests.truth import Case, CaseCall, rounding_error  # noqa: E402
 
 FOLDER = ROOT / "docs"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,7 +78,7 @@ def tf32(on: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.fp32_precision = usual
 
 
-def computed(call: Call, way: str) -> torch.Tensor:
+def computed(call: CaseCall, way: str) -> torch.Tensor:
     if way in ON_A_CPU:
         return gated_lora_linear(call.x, call.weight, call.bias, call.experts, call.gates, backend=way)
     with tf32(way.endswith("tf32")), interpreted():
@@ -92,7 +92,7 @@ def ways(case: Case, dtype: str, kernels: bool) -> tuple[str, ...]:
     return (*here, "triton", *(("triton tf32",) if dtype == "float32" else ()))
 
 
-def scaled(call: Call, what: str, size: float) -> Call:
+def scaled(call: CaseCall, what: str, size: float) -> CaseCall:
     """x, or up, times `size`; rounded to the dtype before the truth is taken of it."""
     if what == "x":
         return replace(call, x=call.x * size)

@@ -10,7 +10,7 @@ from mole_kernels.backends import cpu
 from mole_kernels.backends.select import BACKENDS
 from mole_kernels.errors import MoleValueError
 from mole_kernels.functional import gated_lora_linear, gated_lora_linear_with_gates
-from mole_kernels.operands import Experts, Gates
+from mole_kernels.operands import Call, Experts, Gates
 from mole_kernels.reference import softmax_of_largest
 from tests.truth import ON_CPU, Case
 
@@ -48,9 +48,11 @@ def test_a_sample_without_a_set_is_the_base_layer_bit_for_bit(backend, dtype):
 def test_samples_of_one_set_are_as_if_it_were_the_only_one(backend, gate):
     call = Case(**{**POOL.__dict__, "gate": gate}).make(torch.float32)
     e, g = call.experts, call.gates
-    pool = None if g.pool is None else g.pool[3:]
+    pool = None if g.sample_weight is None else g.sample_weight[3:]
     alone = Experts(e.down[3:].contiguous(), e.up[3:].contiguous(), e.scale, e.ranks)
-    one = gated_lora_linear(call.x, call.weight, call.bias, alone, g._replace(pool=pool), backend=backend)
+    one = gated_lora_linear(
+        call.x, call.weight, call.bias, alone, g._replace(sample_weight=pool), backend=backend
+    )
     tolerance = {"rtol": 0, "atol": 0} if backend == "cpu" else {}
     torch.testing.assert_close(run(call, [3] * 5, backend), one, **tolerance)
     some = run(call, [3, 0, 3, 1, 3], backend)
@@ -76,9 +78,10 @@ def test_every_set_gets_the_gradient_of_its_samples_and_the_same_each_time(backe
     call = POOL.make(torch.float32)
     experts = call.experts._replace(assignment=torch.tensor([2, 0, -1, 2, 0]))
     leaves = [
-        t.detach().clone().requires_grad_() for t in (call.experts.down, call.experts.up, call.gates.pool)
+        t.detach().clone().requires_grad_()
+        for t in (call.experts.down, call.experts.up, call.gates.sample_weight)
     ]
-    run_ = experts._replace(down=leaves[0], up=leaves[1]), call.gates._replace(pool=leaves[2])
+    run_ = experts._replace(down=leaves[0], up=leaves[1]), call.gates._replace(sample_weight=leaves[2])
     grads = []
     for _ in range(2):
         y = gated_lora_linear(call.x, call.weight, call.bias, *run_, backend=backend)
@@ -126,27 +129,15 @@ def test_a_set_that_is_not_there_is_refused_by_the_door_and_by_the_operator(wron
     with pytest.raises(MoleValueError, match="assignment between -1 and 3"):
         run(call, wrong)
     if cpu.reject(POOL.problem(torch.float32)) is None:
-        e, none = call.experts, (None,) * 5
+        experts = call.experts._replace(assignment=torch.tensor(wrong))
         with pytest.raises(RuntimeError, match="mole_cpu: expected assignment between -1 and 3"):
-            cpu.forward(
-                call.x,
-                call.weight,
-                call.bias,
-                e.down,
-                e.up,
-                e.scale,
-                e.ranks,
-                *none,
-                False,
-                torch.tensor(wrong),
-                0,
-            )
+            cpu.forward(Call(call.x, call.weight, call.bias, experts, Gates()))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("k", (1, 2, 3, 5))
 def test_softmax_ties_nan_and_infinity_are_the_references(k, dtype):
-    """Logits chosen one by one: x is the identity, so that phi_eᵀ is token e's logits."""
+    """Logits chosen one by one: x is the identity, so that token_weight_eᵀ is token e's logits."""
     if cpu.reject(Case(gate="softmax").problem(dtype)):
         pytest.skip("no compiled library")
     nan, inf = float("nan"), float("inf")
@@ -174,7 +165,7 @@ def test_softmax_ties_nan_and_infinity_are_the_references(k, dtype):
         (1,) * E,
     )
     for row in range(n):
-        gates = Gates(phi=torch.zeros(E, 4, dtype=dtype), phi_bias=logits[row], top_k=k)
+        gates = Gates(token_weight=torch.zeros(E, 4, dtype=dtype), token_bias=logits[row], top_k=k)
         x = torch.zeros(1, 1, 4, dtype=dtype)
         token = gated_lora_linear_with_gates(
             x, torch.ones(3, 4, dtype=dtype), None, experts, gates, backend="cpu"

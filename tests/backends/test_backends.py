@@ -44,7 +44,7 @@ def test_each_expert_alone(backend):
         start = sum(case.ranks[:e])
         span = slice(start, start + case.ranks[e])
         x, gates = call.x.double(), call.gates
-        gate = torch.sigmoid(x @ gates.phi[e].double() + gates.phi_bias[e].double())[..., None]
+        gate = torch.sigmoid(x @ gates.token_weight[e].double() + gates.token_bias[e].double())[..., None]
         h = x @ call.experts.down[0, span].double().mT
         truth = gate * call.experts.scale[e].double() * (h @ call.experts.up[0, :, span].double().mT)
         assert_close_to_truth(got, truth, torch.float32, 1, f"{backend}, expert {e}")

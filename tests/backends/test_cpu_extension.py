@@ -5,6 +5,7 @@ test_backends.py.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from mole_kernels import extension
 from mole_kernels.backends import cpu
 from mole_kernels.errors import MoleBackendError
 from mole_kernels.functional import gated_lora_linear
+from mole_kernels.operands import Gates
 from tests.truth import Case, assert_close_to_truth
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +27,8 @@ EVERY_INSTRUCTION_SET = """
 import sys
 import torch
 from mole_kernels.backends import cpu, reference
-from tests.truth import Case, assert_close_to_truth
+from mole_kernels.operands import Saved
+from tests.truth import ALL, Case, assert_close_to_truth
 torch.set_num_threads(1)
 cpu._operators()
 if torch.ops.mole_cpu.instruction_set() != sys.argv[1]:
@@ -37,18 +40,13 @@ CASES = [Case(), Case(T=97, K=65, N=67, ranks=(5, 28), gate="mask+both"), Case(T
 for case in CASES:
     for dtype in LIMIT:
         call = case.make(dtype)
-        g, e = call.gates, call.experts
-        args = (call.x, call.weight, call.bias, e.down, e.up, e.scale, list(e.ranks), g.gate, g.phi, g.phi_bias, g.pool, g.pool_bias)
-        wide = [t.double() if isinstance(t, torch.Tensor) else t for t in args]
-        got = cpu.forward(*args, True)
+        got = cpu.forward(call.operands())
         if dtype != torch.float64:
             assert_close_to_truth(got[0], call.truth(), dtype, 3, f"{case} {dtype}")
-        truth = reference.forward(*wide, True)
-        dy = torch.randn(got[0].shape, dtype=torch.float64).to(dtype)
-        x, w, _, down, up, scale, ranks, gate, phi, _, pool, _ = args
-        grads = cpu.backward(dy, x, w, down, up, scale, ranks, gate, phi, pool, *got[1:], [True] * 9)
-        X, W, _, D, U, s, r, gt, ph, _, pl, _ = wide
-        right = reference.backward(dy.double(), X, W, D, U, s, r, gt, ph, pl, *truth[1:], [True] * 9)
+        truth = reference.forward(call.double().operands())
+        dy = torch.randn(got.y.shape, dtype=torch.float64).to(dtype)
+        grads = cpu.backward(call.operands(), Saved(*got[1:]), dy, ALL)
+        right = reference.backward(call.double().operands(), Saved(*truth[1:]), dy.double(), ALL)
         # sums over tokens that cancel have no small relative error: they are in test_backends.py, against their terms
         for name, a, b in list(zip(("y", "h"), got, truth)) + list(zip(("dx", "ddown", "dup"), grads, right)):
             assert a.shape == b.shape, (name, a.shape, b.shape)
@@ -72,22 +70,7 @@ def test_every_instruction_set(name):
 
 
 def run(call, save=False):
-    g, e = call.gates, call.experts
-    return cpu.forward(
-        call.x,
-        call.weight,
-        call.bias,
-        e.down,
-        e.up,
-        e.scale,
-        e.ranks,
-        g.gate,
-        g.phi,
-        g.phi_bias,
-        g.pool,
-        g.pool_bias,
-        save,
-    )
+    return cpu.forward(call.operands(save))
 
 
 @needs_library
@@ -166,72 +149,25 @@ def test_offsets_past_two_to_the_31():
     x = far.as_strided((1, 3, 64), (0, stride, 1))
     call = Case(B=1, T=3, K=64).make(torch.bfloat16)
     x.copy_(call.x)
-    e, g = call.experts, call.gates
-    y = cpu.forward(
-        x,
-        call.weight,
-        call.bias,
-        e.down,
-        e.up,
-        e.scale,
-        e.ranks,
-        g.gate,
-        g.phi,
-        g.phi_bias,
-        g.pool,
-        g.pool_bias,
-        False,
-    )[0]
+    y = run(replace(call, x=x)).y
     assert torch.equal(y, run(call)[0])
 
 
 @needs_library
 def test_wrong_shapes_are_refused_before_memory_is_read():
     call = Case().make(torch.float32)
-    e, g = call.experts, call.gates
+    e, bare = call.experts, replace(call, gates=Gates())
     for up in (e.up[:, :-1], e.up[..., :-1], e.up.double(), e.up[0]):
         with pytest.raises(RuntimeError, match="mole_cpu: up"):
-            cpu.forward(
-                call.x,
-                call.weight,
-                call.bias,
-                e.down,
-                up,
-                e.scale,
-                e.ranks,
-                None,
-                None,
-                None,
-                None,
-                None,
-                False,
-            )
+            run(replace(bare, experts=e._replace(up=up)))
     with pytest.raises(RuntimeError, match="ranks do not add up"):
-        cpu.forward(
-            call.x, call.weight, call.bias, e.down, e.up, e.scale, (8, 7), None, None, None, None, None, False
-        )
-    with pytest.raises(RuntimeError, match="mole_cpu: phi"):
-        cpu.forward(
-            call.x,
-            call.weight,
-            call.bias,
-            e.down,
-            e.up,
-            e.scale,
-            e.ranks,
-            None,
-            g.phi[:, :-1],
-            None,
-            None,
-            None,
-            False,
-        )
+        run(replace(bare, experts=e._replace(ranks=(8, 7))))
+    with pytest.raises(RuntimeError, match="mole_cpu: token_weight"):
+        run(replace(call, gates=Gates(token_weight=call.gates.token_weight[:, :-1])))
 
 
 def test_reasons():
     problem = Case().problem(torch.float32)
-    from dataclasses import replace
-
     assert "on cuda" in cpu.reject(replace(problem, device="cuda"))
     assert "float8" in cpu.reject(replace(problem, dtype=torch.float8_e4m3fn))
 

@@ -58,7 +58,7 @@ def test_gates_all_but_closed_or_open(logit, gate, backend):
     call = replace(CASE, gate=gate).make(torch.float32)
     biases = {
         n: torch.full((CASE.E,), logit)
-        for n in ("phi_bias", "pool_bias")
+        for n in ("token_bias", "sample_bias")
         if getattr(call.gates, n) is not None
     }
     call = replace(call, gates=call.gates._replace(**biases))

@@ -37,8 +37,9 @@ class Backend:
     def reject(self, problem):
         return None
 
-    def forward(self, x, weight, bias, down, up, scale, *rest):
-        return stacked.forward(x, weight, bias, down, up, scale * 1.05, *rest)
+    def forward(self, call):
+        experts = call.experts._replace(scale=call.experts.scale * 1.05)
+        return stacked.forward(call._replace(experts=experts))
 
     def backward(self, *args):
         return stacked.backward(*args)

@@ -10,6 +10,7 @@ from benchmarks.gpu import rules, verify
 from benchmarks.gpu.context import Context
 from mole_kernels.backends import stacked
 from mole_kernels.backends.select import BACKENDS
+from mole_kernels.operands import Gradients, Outputs
 from tests.truth import Case
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -113,22 +114,22 @@ class Wrong:
     def reject(self, problem):
         return None
 
-    def forward(self, x, weight, bias, down, up, scale, *rest):
+    def forward(self, call):
         self.calls += 1
-        y, *others = stacked.forward(
-            x, weight, bias, down, up, scale * (1.05 if self.how == "scale" else 1), *rest
-        )
+        if self.how == "scale":
+            call = call._replace(experts=call.experts._replace(scale=call.experts.scale * 1.05))
+        y, *others = stacked.forward(call)
         if self.how == "unwritten":
             y = torch.empty(y.shape, dtype=y.dtype)
         if self.how == "changing" and self.calls % 2 and y.numel():
             y = y * (1 + 2**-7)
         if self.how == "raising":
             raise RuntimeError("planted")
-        return (y, *others)
+        return Outputs(y, *others)
 
-    def backward(self, dy, x, weight, down, up, *rest):
-        grads = stacked.backward(dy, x, weight, down, up, *rest)
-        return (grads[0] * 1.05, *grads[1:]) if self.how == "gradient" else grads
+    def backward(self, call, saved, dy, need):
+        grads = stacked.backward(call, saved, dy, need)
+        return Gradients(grads[0] * 1.05, *grads[1:]) if self.how == "gradient" else grads
 
 
 @pytest.mark.parametrize(

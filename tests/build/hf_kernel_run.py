@@ -26,7 +26,7 @@ from torch import nn  # noqa: E402
 def mixture(x, m):
     """The same in plain torch, expert by expert."""
     y = x @ m.weight.T + m.bias
-    gates = torch.sigmoid(x @ m.phi.T + m.phi_bias)
+    gates = torch.sigmoid(x @ m.token_weight.T + m.token_bias)
     start = 0
     for e, rank in enumerate(m.ranks):
         down, up = m.down[0, start : start + rank], m.up[0, :, start : start + rank]
@@ -42,9 +42,9 @@ class Layer(nn.Module):
     def __init__(self):
         super().__init__()
         draw = torch.Generator().manual_seed(0)
-        shapes = {"weight": (20, 24), "bias": (20,), "down": (1, 9, 24), "up": (1, 20, 9), "phi": (2, 24), "phi_bias": (2,)}
+        shapes = {"weight": (20, 24), "bias": (20,), "down": (1, 9, 24), "up": (1, 20, 9), "token_weight": (2, 24), "token_bias": (2,)}
         for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(torch.randn(shape, generator=draw), requires_grad=name in ("down", "up", "phi")))
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=draw), requires_grad=name in ("down", "up", "token_weight")))
         self.register_buffer("scale", torch.tensor([0.7, -1.3]))
         self.ranks = (5, 4)
         self.own_calls = 0
@@ -55,7 +55,7 @@ class Layer(nn.Module):
 
 
 def gradients(y, layer):
-    return torch.autograd.grad(y.square().sum(), [layer.down, layer.up, layer.phi])
+    return torch.autograd.grad(y.square().sum(), [layer.down, layer.up, layer.token_weight])
 
 
 def error(found, wanted):
@@ -78,7 +78,7 @@ said["compiled"] = error([torch.compile(fast, fullgraph=True, backend="eager")(x
 kernel, second = get_local_kernel(root), get_local_kernel(other)
 experts = kernel.Experts(layer.down, layer.up, layer.scale, layer.ranks)
 again = second.gated_lora_linear(
-    x, layer.weight, layer.bias, second.Experts(*experts), second.Gates(phi=layer.phi, phi_bias=layer.phi_bias)
+    x, layer.weight, layer.bias, second.Experts(*experts), second.Gates(token_weight=layer.token_weight, token_bias=layer.token_bias)
 )
 said |= {"second": error([again], [wanted]), "modules": [kernel.__name__, second.__name__], "ops": []}
 for one in (kernel, second):

@@ -219,7 +219,7 @@ def test_doctor_finds_a_backend_that_computes_wrongly(cli, monkeypatch: pytest.M
         name="stacked",
         reject=real.reject,
         backward=real.backward,
-        forward=lambda *args: (lambda y, *rest: (y + 1e-3, *rest))(*real.forward(*args)),
+        forward=lambda call: (lambda out: out._replace(y=out.y + 1e-3))(real.forward(call)),
     )
     monkeypatch.setitem(BACKENDS, "stacked", wrong)
     code, out, _ = cli("doctor")

@@ -1,9 +1,12 @@
-// One dX of an sm_90 kernel in the emulator, held to float64, with dh and D that the backward's second launch reads.
+// One dX of an sm_90 kernel in the emulator, held to float64, with dh and D that the backward's second launch
+// reads.
 //
-//   dx way=cluster b=2 t=70 n=72 k=136 ranks=8,16 groups=1 cluster=2 token=1 topk=0 mask=0 sets=1 assigned=0 dtype=bf16 seed=3
+//   dx way=cluster b=2 t=70 n=72 k=136 ranks=8,16 groups=1 cluster=2 token=1 topk=0 mask=0 sets=1 assigned=0
+//   dtype=bf16 seed=3
 //
-// An element of dX may be off by half a unit of its last place, by 1e-6 of dX's typical size, and by what a dh or a dlogit within 1e-6 of a
-// rounding boundary makes when it falls to the other side. dh is held to half a unit, D to 1e-6 of its typical size.
+// An element of dX may be off by half a unit of its last place, by 1e-6 of dX's typical size, and by what a
+// dh or a dlogit within 1e-6 of a rounding boundary makes when it falls to the other side. dh is held to half
+// a unit, D to 1e-6 of its typical size.
 #include "truth.h"
 
 namespace {
@@ -25,7 +28,7 @@ struct Case {
 // the tensors of one call
 template <class T>
 struct Tensors {
-  emu::Input<T> dy, w, down, up, phi, h;
+  emu::Input<T> dy, w, down, up, token_weight, h;
   emu::Input<float> scale, gate, token_gate;
   emu::Output<T> dx;
   emu::Memory<T> dh;
@@ -34,15 +37,25 @@ struct Tensors {
   emu::Input<int64_t> assignment;
 
   Tensors(const Case& c, int slices, size_t n_flags)
-      : dy("dy", size_t(c.M()) * c.N), w("w", size_t(c.N) * c.K), down("down", size_t(c.S) * c.R() * c.K),
-        up("up", size_t(c.S) * c.N * c.R()), phi("phi", size_t(c.E()) * c.K), h("h", size_t(c.M()) * c.R()), scale("scale", c.E()),
-        gate("gate", size_t(c.M()) * c.E()), token_gate("token_gate", size_t(c.M()) * c.E()), dx("dx", size_t(c.M()) * c.K),
-        dh("dh", size_t(c.M()) * c.R(), T{0x7fff}), d("d", size_t(slices) * c.M() * c.E(), NAN), flags("flags", n_flags + 1, 0),
+      : dy("dy", size_t(c.M()) * c.N),
+        w("w", size_t(c.N) * c.K),
+        down("down", size_t(c.S) * c.R() * c.K),
+        up("up", size_t(c.S) * c.N * c.R()),
+        token_weight("token_weight", size_t(c.E()) * c.K),
+        h("h", size_t(c.M()) * c.R()),
+        scale("scale", c.E()),
+        gate("gate", size_t(c.M()) * c.E()),
+        token_gate("token_gate", size_t(c.M()) * c.E()),
+        dx("dx", size_t(c.M()) * c.K),
+        dh("dh", size_t(c.M()) * c.R(), T{0x7fff}),
+        d("d", size_t(slices) * c.M() * c.E(), NAN),
+        flags("flags", n_flags + 1, 0),
         assignment("assignment", c.B) {
     for (int b = 0; b < c.B; ++b) assignment[b] = c.set(b * c.T);
     emu::Random random(c.seed);
     const double out = 1 / std::sqrt(double(c.N)), rank = 1 / std::sqrt(double(c.R()));
-    fill(dy, random, 1), fill(w, random, out), fill(down, random, rank), fill(up, random, out), fill(phi, random, 1), fill(h, random, 1);
+    fill(dy, random, 1), fill(w, random, out), fill(down, random, rank), fill(up, random, out),
+        fill(token_weight, random, 1), fill(h, random, 1);
     fill(gate, random, 1);
     for (int e = 0; e < c.E(); ++e) scale[e] = 0.5f + float(e);
     for (int m = 0; m < c.M(); ++m) fill_gates(c, m, random);
@@ -70,7 +83,8 @@ Params params_of(const Case& c, const Tensors<T>& d, const Tile& t, const Sizes&
   Params p{};
   p.T = c.T, p.N = c.K, p.K = c.N, p.R = c.R(), p.E = c.E();
   p.span = int32_t(s.span), p.groups = int32_t(s.groups);
-  p.row_tiles = int32_t(t.row_tiles), p.column_tiles = int32_t(t.column_tiles), p.slice = t.slice, p.slices = t.slices, p.stages = t.stages;
+  p.row_tiles = int32_t(t.row_tiles), p.column_tiles = int32_t(t.column_tiles), p.slice = t.slice,
+  p.slices = t.slices, p.stages = t.stages;
   p.sets = c.S, p.top_k = c.top_k, p.token = c.token;
   p.scale = {d.scale.data(), Kind::f32}, p.gate = {c.mask ? d.gate.data() : nullptr, Kind::f32};
   // one for all samples, or one for all tokens
@@ -96,7 +110,8 @@ void run(const Case& c, const Tile& t, const Maps& maps, const Params& p) {
     emu::launch(launch, [&] { tile_kernel<T, GROUPS, BN, NX, false, true>(maps, p); });
 }
 
-// what a kernel rounds before it multiplies by it, and the step it may be off by where it lies within `close` of a boundary
+// what a kernel rounds before it multiplies by it, and the step it may be off by where it lies within `close`
+// of a boundary
 template <class T>
 struct Factor {
   double value, doubt;
@@ -110,7 +125,9 @@ struct Worst {
   double dx = 0, dh = 0, d = 0, dx_square = 0, d_square = 0, d_count = 0;
 };
 
-double past(double worst, double error, double allowed) { return std::isnan(error) ? INFINITY : std::max(worst, error - allowed); }
+double past(double worst, double error, double allowed) {
+  return std::isnan(error) ? INFINITY : std::max(worst, error - allowed);
+}
 
 template <class T>
 void compare_row(const Case& c, const Tensors<T>& t, int m, int slices, Worst& worst) {
@@ -120,11 +137,13 @@ void compare_row(const Case& c, const Tensors<T>& t, int m, int slices, Worst& w
   std::vector<Factor<T>> dh, dlogit;
   for (int r = 0; r < R; ++r) {
     double v = 0;
-    for (int n = 0; n < N && !none; ++n) v += double(to_float(t.dy[size_t(m) * N + n])) * to_float(t.up[(size_t(set) * N + n) * R + r]);
+    for (int n = 0; n < N && !none; ++n)
+      v += double(to_float(t.dy[size_t(m) * N + n])) * to_float(t.up[(size_t(set) * N + n) * R + r]);
     const double g = t.gamma(c, m, c.owner[r]), h = to_float(t.h[size_t(m) * R + r]);
     d[c.owner[r]] += v * h, close[c.owner[r]] += 1e-6 * (std::fabs(v) + 0.3) * std::fabs(h);
     dh.emplace_back(g * v, 1e-6 * (std::fabs(g * v) + std::fabs(g)));
-    if (c.give_dh) worst.dh = past(worst.dh, std::fabs(to_float(t.dh[size_t(m) * R + r]) - g * v), step_of<T>(g * v) / 2);
+    if (c.give_dh)
+      worst.dh = past(worst.dh, std::fabs(to_float(t.dh[size_t(m) * R + r]) - g * v), step_of<T>(g * v) / 2);
   }
   double all = 0, doubt = 0;
   for (int e = 0; e < E; ++e) {
@@ -133,7 +152,8 @@ void compare_row(const Case& c, const Tensors<T>& t, int m, int slices, Worst& w
     if (c.give_d) worst.d = past(worst.d, std::fabs(sum - d[e]), 0);
     // rows without a set say nothing of D's typical size
     worst.d_square += d[e] * d[e], worst.d_count += !none;
-    all += t.gamma(c, m, e) * d[e], doubt += std::fabs(t.gamma(c, m, e)) * (close[e] + 1e-6 * std::fabs(d[e]));
+    all += t.gamma(c, m, e) * d[e],
+        doubt += std::fabs(t.gamma(c, m, e)) * (close[e] + 1e-6 * std::fabs(d[e]));
   }
   for (int e = 0; e < E && c.token; ++e) {
     const double gd = t.gamma(c, m, e) * d[e], l = t.token_gate[size_t(m) * E + e];
@@ -142,17 +162,19 @@ void compare_row(const Case& c, const Tensors<T>& t, int m, int slices, Worst& w
   }
   for (int k = 0; k < K; ++k) {
     double sum = 0, slack = 0;
-    for (int n = 0; n < N; ++n) sum += double(to_float(t.dy[size_t(m) * N + n])) * to_float(t.w[size_t(n) * K + k]);
+    for (int n = 0; n < N; ++n)
+      sum += double(to_float(t.dy[size_t(m) * N + n])) * to_float(t.w[size_t(n) * K + k]);
     for (int r = 0; r < R && !none; ++r) {
       const double a = to_float(t.down[(size_t(set) * R + r) * K + k]);
       sum += dh[r].value * a, slack += dh[r].doubt * std::fabs(a);
     }
     for (int e = 0; e < E && c.token; ++e) {
-      const double f = to_float(t.phi[size_t(e) * K + k]);
+      const double f = to_float(t.token_weight[size_t(e) * K + k]);
       sum += dlogit[e].value * f, slack += dlogit[e].doubt * std::fabs(f);
     }
     worst.dx_square += sum * sum;
-    worst.dx = past(worst.dx, std::fabs(double(to_float(t.dx[size_t(m) * K + k])) - sum), step_of<T>(sum) / 2 + slack);
+    worst.dx = past(worst.dx, std::fabs(double(to_float(t.dx[size_t(m) * K + k])) - sum),
+                    step_of<T>(sum) / 2 + slack);
   }
 }
 
@@ -166,7 +188,8 @@ int compare(const Case& c, const Tensors<T>& t, int slices) {
   if (worst.d_count > 0) worst.d /= std::sqrt(worst.d_square / worst.d_count);
   bool clean = true;
   for (size_t i = 0; i < t.flags.size(); ++i) clean = clean && t.flags[i] == 0;
-  std::printf("excess of dx %.2e, dh %.2e, d %.2e, flags %s\n", worst.dx, worst.dh, worst.d, clean ? "zero" : "LEFT");
+  std::printf("excess of dx %.2e, dh %.2e, d %.2e, flags %s\n", worst.dx, worst.dh, worst.d,
+              clean ? "zero" : "LEFT");
   return worst.dx <= 1e-6 && worst.dh <= 1e-6 && worst.d <= 1e-6 && clean ? 0 : 1;
 }
 
@@ -183,9 +206,12 @@ int test(const Case& c) {
   const Tile& tile = chosen.tile;
   const Tensors<T> d(c, tile.slices, size_t(Flags{int(s.groups), int(tile.row_tiles)}.count()));
   const uint32_t rows = uint32_t(tile.rows() / (way == Way::cluster ? c.cluster : 1));
-  const Maps maps{map3(d.dy, c.N, s.span, s.groups, DEPTH, rows, 128), map3(d.w, c.K, c.N, 1, BOX, DEPTH, 64),
-                  map3(d.up, c.R(), c.N, c.S, BOX, DEPTH, 64), map3(d.phi, c.K, c.E(), 1, BOX, LOGIT_DEPTH, 64),
-                  map3(d.down, c.K, c.R(), c.S, BOX, DEPTH, 64), map3(d.dx, c.K, s.span, s.groups, 32, 64, 64)};
+  const Maps maps{map3(d.dy, c.N, s.span, s.groups, DEPTH, rows, 128),
+                  map3(d.w, c.K, c.N, 1, BOX, DEPTH, 64),
+                  map3(d.up, c.R(), c.N, c.S, BOX, DEPTH, 64),
+                  map3(d.token_weight, c.K, c.E(), 1, BOX, LOGIT_DEPTH, 64),
+                  map3(d.down, c.K, c.R(), c.S, BOX, DEPTH, 64),
+                  map3(d.dx, c.K, s.span, s.groups, 32, 64, 64)};
   const Params p = params_of(c, d, tile, s);
 #ifndef MOLE_ONE_KERNEL
   if (c.warp_groups == 2)
@@ -206,12 +232,16 @@ int main(int argc, char** argv) {
   const emu::Arguments args(argc, argv);
   Case c;
   c.way = args.text("way", "cluster");
-  c.B = args.get("b", 1), c.T = args.get("t", 70), c.K = args.get("k", 136), c.N = args.get("n", 72), c.S = args.get("sets", 1);
+  c.B = args.get("b", 1), c.T = args.get("t", 70), c.K = args.get("k", 136), c.N = args.get("n", 72),
+  c.S = args.get("sets", 1);
   c.warp_groups = args.get("groups", 1), c.cluster = c.way == "cluster" ? args.get("cluster", 2) : 1;
-  c.columns = args.get("narrow", 0) ? 32 : 64, c.extra = args.get("narrow", 0) ? 16 : args.get("wide", 0) ? 40 : 24;
+  c.columns = args.get("narrow", 0) ? 32 : 64, c.extra = args.get("narrow", 0) ? 16
+                                                         : args.get("wide", 0) ? 40
+                                                                               : 24;
   c.ranks = numbers_in(args.text("ranks", "8,16"));
   for (int e = 0; e < c.E(); ++e) c.owner.insert(c.owner.end(), c.ranks[e], e);
-  c.token = args.get("token", 1), c.mask = args.get("mask", 0), c.top_k = args.get("topk", 0), c.assigned = args.get("assigned", 0);
+  c.token = args.get("token", 1), c.mask = args.get("mask", 0), c.top_k = args.get("topk", 0),
+  c.assigned = args.get("assigned", 0);
   c.give_dh = args.get("dh", 1), c.give_d = args.get("d", 1);
   c.seed = args.seed(), c.resident = unsigned(args.get("resident", 0));
 #ifndef MOLE_ONE_KERNEL

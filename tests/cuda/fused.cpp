@@ -1,9 +1,11 @@
 // One call of an sm_90 kernel in the emulator, held to float64.
 //
-//   fused way=cluster b=2 t=70 k=72 n=136 ranks=8,16 groups=1 cluster=2 token=1 pooled=0 mask=0 sets=1 save=1 dtype=bf16 seed=3
+//   fused way=cluster b=2 t=70 k=72 n=136 ranks=8,16 groups=1 cluster=2 token=1 pooled=0 mask=0 sets=1 save=1
+//   dtype=bf16 seed=3
 //
-// An element of y may be off by half a unit of its last place, by 1e-6 of y's typical size, and by what a z within 1e-6 of a rounding
-// boundary makes when it falls to the other side. h is held to half a unit, the gates to 1e-6.
+// An element of y may be off by half a unit of its last place, by 1e-6 of y's typical size, and by what a z
+// within 1e-6 of a rounding boundary makes when it falls to the other side. h is held to half a unit, the
+// gates to 1e-6.
 #include "truth.h"
 
 namespace {
@@ -28,8 +30,8 @@ struct Case {
 // the tensors of one call
 template <class T>
 struct Tensors {
-  emu::Input<T> x, w, bias, down, up, phi;
-  emu::Input<float> scale, phi_bias, pool, pool_bias, gate;
+  emu::Input<T> x, w, bias, down, up, token_weight;
+  emu::Input<float> scale, token_bias, sample_weight, sample_bias, gate;
   emu::Output<T> y, h;
   emu::Output<float> token_gate;
   emu::Memory<float> sample_gate, z, parts;
@@ -37,16 +39,32 @@ struct Tensors {
   emu::Input<int64_t> assignment;
 
   explicit Tensors(const Case& c, size_t n_z, size_t n_parts, size_t n_flags)
-      : x("x", size_t(c.B) * c.T * c.K), w("w", size_t(c.N) * c.K), bias("bias", c.N), down("down", size_t(c.S) * c.R() * c.K),
-        up("up", size_t(c.S) * c.N * c.R()), phi("phi", size_t(c.E()) * c.K), scale("scale", c.E()), phi_bias("phi_bias", c.E()),
-        pool("pool", size_t(c.S) * c.R()), pool_bias("pool_bias", c.E()), gate("gate", size_t(c.T) * c.E()),
-        y("y", size_t(c.B) * c.T * c.N), h("h", c.save ? size_t(c.B) * c.T * c.R() : 1), token_gate("token_gate", c.token ? size_t(c.B) * c.T * c.E() : 1),
-        sample_gate("sample_gate", size_t(c.B) * c.E(), NAN), z("z", n_z + 1, NAN), parts("parts", n_parts + 1, NAN), flags("flags", n_flags + 1, 0), assignment("assignment", c.B) {
+      : x("x", size_t(c.B) * c.T * c.K),
+        w("w", size_t(c.N) * c.K),
+        bias("bias", c.N),
+        down("down", size_t(c.S) * c.R() * c.K),
+        up("up", size_t(c.S) * c.N * c.R()),
+        token_weight("token_weight", size_t(c.E()) * c.K),
+        scale("scale", c.E()),
+        token_bias("token_bias", c.E()),
+        sample_weight("sample_weight", size_t(c.S) * c.R()),
+        sample_bias("sample_bias", c.E()),
+        gate("gate", size_t(c.T) * c.E()),
+        y("y", size_t(c.B) * c.T * c.N),
+        h("h", c.save ? size_t(c.B) * c.T * c.R() : 1),
+        token_gate("token_gate", c.token ? size_t(c.B) * c.T * c.E() : 1),
+        sample_gate("sample_gate", size_t(c.B) * c.E(), NAN),
+        z("z", n_z + 1, NAN),
+        parts("parts", n_parts + 1, NAN),
+        flags("flags", n_flags + 1, 0),
+        assignment("assignment", c.B) {
     for (int b = 0; b < c.B; ++b) assignment[b] = c.set(b);
     emu::Random random(c.seed);
     const double in = 1 / std::sqrt(double(c.K)), rank = 1 / std::sqrt(double(c.R()));
-    fill(x, random, 1), fill(w, random, in), fill(bias, random, 1), fill(down, random, in), fill(up, random, rank), fill(phi, random, 3 * in);
-    fill(phi_bias, random, 1), fill(pool, random, 3), fill(pool_bias, random, 1), fill(gate, random, 1);
+    fill(x, random, 1), fill(w, random, in), fill(bias, random, 1), fill(down, random, in),
+        fill(up, random, rank), fill(token_weight, random, 3 * in);
+    fill(token_bias, random, 1), fill(sample_weight, random, 3), fill(sample_bias, random, 1),
+        fill(gate, random, 1);
     for (int e = 0; e < c.E(); ++e) scale[e] = 0.5f + float(e);
   }
 };
@@ -55,7 +73,8 @@ Params params_of(const Case& c, const Tile& t, const Sizes& s) {
   Params p{};
   p.T = c.T, p.N = c.N, p.K = c.K, p.R = c.R(), p.E = c.E();
   p.span = int32_t(s.span), p.groups = int32_t(s.groups);
-  p.row_tiles = int32_t(t.row_tiles), p.column_tiles = int32_t(t.column_tiles), p.slice = t.slice, p.slices = t.slices, p.stages = t.stages;
+  p.row_tiles = int32_t(t.row_tiles), p.column_tiles = int32_t(t.column_tiles), p.slice = t.slice,
+  p.slices = t.slices, p.stages = t.stages;
   p.sets = c.S, p.top_k = c.top_k, p.token = c.token, p.pooled = c.pooled, p.save = c.save;
   p.gate_t = c.E(), p.gate_e = 1, p.pool_set = c.R();
   for (int e = 0; e < c.E(); ++e) p.first[e + 1] = p.first[e] + c.ranks[e];
@@ -82,8 +101,9 @@ template <class T>
 std::vector<double> token_gates(const Case& c, const Tensors<T>& d, int m) {
   std::vector<double> logit(c.E()), l(c.E(), 0.0);
   for (int e = 0; c.token && e < c.E(); ++e) {
-    logit[e] = d.phi_bias[e];
-    for (int k = 0; k < c.K; ++k) logit[e] += double(to_float(d.x[size_t(m) * c.K + k])) * to_float(d.phi[size_t(e) * c.K + k]);
+    logit[e] = d.token_bias[e];
+    for (int k = 0; k < c.K; ++k)
+      logit[e] += double(to_float(d.x[size_t(m) * c.K + k])) * to_float(d.token_weight[size_t(e) * c.K + k]);
     l[e] = 1 / (1 + std::exp(-logit[e]));
   }
   if (!c.token || !c.top_k) return l;
@@ -111,17 +131,22 @@ int compare(const Case& c, const Tensors<T>& d) {
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r) {
       double sum = 0;
-      for (int k = 0; k < K && !none(m); ++k) sum += double(to_float(d.x[size_t(m) * K + k])) * to_float(d.down[(size_t(set(m)) * R + r) * K + k]);
+      for (int k = 0; k < K && !none(m); ++k)
+        sum += double(to_float(d.x[size_t(m) * K + k])) * to_float(d.down[(size_t(set(m)) * R + r) * K + k]);
       h[size_t(m) * R + r] = sum;
-      if (c.save) worst_h = std::max(worst_h, (std::fabs(to_float(d.h[size_t(m) * R + r]) - sum) - step_of<T>(sum) / 2) / 0.3);
+      if (c.save)
+        worst_h = std::max(worst_h,
+                           (std::fabs(to_float(d.h[size_t(m) * R + r]) - sum) - step_of<T>(sum) / 2) / 0.3);
     }
   for (int b = 0; c.pooled && b < c.B; ++b)
     for (int e = 0; e < E; ++e) {
-      double logit = d.pool_bias[e];
+      double logit = d.sample_bias[e];
       for (int r = 0; r < R; ++r)
-        for (int t = 0; t < c.T && owner[r] == e; ++t) logit += h[(size_t(b) * c.T + t) * R + r] * d.pool[size_t(set(b * c.T)) * R + r] / c.T;
+        for (int t = 0; t < c.T && owner[r] == e; ++t)
+          logit += h[(size_t(b) * c.T + t) * R + r] * d.sample_weight[size_t(set(b * c.T)) * R + r] / c.T;
       gate[size_t(b) * E + e] = 1 / (1 + std::exp(-logit));
-      worst_gate = std::max(worst_gate, std::fabs(gate[size_t(b) * E + e] - d.sample_gate[size_t(b) * E + e]));
+      worst_gate =
+          std::max(worst_gate, std::fabs(gate[size_t(b) * E + e] - d.sample_gate[size_t(b) * E + e]));
     }
   for (int m = 0; m < M; ++m) {
     std::vector<double> z(R), doubt(R, 0.0);
@@ -143,7 +168,8 @@ int compare(const Case& c, const Tensors<T>& d) {
     }
     for (int n = 0; n < N; ++n) {
       double sum = to_float(d.bias[n]), slack = 0;
-      for (int k = 0; k < K; ++k) sum += double(to_float(d.x[size_t(m) * K + k])) * to_float(d.w[size_t(n) * K + k]);
+      for (int k = 0; k < K; ++k)
+        sum += double(to_float(d.x[size_t(m) * K + k])) * to_float(d.w[size_t(n) * K + k]);
       for (int r = 0; r < R; ++r) {
         const double b = to_float(d.up[(size_t(set(m)) * N + n) * R + r]);
         sum += none(m) ? 0 : z[r] * b, slack += doubt[r] * std::fabs(b);
@@ -158,7 +184,8 @@ int compare(const Case& c, const Tensors<T>& d) {
   worst /= std::sqrt(square / (double(M) * N));
   bool clean = true;
   for (size_t i = 0; i < d.flags.size(); ++i) clean = clean && d.flags[i] == 0;
-  std::printf("excess of y %.2e, h %.2e, gates %.2e, flags %s\n", worst, worst_h, worst_gate, clean ? "zero" : "LEFT");
+  std::printf("excess of y %.2e, h %.2e, gates %.2e, flags %s\n", worst, worst_h, worst_gate,
+              clean ? "zero" : "LEFT");
   return worst <= 1e-6 && worst_h <= 1e-6 && worst_gate <= 1e-6 && clean ? 0 : 1;
 }
 
@@ -178,15 +205,18 @@ int test(const Case& c) {
   const Tensors<T> d(c, size_t(c.B) * c.T * c.R(), shares, size_t(flags.count()));
   Params p = params_of(c, tile, s);
   p.bias = d.bias.data(), p.scale = {d.scale.data(), Kind::f32};
-  p.gate = {c.mask ? d.gate.data() : nullptr, Kind::f32}, p.phi_bias = {d.phi_bias.data(), Kind::f32};
-  p.pool = {d.pool.data(), Kind::f32}, p.pool_bias = {d.pool_bias.data(), Kind::f32};
+  p.gate = {c.mask ? d.gate.data() : nullptr, Kind::f32}, p.token_bias = {d.token_bias.data(), Kind::f32};
+  p.sample_weight = {d.sample_weight.data(), Kind::f32}, p.sample_bias = {d.sample_bias.data(), Kind::f32};
   p.h = d.h.data(), p.token_gate = d.token_gate.data(), p.sample_gate = d.sample_gate.data();
   p.assignment = c.assigned ? d.assignment.data() : nullptr;
   p.z = d.z.data(), p.parts = d.parts.data(), p.flags = d.flags.data();
   const uint32_t rows = uint32_t(tile.rows() / (way == Way::cluster ? c.cluster : 1));
-  const Maps maps{map3(d.x, c.K, s.span, s.groups, DEPTH, rows, 128), map3(d.w, c.K, c.N, 1, DEPTH, c.columns, 128),
-                  map3(d.down, c.K, c.R(), c.S, DEPTH, tile.slice, 128), map3(d.phi, c.K, c.E(), 1, DEPTH, LOGITS, 128),
-                  map3(d.up, c.R(), c.N, c.S, DEPTH, c.columns + (way == Way::persistent ? 0 : c.extra), 128), map3(d.y, c.N, s.span, s.groups, 32, 64, 64)};
+  const Maps maps{map3(d.x, c.K, s.span, s.groups, DEPTH, rows, 128),
+                  map3(d.w, c.K, c.N, 1, DEPTH, c.columns, 128),
+                  map3(d.down, c.K, c.R(), c.S, DEPTH, tile.slice, 128),
+                  map3(d.token_weight, c.K, c.E(), 1, DEPTH, LOGITS, 128),
+                  map3(d.up, c.R(), c.N, c.S, DEPTH, c.columns + (way == Way::persistent ? 0 : c.extra), 128),
+                  map3(d.y, c.N, s.span, s.groups, 32, 64, 64)};
 #ifndef MOLE_ONE_KERNEL
   if (c.warp_groups == 2)
     run<T, 2, 64, 24>(c, tile, maps, p);
@@ -204,12 +234,14 @@ int main(int argc, char** argv) {
   const emu::Arguments args(argc, argv);
   Case c;
   c.way = args.text("way", "cluster");
-  c.B = args.get("b", 1), c.T = args.get("t", 70), c.K = args.get("k", 72), c.N = args.get("n", 136), c.S = args.get("sets", 1);
+  c.B = args.get("b", 1), c.T = args.get("t", 70), c.K = args.get("k", 72), c.N = args.get("n", 136),
+  c.S = args.get("sets", 1);
   c.warp_groups = args.get("groups", 1), c.cluster = c.way == "cluster" ? args.get("cluster", 2) : 1;
   const bool narrow = args.get("narrow", 0);
   c.columns = narrow ? 32 : 64, c.extra = narrow ? 16 : 24;
   c.ranks = numbers_in(args.text("ranks", "8,16"));
-  c.token = args.get("token", 1), c.pooled = args.get("pooled", 0), c.mask = args.get("mask", 0), c.save = args.get("save", 1);
+  c.token = args.get("token", 1), c.pooled = args.get("pooled", 0), c.mask = args.get("mask", 0),
+  c.save = args.get("save", 1);
   c.top_k = args.get("topk", 0), c.assigned = args.get("assigned", 0);
   c.seed = args.seed(), c.resident = unsigned(args.get("resident", 0));
 #ifndef MOLE_ONE_KERNEL

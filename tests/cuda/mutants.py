@@ -281,14 +281,14 @@ MUTANTS += [
         ),
         (
             "recompute",
-            "phi's boxes are taken for as deep as A's",
+            "the token gate's boxes are taken for as deep as A's",
             "pipeline.h",
             "stages.x_bytes, 16 * STEPS)",
             "stages.x_bytes, DEPTH)",
         ),
         (
             "recompute",
-            "phi is awaited with A's bytes",
+            "the token gate is awaited with A's bytes",
             "tile_kernel.h",
             "ALL * LOGIT_DEPTH * 2)",
             "ALL * ROW_BYTES)",

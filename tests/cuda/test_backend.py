@@ -12,13 +12,14 @@ from mole_kernels.backends.select import BACKENDS, select
 from mole_kernels.cli.measure import error, programs
 from mole_kernels.dispatch.choose import CANDIDATES, HOPPER, candidates_of, choose
 from mole_kernels.dispatch.device import KNOWN
-from mole_kernels.dispatch.suite import Call
+from mole_kernels.dispatch.suite import SuiteCase
 from mole_kernels.dispatch.work import Use
 from mole_kernels.errors import MoleBackendError
 from mole_kernels.kernels import sm90
+from mole_kernels.operands import Experts, Gates, Need, Saved
 from mole_kernels.problem import Problem
 from mole_kernels.reference import gated_lora_ref
-from tests.truth import Case
+from tests.truth import NAMES, Case
 
 
 def hopper_problem(**change):
@@ -79,9 +80,9 @@ class StandIn:
         up,
         scale,
         ranks,
-        gate,
-        phi,
         assignment,
+        gate,
+        token_weight,
         top_k,
         h,
         l,
@@ -108,10 +109,10 @@ class StandIn:
         D = torch.zeros_like(gamma).index_add_(2, owner, V * h.double())
         z, out = gamma[..., owner] * V, dy.double() @ weight.double()
         out += torch.stack([z[b] @ down[s].double() for b, s in enumerate(sets)])
-        if phi is not None:
+        if token_weight is not None:
             out += (
                 gamma * D - l * ((gamma * D).sum(-1, keepdim=True) if top_k else gamma * D)
-            ) @ phi.double()
+            ) @ token_weight.double()
         dx.copy_(out)
         if dh is not None:
             dh.copy_(z)
@@ -131,7 +132,7 @@ class StandIn:
             return [], "the sample gate's gradient needs every token"
         if way == "recompute" and sample:
             return [], "the sample gate needs every token"
-        return [2, 160, 24, 4, 4, 200_000, 128, 4, 0 if way == "cluster" else 7, 5 * sample, 11], ""
+        return [2, 160, 24, 4, 4, 200_000, 128, 4, 0 if way == "cluster" else 7, 5 * sample, 11, 900], ""
 
     def sm90_forward(
         self,
@@ -142,12 +143,12 @@ class StandIn:
         up,
         scale,
         ranks,
-        gate,
-        phi,
-        phi_bias,
-        pool,
-        pool_bias,
         assignment,
+        gate,
+        token_weight,
+        token_bias,
+        sample_weight,
+        sample_bias,
         top_k,
         y,
         h,
@@ -162,12 +163,10 @@ class StandIn:
         self.calls.append((way, tuple(tile), z, parts, flags))
         if self.refuse:
             return self.refuse
-        from mole_kernels.operands import Experts, Gates
-
         assert assignment is None and top_k == 0
         wide = [
             None if t is None else t.double()
-            for t in (x, weight, bias, down, up, gate, phi, phi_bias, pool, pool_bias)
+            for t in (x, weight, bias, down, up, gate, token_weight, token_bias, sample_weight, sample_bias)
         ]
         truth = gated_lora_ref(
             *wide[:3], Experts(wide[3], wide[4], scale.double(), tuple(ranks)), Gates(*wide[5:])
@@ -195,24 +194,9 @@ def stand_in(monkeypatch):
     cuda._plan.cache_clear()
 
 
-def arguments(case, save=True):
+def operands(case, save=True):
     call = case.make(torch.bfloat16)
-    e, g = call.experts, call.gates
-    return call, (
-        call.x,
-        call.weight,
-        call.bias,
-        e.down,
-        e.up,
-        e.scale,
-        e.ranks,
-        g.gate,
-        g.phi,
-        g.phi_bias,
-        g.pool,
-        g.pool_bias,
-        save,
-    )
+    return call, call.operands(save)
 
 
 @pytest.mark.parametrize("way", ["cluster", "persistent"])
@@ -220,37 +204,41 @@ def arguments(case, save=True):
 def test_outputs_and_workspace(stand_in, way, gate):
     ops = stand_in()
     case = Case(gate=gate, ranks=(3, 5))
-    call, operands = arguments(case)
-    y, h, l, G = cuda.forward(*operands, way=way)
+    call, given = operands(case)
+    y, h, l, G = cuda.forward(given, way=way)
     assert torch.equal(y, call.truth().to(torch.bfloat16)) and h.shape == (case.B, case.T, case.R)
-    assert (l.shape if call.gates.phi is not None else l.numel()) == (
-        (case.B, case.T, case.E) if call.gates.phi is not None else 0
+    assert (l.shape if call.gates.token_weight is not None else l.numel()) == (
+        (case.B, case.T, case.E) if call.gates.token_weight is not None else 0
     )
-    assert (G.shape if call.gates.pool is not None else G.numel()) == (
-        (case.B, case.E) if call.gates.pool is not None else 0
+    assert (G.shape if call.gates.sample_weight is not None else G.numel()) == (
+        (case.B, case.E) if call.gates.sample_weight is not None else 0
     )
     ((used, tile, z, parts, flags),) = ops.calls
     assert used == way and tile == (2, 160, 24, 4) and (z is None) == (way == "cluster")
-    assert (parts is None) == (call.gates.pool is None) and flags.dtype == torch.int32 and not flags.any()
+    assert (
+        (parts is None) == (call.gates.sample_weight is None)
+        and flags.dtype == torch.int32
+        and not flags.any()
+    )
 
 
 def test_a_way_by_name_that_cannot_is_an_error(stand_in):
     stand_in()
-    _, operands = arguments(Case(gate="pooled"))
+    _, given = operands(Case(gate="pooled"))
     with pytest.raises(MoleBackendError, match="needs every token"):
-        cuda.forward(*operands, way="recompute")
+        cuda.forward(given, way="recompute")
     with pytest.raises(MoleBackendError, match="has no way 'merge'"):
-        cuda.forward(*operands, way="merge")
+        cuda.forward(given, way="merge")
     stand_in(refuse="x has a stride of 67 elements")
     with pytest.raises(MoleBackendError, match="stride of 67"):
-        cuda.forward(*operands, way="cluster")
+        cuda.forward(given, way="cluster")
 
 
 def test_a_layout_that_tma_does_not_take_goes_elsewhere(stand_in, monkeypatch):
     ops = stand_in(refuse="x has a stride of 67 elements")
     monkeypatch.setattr(cuda, "_way", lambda *_: "cuda_cluster")
-    call, operands = arguments(Case())
-    y = cuda.forward(*operands)[0]
+    call, given = operands(Case())
+    y = cuda.forward(given)[0]
     assert len(ops.calls) == 1
     assert (y.double() - call.truth()).norm() < 0.02 * call.truth().norm()
 
@@ -287,27 +275,10 @@ def gradients(case, need=9, dtype=torch.float16, **way):
     """
     call = case.make(dtype)
     dy = torch.randn(case.B, case.T, case.N, generator=torch.Generator().manual_seed(7)).to(dtype)
-    e, g = call.experts, call.gates
-    args = (
-        call.x,
-        call.weight,
-        call.bias,
-        e.down,
-        e.up,
-        e.scale,
-        e.ranks,
-        g.gate,
-        g.phi,
-        g.phi_bias,
-        g.pool,
-        g.pool_bias,
-        True,
-    )
-    _, h, token, sample = stacked.forward(*args, e.assignment, g.top_k)
-    args = (dy, call.x, call.weight, e.down, e.up, e.scale, e.ranks, g.gate, g.phi, g.pool, h, token, sample)
-    got = cuda.backward(*args, [i < need for i in range(9)], e.assignment, g.top_k, **way)
-    names = ("x", "down", "up", "scale", "gate", "phi", "phi_bias", "pool", "pool_bias")
-    return dict(zip(names, got)), call.truth_grads(dy)[0], args
+    forward = stacked.forward(call.operands())
+    args = (call.operands(), Saved(*forward[1:]), dy)
+    got = cuda.backward(*args, Need(*(i < need for i in range(9))), **way)
+    return dict(zip(NAMES, got)), call.truth_grads(dy)[0], args
 
 
 @pytest.fixture
@@ -354,7 +325,7 @@ def test_only_what_is_wanted_is_made(stand_in, interpreted):
     case = Case(gate="none")
     args = gradients(case, need=1, way="cluster")[2]
     ops.calls.clear()
-    cuda.backward(*args, [False, True, *[False] * 7], way="cluster")
+    cuda.backward(*args, Need(False, True, *[False] * 7), way="cluster")
     assert not ops.calls
 
 
@@ -374,6 +345,6 @@ def test_where_dx_goes_that_the_kernel_does_not_take(stand_in, interpreted, monk
 def test_tune_measures_our_own_dx_under_our_name(stand_in, interpreted):
     ops = stand_in()
     problem = Problem(1, 15, 64, 48, (8, 8), 1, torch.float16, "cpu", token_gate=True)
-    runs = programs(Call("", problem, Use(backward=True)), ["stacked", "cuda_cluster"])
+    runs = programs(SuiteCase("", problem, Use(backward=True)), ["stacked", "cuda_cluster"])
     ours, truth = runs["cuda_cluster"](), [t.float() for t in runs["stacked"]()]
     assert [call[0] for call in ops.calls] == ["cluster"] and error(ours, truth) < 0.02

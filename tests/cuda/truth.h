@@ -1,4 +1,5 @@
-// What the programs that hold an sm_90 kernel to float64 share: rounding, inputs, tensor maps, the tile of a case.
+// What the programs that hold an sm_90 kernel to float64 share: rounding, inputs, tensor maps, the tile of a
+// case.
 #pragma once
 
 #include <cmath>
@@ -41,16 +42,26 @@ void fill(const emu::Array<float>& a, emu::Random& random, double scale) {
 }
 
 template <class T>
-CUtensorMap map3(const emu::Array<T>& a, uint64_t columns, uint64_t rows, uint64_t slabs, uint32_t box_columns, uint32_t box_rows, int swizzle) {
-  return emu::tensor_map_3d(a.data(), {columns, rows, slabs}, {columns * 2, rows * columns * 2}, {box_columns, box_rows, 1}, swizzle);
+CUtensorMap map3(const emu::Array<T>& a,
+                 uint64_t columns,
+                 uint64_t rows,
+                 uint64_t slabs,
+                 uint32_t box_columns,
+                 uint32_t box_rows,
+                 int swizzle) {
+  return emu::tensor_map_3d(a.data(), {columns, rows, slabs}, {columns * 2, rows * columns * 2},
+                            {box_columns, box_rows, 1}, swizzle);
 }
 
-inline Way way_of(const std::string& name) { return name == "cluster" ? Way::cluster : name == "persistent" ? Way::persistent : Way::recompute; }
+inline Way way_of(const std::string& name) {
+  return name == "cluster" ? Way::cluster : name == "persistent" ? Way::persistent : Way::recompute;
+}
 
 // the tile, with few stages, so that slots come round again at small K; a reason where there is none
 inline Candidate tile_for(Way way, Shape shape, int cluster, const Sizes& s) {
   Card card;
-  card.processors = 4, card.clusters[1] = 4, card.clusters[2] = s.pooled ? 64 : 2, card.clusters[4] = s.pooled ? 64 : 1;
+  card.processors = 4, card.clusters[1] = 4, card.clusters[2] = s.pooled ? 64 : 2,
+  card.clusters[4] = s.pooled ? 64 : 1;
   Candidate chosen = consider(way, shape, cluster, s, card);
   if (const std::string never = refusal(way, s); !never.empty()) chosen.reason = never + chosen.reason;
   chosen.tile.stages = 3, chosen.tile.shared = layout_of(chosen.tile, 3).total;

@@ -11,6 +11,7 @@ from mole_kernels.dispatch.device import KNOWN
 from mole_kernels.dispatch.suite import RANKS, suite
 from mole_kernels.dispatch.tables import Row, Table
 from mole_kernels.dispatch.work import Use
+from mole_kernels.operands import Call, Experts, Gates, Need, Saved
 from tests.dispatch.support import H200, problem
 
 FLUX = ((4608, 3072, 3072), (4608, 3072, 12288), (4608, 15360, 3072))
@@ -168,25 +169,13 @@ def test_the_suite_has_the_ranks_and_kinds():
     assert 0 < len(list(suite(quick=True))) < len(calls) / 20
 
 
-def tensors(B=2, T=16, K=32, N=24, ranks=(3, 5), mask=False):
+def operands(B=2, T=16, K=32, N=24, ranks=(3, 5), mask=False, save=False):
     draw = torch.Generator().manual_seed(1)
     new = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
     R = sum(ranks)
     gate = new(B, T, len(ranks)) if mask else None
-    return (
-        new(B, T, K),
-        new(N, K),
-        new(N),
-        new(1, R, K),
-        new(1, N, R),
-        new(len(ranks)),
-        ranks,
-        gate,
-        None,
-        None,
-        None,
-        None,
-    )
+    experts = Experts(new(1, R, K), new(1, N, R), new(len(ranks)), ranks)
+    return Call(new(B, T, K), new(N, K), new(N), experts, Gates(gate), save)
 
 
 def test_the_backend_asks_once_for_every_kind_of_call(monkeypatch):
@@ -198,14 +187,14 @@ def test_the_backend_asks_once_for_every_kind_of_call(monkeypatch):
 
     monkeypatch.setattr(triton, "choose", counted)
     triton._chosen.cache_clear()
-    x, weight, _, down, _, _, ranks, *_ = tensors()
+    call = operands()
     mask = torch.ones(1, 16, 2)
-    names = [triton.way_of(x, weight, down, ranks, None, None, None, False) for _ in range(3)]
+    names = [triton.way_of(call) for _ in range(3)]
     assert len(asked) == 1 and len(set(names)) == 1
-    triton.way_of(x, weight, down, ranks, mask, None, None, False)
-    triton.way_of(x, weight, down, ranks, mask[:, :1], None, None, False)
-    triton.way_of(x, weight, down, ranks, None, None, None, True)
-    triton.way_of(x, weight, down, ranks, None, None, None, False, backward=True)
+    triton.way_of(call._replace(gates=Gates(mask)))
+    triton.way_of(call._replace(gates=Gates(mask[:, :1])))
+    triton.way_of(call._replace(save=True))
+    triton.way_of(call, backward=True)
     problems, uses = [a[0] for a in asked], [a[3] for a in asked]
     assert [p.given_gate for p in problems] == [False, True, True, False, False]
     assert [u.by_token for u in uses[1:3]] == [True, False] and uses[3].save and uses[4].backward
@@ -214,24 +203,11 @@ def test_the_backend_asks_once_for_every_kind_of_call(monkeypatch):
 
 def test_the_backend_runs_stacked_where_that_is_chosen(monkeypatch):
     """The choice is honoured in both directions, without Triton being touched."""
-    operands = tensors(mask=True)
+    call = operands(mask=True, save=True)
     monkeypatch.setattr(triton, "way_of", lambda *_, **__: "stacked")
-    got = triton.forward(*operands, True)
-    want = stacked.forward(*operands, True)
+    got = triton.forward(call)
+    want = stacked.forward(call)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
-    x, weight, _, down, up, scale, ranks, gate, *_ = operands
-    rest = (
-        torch.ones_like(want[0]),
-        x,
-        weight,
-        down,
-        up,
-        scale,
-        ranks,
-        gate,
-        None,
-        None,
-        *want[1:],
-        [True] * 5 + [False] * 4,
-    )
+    need = Need(*[True] * 5, *[False] * 4)
+    rest = (call, Saved(*want[1:]), torch.ones_like(want.y), need)
     assert all(torch.equal(a, b) for a, b in zip(triton.backward(*rest), stacked.backward(*rest)))

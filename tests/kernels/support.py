@@ -29,18 +29,5 @@ def poisoned():
 
 
 def forward_of(call, save: bool = False) -> Fused:
-    """The forward product of a `truth.Call`."""
-    e, g = call.experts, call.gates
-    return Fused(
-        call.x,
-        call.weight,
-        call.bias,
-        e.down,
-        e.up,
-        e.scale,
-        e.ranks,
-        *g[:5],
-        e.assignment,
-        g.top_k,
-        save=save,
-    )
+    """The forward product of a `CaseCall`."""
+    return Fused.of(call.operands(save))

@@ -9,53 +9,33 @@ from mole_kernels.backends import stacked
 from mole_kernels.backends import triton as backend
 from mole_kernels.kernels.triton.strategies import refusal
 from mole_kernels.kernels.triton.tiles import choose, fitted
+from mole_kernels.operands import Need, Saved
 from mole_kernels.problem import Problem
 from tests.kernels.interpreter import run
 from tests.kernels.support import SMALL, forward_of
-from tests.truth import Case
+from tests.truth import ALL, NAMES, Case
 
 CASES = [Case(T=9, gate=g) for g in ("none", "both", "mask+local", "onehot", "constant+pooled")]
 CASES += [Case(T=0), Case(B=0), Case(S=2, T=9)]
-
-
-def arguments(call, save):
-    e, g = call.experts, call.gates
-    return (call.x, call.weight, call.bias, e.down, e.up, e.scale, e.ranks, *g[:5], save)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_backward_keep_the_contract(case):
     """Same shapes, dtypes and emptiness as the stacked backend, and the same numbers within rounding."""
     call = case.make(torch.bfloat16)
-    e, g = call.experts, call.gates
     for save in (False, True):
         with run(resident=2):
-            got = backend.forward(*arguments(call, save), way="persistent", tile=SMALL)
-        want = stacked.forward(*arguments(call, save))
+            got = backend.forward(call.operands(save), way="persistent", tile=SMALL)
+        want = stacked.forward(call.operands(save))
         for name, a, b in zip(("y", "h", "token_gate", "sample_gate"), got, want):
             assert a.shape == b.shape and a.dtype == b.dtype, name
             assert torch.allclose(a.float(), b.float(), atol=0.1, rtol=0.05), name
     dy = torch.randn(got[0].shape, generator=torch.Generator().manual_seed(3)).bfloat16()
-    for need in ([True] * 9, [False] * 9, [True] + [False] * 8):
-        rest = (
-            dy,
-            call.x,
-            call.weight,
-            e.down,
-            e.up,
-            e.scale,
-            e.ranks,
-            g.gate,
-            g.phi,
-            g.pool,
-            *want[1:],
-            need,
-        )
+    for need in (ALL, Need(*[False] * 9), Need(True, *[False] * 8)):
+        rest = (call.operands(), Saved(*want[1:]), dy, need)
         with run(resident=2):
             grads = backend.backward(*rest, way="persistent", tile=SMALL)
-        for name, a, b in zip(
-            "x down up scale gate phi phi_bias pool pool_bias".split(), grads, stacked.backward(*rest)
-        ):
+        for name, a, b in zip(NAMES, grads, stacked.backward(*rest)):
             assert a.shape == b.shape and (a.dtype == b.dtype or not a.numel()), name
             assert torch.allclose(
                 a.float(), b.float(), atol=0.1 * (1 + b.abs().max().item() if b.numel() else 1)
@@ -66,8 +46,8 @@ def test_the_chosen_tiles_run():
     """Those that a GPU of Ampere's kind would get."""
     call = Case(B=1, T=70, K=64, N=72, ranks=(16, 40)).make(torch.bfloat16)
     with run():
-        y = backend.forward(*arguments(call, False), way="persistent")[0]
-    assert torch.allclose(y.float(), stacked.forward(*arguments(call, False))[0].float(), atol=0.1, rtol=0.05)
+        y = backend.forward(call.operands(False), way="persistent")[0]
+    assert torch.allclose(y.float(), stacked.forward(call.operands(False))[0].float(), atol=0.1, rtol=0.05)
 
 
 GOOD = Problem(2, 64, 128, 128, (8, 8), 1, torch.bfloat16, "cuda", True, True)

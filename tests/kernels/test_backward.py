@@ -12,9 +12,7 @@ from mole_kernels.kernels.triton.backward import Need, backward
 from tests.backends.test_backends import assert_gradient
 from tests.kernels.interpreter import run
 from tests.kernels.support import SMALL, forward_of, poisoned
-from tests.truth import Case
-
-NAMES = ("x", "down", "up", "scale", "gate", "phi", "phi_bias", "pool", "pool_bias")
+from tests.truth import NAMES, Case
 
 CASES = [
     Case(T=20, K=40, N=33, gate=g)
@@ -75,13 +73,13 @@ def test_all_gradients(case, one_launch, dtype):
 
 SUBSETS = {
     "x": ("x",),
-    "gates": ("phi", "phi_bias", "pool", "pool_bias"),
-    "local gate": ("phi", "phi_bias"),
+    "gates": ("token_weight", "token_bias", "sample_weight", "sample_bias"),
+    "local gate": ("token_weight", "token_bias"),
     "experts": ("down", "up"),
     "up": ("up",),
     "down": ("down",),
     "scale": ("scale",),
-    "pool_bias": ("pool_bias",),
+    "sample_bias": ("sample_bias",),
 }
 LAUNCHES = {"x": 1, "up": 1}
 

@@ -87,11 +87,11 @@ def test_the_gates_come_back(way):
     with run(resident=3), poisoned():
         b = WAYS[way](forward_of(call), SMALL)
     x, g = call.x.double(), call.gates
-    local = torch.sigmoid(x @ g.phi.double().mT + g.phi_bias.double())
+    local = torch.sigmoid(x @ g.token_weight.double().mT + g.token_bias.double())
     assert_close_to_truth(b.token_gate.view(2, 37, 2), local, F32, 1, "token gate")
-    if g.pool is not None:
-        h = (x @ call.experts.down.double().mT).mean(1) * g.pool.double()
-        pooled = torch.sigmoid(torch.stack([h[:, :8].sum(1), h[:, 8:].sum(1)], 1) + g.pool_bias.double())
+    if g.sample_weight is not None:
+        h = (x @ call.experts.down.double().mT).mean(1) * g.sample_weight.double()
+        pooled = torch.sigmoid(torch.stack([h[:, :8].sum(1), h[:, 8:].sum(1)], 1) + g.sample_bias.double())
         assert_close_to_truth(b.sample_gate, pooled, F32, 1, "sample gate")
 
 
@@ -232,7 +232,7 @@ def test_a_batch_of_two_is_two_batches_of_one(way):
         both = WAYS[way](forward_of(call), SMALL)
         for b in range(2):
             experts = call.experts._replace(down=call.experts.down[b : b + 1], up=call.experts.up[b : b + 1])
-            gates = call.gates._replace(pool=call.gates.pool[b : b + 1])
+            gates = call.gates._replace(sample_weight=call.gates.sample_weight[b : b + 1])
             one = WAYS[way](
                 forward_of(replace(call, x=call.x[b : b + 1], experts=experts, gates=gates)), SMALL
             )

@@ -7,7 +7,7 @@ import torch
 
 from mole_kernels.cli.measure import TOLERANCE, error, programs
 from mole_kernels.dispatch.choose import CANDIDATES, refusal
-from mole_kernels.dispatch.suite import Call, gated
+from mole_kernels.dispatch.suite import SuiteCase, gated
 from mole_kernels.dispatch.work import Use
 from mole_kernels.problem import Problem
 from tests.kernels.interpreter import run
@@ -22,7 +22,7 @@ def test_what_is_timed_is_right(kind):
     for use in (Use(), Use(save=True), Use(backward=True)):
         use = replace(use, by_token=kind == "mask", by_sample=kind == "mask")
         names = [name for name in CANDIDATES if refusal(name, small, use) is None]
-        runs = programs(Call("none", small, use), names)
+        runs = programs(SuiteCase("none", small, use), names)
         assert list(runs) == ["plain", *names]
         truth = [t.float() for t in runs["stacked"]()]
         assert runs["plain"]()[0].shape == truth[0].shape

@@ -163,8 +163,8 @@ def test_a_backward_mutant_is_killed(name, tmp_path, monkeypatch):
     truth, _ = call.truth_grads(dy)
 
     def judge():
-        got, _ = gradients(call, Need(*[n in ("down", "up", "phi") for n in NAMES]), dy, resident=3)
-        for n in ("down", "up", "phi"):
+        got, _ = gradients(call, Need(*[n in ("down", "up", "token_weight") for n in NAMES]), dy, resident=3)
+        for n in ("down", "up", "token_weight"):
             assert_gradient(got[n], truth[n], torch.float32, truth[n].norm().item(), 4, n)
 
     judge()

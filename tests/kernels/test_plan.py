@@ -22,23 +22,8 @@ def _no_plans():
 
 
 def forward(call, way, save=True, tile=SMALL):
-    e, g = call.experts, call.gates
     with run(resident=2), poisoned():
-        return backend.forward(
-            call.x,
-            call.weight,
-            call.bias,
-            e.down,
-            e.up,
-            e.scale,
-            e.ranks,
-            *g[:5],
-            save,
-            e.assignment,
-            g.top_k,
-            way=way,
-            tile=tile,
-        )
+        return backend.forward(call.operands(save), way=way, tile=tile)
 
 
 CASES = [
@@ -70,9 +55,9 @@ def test_other_tensors_of_the_kind(way, gate, S, tma, monkeypatch):
 def test_one_tensor_in_two_places():
     """The first call's two biases are one tensor; the second's are not."""
     call = Case(T=9, gate="both").make(torch.float32)
-    shared = call.gates.pool_bias
-    forward(replace(call, gates=call.gates._replace(phi_bias=shared)), "persistent")
-    own = replace(call, gates=call.gates._replace(phi_bias=shared + 1))
+    shared = call.gates.sample_bias
+    forward(replace(call, gates=call.gates._replace(token_bias=shared)), "persistent")
+    own = replace(call, gates=call.gates._replace(token_bias=shared + 1))
     y = forward(own, "persistent")[0]
     assert len(plan._plans) == 1
     plan._plans.clear()

@@ -49,7 +49,9 @@ def test_ties_and_what_is_no_number(way, name):
     call = Case(T=3, ranks=(2,) * 5, gate="local").make(F32)
     row = torch.tensor(LOGITS[name])
     for k in (1, 2, 3, 9):
-        gates = call.gates._replace(phi=torch.zeros_like(call.gates.phi), phi_bias=row, top_k=k)
+        gates = call.gates._replace(
+            token_weight=torch.zeros_like(call.gates.token_weight), token_bias=row, top_k=k
+        )
         b = run_way(way, replace(call, gates=gates))
         want = softmax_of_largest(row, k)
         assert torch.allclose(b.token_gate, want.expand(2, 3, 5), atol=1e-6, equal_nan=True), (
@@ -77,8 +79,8 @@ def test_a_sample_without_a_set_is_the_base_to_the_bit(way, gate):
     call = replace(
         call, experts=experts._replace(down=sets[0], up=sets[1], assignment=torch.tensor([-1, 1, -1, 1, -1]))
     )
-    if call.gates.pool is not None:
-        call.gates.pool[0] = NAN
+    if call.gates.sample_weight is not None:
+        call.gates.sample_weight[0] = NAN
     f = forward_of(call)
     if refusal(way, f) is not None:
         return
@@ -88,7 +90,9 @@ def test_a_sample_without_a_set_is_the_base_to_the_bit(way, gate):
     none = replace(
         base,
         gates=base.gates._replace(
-            pool=None if call.gates.pool is None else torch.zeros_like(call.gates.pool)
+            sample_weight=None
+            if call.gates.sample_weight is None
+            else torch.zeros_like(call.gates.sample_weight)
         ),
     )
     y, plain = run_way(way, call).y, run_way(way, none).y
@@ -106,7 +110,9 @@ def test_an_assignment_is_a_gather(way):
     spread = replace(
         call,
         experts=own._replace(down=own.down[index], up=own.up[index], assignment=None),
-        gates=gates._replace(pool=None if gates.pool is None else gates.pool[index]),
+        gates=gates._replace(
+            sample_weight=None if gates.sample_weight is None else gates.sample_weight[index]
+        ),
     )
     assert torch.equal(run_way(way, call).y, run_way(way, spread).y)
 

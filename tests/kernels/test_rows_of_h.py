@@ -45,7 +45,7 @@ def test_forward(case, BH, tma):
     with run(), poisoned():
         whole = launch.persistent(f, replace(TALL, tma=tma))
     assert torch.equal(whole.h, results[0].h)
-    if f.pool is None:
+    if f.sample_weight is None:
         assert torch.equal(whole.y, results[0].y)
 
 

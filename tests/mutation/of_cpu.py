@@ -82,7 +82,7 @@ MUTANTS = [
         "logit / (FAULT ? int64_t(1) : std::max<int64_t>(c.T, 1))",
     ),
     Planted("forgotten", KERNELS, "if (sample) gamma", "if (sample && !FAULT) gamma"),
-    Planted("top_k", FORWARD, "data(token_bias), c.top_k);", "data(token_bias), c.top_k + (FAULT ? 1 : 0));"),
+    Planted("top_k", FORWARD, "data(offset), c.top_k);", "data(offset), c.top_k + (FAULT ? 1 : 0));"),
     Planted(
         "assigned",
         CALL,
@@ -98,7 +98,13 @@ MUTANTS = [
         backward=True,
     ),
     Planted("logit", BACKWARD, "= W(gamma * (1 - l))", "= W(FAULT ? gamma : gamma * (1 - l))", backward=True),
-    Planted("pooled", BACKWARD, "c.pool ? add.data()", "c.pool && !FAULT ? add.data()", backward=True),
+    Planted(
+        "pooled",
+        BACKWARD,
+        "c.sample_weight ? add.data()",
+        "c.sample_weight && !FAULT ? add.data()",
+        backward=True,
+    ),
     Planted("parts", FORWARD, "i < blocks; ++i) sum", "i < blocks - (FAULT && blocks > 1 ? 1 : 0); ++i) sum"),
 ]
 SWITCH = {

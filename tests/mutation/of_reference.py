@@ -18,7 +18,9 @@ LOCAL, GIVEN, POOLED = (
     "o = o * gates.gate[..., e : e + 1]",
     "o = o * pooled[:, None]",
 )
-DECIDED = "return torch.sigmoid(logit if gates.pool_bias is None else logit + gates.pool_bias[e].to(h.dtype))"
+DECIDED = (
+    "return torch.sigmoid(logit if gates.sample_bias is None else logit + gates.sample_bias[e].to(h.dtype))"
+)
 
 MUTANTS = [
     Planted("scale", FORMULA, "o = experts.scale[e].to(x.dtype)", "o = 1.05 * experts.scale[e].to(x.dtype)"),
@@ -60,21 +62,21 @@ MUTANTS = [
     Planted(
         "saved",
         BACKEND,
-        "upw[:, :, span], hw[..., span]",
-        "upw[:, :, span], hw.roll(1, 0)[..., span]",
+        "up[:, :, span], h[..., span]",
+        "up[:, :, span], h.roll(1, 0)[..., span]",
         backward=True,
     ),
     Planted(
         "logit",
         BACKEND,
-        "dlogit = through - local * (through.sum(-1, keepdim=True) if top_k else through)",
+        "dlogit = through - token * (through.sum(-1, keepdim=True) if gates.top_k else through)",
         "dlogit = through",
         backward=True,
     ),
     Planted(
         "pooled",
         BACKEND,
-        "dh = dh + (dq[:, None] * pool[:, span].to(wide))[:, None] / max(T, 1)",
+        "dh = dh + (dq[:, None] * gates.sample_weight[:, span])[:, None] / max(T, 1)",
         "pass",
         backward=True,
     ),

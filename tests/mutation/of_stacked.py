@@ -4,8 +4,8 @@ from tests.mutation.faults import Planted
 
 FILE, SETS = "mole_kernels/backends/stacked.py", "mole_kernels/backends/sets.py"
 GAMMA_TOKEN, GAMMA_SAMPLE = "gamma = gamma * token_gate\n", "gamma * sample_gate[:, None]\n"
-LAST = "    kept = h.contiguous() if save else x.new_empty(0)\n    gates ="
-DECIDED = "return torch.sigmoid(logit if pool_bias is None else logit + pool_bias.to(dtype))"
+LAST = "    absent = x.new_empty(0, dtype=dtype)\n    return Outputs("
+DECIDED = "return torch.sigmoid(logit if sample_bias is None else logit + sample_bias.to(dtype))"
 
 MUTANTS = [
     Planted(
@@ -15,8 +15,9 @@ MUTANTS = [
     Planted(
         "tail",
         FILE,
-        "    h, logits = _shrink(x, down, phi)",
-        "    h, logits = _shrink(x[..., :-1], down[..., :-1], None if phi is None else phi[:, :-1])",
+        "    h, logits = _shrink(x, down, gates.token_weight)",
+        "    cut = None if gates.token_weight is None else gates.token_weight[:, :-1]\n"
+        "    h, logits = _shrink(x[..., :-1], down[..., :-1], cut)",
     ),
     Planted(
         "row",
@@ -55,14 +56,19 @@ MUTANTS = [
     Planted(
         "sixteen",
         FILE,
-        "    token_gate = sample_gate = None\n    h, logits = _shrink(x, down, phi)",
-        "    token_gate = sample_gate = None\n    h, logits = _shrink(x, down, phi)\n    h = h.half().to(h.dtype)",
+        "    token_gate = sample_gate = None\n    h, logits = _shrink(x, down, gates.token_weight)",
+        "    token_gate = sample_gate = None\n    h, logits = _shrink(x, down, gates.token_weight)\n    h = h.half().to(h.dtype)",
     ),
     Planted(
         "mean", FILE, "mean = h.sum(1, dtype=dtype) / max(h.shape[1], 1)", "mean = h.sum(1, dtype=dtype)"
     ),
     Planted("forgotten", FILE, "return gamma if sample_gate is None else " + GAMMA_SAMPLE, "return gamma\n"),
-    Planted("top_k", FILE, "softmax_of_largest(logits, top_k)", "softmax_of_largest(logits, top_k + 1)"),
+    Planted(
+        "top_k",
+        FILE,
+        "softmax_of_largest(logits, gates.top_k)",
+        "softmax_of_largest(logits, gates.top_k + 1)",
+    ),
     Planted(
         "assigned",
         SETS,
@@ -73,16 +79,22 @@ MUTANTS = [
     Planted(
         "saved",
         FILE,
-        "dup = _reduce_product(dy, (h * wide)",
-        "dup = _reduce_product(dy, (h.roll(1, 0) * wide)",
+        "up=_reduce_product(dy, (h * wide)",
+        "up=_reduce_product(dy, (h.roll(1, 0) * wide)",
         backward=True,
     ),
     Planted(
         "logit",
         FILE,
-        "dlogit = through - local * (through.sum(-1, keepdim=True) if top_k else through)",
+        "dlogit = through - token * (through.sum(-1, keepdim=True) if gates.top_k else through)",
         "dlogit = through",
         backward=True,
     ),
-    Planted("pooled", FILE, "dh = dh + (wide_dq * pool.to(dtype) / T)[:, None]", "pass", backward=True),
+    Planted(
+        "pooled",
+        FILE,
+        "dh = dh + (wide_dq * gates.sample_weight.to(dtype) / T)[:, None]",
+        "pass",
+        backward=True,
+    ),
 ]

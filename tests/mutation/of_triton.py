@@ -138,7 +138,7 @@ def judge_nan() -> None:
 
 def judge_backward(fault: str) -> None:
     call = Case(T=33, K=24, N=20, ranks=(6, 5)).make(torch.float32)
-    dy, name = seed_of(call), "phi" if fault == "logit" else "up"
+    dy, name = seed_of(call), "token_weight" if fault == "logit" else "up"
     truth, _ = call.truth_grads(dy)
     got, _ = gradients(call, Need(*[n == name for n in NAMES]), dy, resident=3)
     assert_gradient(got[name], truth[name], torch.float32, truth[name].norm().item(), 4, name)

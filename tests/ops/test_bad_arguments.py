@@ -56,14 +56,22 @@ BAD = {
         MoleTypeError,
         "gate on x's device cpu",
     ),
-    "52-phi-shape": (dict(gates=Gates(phi=torch.ones(2, 7))), MoleShapeError, r"phi \[E,K\] = \[2, 6\]"),
-    "52-pool-shape": (dict(gates=Gates(pool=torch.ones(1, 4))), MoleShapeError, r"pool \[S,R\] = \[1, 5\]"),
-    "top-k-negative": (
-        dict(gates=Gates(phi=torch.ones(2, 6), top_k=-1)),
-        MoleValueError,
-        "top_k = 0, or k ≥ 1 with phi",
+    "52-token-weight-shape": (
+        dict(gates=Gates(token_weight=torch.ones(2, 7))),
+        MoleShapeError,
+        r"token_weight \[E,K\] = \[2, 6\]",
     ),
-    "top-k-without-phi": (dict(gates=Gates(top_k=1)), MoleValueError, "with phi"),
+    "52-sample-weight-shape": (
+        dict(gates=Gates(sample_weight=torch.ones(1, 4))),
+        MoleShapeError,
+        r"sample_weight \[S,R\] = \[1, 5\]",
+    ),
+    "top-k-negative": (
+        dict(gates=Gates(token_weight=torch.ones(2, 6), top_k=-1)),
+        MoleValueError,
+        "top_k = 0, or k ≥ 1 with token_weight",
+    ),
+    "top-k-without-token-gate": (dict(gates=Gates(top_k=1)), MoleValueError, "with token_weight"),
     "assignment-shape": (
         dict(assignment=torch.zeros(3, dtype=torch.int64)),
         MoleShapeError,
@@ -76,7 +84,11 @@ BAD = {
     ),
     "assignment-outside": (dict(assignment=torch.tensor([0, 1])), MoleValueError, "1 for sample 1"),
     "assignment-below": (dict(assignment=torch.tensor([-2, 0])), MoleValueError, "-2 for sample 0"),
-    "52-bias-alone": (dict(gates=Gates(pool_bias=torch.ones(2))), MoleValueError, "pool_bias without pool"),
+    "52-bias-alone": (
+        dict(gates=Gates(sample_bias=torch.ones(2))),
+        MoleValueError,
+        "sample_bias without sample_weight",
+    ),
     "55-integer-x": (
         dict(x=torch.ones(2, 5, 6, dtype=torch.int64)),
         MoleTypeError,

@@ -26,25 +26,7 @@ SMALL = [
 
 
 def op_args(call, save, backend="auto"):
-    e, g = call.experts, call.gates
-    return (
-        call.x,
-        call.weight,
-        call.bias,
-        e.down,
-        e.up,
-        e.scale,
-        e.ranks,
-        g.gate,
-        g.phi,
-        g.phi_bias,
-        g.pool,
-        g.pool_bias,
-        save,
-        e.assignment,
-        g.top_k,
-        backend,
-    )
+    return (*call.operands(save).flat(), backend)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
@@ -75,7 +57,9 @@ def test_gradcheck_in_float64(case, backend):
     assert torch.autograd.gradcheck(run, leaves)
 
 
-@pytest.mark.parametrize("name", ["x", "down", "up", "scale", "phi", "phi_bias", "pool", "pool_bias"])
+@pytest.mark.parametrize(
+    "name", ["x", "down", "up", "scale", "token_weight", "token_bias", "sample_weight", "sample_bias"]
+)
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_each_gradient_alone(backend, name):
     case = Case(T=5, K=6, N=7, ranks=(2, 3))

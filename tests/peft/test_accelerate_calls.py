@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
-
 import pytest
 import torch
 
 import mole_kernels as mk
+from tests.calls import python_calls
 from tests.peft_models import K, draw, twins
 
 pytest.importorskip("peft")
-
-
-def python_calls(work: Callable[[], object]) -> list[str]:
-    """The functions written in Python that `work` enters, in order."""
-    names: list[str] = []
-
-    def profile(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call":
-            names.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_code.co_name}")
-
-    sys.setprofile(profile)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    # the frame of `work` itself
-    return names[1:]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

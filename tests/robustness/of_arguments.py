@@ -172,7 +172,9 @@ def top_2_of_one(g: Ground) -> None:
 def top_k_of_all(g: Ground) -> None:
     good = there.CASE.make(torch.float32)
     y = [
-        gated_lora_linear(good.x, good.weight, good.bias, good.experts, Gates(phi=good.gates.phi, top_k=k))
+        gated_lora_linear(
+            good.x, good.weight, good.bias, good.experts, Gates(token_weight=good.gates.token_weight, top_k=k)
+        )
         for k in (2, 9)
     ]
     assert torch.equal(*y)

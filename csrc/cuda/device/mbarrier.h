@@ -148,18 +148,18 @@ MOLE_DEVICE void mbarrier_arrive_remote(uint64_t* bar, uint32_t rank) {
 #endif
 }
 
-// one arrival at the barrier of CTA `rank`, which says that this warp has read a stage that asynchronous copies
-// will overwrite, and nothing else: it publishes no ordinary store, so it wants no fence. With .release.cluster
-// the same arrival compiles to MEMBAR.ALL.GPU and waits for the L2 in every step of the main loop. Its waiter is
-// mbarrier_wait_freed. PTX ISA "mbarrier.arrive" (.shared::cluster; default .release of .cta scope)
+// one arrival at the barrier of CTA `rank`, which says that this warp has read a stage that asynchronous
+// copies will overwrite, and nothing else: it publishes no ordinary store, so it wants no fence. With
+// .release.cluster the same arrival compiles to MEMBAR.ALL.GPU and waits for the L2 in every step of the main
+// loop. Its waiter is mbarrier_wait_freed. PTX ISA "mbarrier.arrive" (.shared::cluster; default .release of
+// .cta scope)
 MOLE_DEVICE void mbarrier_arrive_freed(uint64_t* bar, uint32_t rank) {
 #ifdef MOLE_EMULATE
   emu::mbarrier_arrive_freed(bar, rank);
 #else
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(
-          uint32_t(__cvta_generic_to_shared(bar))),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(uint32_t(__cvta_generic_to_shared(bar))),
       "r"(rank)
       : "memory");
 #endif

@@ -36,7 +36,7 @@ MOLE_DEVICE float exp_below(float x) {
 // larger. In shared memory and not unrolled: its registers would be the accumulators'
 MOLE_DEVICE void softmax_row(float* row, const Params& p) {
 #pragma unroll 1
-  for (int e = 0; p.phi_bias.at && e < p.E; ++e) row[e] += number(p.phi_bias, e);
+  for (int e = 0; p.token_bias.at && e < p.E; ++e) row[e] += number(p.token_bias, e);
   unsigned chosen = 0;
   float most = row[0], sum = 0;
 #pragma unroll 1
@@ -92,7 +92,7 @@ MOLE_DEVICE void row_gates(const float (&h)[H],
       g = given(p, m, e);
       if (p.token) {
         const float seen = mine[row * pitch + e];
-        const float l = p.top_k ? seen : sigmoid(seen + (p.phi_bias.at ? number(p.phi_bias, e) : 0.0f));
+        const float l = p.top_k ? seen : sigmoid(seen + (p.token_bias.at ? number(p.token_bias, e) : 0.0f));
         if (writes) p.token_gate[m * p.E + e] = l;
         g *= l;
       }
@@ -164,7 +164,7 @@ MOLE_DEVICE void pool_share(const float (&h)[H],
       if (r >= p.R || owner[r] != thread) continue;
       float of_column = 0;
       for (int warp = 0; warp < 4; ++warp) of_column += sums[(me.group * 4 + warp) * (2 * H) + column];
-      sum += of_column * number(p.pool, set + r);
+      sum += of_column * number(p.sample_weight, set + r);
     }
     share[thread] = sum;
   }
@@ -185,7 +185,7 @@ MOLE_DEVICE void arrive_pooled(
     float sum = 0;
     const float* at = p.parts + int64_t(rows.group) * shares * p.E + me.lane;
     for (int i = 0; i < shares; ++i) sum += at[int64_t(i) * p.E];
-    sum = sum / float(p.T) + (p.pool_bias.at ? number(p.pool_bias, me.lane) : 0.0f);
+    sum = sum / float(p.T) + (p.sample_bias.at ? number(p.sample_bias, me.lane) : 0.0f);
     p.sample_gate[rows.group * p.E + me.lane] = sigmoid(sum);
   }
   __syncwarp();

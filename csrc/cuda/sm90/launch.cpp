@@ -86,12 +86,12 @@ std::string encode_maps(Maps& maps, const Call& c, const Tile& t) {
     encode(maps.w, c.w, BOX, DEPTH, narrow);
     encode(maps.down, c.down, BOX, DEPTH, narrow);
     encode(maps.up, c.up, BOX, DEPTH, narrow);
-    encode(maps.phi, c.phi.at ? c.phi : c.up, BOX, LOGIT_DEPTH, narrow);
+    encode(maps.token_weight, c.token_weight.at ? c.token_weight : c.up, BOX, LOGIT_DEPTH, narrow);
     return error;
   }
   encode(maps.w, c.w, DEPTH, uint32_t(t.shape.columns), wide);
   encode(maps.down, c.down, DEPTH, uint32_t(t.slice), wide);
-  encode(maps.phi, c.phi.at ? c.phi : c.down, DEPTH, LOGITS, wide);
+  encode(maps.token_weight, c.token_weight.at ? c.token_weight : c.down, DEPTH, LOGITS, wide);
   // as many rows of B as the expand's wgmma is wide
   encode(maps.up, c.up, DEPTH, uint32_t(t.shape.columns + (t.way == Way::persistent ? 0 : t.shape.extra)),
          wide);

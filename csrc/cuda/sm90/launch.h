@@ -22,8 +22,8 @@ struct Operand {
 
 // of dX in its own roles: x is dY, y is dX, down is B and up is A
 struct Call {
-  Operand x, w, down, phi, up, y;  // phi.at null where there is no token gate
-  Params params;                   // without what the tile decides
+  Operand x, w, down, token_weight, up, y;  // token_weight.at null where there is no token gate
+  Params params;                            // without what the tile decides
   bool bf16;
   cudaStream_t stream;
   int device;

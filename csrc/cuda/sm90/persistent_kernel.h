@@ -75,7 +75,7 @@ MOLE_DEVICE void load_h_tile(const Maps& maps,
     unsigned char* stage = smem + ring.slot * at.stage;
     tma_load_3d(stage, &maps.x, full, k, rows.position, rows.group);
     load_right<BACK>(stage + BM * ROW_BYTES, &maps.down, full, k, first, set, NH);
-    if (!BACK && p.token) tma_load_3d(stage + (BM + p.slice) * ROW_BYTES, &maps.phi, full, k, 0, 0);
+    if (!BACK && p.token) tma_load_3d(stage + (BM + p.slice) * ROW_BYTES, &maps.token_weight, full, k, 0, 0);
     ring.advance(p.stages);
   }
 }
@@ -108,8 +108,8 @@ MOLE_DEVICE void load_y_tile(const Maps& maps,
   if (BACK && p.token) {
     mbarrier_wait(&bars.empty[ring.slot], ring.phase ^ 1);
     mbarrier_arrive_expect_tx(&bars.full[ring.slot], BN * LOGIT_DEPTH * 2);
-    load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.phi, &bars.full[ring.slot], 0,
-                     item.n0, 0, BN, LOGIT_DEPTH);
+    load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.token_weight, &bars.full[ring.slot],
+                     0, item.n0, 0, BN, LOGIT_DEPTH);
     ring.advance(p.stages);
   }
 }

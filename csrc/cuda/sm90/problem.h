@@ -16,10 +16,10 @@ constexpr int MOST_EXPERTS = 16;
 // one 128-byte row of a swizzled tile: 64 elements of 16 bits
 constexpr int DEPTH = 64;
 constexpr int ROW_BYTES = 128;
-// rows of phi that ride along with A's: the eight columns of the narrowest wgmma
+// rows of token_weight that ride along with A's: the eight columns of the narrowest wgmma
 constexpr int LOGITS = 8;
-// backward: columns of an output-major tile that one copy brings, rows of 64 bytes; rows of phi in its stage,
-// the depth of one wgmma
+// backward: columns of an output-major tile that one copy brings, rows of 64 bytes; rows of token_weight in
+// its stage, the depth of one wgmma
 constexpr int BOX = 32, LOGIT_DEPTH = 16;
 
 // columns of an output-major tile as they lie in shared memory: whole boxes
@@ -48,9 +48,9 @@ struct Params {
   int32_t top_k;  // 0: the token gate is a sigmoid; else a softmax over each row's k largest logits
   int32_t stages;
   const void* bias;  // [N] in the layer's dtype, or null
-  Numbers scale, gate, phi_bias, pool, pool_bias;
+  Numbers scale, gate, token_bias, sample_weight, sample_bias;
   int64_t gate_b, gate_t, gate_e;  // strides of the given gate, 0 where it is broadcast
-  int64_t pool_set;                // elements from one sample's pool to the next
+  int64_t pool_set;                // elements from one sample's sample_weight to the next
   void* h;                         // [M,R] ungated, in the layer's dtype; backward: as the forward saved it
   float* token_gate;               // [M,E]; backward: as the forward saved it
   void* dh;                        // backward: [M,R] γ ⊙ V in the layer's dtype, or null (not in persistent)

@@ -20,6 +20,7 @@ inline const char* name_of(Way way) {
 // what kernels there are: warp groups (64 rows each), columns of y, columns of h and logits.
 // 160 columns make 2048×1280 one wave of 128 tiles; narrow h for small ranks, wide for few slices of large
 // ones
+// clang-format off: one list of tiles each
 #define MOLE_SM90_CLUSTER(X)                                                                        \
   X(2, 128, 16)                                                                                     \
   X(2, 128, 24) X(2, 128, 40) X(2, 128, 72) X(2, 160, 16) X(2, 160, 24) X(2, 160, 40) X(2, 160, 72) \
@@ -41,6 +42,7 @@ inline const char* name_of(Way way) {
   X(2, 160, 32) X(2, 160, 128) X(2, 192, 128) X(2, 256, 32) X(2, 256, 128) X(1, 128, 32) X(1, 128, 128)
 #define MOLE_SM90_RECOMPUTE_DX(X) \
   X(2, 128, 16) X(2, 128, 32) X(2, 160, 16) X(2, 160, 32) X(2, 192, 16) X(2, 192, 32) X(1, 128, 32)
+// clang-format on
 
 struct Shape {
   int warp_groups, columns, extra;

@@ -39,9 +39,9 @@ MOLE_DEVICE void prefetch_maps(const Maps& maps) {
   for (const CUtensorMap* map : {&maps.x, &maps.w, &maps.down, &maps.up, &maps.y}) tma_prefetch(map);
 }
 
-// what one thread does: x, W, A and phi for each 64 columns of K, then B for each 64 rank columns. NX rows of
-// B more than y's columns: the expand then has the base's n, and ptxas need not find room for accumulators of
-// two sizes (it does not: C7511). Nobody reads them
+// what one thread does: x, W, A and token_weight for each 64 columns of K, then B for each 64 rank columns.
+// NX rows of B more than y's columns: the expand then has the base's n, and ptxas need not find room for
+// accumulators of two sizes (it does not: C7511). Nobody reads them
 template <int BM, int BN, int NX, bool CLUSTER, bool BACK>
 MOLE_DEVICE void produce_tiles(const Maps& maps,
                                const Params& p,
@@ -73,7 +73,7 @@ MOLE_DEVICE void produce_tiles(const Maps& maps,
         tma_load_3d(stage, &maps.x, full, k, item.rows.position, item.rows.group);
       load_right<BACK>(w, &maps.w, full, k, item.n0, 0, BN);
       load_right<BACK>(w + BN * ROW_BYTES, &maps.down, full, k, rank * p.slice, item.set, NX);
-      if (!BACK && p.token) tma_load_3d(w + (BN + p.slice) * ROW_BYTES, &maps.phi, full, k, 0, 0);
+      if (!BACK && p.token) tma_load_3d(w + (BN + p.slice) * ROW_BYTES, &maps.token_weight, full, k, 0, 0);
       ring.advance(p.stages);
     }
     for (int r = 0; r < p.R; r += DEPTH) {
@@ -86,8 +86,8 @@ MOLE_DEVICE void produce_tiles(const Maps& maps,
     if (BACK && p.token) {
       wait_stage<CLUSTER>(&bars.empty[ring.slot], ring.phase ^ 1);
       mbarrier_arrive_expect_tx(&bars.full[ring.slot], ALL * LOGIT_DEPTH * 2);
-      load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.phi, &bars.full[ring.slot], 0,
-                       item.n0, 0, ALL, LOGIT_DEPTH);
+      load_right<BACK>(smem + ring.slot * at.stage + BM * ROW_BYTES, &maps.token_weight,
+                       &bars.full[ring.slot], 0, item.n0, 0, ALL, LOGIT_DEPTH);
       ring.advance(p.stages);
     }
   }

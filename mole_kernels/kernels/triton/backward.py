@@ -8,7 +8,7 @@ training makes V and D by the shrink kernel (no base product at all), then the g
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 
 import torch
@@ -19,39 +19,28 @@ from mole_kernels.kernels.triton.gradients import gradients_kernel
 from mole_kernels.kernels.triton.launch import _processors, _start, expand, persistent, shrink
 from mole_kernels.kernels.triton.tiles import Tile, for_sums
 from mole_kernels.kernels.triton.workspace import flags
+from mole_kernels.operands import Gradients, Need
 
 
-@dataclass(frozen=True)
-class Need:
-    """Which gradients are wanted, in the order of the operator's contract."""
+def present(need: Need, f: Fused) -> Need:
+    """Without the gradients of operands that the call does not have."""
+    token, sample = f.token_weight is not None, f.sample_weight is not None
+    return need._replace(
+        gate=need.gate and f.gate is not None,
+        token_weight=need.token_weight and token,
+        token_bias=need.token_bias and token,
+        sample_weight=need.sample_weight and sample,
+        sample_bias=need.sample_bias and sample,
+    )
 
-    x: bool
-    down: bool
-    up: bool
-    scale: bool
-    gate: bool
-    phi: bool
-    phi_bias: bool
-    pool: bool
-    pool_bias: bool
 
-    def of(self, f: Fused) -> Need:
-        """Without those of operands that the call does not have."""
-        token, pooled = f.phi is not None, f.pool is not None
-        return replace(
-            self,
-            gate=self.gate and f.gate is not None,
-            phi=self.phi and token,
-            phi_bias=self.phi_bias and token,
-            pool=self.pool and pooled,
-            pool_bias=self.pool_bias and pooled,
-        )
-
-    def d(self, f: Fused) -> bool:
-        """Whether D is needed: for a gate's gradient, or for what flows through a gate into x or h."""
-        through_token = f.phi is not None and (self.x or self.phi or self.phi_bias)
-        through_pool = f.pool is not None and (self.x or self.down or self.pool or self.pool_bias)
-        return self.scale or self.gate or through_token or through_pool
+def needs_d(need: Need, f: Fused) -> bool:
+    """Whether D is needed: for a gate's gradient, or for what flows through a gate into x or h."""
+    through_token = f.token_weight is not None and (need.x or need.token_weight or need.token_bias)
+    through_sample = f.sample_weight is not None and (
+        need.x or need.down or need.sample_weight or need.sample_bias
+    )
+    return need.scale or need.gate or through_token or through_sample
 
 
 def swapped(dy: Tensor, weight: Tensor, down: Tensor, up: Tensor, f: Fused) -> Fused:
@@ -63,8 +52,8 @@ def swapped(dy: Tensor, weight: Tensor, down: Tensor, up: Tensor, f: Fused) -> F
         bias=None,
         down=up.mT,
         up=down.mT,
-        phi_bias=None,
-        pool_bias=None,
+        token_bias=None,
+        sample_bias=None,
         save=False,
         backward=True,
     )
@@ -75,8 +64,8 @@ First = tuple[Tensor, Tensor | None, Tensor | None]
 
 def backward(
     f: Fused, dy: Tensor, need: Need, tile: Tile, one_launch: bool = True, first: First | None = None
-) -> tuple[Tensor, ...]:
-    """dx, ddown, dup, dscale, dgate, dphi, dphi_bias, dpool, dpool_bias; an empty tensor where not wanted.
+) -> Gradients:
+    """The gradients that `need` names; an empty tensor where one is not wanted.
 
     f      the forward call with h [B,T,R], token_gate [B,T,E], sample_gate [B,E] as it left them
     dy     [B,T,N] in any strides
@@ -84,8 +73,8 @@ def backward(
            float32, the last two where
            they are wanted, as another kernel made them; only the second launch is done here then
     """
-    need = need.of(f)
-    g = replace(swapped(dy, f.w, f.down, f.up, f), need_d=need.d(f), store_z=need.x or need.down)
+    need = present(need, f)
+    g = replace(swapped(dy, f.w, f.down, f.up, f), need_d=needs_d(need, f), store_z=need.x or need.down)
     b: Buffers | None = None
     if first is not None:
         dx, dh, d = (f.scale if t is None else t for t in first)
@@ -98,17 +87,8 @@ def backward(
         if need.x:
             expand(g, b, tile)
     sums = _sums(f, g, b, dy, need, tile)
-    return (
-        b.y if need.x and b is not None else f.x.new_empty(0),
-        sums["ddown"],
-        sums["dup"],
-        sums["dscale"],
-        sums["dgate"],
-        sums["dphi"],
-        sums["dphi_bias"],
-        sums["dpool"],
-        sums["dpool_bias"],
-    )
+    dx = b.y if need.x and b is not None else f.x.new_empty(0)
+    return Gradients(x=dx, **{name: sums[f"d{name}"] for name in Gradients._fields if name != "x"})
 
 
 def _given_jobs(f: Fused, CH: int, BT: int) -> tuple[int, int, int, bool]:
@@ -136,9 +116,17 @@ def _chunks(f: Fused, jobs: int, BT: int) -> tuple[int, int]:
 def _sums(f: Fused, g: Fused, b: Buffers | None, dy: Tensor, need: Need, tile: Tile) -> dict[str, Tensor]:
     """The second launch, with the kinds of jobs that are wanted; none, no launch."""
     x, E = f.x, f.E
-    gates = need.phi_bias or need.scale or need.pool_bias
-    made = dict(ddown=need.down, dup=need.up, dphi=need.phi, dpool=need.pool, dgate=need.gate)
-    like = dict(ddown=f.down, dup=f.up, dphi=f.phi, dpool=f.pool, dgate=f.gate)
+    gates = need.token_bias or need.scale or need.sample_bias
+    made = dict(
+        ddown=need.down,
+        dup=need.up,
+        dtoken_weight=need.token_weight,
+        dsample_weight=need.sample_weight,
+        dgate=need.gate,
+    )
+    like = dict(
+        ddown=f.down, dup=f.up, dtoken_weight=f.token_weight, dsample_weight=f.sample_weight, dgate=f.gate
+    )
     out = {
         name: torch.empty(
             like[name].shape if on else 0,  # type: ignore[union-attr]
@@ -148,10 +136,12 @@ def _sums(f: Fused, g: Fused, b: Buffers | None, dy: Tensor, need: Need, tile: T
         for name, on in made.items()
     }
     vectors = torch.empty(3 * E if gates else 0, dtype=torch.float32, device=x.device)
-    small = dict(zip(("dscale", "dphi_bias", "dpool_bias"), vectors.split(E) if gates else (vectors,) * 3))
+    small = dict(
+        zip(("dscale", "dtoken_bias", "dsample_bias"), vectors.split(E) if gates else (vectors,) * 3)
+    )
     if any(made.values()) or gates:
         _launch(f, g, b, dy, tile, out, small, made, gates)
-    wanted = dict(dscale=need.scale, dphi_bias=need.phi_bias, dpool_bias=need.pool_bias)
+    wanted = dict(dscale=need.scale, dtoken_bias=need.token_bias, dsample_bias=need.sample_bias)
     kept = {name: small[name] if on else x.new_empty(0) for name, on in wanted.items()}
     if need.scale and f.scale.dtype != torch.float32:
         kept["dscale"] = kept["dscale"].to(f.scale.dtype)
@@ -170,7 +160,9 @@ def _launch(
     gates: bool,
 ) -> None:
     x, E, EP, S = f.x, f.E, f.EP, f.down.shape[0]
-    busy = f.assignment is not None or (f.gate is not None and (f.phi is not None or f.pool is not None))
+    busy = f.assignment is not None or (
+        f.gate is not None and (f.token_weight is not None or f.sample_weight is not None)
+    )
     on_gpu = x.device.type == "cuda"
     BT, BC, BR = for_sums(
         f.R, x.dtype, torch.cuda.get_device_capability(x.device) if on_gpu else (8, 0), busy
@@ -181,18 +173,18 @@ def _launch(
     tiles = dict(
         down=S * n_r * -(-f.K // BC) * made["ddown"],
         up=S * n_r * -(-f.N // BC) * made["dup"],
-        phi=-(-f.K // BC) * made["dphi"],
-        pool=S * n_r * made["dpool"],
+        token_weight=-(-f.K // BC) * made["dtoken_weight"],
+        sample_weight=S * n_r * made["dsample_weight"],
     )
     many = S > 1 or f.assignment is not None
     at_once = sum(tiles.values()) if f.assignment is not None else sum(tiles.values()) // S * f.groups
     CH, n_c = _chunks(f, at_once + gates * f.groups, BT)
     every = n_c * f.groups
     per_tile = n_c if many else every
-    sizes = dict(down=BR * BC, up=BR * BC, phi=EP * BC, pool=BR)
+    sizes = dict(down=BR * BC, up=BR * BC, token_weight=EP * BC, sample_weight=BR)
     slots, at, jobs = {}, 0, 0
     for kind, size in sizes.items():
-        of_tile = every if kind == "phi" else per_tile
+        of_tile = every if kind == "token_weight" else per_tile
         slots[kind], at, jobs = at, at + tiles[kind] * of_tile * size, jobs + tiles[kind] * of_tile
     o_given = at + (every * 2 * EP if gates else 0)
     n_given, CG, n_given_c, by_token = _given_jobs(f, CH, BT) if made["dgate"] else (0, BT, 1, False)
@@ -213,7 +205,7 @@ def _launch(
             cols=expert_of_column(f.ranks, x.device),
             scale=f.scale,
             gate=absent if f.gate is None else f.gate,
-            pool=absent if f.pool is None else f.pool,
+            sample_weight=absent if f.sample_weight is None else f.sample_weight,
             h=f.h,
             z=b.z if b else absent,
             d=b.d if b else absent,
@@ -224,16 +216,16 @@ def _launch(
             counters=flags(x.device, sum(tiles.values()) + 1 + n_given),
             n_down=tiles["down"],
             n_up=tiles["up"],
-            n_phi=tiles["phi"],
-            n_pool=tiles["pool"],
+            n_phi=tiles["token_weight"],
+            n_pool=tiles["sample_weight"],
             n_given=n_given,
             n_given_c=n_given_c,
             CG=CG,
             o_given=o_given,
             assignment=absent if f.assignment is None else f.assignment,
             o_up=slots["up"],
-            o_phi=slots["phi"],
-            o_pool=slots["pool"],
+            o_phi=slots["token_weight"],
+            o_pool=slots["sample_weight"],
             o_gate=at,
             B=f.B,
             T=f.T,
@@ -250,17 +242,17 @@ def _launch(
             E=E,
             DOWN=made["ddown"],
             UP=made["dup"],
-            PHI=made["dphi"],
+            PHI=made["dtoken_weight"],
             GATES=gates,
-            DPOOL=made["dpool"],
+            DPOOL=made["dsample_weight"],
             GIVEN=made["dgate"],
             S_MANY=many,
             ASSIGN=f.assignment is not None,
-            TOKEN=f.phi is not None,
+            TOKEN=f.token_weight is not None,
             SOFTMAX=f.top_k > 0,
             GATE=f.gate is not None,
             BY_TOKEN=by_token,
-            POOL=f.pool is not None,
+            POOL=f.sample_weight is not None,
             PRECISION=f.precision,
             BT=BT,
             BC=BC,

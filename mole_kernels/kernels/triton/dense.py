@@ -21,8 +21,8 @@ from mole_kernels.kernels.triton.expand import base_tile, tile_order
 def logits_tile(
     i,
     x,
-    phi,
-    phi_bias,
+    token_weight,
+    token_bias,
     token_gate,
     T,
     span,
@@ -48,7 +48,7 @@ def logits_tile(
     o_k, o_e = tl.arange(0, BK), tl.arange(0, EP)
     m_e = o_e < E
     p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :] * sxk
-    p_p = phi + (o_e[None, :] * spe + o_k[:, None] * spk)
+    p_p = token_weight + (o_e[None, :] * spe + o_k[:, None] * spk)
     b_l = tl.zeros((BM, EP), tl.float32)
     for k in range(0, K, BK):
         m_k = (k + o_k < K) | EVEN_K
@@ -58,7 +58,7 @@ def logits_tile(
         p_x += BK * sxk
         p_p += BK * spk
     if BIAS:
-        b_l += tl.load(phi_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
+        b_l += tl.load(token_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
     b_l = token_gates(b_l, o_e, m_e, E, top_k, SOFTMAX)
     tl.store(token_gate + m_0 * E + (o_i[:, None] * E + o_e[None, :]), b_l, mask=m_m[:, None] & m_e[None, :])
 
@@ -115,8 +115,8 @@ def delta_kernel(
     x,
     down,
     up,
-    phi,
-    phi_bias,
+    token_weight,
+    token_bias,
     first,
     scale,
     delta,
@@ -162,8 +162,8 @@ def delta_kernel(
             logits_tile(
                 i,
                 x,
-                phi,
-                phi_bias,
+                token_weight,
+                token_bias,
                 token_gate,
                 T,
                 span,

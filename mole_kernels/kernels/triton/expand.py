@@ -102,12 +102,12 @@ def expand_tile(
     n_0,
     z,
     up,
-    phi,
+    token_weight,
     bias,
     cols,
     scale,
     gate,
-    pool,
+    sample_weight,
     assignment,
     q,
     token_gate,
@@ -169,7 +169,7 @@ def expand_tile(
             o_c = tl.load(cols + o_r, mask=m_r, other=0)
             b_q = tl.load(q + i_b * E + o_c, mask=m_r, other=0.0, cache_modifier=".cg")
             if BACKWARD:
-                b_c = b_q * tl.load(pool + i_s * sps + o_r, mask=m_r, other=0.0).to(tl.float32) / T
+                b_c = b_q * tl.load(sample_weight + i_s * sps + o_r, mask=m_r, other=0.0).to(tl.float32) / T
                 b_z = (b_z + b_c[None, :]).to(up.dtype.element_ty)
             else:
                 b_z = (b_z * b_q[None, :]).to(up.dtype.element_ty)
@@ -202,7 +202,7 @@ def expand_tile(
             BM,
             EP,
         )
-        p_p = phi + (o_e[:, None] * spe + o_n[None, :] * spk)
+        p_p = token_weight + (o_e[:, None] * spe + o_n[None, :] * spk)
         b_p = tl.load(p_p, mask=m_e[:, None] & m_n[None, :], other=0.0)
         b_y = tl.dot(b_t.to(b_p.dtype), b_p, b_y, input_precision=PRECISION)
     if BIAS:
@@ -218,12 +218,12 @@ def expand_kernel(
     w2,
     z,
     up,
-    phi,
+    token_weight,
     bias,
     cols,
     scale,
     gate,
-    pool,
+    sample_weight,
     assignment,
     q,
     token_gate,
@@ -322,12 +322,12 @@ def expand_kernel(
         n_0,
         z,
         up,
-        phi,
+        token_weight,
         bias,
         cols,
         scale,
         gate,
-        pool,
+        sample_weight,
         assignment,
         q,
         token_gate,
@@ -371,12 +371,12 @@ def expand_kernel(
             n_0 + BN,
             z,
             up,
-            phi,
+            token_weight,
             bias,
             cols,
             scale,
             gate,
-            pool,
+            sample_weight,
             assignment,
             q,
             token_gate,

@@ -15,6 +15,35 @@ from torch import Tensor
 
 from mole_kernels.kernels.triton.tiles import Tile, next_power
 from mole_kernels.kernels.triton.workspace import flags
+from mole_kernels.operands import Call
+
+# offsets within a tile are 32 bits wide
+WIDEST = 1 << 22
+OPERANDS = (
+    "x",
+    "w",
+    "bias",
+    "down",
+    "up",
+    "scale",
+    "gate",
+    "token_weight",
+    "token_bias",
+    "sample_weight",
+    "sample_bias",
+    "assignment",
+)
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def tame(t: Tensor) -> Tensor:
+    """t, or a contiguous copy where its last stride is so long that an offset within a tile would not fit in
+    32 bits.
+    """
+    return t if t.stride(-1) < WIDEST else t.contiguous()
 
 
 @dataclass(frozen=True)
@@ -35,10 +64,10 @@ class Fused:
     scale: Tensor
     ranks: tuple[int, ...]
     gate: Tensor | None
-    phi: Tensor | None
-    phi_bias: Tensor | None
-    pool: Tensor | None
-    pool_bias: Tensor | None
+    token_weight: Tensor | None
+    token_bias: Tensor | None
+    sample_weight: Tensor | None
+    sample_bias: Tensor | None
     assignment: Tensor | None = None
     top_k: int = 0
     save: bool = False
@@ -48,6 +77,34 @@ class Fused:
     sample_gate: Tensor | None = None
     need_d: bool = False
     store_z: bool = True
+
+    @classmethod
+    def of(cls, call: Call) -> Fused:
+        """A forward call: vectors contiguous, strides that a tile's offsets can hold."""
+        down, up, scale, ranks, assignment = call.experts
+        gate, token_weight, *vectors, top_k = call.gates
+        token_bias, sample_weight, sample_bias = map(contiguous, vectors)
+        return cls(
+            tame(call.x),
+            call.weight,
+            contiguous(call.bias),
+            down,
+            up,
+            scale.contiguous(),
+            tuple(ranks),
+            gate,
+            token_weight,
+            token_bias,
+            sample_weight,
+            sample_bias,
+            contiguous(assignment),
+            min(top_k, len(ranks)) if token_weight is not None else 0,
+            call.save,
+        )
+
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """Its tensors in the order of `OPERANDS`."""
+        return tuple(getattr(self, name) for name in OPERANDS)
 
     @property
     def B(self) -> int:
@@ -84,7 +141,7 @@ class Fused:
     @property
     def per_sample(self) -> bool:
         """Tiles must not straddle samples: each has its own experts, or its own sample gate."""
-        return self.down.shape[0] > 1 or self.pool is not None or self.assignment is not None
+        return self.down.shape[0] > 1 or self.sample_weight is not None or self.assignment is not None
 
     @property
     def span(self) -> int:
@@ -115,20 +172,20 @@ class Fused:
 
     def strides(self) -> dict[str, int]:
         """Strides by the kernels' names; 0 where a tensor is absent or its set is shared."""
-        gate, phi, pool = self.gate, self.phi, self.pool
+        gate, token_weight, sample_weight = self.gate, self.token_weight, self.sample_weight
         many = self.down.shape[0] > 1
         s = dict(zip(("sxb", "sxt", "sxk"), self.x.stride())) | dict(zip(("swn", "swk"), self.w.stride()))
         s |= dict(zip(("sds", "sdr", "sdk"), self.down.stride())) | dict(
             zip(("sus", "sun", "sur"), self.up.stride())
         )
         s |= {} if many else {"sds": 0, "sus": 0}
-        s["spe"], s["spk"] = phi.stride() if phi is not None else (0, 0)
+        s["spe"], s["spk"] = token_weight.stride() if token_weight is not None else (0, 0)
         s["sgb"], s["sgt"], s["sge"] = (
             (0 if n == 1 else k for n, k in zip(gate.shape, gate.stride()))
             if (gate is not None)
             else (0, 0, 0)
         )
-        s["sps"] = pool.stride(0) if pool is not None and many else 0
+        s["sps"] = sample_weight.stride(0) if sample_weight is not None and many else 0
         return s
 
 
@@ -170,19 +227,19 @@ def buffers(f: Fused, tile: Tile, BM: int, y: bool = True) -> Buffers:
     def new(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
         return torch.empty(shape if wanted else 0, dtype=dtype, device=x.device)
 
-    token, pool = f.phi is not None, f.pool is not None
+    token, sample = f.token_weight is not None, f.sample_weight is not None
     n_flags = 2 + f.groups * (n_t + 1)
     return Buffers(
         y=new(f.B, f.T, f.N, dtype=x.dtype, wanted=y),
         h=f.h if f.h is not None else new(f.B, f.T, f.R, dtype=x.dtype, wanted=f.save),
         # with a sample gate z is gated once more where it is read, so it is rounded only then
-        z=new(f.M, f.R, dtype=torch.float32 if pool else x.dtype) if f.store_z else f.scale,
+        z=new(f.M, f.R, dtype=torch.float32 if sample else x.dtype) if f.store_z else f.scale,
         token_gate=f.token_gate if f.token_gate is not None else new(f.B, f.T, f.E, wanted=token),
-        sample_gate=f.sample_gate if f.sample_gate is not None else new(f.B, f.E, wanted=pool),
+        sample_gate=f.sample_gate if f.sample_gate is not None else new(f.B, f.E, wanted=sample),
         # never returned, so any tensor stands in for what a call has no use for
         d=new(n_r, f.M, f.E) if f.need_d else f.scale,
-        parts=new(f.B * n_t * n_r, f.E) if pool else f.scale,
-        q=new(f.B, f.E) if pool and f.backward else f.scale,
+        parts=new(f.B * n_t * n_r, f.E) if sample else f.scale,
+        q=new(f.B, f.E) if sample and f.backward else f.scale,
         flags=flags(x.device, n_flags),
     )
 
@@ -192,7 +249,7 @@ def common_arguments(f: Fused, b: Buffers) -> dict[str, object]:
     never read.
     """
     absent = f.scale
-    pool = f.pool is not None
+    sample = f.sample_weight is not None
     return dict(
         x=f.x,
         x2=f.x,
@@ -212,12 +269,12 @@ def common_arguments(f: Fused, b: Buffers) -> dict[str, object]:
         q=b.q if f.backward else b.sample_gate,
         bias=absent if f.bias is None else f.bias,
         gate=absent if f.gate is None else f.gate,
-        phi=absent if f.phi is None else f.phi,
-        phi_bias=absent if f.phi_bias is None else f.phi_bias,
+        token_weight=absent if f.token_weight is None else f.token_weight,
+        token_bias=absent if f.token_bias is None else f.token_bias,
         assignment=absent if f.assignment is None else f.assignment,
         top_k=f.top_k,
-        pool=absent if f.pool is None else f.pool,
-        pool_bias=absent if f.pool_bias is None else f.pool_bias,
+        sample_weight=absent if f.sample_weight is None else f.sample_weight,
+        sample_bias=absent if f.sample_bias is None else f.sample_bias,
         T=f.T,
         span=f.span,
         M=f.M,
@@ -228,13 +285,13 @@ def common_arguments(f: Fused, b: Buffers) -> dict[str, object]:
         **f.strides(),
         BACKWARD=f.backward,
         ASSIGN=f.assignment is not None,
-        TOKEN=f.phi is not None,
+        TOKEN=f.token_weight is not None,
         SOFTMAX=f.top_k > 0,
         GATE=f.gate is not None,
-        POOL=pool,
+        POOL=sample,
         BIAS=f.bias is not None,
-        PHI_BIAS=f.phi_bias is not None,
-        POOL_BIAS=f.pool_bias is not None,
+        PHI_BIAS=f.token_bias is not None,
+        POOL_BIAS=f.sample_bias is not None,
         SAVE=f.save,
         NEED_D=f.need_d,
         STORE_Z=f.store_z,

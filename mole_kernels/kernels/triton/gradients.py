@@ -107,7 +107,7 @@ def down_sum(
     x,
     z,
     cols,
-    pool,
+    sample_weight,
     q,
     assignment,
     T,
@@ -132,7 +132,7 @@ def down_sum(
     if POOL:
         i_s, _ = set_of(i_g, R, assignment, ASSIGN)
         o_c = tl.load(cols + o_r, mask=m_r, other=0)
-        b_p = tl.load(pool + i_s * sps + o_r, mask=m_r, other=0.0).to(tl.float32)
+        b_p = tl.load(sample_weight + i_s * sps + o_r, mask=m_r, other=0.0).to(tl.float32)
         b_c = tl.load(q + i_g * E + o_c, mask=m_r, other=0.0) * b_p / T
     end = tl.minimum(span, (i_c + 1) * CH)
     for t in range(i_c * CH, end, BT):
@@ -155,7 +155,7 @@ def down_job(
     x,
     z,
     cols,
-    pool,
+    sample_weight,
     assignment,
     q,
     ddown,
@@ -202,7 +202,7 @@ def down_job(
                     x,
                     z,
                     cols,
-                    pool,
+                    sample_weight,
                     q,
                     assignment,
                     T,
@@ -231,7 +231,7 @@ def down_job(
             x,
             z,
             cols,
-            pool,
+            sample_weight,
             q,
             assignment,
             T,
@@ -447,7 +447,7 @@ def phi_job(
     sample_gate,
     scale,
     gate,
-    dphi,
+    dtoken_weight,
     partial,
     counters,
     T,
@@ -473,7 +473,7 @@ def phi_job(
     BC: tl.constexpr,
     EP: tl.constexpr,
 ):
-    """An [EP,BC] tile of dΦ = dlogitᵀx.  dphi [E,K]"""
+    """An [EP,BC] tile of dΦ = dlogitᵀx.  dtoken_weight [E,K]"""
     tile, slot, slots, i_g, i_c = job_of(job, n_tiles, n_c, n_g, 1, False)
     o_e, o_k = tl.arange(0, EP), tile * BC + tl.arange(0, BC)
     m_e, m_k = o_e < E, o_k < K
@@ -515,8 +515,8 @@ def phi_job(
     b_s, is_last = settle(b_s, p_slot, EP * BC, slot, slots, counters + tile)
     if is_last:
         tl.store(
-            dphi + o_e[:, None] * K + o_k[None, :],
-            b_s.to(dphi.dtype.element_ty),
+            dtoken_weight + o_e[:, None] * K + o_k[None, :],
+            b_s.to(dtoken_weight.dtype.element_ty),
             mask=m_e[:, None] & m_k[None, :],
         )
 
@@ -560,9 +560,9 @@ def gate_job(
     scale,
     gate,
     q,
-    dphi_bias,
+    dtoken_bias,
     dscale,
-    dpool_bias,
+    dsample_bias,
     partial,
     counters,
     T,
@@ -628,13 +628,15 @@ def gate_job(
     b_2, is_last = settle(b_2, partial + o_2, 2 * EP, slot, slots, counters)
     if is_last:
         if TOKEN:
-            tl.store(dphi_bias + o_e, tl.sum(tl.where(tl.arange(0, 2)[:, None] == 0, b_2, 0.0), 0), mask=m_e)
+            tl.store(
+                dtoken_bias + o_e, tl.sum(tl.where(tl.arange(0, 2)[:, None] == 0, b_2, 0.0), 0), mask=m_e
+            )
         tl.store(dscale + o_e, tl.sum(tl.where(tl.arange(0, 2)[:, None] == 1, b_2, 0.0), 0), mask=m_e)
         if POOL:
             b_q = tl.zeros((EP,), tl.float32)
             for i_b in range(B):
                 b_q += tl.load(q + i_b * E + o_e, mask=m_e, other=0.0)
-            tl.store(dpool_bias + o_e, b_q, mask=m_e)
+            tl.store(dsample_bias + o_e, b_q, mask=m_e)
 
 
 @triton.jit
@@ -715,7 +717,7 @@ def pool_job(
     cols,
     assignment,
     q,
-    dpool,
+    dsample_weight,
     partial,
     counters,
     T,
@@ -732,7 +734,7 @@ def pool_job(
     BT: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """dp_r = Σ_b dq_e[b]·mean_t h[b,t,r].  dpool [S,R] float32"""
+    """dp_r = Σ_b dq_e[b]·mean_t h[b,t,r].  dsample_weight [S,R] float32"""
     tile, slot, slots, i_g, i_c = job_of(job, n_tiles, n_c, n_g, S, S_MANY)
     n_r = tl.cdiv(R, BR)
     o_r = (tile % n_r) * BR + tl.arange(0, BR)
@@ -758,7 +760,7 @@ def pool_job(
     p_slot = partial + tl.cast(tile, tl.int64) * slots * BR + tl.arange(0, BR)
     b_p, is_last = settle(b_p, p_slot, BR, slot, slots, counters + tile)
     if is_last:
-        tl.store(dpool + (tile // n_r) * R + o_r, b_p, mask=m_r)
+        tl.store(dsample_weight + (tile // n_r) * R + o_r, b_p, mask=m_r)
 
 
 @triton.jit(do_not_specialize=JOBS)
@@ -768,7 +770,7 @@ def gradients_kernel(
     cols,
     scale,
     gate,
-    pool,
+    sample_weight,
     assignment,
     h,
     z,
@@ -778,11 +780,11 @@ def gradients_kernel(
     q,
     ddown,
     dup,
-    dphi,
-    dphi_bias,
+    dtoken_weight,
+    dtoken_bias,
     dscale,
-    dpool,
-    dpool_bias,
+    dsample_weight,
+    dsample_bias,
     dgate,
     partial,
     counters,
@@ -841,7 +843,7 @@ def gradients_kernel(
     EP: tl.constexpr,
 ):
     """All jobs of one backward.  n_* output tiles of a kind, o_* where its slots begin; in the order down up
-    phi pool gate given
+    token_weight sample_weight gate given
     """
     job = tl.program_id(0)
     every = n_c * n_g
@@ -856,7 +858,7 @@ def gradients_kernel(
                 x,
                 z,
                 cols,
-                pool,
+                sample_weight,
                 assignment,
                 q,
                 ddown,
@@ -939,7 +941,7 @@ def gradients_kernel(
                 sample_gate,
                 scale,
                 gate,
-                dphi,
+                dtoken_weight,
                 partial + o_phi,
                 counters + c_phi,
                 T,
@@ -975,7 +977,7 @@ def gradients_kernel(
                 cols,
                 assignment,
                 q,
-                dpool,
+                dsample_weight,
                 partial + o_pool,
                 counters + c_pool,
                 T,
@@ -1003,9 +1005,9 @@ def gradients_kernel(
                 scale,
                 gate,
                 q,
-                dphi_bias,
+                dtoken_bias,
                 dscale,
-                dpool_bias,
+                dsample_bias,
                 partial + o_gate,
                 counters + c_gate,
                 T,

@@ -80,7 +80,7 @@ def shrink(f: Fused, b: Buffers, tile: Tile) -> None:
         BK=BK,
         EVEN_K=f.K % BK == 0,
         PDL=tile.pdl,
-        BIAS=f.phi_bias is not None,
+        BIAS=f.token_bias is not None,
     )
     _start(shrink_kernel, (f.groups * n_t, n_r), arguments, tile)
 
@@ -211,7 +211,7 @@ def dense(f: Fused, tile: Tile) -> Buffers:
             PDL=tile.pdl,
         )
     )
-    programs = f.E * -(-f.N // BN) * -(-f.K // BK) + (n_t if f.phi is not None else 0)
+    programs = f.E * -(-f.N // BN) * -(-f.K // BK) + (n_t if f.token_weight is not None else 0)
     _start(delta_kernel, (programs,), arguments, tile)
     n_m = f.groups * f.row_tiles(tile.BM)
     arguments = _product_arguments(f, b, tile) | more | dict(n_t=f.row_tiles(tile.BM), n_m=n_m)

@@ -18,27 +18,14 @@ import torch
 from torch import Tensor
 
 from mole_kernels.kernels.triton import launch
-from mole_kernels.kernels.triton.fused import Buffers, Fused
+from mole_kernels.kernels.triton.fused import OPERANDS, Buffers, Fused
 from mole_kernels.kernels.triton.strategies import WAYS
 from mole_kernels.kernels.triton.tiles import Tile
 from mole_kernels.kernels.triton.workspace import flags
+from mole_kernels.operands import Outputs
 
 # the ways that are launches of ours and nothing else
 PLANNED = ("persistent", "two_pass", "recompute")
-OPERANDS = (
-    "x",
-    "w",
-    "bias",
-    "down",
-    "up",
-    "scale",
-    "gate",
-    "phi",
-    "phi_bias",
-    "pool",
-    "pool_bias",
-    "assignment",
-)
 BUFFERS = ("y", "h", "z", "token_gate", "sample_gate", "parts", "flags")
 # arguments that are called otherwise than the tensor they are, in a forward
 CALLED = {"x2": "x", "w2": "w", "arrived": "flags", "q": "sample_gate", "d": "scale"}
@@ -72,20 +59,20 @@ class Plan:
     n_flags: int
     device: torch.device
 
-    def run(self, operands: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y, h, l, G of a call with these operands, in the order of OPERANDS."""
+    def run(self, f: Fused) -> Outputs:
+        """y, h, l, G of a call of this kind."""
         device = self.device
         made = [
             None if size is None else torch.empty(size[0], dtype=size[1], device=device)
             for size in self.sizes
         ]
-        tensors = (*operands, *made, flags(device, self.n_flags))
+        tensors = (*f.operands(), *made, flags(device, self.n_flags))
         if device.type == "cuda" and torch.cuda.current_device() != device.index:
             with torch.cuda.device(device):
                 self._launch(tensors)
         else:
             self._launch(tensors)
-        return made[0], made[1], made[3], made[4]  # type: ignore[return-value]
+        return Outputs(made[0], made[1], made[3], made[4])  # type: ignore[arg-type]
 
     def _launch(self, tensors: Sequence[Tensor | None]) -> None:
         for step in self.steps:
@@ -101,22 +88,14 @@ class Plan:
                 step.compiled[step.grid](*values)
 
 
-def key_of(
-    way: str,
-    tile: Tile | None,
-    operands: Sequence[Tensor | None],
-    ranks: tuple[int, ...],
-    top_k: int,
-    save: bool,
-    tf32: bool,
-) -> object:
+def key_of(way: str, tile: Tile | None, f: Fused) -> object:
     """What two calls must have in common to be launched alike; Triton compiles anew where a pointer is not
     aligned to 16 bytes.
     """
-    kinds = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in operands]
-    x = operands[0]
-    assert x is not None
-    return way, tile, ranks, top_k, save, tf32, x.device, *kinds
+    kinds = [
+        None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in f.operands()
+    ]
+    return way, tile, f.ranks, f.top_k, f.save, f.precision, f.x.device, *kinds
 
 
 def known(key: object) -> Plan | None:

@@ -20,8 +20,8 @@ def recompute_kernel(
     w,
     down,
     up,
-    phi,
-    phi_bias,
+    token_weight,
+    token_bias,
     bias,
     cols,
     scale,
@@ -81,7 +81,7 @@ def recompute_kernel(
     i_s, R_s = set_of(i_b, R, assignment, ASSIGN)
     m_n, m_r, m_e, m_d = i_n * BN + o_j < N, o_r < R, o_e < E, o_r < R_s
     p_d = down + i_s * sds + (o_r[None, :] * sdr + o_k[:, None] * sdk)
-    p_p = phi + (o_e[None, :] * spe + o_k[:, None] * spk)
+    p_p = token_weight + (o_e[None, :] * spe + o_k[:, None] * spk)
     if not TMA:
         p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :] * sxk
         p_w = w + tl.cast(i_n * BN, tl.int64) * swn + (o_j[None, :] * swn + o_k[:, None] * swk)
@@ -120,7 +120,7 @@ def recompute_kernel(
             tl.store(h + m_0 * R + (o_i[:, None] * R + o_r[None, :]), b_h.to(h.dtype.element_ty), mask=m_mr)
     if TOKEN:
         if PHI_BIAS:
-            b_l += tl.load(phi_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
+            b_l += tl.load(token_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
         b_l = token_gates(b_l, o_e, m_e, E, top_k, SOFTMAX)
         if i_n == 0:
             tl.store(

@@ -22,12 +22,12 @@ def shrink_tile(
     i_r,
     x,
     down,
-    phi,
-    phi_bias,
+    token_weight,
+    token_bias,
     cols,
     scale,
     gate,
-    pool,
+    sample_weight,
     assignment,
     sample_gate,
     h,
@@ -86,7 +86,7 @@ def shrink_tile(
         + tl.cast(r_0, tl.int64) * sdr
         + (tl.arange(0, BR)[None, :] * sdr + o_k[:, None] * sdk)
     )
-    p_p = phi + (o_e[None, :] * spe + o_k[:, None] * spk)
+    p_p = token_weight + (o_e[None, :] * spe + o_k[:, None] * spk)
     if not TMA:
         p_x = x + (o_b * sxb + o_t * sxt)[:, None] + o_k[None, :] * sxk
     b_h = tl.zeros((BM, BR), tl.float32)
@@ -153,12 +153,12 @@ def shrink_tile(
             tl.store(h + o_mr, b_h.to(h.dtype.element_ty), mask=m_mr)
         if TOKEN:
             if BIAS:
-                b_l += tl.load(phi_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
+                b_l += tl.load(token_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
             b_l = token_gates(b_l, o_e, m_e, E, top_k, SOFTMAX)
             if i_r == 0:
                 tl.store(token_gate + o_me, b_l, mask=m_me)
         if POOL:
-            b_p = tl.load(pool + i_s * sps + o_r, mask=m_d, other=0.0).to(tl.float32)
+            b_p = tl.load(sample_weight + i_s * sps + o_r, mask=m_d, other=0.0).to(tl.float32)
             b_q = tl.where(o_c[None, :] == o_e[:, None], (tl.sum(b_h, 0) * b_p)[None, :], 0.0)
             tl.store(parts + (i * n_r + i_r) * E + o_e, tl.sum(b_q, 1), mask=m_e)
         b_g = column_gates(
@@ -173,7 +173,7 @@ def finish_sample(
     i_b,
     parts,
     arrived,
-    pool_bias,
+    sample_bias,
     out,
     n_parts,
     T,
@@ -205,7 +205,7 @@ def finish_sample(
         if not BACKWARD:
             b_q = b_q / T
             if BIAS:
-                b_q += tl.load(pool_bias + o_e, mask=o_e < E, other=0.0).to(tl.float32)
+                b_q += tl.load(sample_bias + o_e, mask=o_e < E, other=0.0).to(tl.float32)
             b_q = tl.sigmoid(b_q)
         tl.store(out + i_b * E + o_e, b_q, mask=o_e < E)
         tl.store(arrived + i_b, 0)
@@ -216,13 +216,13 @@ def finish_sample(
 def shrink_kernel(
     x,
     down,
-    phi,
-    phi_bias,
+    token_weight,
+    token_bias,
     cols,
     scale,
     gate,
-    pool,
-    pool_bias,
+    sample_weight,
+    sample_bias,
     assignment,
     sample_gate,
     h,
@@ -282,12 +282,12 @@ def shrink_kernel(
         i_r,
         x,
         down,
-        phi,
-        phi_bias,
+        token_weight,
+        token_bias,
         cols,
         scale,
         gate,
-        pool,
+        sample_weight,
         assignment,
         sample_gate,
         h,
@@ -335,4 +335,4 @@ def shrink_kernel(
         EP,
     )
     if POOL:
-        finish_sample(i // n_t, parts, arrived, pool_bias, q, n_t * n_r, T, E, BACKWARD, POOL_BIAS, EP, 64)
+        finish_sample(i // n_t, parts, arrived, sample_bias, q, n_t * n_r, T, E, BACKWARD, POOL_BIAS, EP, 64)

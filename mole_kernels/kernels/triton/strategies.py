@@ -26,5 +26,11 @@ def refusal(way: str, f: Fused) -> str | None:
     mask = f.gate is not None and f.gate.shape[1] != 1
     own = f.down.shape[0] > 1 or f.assignment is not None
     return impossible(
-        way, f.R, token=f.phi is not None, sample=f.pool is not None, mask=mask, save=f.save, own=own
+        way,
+        f.R,
+        token=f.token_weight is not None,
+        sample=f.sample_weight is not None,
+        mask=mask,
+        save=f.save,
+        own=own,
     )

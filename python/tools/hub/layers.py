@@ -13,7 +13,7 @@ class GatedLoRALinear(nn.Module):
 
     The module has weight [N,K], bias [N] or None, down [S,R,K], up [S,N,R], scale [E] and ranks (R_1 … R_E).
     Where it has them, the gates
-    are gate [B|1,T|1,E], phi [E,K], phi_bias [E], pool [S,R], pool_bias [E] and top_k, the samples' sets
+    are gate [B|1,T|1,E], token_weight [E,K], token_bias [E], pool [S,R], sample_bias [E] and top_k, the samples' sets
     assignment [B].
     """
 
@@ -32,7 +32,8 @@ class GatedLoRALinear(nn.Module):
             self.down, self.up, self.scale, tuple(self.ranks), getattr(self, "assignment", None)
         )
         given: dict[str, Tensor | None] = {
-            name: getattr(self, name, None) for name in ("gate", "phi", "phi_bias", "pool", "pool_bias")
+            name: getattr(self, name, None)
+            for name in ("gate", "token_weight", "token_bias", "sample_weight", "sample_bias")
         }
         return gated_lora_linear(
             x, self.weight, self.bias, experts, Gates(**given, top_k=int(getattr(self, "top_k", 0)))

@@ -1,6 +1,7 @@
 // Distributed shared memory, in which fault=NAME plants one mistake. fault=none is right.
-// Each CTA of a cluster of two makes half of h = x a ᵀ's columns as bf16, gives it to its peer in three ways (st_cluster, st_async,
-// bulk_copy_cluster by thirds), x comes by multicast, and both multiply h [64,32] by their own w.
+// Each CTA of a cluster of two makes half of h = x a ᵀ's columns as bf16, gives it to its peer in three ways
+// (st_cluster, st_async, bulk_copy_cluster by thirds), x comes by multicast, and both multiply h [64,32] by
+// their own w.
 #include "csrc/cuda/device/device.h"
 #include "faults.h"
 #include "gemm.h"
@@ -99,12 +100,14 @@ __device__ void exchange(const Shared& l, int fault) {
   if (fault == FAULT("misaligned_store") && t == 3) there += 4;
   if (fault == FAULT("out_of_bounds") && t == 3) there += 65536;
   st_cluster(there, mine);
-  if (fault == FAULT("peer_pointer") && t == 3) *reinterpret_cast<uint4*>(l.h + place(r, c) + (rank ? -262144 : 262144)) = mine;
+  if (fault == FAULT("peer_pointer") && t == 3)
+    *reinterpret_cast<uint4*>(l.h + place(r, c) + (rank ? -262144 : 262144)) = mine;
   const int d = first + 2 + t / 64;
   const uint4 other = make_piece(l, r, d);
   *reinterpret_cast<uint4*>(l.h + place(r, d)) = other;
   if (t < 64) {
-    st_async(cluster_map(l.h, peer) + place(r, d), other, cluster_map(l.copied, fault == FAULT("foreign_barrier") ? rank : peer));
+    st_async(cluster_map(l.h, peer) + place(r, d), other,
+             cluster_map(l.copied, fault == FAULT("foreign_barrier") ? rank : peer));
   } else {
     *reinterpret_cast<uint4*>(l.stage + r * 16) = other;
   }
@@ -112,7 +115,8 @@ __device__ void exchange(const Shared& l, int fault) {
   if (fault != FAULT("early_copy")) __syncthreads();
   if (t == 0) {
     for (int i = 0; i < ROWS; i++)
-      bulk_copy_cluster(cluster_map(l.h, peer) + place(i, first + 3), l.stage + i * 16, 16, cluster_map(l.copied, peer));
+      bulk_copy_cluster(cluster_map(l.h, peer) + place(i, first + 3), l.stage + i * 16, 16,
+                        cluster_map(l.copied, peer));
     if (fault == FAULT("source_reuse")) *reinterpret_cast<uint32_t*>(l.stage) = 0;
     // two arrivals at each CTA: its own and its peer's, for what the barrier above has gathered
     mbarrier_arrive(l.stored);
@@ -136,8 +140,11 @@ __device__ void reload(const Shared& l, const CUtensorMap* x, int row0, int faul
   mbarrier_wait(l.loaded, 1);
 }
 
-__global__ void __launch_bounds__(128, 1)
-    cluster(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, float* y, int N, int fault) {
+__global__ void __launch_bounds__(128, 1) cluster(const __grid_constant__ CUtensorMap x,
+                                                  const __grid_constant__ CUtensorMap w,
+                                                  float* y,
+                                                  int N,
+                                                  int fault) {
   const Shared l = shared();
   const int row0 = int(blockIdx.y) * ROWS;
   begin(l, &x, &w, row0, fault);
@@ -151,17 +158,20 @@ __global__ void __launch_bounds__(128, 1)
   float d[WIDTH / 2];
   wgmma_fence(d);
   for (uint32_t k = 0; k < 4; k++)
-    wgmma<bf16>(d, wgmma_advance(wgmma_descriptor_k128(l.h), 32 * k), wgmma_advance(wgmma_descriptor_k128(l.w), 32 * k), k > 0);
+    wgmma<bf16>(d, wgmma_advance(wgmma_descriptor_k128(l.h), 32 * k),
+                wgmma_advance(wgmma_descriptor_k128(l.w), 32 * k), k > 0);
   wgmma_commit();
   wgmma_wait<0>();
   wgmma_hold(d);
   const int g = lane_id() / 4, q = lane_id() % 4, warp = int(threadIdx.x) / 32;
   for (int i = 0; i < WIDTH / 2; i++)
-    y[int64_t(row0 + 16 * warp + g + 8 * (i / 2 % 2)) * N + int(cluster_rank()) * 64 + 8 * (i / 4) + 2 * q + i % 2] = d[i];
+    y[int64_t(row0 + 16 * warp + g + 8 * (i / 2 % 2)) * N + int(cluster_rank()) * 64 + 8 * (i / 4) + 2 * q +
+      i % 2] = d[i];
   d[0] += 0 * low_of<bf16>(*reinterpret_cast<const uint32_t*>(l.x + threadIdx.x * 64));
   __syncthreads();
   reload(l, &x, row0, fault);
-  if (fault == FAULT("late_store")) st_cluster(cluster_map(l.stage, 1 - cluster_rank()) + threadIdx.x * 4, 1.0f);
+  if (fault == FAULT("late_store"))
+    st_cluster(cluster_map(l.stage, 1 - cluster_rank()) + threadIdx.x * 4, 1.0f);
   if (fault == FAULT("no_last_sync") || fault == FAULT("late_store")) return;
   cluster_sync();
   if (fault == FAULT("read_after_end") && cluster_rank() == 0 && threadIdx.x == 0)
@@ -178,10 +188,11 @@ int main(int argc, char** argv) {
   emu::Input<bf16> x("x", m * 64), w("w", n * 64);
   emu::Output<float> y("y", size_t(m) * n);
   fill(x, 1), fill(w, 2);
-  const CUtensorMap xmap = emu::tensor_map_2d(x.data(), m, 64, 32, 64, 128), wmap = emu::tensor_map_2d(w.data(), n, 64, 64, 64, 128);
+  const CUtensorMap xmap = emu::tensor_map_2d(x.data(), m, 64, 32, 64, 128),
+                    wmap = emu::tensor_map_2d(w.data(), n, 64, 64, 64, 128);
   emu::Launch launch;
-  launch.grid = dim3(2, m / ROWS), launch.block = dim3(128), launch.cluster = dim3(2), launch.smem = 4 * 8192 + 64,
-  launch.seed = args.seed();
+  launch.grid = dim3(2, m / ROWS), launch.block = dim3(128), launch.cluster = dim3(2),
+  launch.smem = 4 * 8192 + 64, launch.seed = args.seed();
   launch.resident = 2;
   emu::launch(launch, [&] { cluster(xmap, wmap, y.data(), n, fault); });
   for (size_t i = 0; i < y.size(); i++) y[i] /= 2;

@@ -1,6 +1,7 @@
 // A persistent grid with flags in global memory, in which fault=NAME plants one mistake. fault=none is right.
-// h tiles [32, 64] = 2 x first, as extra work of the grid; then each row block's flag says that h is there, and its readers take it
-// by TMA (even blocks) and by ordinary loads (odd ones): y = h + 1, and each sample's sum in a counter.
+// h tiles [32, 64] = 2 x first, as extra work of the grid; then each row block's flag says that h is there,
+// and its readers take it by TMA (even blocks) and by ordinary loads (odd ones): y = h + 1, and each sample's
+// sum in a counter.
 #include "csrc/cuda/device/device.h"
 #include "faults.h"
 #include "gemm.h"
@@ -36,7 +37,8 @@ __device__ void make_h(const bf16* x, bf16* h, uint32_t* flags, int block, int f
     auto* stage = reinterpret_cast<bf16*>(dynamic_smem() + 8192);
     if (t == 0) bulk_wait_read<0>();
     __syncthreads();
-    for (int i = t; i < ROWS * WIDE; i += THREADS) stage[i] = from_float<bf16>(2 * to_float(x[block * ROWS * WIDE + i]));
+    for (int i = t; i < ROWS * WIDE; i += THREADS)
+      stage[i] = from_float<bf16>(2 * to_float(x[block * ROWS * WIDE + i]));
     fence_proxy_async_shared();
     __syncthreads();
     if (t == 0) {
@@ -48,7 +50,8 @@ __device__ void make_h(const bf16* x, bf16* h, uint32_t* flags, int block, int f
         bulk_wait<0>();
     }
   } else {
-    for (int i = t; i < ROWS * WIDE; i += THREADS) h[block * ROWS * WIDE + i] = from_float<bf16>(2 * to_float(x[block * ROWS * WIDE + i]));
+    for (int i = t; i < ROWS * WIDE; i += THREADS)
+      h[block * ROWS * WIDE + i] = from_float<bf16>(2 * to_float(x[block * ROWS * WIDE + i]));
     if (fault != FAULT("no_proxy_fence")) fence_proxy_async_global();
   }
   if (fault != FAULT("no_release_barrier")) __syncthreads();
@@ -83,8 +86,14 @@ __device__ void await(uint32_t* flags, int block, int fault) {
   if (fault != FAULT("no_acquire_barrier")) __syncthreads();
 }
 
-__global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__ CUtensorMap hmap, const bf16* x, bf16* h, float* y,
-                                                         uint32_t* flags, float* total, int blocks, int fault) {
+__global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__ CUtensorMap hmap,
+                                                         const bf16* x,
+                                                         bf16* h,
+                                                         float* y,
+                                                         uint32_t* flags,
+                                                         float* total,
+                                                         int blocks,
+                                                         int fault) {
   unsigned char* smem = dynamic_smem();
   auto* bar = reinterpret_cast<uint64_t*>(smem + 16384);
   const int t = int(threadIdx.x), ctas = int(gridDim.x);
@@ -106,7 +115,8 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
       phase ^= 1u;
     } else {
       for (int i = t; i < ROWS * WIDE; i += THREADS)
-        reinterpret_cast<bf16*>(smem)[i] = h[from * ROWS * WIDE + i + (fault == FAULT("tile_past_end") && from == blocks - 1 ? 64 : 0)];
+        reinterpret_cast<bf16*>(smem)[i] =
+            h[from * ROWS * WIDE + i + (fault == FAULT("tile_past_end") && from == blocks - 1 ? 64 : 0)];
       fence_proxy_async_shared();
       __syncthreads();
     }
@@ -140,7 +150,9 @@ int main(int argc, char** argv) {
   emu::Launch launch;
   launch.grid = dim3(4), launch.block = dim3(THREADS), launch.smem = 16384 + 16, launch.seed = args.seed();
   launch.resident = fault == FAULT("not_resident") ? 1 : 0, launch.steps = 1000000;
-  emu::launch(launch, [&] { persistent(map, x.data(), h.data(), y.data(), flags.data(), total.data(), blocks, fault); });
+  emu::launch(launch, [&] {
+    persistent(map, x.data(), h.data(), y.data(), flags.data(), total.data(), blocks, fault);
+  });
   double sum = 0;
   for (size_t i = 0; i < all; i++) {
     const float right = 2 * to_float(x[i]) + 1;

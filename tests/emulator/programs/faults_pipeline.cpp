@@ -1,5 +1,6 @@
 // A pipeline with TMA, wgmma and a TMA store, in which fault=NAME plants one mistake. fault=none is right.
-// y[64·tiles, 64] = x[64·tiles, K] w[64, K]ᵀ, bf16 out; warp 4 produces, a warpgroup consumes; each CTA computes two row tiles.
+// y[64·tiles, 64] = x[64·tiles, K] w[64, K]ᵀ, bf16 out; warp 4 produces, a warpgroup consumes; each CTA
+// computes two row tiles.
 #include "csrc/cuda/device/device.h"
 #include "faults.h"
 #include "gemm.h"
@@ -66,7 +67,8 @@ __device__ void produce(const CUtensorMap* x, const CUtensorMap* w, const Layout
     if (fault == FAULT("expect_after_phase") && i == 0) mbarrier_expect_tx(l.full + s, 16);
     const int tile = i / STEPS, k = i % STEPS * KT;
     if (fault == FAULT("map_rank") && i == 0) tma_load_3d(l.a, x, l.full, k, row0, 0);
-    tma_load_2d(l.a + s * 8192 + (fault == FAULT("misaligned_tile") ? 128 : 0), x, l.full + s, k, row0 + tile * 64);
+    tma_load_2d(l.a + s * 8192 + (fault == FAULT("misaligned_tile") ? 128 : 0), x, l.full + s, k,
+                row0 + tile * 64);
     tma_load_2d(l.b + s * 8192, w, l.full + s, k, 0);
   }
   if (fault == FAULT("load_not_waited")) {
@@ -99,7 +101,8 @@ __device__ void multiply(float (&d)[32], const Layout& l, int tile, int fault) {
     wgmma_commit();
     if (fault == FAULT("early_release")) mbarrier_arrive(l.empty + s);
     if (fault == FAULT("read_before_wait") && k == 1) d[0] += 1;
-    if (fault == FAULT("overwritten_in_flight") && threadIdx.x == 5) reinterpret_cast<uint32_t*>(l.a + s * 8192)[7] = 0;
+    if (fault == FAULT("overwritten_in_flight") && threadIdx.x == 5)
+      reinterpret_cast<uint32_t*>(l.a + s * 8192)[7] = 0;
     if (fault == FAULT("wait_leaves_one"))
       wgmma_wait<1>();
     else if (fault != FAULT("wgmma_not_waited") || tile == 0 || k < STEPS - 1)
@@ -111,7 +114,8 @@ __device__ void multiply(float (&d)[32], const Layout& l, int tile, int fault) {
   }
 }
 
-__device__ void store(const float (&d)[32], const CUtensorMap* y, bf16* plain, const Layout& l, int row, int rows, int fault) {
+__device__ void store(
+    const float (&d)[32], const CUtensorMap* y, bf16* plain, const Layout& l, int row, int rows, int fault) {
   const int w = int(threadIdx.x) / 32, g = lane_id() / 4, q = lane_id() % 4;
   if (threadIdx.x == 0 && fault != FAULT("buffer_reuse")) bulk_wait_read<0>();
   named_barrier_sync(1, 128);
@@ -129,8 +133,12 @@ __device__ void store(const float (&d)[32], const CUtensorMap* y, bf16* plain, c
   }
 }
 
-__global__ void __launch_bounds__(160, 1) pipeline(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w,
-                                                   const __grid_constant__ CUtensorMap y, bf16* plain, int rows, int fault) {
+__global__ void __launch_bounds__(160, 1) pipeline(const __grid_constant__ CUtensorMap x,
+                                                   const __grid_constant__ CUtensorMap w,
+                                                   const __grid_constant__ CUtensorMap y,
+                                                   bf16* plain,
+                                                   int rows,
+                                                   int fault) {
   const Layout l = layout();
   const int row0 = int(blockIdx.x) * 64 * TILES;
   if (threadIdx.x == 0) {
@@ -166,7 +174,8 @@ int main(int argc, char** argv) {
   emu::Input<bf16> x("x", size_t(rows) * k), w("w", size_t(64) * k);
   emu::Output<bf16> y("y", size_t(rows) * 64);
   fill(x, 1), fill(w, 2);
-  const CUtensorMap xmap = emu::tensor_map_2d(x.data(), rows, k, 64, KT, 128), wmap = emu::tensor_map_2d(w.data(), 64, k, 64, KT, 128);
+  const CUtensorMap xmap = emu::tensor_map_2d(x.data(), rows, k, 64, KT, 128),
+                    wmap = emu::tensor_map_2d(w.data(), 64, k, 64, KT, 128);
   const CUtensorMap ymap = emu::tensor_map_2d(y.data(), rows, 64, 64, 64, 128);
   emu::Launch launch;
   launch.grid = dim3(2), launch.block = dim3(160), launch.smem = 5 * 8192 + 64, launch.seed = args.seed();

@@ -1,6 +1,6 @@
-// Warps, CTA barriers, cp.async and plain shared memory, in which fault=NAME plants one mistake. fault=none is right.
-// Column sums of x [64, 64]: rows come by cp.async into a ring of two, warps sum with ldmatrix and mma by ones, partial sums meet in
-// shared memory, one warp adds them with shuffles and writes.
+// Warps, CTA barriers, cp.async and plain shared memory, in which fault=NAME plants one mistake. fault=none
+// is right. Column sums of x [64, 64]: rows come by cp.async into a ring of two, warps sum with ldmatrix and
+// mma by ones, partial sums meet in shared memory, one warp adds them with shuffles and writes.
 #include "csrc/cuda/device/device.h"
 #include "faults.h"
 #include "gemm.h"
@@ -56,7 +56,8 @@ __device__ void sum_step(float (&d)[2][4], const bf16* tile, int warp, int fault
   const int lane = lane_id();
   const uint32_t one = pack2<bf16>(1.0f, 1.0f);
   uint32_t b[4];
-  const bf16* row = tile + (lane % 16) * LD + warp * 16 + lane / 16 * 8 + (fault == FAULT("misaligned_ldmatrix") ? 4 : 0);
+  const bf16* row =
+      tile + (lane % 16) * LD + warp * 16 + lane / 16 * 8 + (fault == FAULT("misaligned_ldmatrix") ? 4 : 0);
   ldmatrix_x4_trans(b, row);
   if (fault == FAULT("different_calls") && lane == 7)
     __syncwarp();
@@ -157,7 +158,8 @@ int main(int argc, char** argv) {
   emu::Random random(3);
   for (size_t i = 0; i < x.size(); i++) x[i] = from_float<bf16>(float(int(random.next() % 17) - 8));
   emu::Launch launch;
-  launch.block = dim3(THREADS), launch.smem = 2 * STEP * LD * 2 + 8192, launch.seed = args.seed(), launch.registers = 168;
+  launch.block = dim3(THREADS), launch.smem = 2 * STEP * LD * 2 + 8192, launch.seed = args.seed(),
+  launch.registers = 168;
   emu::launch(launch, [&] { column_sums(x.data(), y.data(), fault); });
   for (int c = 0; c < WIDE; c++) {
     float s = 0;

@@ -17,6 +17,7 @@ inline std::vector<unsigned char> read_file(const std::string& path) {
 
 inline void write_file(const std::string& path, const void* data, size_t bytes) {
   FILE* f = std::fopen(path.c_str(), "wb");
-  if (!f || std::fwrite(data, 1, bytes, f) != bytes) std::fprintf(stderr, "cannot write %s\n", path.c_str()), std::exit(2);
+  if (!f || std::fwrite(data, 1, bytes, f) != bytes)
+    std::fprintf(stderr, "cannot write %s\n", path.c_str()), std::exit(2);
   std::fclose(f);
 }

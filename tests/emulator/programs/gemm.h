@@ -13,7 +13,8 @@ inline double product_error(const mole::bf16* x, const mole::bf16* w, const floa
   for (int i = 0; i < m; i++)
     for (int j = 0; j < n; j++) {
       double s = 0;
-      for (int e = 0; e < k; e++) s += double(mole::to_float(x[size_t(i) * k + e])) * double(mole::to_float(w[size_t(j) * k + e]));
+      for (int e = 0; e < k; e++)
+        s += double(mole::to_float(x[size_t(i) * k + e])) * double(mole::to_float(w[size_t(j) * k + e]));
       const double d = double(c[size_t(i) * n + j]) - s;
       wrong += d * d, all += s * s;
     }

@@ -16,7 +16,8 @@ __device__ void load_tile(T* tile, const T* from, int row0, int rows, int k0, in
 }
 
 template <class T>
-__global__ void __launch_bounds__(128) gemm_portable(const T* __restrict__ x, const T* __restrict__ w, float* y, int M, int N, int K) {
+__global__ void __launch_bounds__(128)
+    gemm_portable(const T* __restrict__ x, const T* __restrict__ w, float* y, int M, int N, int K) {
   T* a = reinterpret_cast<T*>(dynamic_smem());
   T* b = a + 2 * BM * LD;
   const int m0 = int(blockIdx.y) * BM, n0 = int(blockIdx.x) * BN, steps = (K + BK - 1) / BK;

@@ -6,8 +6,12 @@ namespace mole {
 
 constexpr int TM = 64, TN = 64, TK = 64, STAGES = 3;
 
-__global__ void __launch_bounds__(160, 1)
-    gemm_wgmma(const __grid_constant__ CUtensorMap xmap, const __grid_constant__ CUtensorMap wmap, float* y, int M, int N, int K) {
+__global__ void __launch_bounds__(160, 1) gemm_wgmma(const __grid_constant__ CUtensorMap xmap,
+                                                     const __grid_constant__ CUtensorMap wmap,
+                                                     float* y,
+                                                     int M,
+                                                     int N,
+                                                     int K) {
   unsigned char* smem = dynamic_smem();
   const auto a = [&](int s) { return smem + s * 8192; };
   const auto b = [&](int s) { return smem + (STAGES + s) * 8192; };
@@ -60,7 +64,8 @@ int main(int argc, char** argv) {
   emu::Input<bf16> x("x", size_t(m) * k), w("w", size_t(n) * k);
   emu::Output<float> y("y", size_t(m) * n);
   fill(x, 1), fill(w, 2);
-  const CUtensorMap xmap = emu::tensor_map_2d(x.data(), m, k, TM, TK, 128), wmap = emu::tensor_map_2d(w.data(), n, k, TN, TK, 128);
+  const CUtensorMap xmap = emu::tensor_map_2d(x.data(), m, k, TM, TK, 128),
+                    wmap = emu::tensor_map_2d(w.data(), n, k, TN, TK, 128);
   emu::Launch launch;
   launch.grid = dim3((n + TN - 1) / TN, (m + TM - 1) / TM), launch.block = dim3(160);
   launch.smem = 2 * STAGES * 8192 + 2 * STAGES * 8, launch.seed = args.seed();

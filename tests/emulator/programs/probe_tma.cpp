@@ -1,12 +1,13 @@
-// Loads one tile and writes shared memory as it lies to `out`, or (store=1) writes a shared memory image `in` to a tensor and that to
-// `out`.
+// Loads one tile and writes shared memory as it lies to `out`, or (store=1) writes a shared memory image `in`
+// to a tensor and that to `out`.
 #include "csrc/cuda/device/device.h"
 #include "csrc/emulator/emulator.h"
 #include "files.h"
 
 namespace mole {
 
-__global__ void load(const __grid_constant__ CUtensorMap map, int rank, int x, int y, int z, uint32_t bytes, uint4* out) {
+__global__ void load(
+    const __grid_constant__ CUtensorMap map, int rank, int x, int y, int z, uint32_t bytes, uint4* out) {
   unsigned char* smem = dynamic_smem();
   auto* bar = reinterpret_cast<uint64_t*>(smem + bytes);
   if (threadIdx.x == 0) {
@@ -23,7 +24,8 @@ __global__ void load(const __grid_constant__ CUtensorMap map, int rank, int x, i
   for (uint32_t i = threadIdx.x; i < bytes / 16; i += 32) out[i] = reinterpret_cast<const uint4*>(smem)[i];
 }
 
-__global__ void store(const __grid_constant__ CUtensorMap map, int rank, int x, int y, int z, uint32_t bytes, const uint4* in) {
+__global__ void store(
+    const __grid_constant__ CUtensorMap map, int rank, int x, int y, int z, uint32_t bytes, const uint4* in) {
   unsigned char* smem = dynamic_smem();
   for (uint32_t i = threadIdx.x; i < bytes / 16; i += 32) reinterpret_cast<uint4*>(smem)[i] = in[i];
   fence_proxy_async_shared();
@@ -55,8 +57,9 @@ int main(int argc, char** argv) {
   emu::Memory<uint4> tile("tile", bytes / 16, uint4{});
   for (size_t i = 0; i < image.size(); i++)
     reinterpret_cast<unsigned char*>(storing ? (void*)tile.data() : (void*)tensor.data())[i] = image[i];
-  const CUtensorMap map = rank == 2 ? emu::tensor_map_2d(tensor.data(), size[1], size[0], box[1], box[0], swizzle, pitch)
-                                    : emu::tensor_map_3d(tensor.data(), size, {pitch * 2, pitch * 2 * size[1]}, box, swizzle);
+  const CUtensorMap map =
+      rank == 2 ? emu::tensor_map_2d(tensor.data(), size[1], size[0], box[1], box[0], swizzle, pitch)
+                : emu::tensor_map_3d(tensor.data(), size, {pitch * 2, pitch * 2 * size[1]}, box, swizzle);
   emu::Launch launch;
   launch.block = dim3(32), launch.smem = bytes + 16, launch.seed = args.seed();
   const int x = args.get("x", 0), y = args.get("y", 0), z = args.get("z", 0);

@@ -1,5 +1,6 @@
-// mma.sync, ldmatrix and stmatrix on registers and rows that a test wrote. in: per lane 4+2+4 words (a, b, d) for op=mma; 512 bytes
-// of four matrices for op=load; per lane 4 words for op=store. out: per lane 4 words, or 512 bytes.
+// mma.sync, ldmatrix and stmatrix on registers and rows that a test wrote. in: per lane 4+2+4 words (a, b, d)
+// for op=mma; 512 bytes of four matrices for op=load; per lane 4 words for op=store. out: per lane 4 words,
+// or 512 bytes.
 #include "csrc/cuda/device/device.h"
 #include "csrc/emulator/emulator.h"
 #include "files.h"
@@ -58,7 +59,8 @@ int main(int argc, char** argv) {
   else if (op == "mma")
     emu::launch(launch, [&] { mma<bf16>(in.data(), reinterpret_cast<float*>(out.data())); });
   else if (op == "load")
-    emu::launch(launch, [&, count = args.get("count", 4)] { load(in.data(), out.data(), transposed, count); });
+    emu::launch(launch,
+                [&, count = args.get("count", 4)] { load(in.data(), out.data(), transposed, count); });
   else
     emu::launch(launch, [&] { store(in.data(), out.data(), transposed); });
   write_file(args.text("out", ""), out.data(), 512);

@@ -1,5 +1,6 @@
-// One wgmma on a shared memory image that a test wrote: in = the image, out = d of each thread. With ra=1 operand a is the first
-// 2 KB of the image as each thread's four registers. with half=1 the elements are fp16.
+// One wgmma on a shared memory image that a test wrote: in = the image, out = d of each thread. With ra=1
+// operand a is the first 2 KB of the image as each thread's four registers. with half=1 the elements are
+// fp16.
 #include "csrc/cuda/device/device.h"
 #include "csrc/emulator/emulator.h"
 #include "files.h"
@@ -49,10 +50,18 @@ int run(const emu::Arguments& args) {
   for (size_t i = 0; i < image.size(); i++) in[i] = image[i];
   emu::Output<float> out("out", 128 * N / 2);
   const auto u = [&](const char* name) { return uint32_t(args.get(name, 0)); };
-  const Probe p{u("a"), u("a_leading"), u("a_stride"), u("b"), u("b_leading"), u("b_stride"), args.get("accumulate", 1) != 0};
+  const Probe p{u("a"),
+                u("a_leading"),
+                u("a_stride"),
+                u("b"),
+                u("b_leading"),
+                u("b_stride"),
+                args.get("accumulate", 1) != 0};
   emu::Launch launch;
   launch.block = dim3(128), launch.smem = image.size(), launch.seed = args.seed();
-  emu::launch(launch, [&] { probe<T, N, S, A, B, R>(reinterpret_cast<const uint4*>(in.data()), int(image.size() / 16), out.data(), p); });
+  emu::launch(launch, [&] {
+    probe<T, N, S, A, B, R>(reinterpret_cast<const uint4*>(in.data()), int(image.size() / 16), out.data(), p);
+  });
   write_file(args.text("out", ""), out.data(), 128 * N / 2 * sizeof(float));
   return 0;
 }
