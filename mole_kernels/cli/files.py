@@ -150,17 +150,49 @@ class FuseArgs:
     resolution: Resolution = None
     template: Annotated[
         list[str] | None,
-        option("Prompt with {} for the concept; may be repeated.", show_default="photo of a {}, and {}"),
+        option(
+            "Prompt with {} for the concept that is fitted; may be repeated.",
+            show_default="photo of a {}, {}, and four more",
+        ),
     ] = None
+    choose_template: Annotated[
+        list[str] | None,
+        option(
+            "Prompt that chooses the ridge; may be repeated.", show_default="two, with the default prompts"
+        ),
+    ] = None
+    held_template: Annotated[
+        list[str] | None,
+        option("Prompt that judges the result; may be repeated.", show_default="two, likewise"),
+    ] = None
+    words: Annotated[
+        int,
+        option("Prompts with a word of random embedding that are fitted too (the paper: 0).", min=0),
+    ] = 256
+    runs: Annotated[int, option("Sampling runs of each concept that are fitted (the paper: 1).", min=1)] = 8
+    choose_runs: Annotated[int, option("Sampling runs that choose the ridge.", min=0)] = 4
+    held_runs: Annotated[int, option("Sampling runs that judge the result, for the report.", min=0)] = 2
+    fused_text_layers: Annotated[
+        bool,
+        option("Sample with the fused K and V in place, as the paper's code.", "--fused-text-layers"),
+    ] = False
     memory_mb: Annotated[float | None, option("Megabytes for sums at once; with less, more runs.")] = None
     cutoff: Annotated[
         float, option("Directions weaker than this part of the strongest are left to the base.")
     ] = 1e-12
     ridge: Annotated[
-        float, option("Instead of a cut: this part of the mean strength, added to every direction.")
-    ] = 0.0
+        float | None,
+        option(
+            "This part of the mean strength added to every direction, instead of a cut; 0: the paper's.",
+            show_default="chosen on other runs, layer by layer",
+        ),
+    ] = None
     lbfgs: Annotated[
-        int, option("Steps of the paper's optimiser on each layer, for the report (the paper: 500).", min=0)
+        int,
+        option(
+            "Steps of the paper's optimiser on each layer, for the report (the paper: 500, and 50 on most).",
+            min=0,
+        ),
     ] = 0
     seed: Seed = 0
     dtype: Dtype = None

@@ -61,7 +61,15 @@ def fusion_settings(asked: FuseArgs) -> FusionSettings:
         raise MoleValueError("--memory-mb", expected="megabytes above 0", got=asked.memory_mb)
     budget = None if asked.memory_mb is None else int(asked.memory_mb * 1e6)
     more: dict[str, Any] = {"templates": tuple(asked.template)} if asked.template else {}
+    for name, templates in (("choose", asked.choose_template), ("held", asked.held_template)):
+        if templates:
+            more[f"{name}_templates"] = tuple(templates)
     return FusionSettings(
+        words=asked.words,
+        runs=asked.runs,
+        choose_runs=asked.choose_runs,
+        held_runs=asked.held_runs,
+        fused_text_layers=asked.fused_text_layers,
         steps=asked.sampling_steps,
         height=height,
         width=width,
@@ -75,17 +83,22 @@ def fusion_settings(asked: FuseArgs) -> FusionSettings:
 
 
 def _show(fused: FusedConcepts, layers: bool) -> None:
-    columns: tuple[str, ...] = ("", "layers", "base", "weight fusion", "fused", "fused ÷ weight fusion")
-    rows = [_row(group, int(sums["layers"]), sums) for group, sums in fused.totals().items()]
+    totals = fused.totals()
+    columns: tuple[str, ...] = ("", "layers", "base", "weights", "gradient", "fused", "÷ weights")
+    rows = [_row(group, int(sums["layers"]), sums) for group, sums in totals.items()]
     if layers:
         rows += [_row(layer.path, 1, layer.row()) for layer in fused.layers]
     if any(layer.lbfgs is not None for layer in fused.layers):
         columns = (*columns, "LBFGS", "÷ its time")
-    out().print(table("Σ_i ‖(α_i ΔW_i − ΔW) X_i‖²", columns, rows, columns[1:]))
+    out().print(table("fitted: Σ_i ‖(α_i ΔW_i − ΔW) X_i‖²", columns, rows, columns[1:]))
+    _show_held(fused, layers)
     short = sum(layer.directions < layer.K for layer in fused.layers)
     out().print(
-        f"{short} of {len(fused.layers)} layers have inputs in fewer directions than they have places; "
-        "there the base stays."
+        f"{short} of {len(fused.layers)} layers have inputs in fewer directions than they have places."
+    )
+    back = sum(int(sums["weight_fused"]) for sums in totals.values())
+    out().print(
+        f"{back} of {len(fused.layers)} layers are weight fusion, which is better there on other runs."
     )
     noted = [layer for layer in fused.layers if layer.note]
     for layer in noted[:5]:
@@ -94,16 +107,38 @@ def _show(fused: FusedConcepts, layers: bool) -> None:
         out().print(f"and {len(noted) - 5} more, in report.json")
 
 
+def _show_held(fused: FusedConcepts, layers: bool) -> None:
+    """The same on runs and prompts that neither fitted nor chose, as parts of the base's objective."""
+    rows = []
+    for group, sums in fused.totals().items():
+        if "held_base" in sums:
+            held = {
+                key.removeprefix("held_"): value for key, value in sums.items() if key.startswith("held_")
+            }
+            rows.append(_held_row(group, held))
+    if not rows:
+        return
+    if layers:
+        rows += [_held_row(layer.path, layer.held) for layer in fused.layers if layer.held]
+    columns: tuple[str, ...] = ("", "weights", "gradient", "fused", "÷ weights")
+    if len(rows[0]) > len(columns):
+        columns = (*columns, "LBFGS")
+    out().print(table("held out: the same on other runs, parts of the base's", columns, rows, columns[1:]))
+
+
+def _held_row(name: str, held: Mapping[str, float]) -> tuple[str, ...]:
+    base = held["base"] or 1.0
+    cells = [number(held[key] / base) for key in ("by_weights", "gradient", "fused")]
+    cells.append(number(held["fused"] / held["by_weights"] if held["by_weights"] else 0.0))
+    if "lbfgs" in held:
+        cells.append(number(held["lbfgs"] / base))
+    return (name, *cells)
+
+
 def _row(name: str, count: int, sums: Mapping[str, Any]) -> tuple[str, ...]:
     ratio = sums["fused"] / sums["by_weights"] if sums["by_weights"] else 0.0
-    cells = (
-        name,
-        str(count),
-        number(sums["base"]),
-        number(sums["by_weights"]),
-        number(sums["fused"]),
-        number(ratio),
-    )
+    values = [sums[key] for key in ("base", "by_weights", "gradient", "fused")] + [ratio]
+    cells = (name, str(count), *map(number, values))
     if sums.get("lbfgs") is None:
         return cells
     return (

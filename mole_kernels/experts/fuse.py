@@ -18,68 +18,37 @@ closed form is ours.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleShapeError, MoleValueError
+from mole_kernels.errors import MoleValueError
+from mole_kernels.experts.fuse_sums import Sums, fused_by_weights, objective
 from mole_kernels.experts.lowrank import LowRank
+from mole_kernels.experts.ridge import RidgePath, Towards
+
+__all__ = ["Objectives", "Solved", "Sums", "fuse_by_lbfgs", "fuse_layer", "fused_by_weights", "objective"]
 
 
-@dataclass
-class Sums:
-    """What one layer's inputs come to: gram [K,K] float64 over all experts, cross {expert: A_i G_i [r_i,K]
-    float64}, rows seen.
+@dataclass(frozen=True)
+class Objectives:
+    """F of four solutions on one set of inputs.
 
-    few  the inputs themselves [n,K] while they are at most K/4, so a quarter of the Gram matrix: then G's
-         directions are found from them,
-         at once and without squaring their spread, where the K x K eigenvalues would take a second; None once
-         there were more
+    Attributes:
+        base: F(0).
+        by_weights: Of weight fusion, Σ α_i/n ΔW_i.
+        gradient: Of the closed form without a ridge, the paper's optimum on the fitted inputs.
+        fused: Of the result.
     """
 
-    gram: Tensor
-    cross: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
-    few: Tensor | None = None
-
-    @classmethod
-    def of(cls, K: int, device: torch.device | str = "cpu") -> Sums:
-        return cls(
-            torch.zeros(K, K, dtype=torch.float64, device=device),
-            few=torch.zeros(0, K, dtype=torch.float64, device=device),
-        )
-
-    @torch.no_grad()
-    def add(self, name: str, factor: LowRank | None, x: Tensor) -> None:
-        """Add inputs of one expert, in float64, so that any split into calls gives the same to rounding.
-
-        Args:
-            name: The expert.
-            factor: Its factors here; None for an expert that lacks the layer: there it wants ΔW = 0.
-            x: [...,K].
-
-        Raises:
-            MoleShapeError: Another width than K.
-            MoleValueError: Inputs that are not finite; nothing is added.
-        """
-        K = self.gram.shape[0]
-        if x.shape[-1] != K:
-            raise MoleShapeError(f"fuse, expert {name!r}", expected=f"inputs [...,{K}]", got=tuple(x.shape))
-        rows = x.detach().reshape(-1, K).to(self.gram.device, torch.float64)
-        # a product per call is one pass; a sum of squares that is not finite says the same as looking at
-        # every element
-        square = rows.mT @ rows
-        if not bool(square.diagonal().sum().isfinite()):
-            raise MoleValueError(f"fuse, expert {name!r}", expected="finite inputs", got="NaN or Inf")
-        self.gram += square
-        if self.few is not None:
-            self.few = torch.cat([self.few, rows]) if len(self.few) + len(rows) <= K // 4 else None
-        if factor is not None:
-            cross = (factor.down.detach().to(rows) @ rows.mT) @ rows
-            self.cross[name] = self.cross[name] + cross if name in self.cross else cross
-        self.rows[name] = self.rows.get(name, 0) + rows.shape[0]
+    base: float
+    by_weights: float
+    gradient: float
+    fused: float
 
 
 @dataclass(frozen=True)
@@ -88,11 +57,16 @@ class Solved:
 
     Attributes:
         factor: The fused expert.
-        base: F(0).
-        by_weights: F of weight fusion, Σ α_i/n ΔW_i.
-        fused: F of the result.
+        base: F(0) on the fitted inputs.
+        by_weights: F of weight fusion there.
+        fused: F of the result there.
+        gradient: F of the closed form without a ridge there: the least that there is.
         directions: How many of K directions the inputs reach beyond the cut-off.
         condition: Largest ÷ smallest eigenvalue among them.
+        ridge: ρ of the result; inf for weight fusion itself.
+        towards: Where directions go of which the inputs say little.
+        held: The four objectives on inputs that neither fitted nor chose; None without any.
+        seconds: From the sums to the factor; the objectives are not in it.
     """
 
     factor: LowRank
@@ -101,6 +75,11 @@ class Solved:
     fused: float
     directions: int
     condition: float
+    ridge: float = 0.0
+    towards: Towards = "base"
+    held: Objectives | None = None
+    gradient: float = 0.0
+    seconds: float = 0.0
 
 
 def fuse_layer(
@@ -110,6 +89,9 @@ def fuse_layer(
     *,
     cutoff: float = 1e-12,
     ridge: float = 0.0,
+    towards: Towards = "base",
+    choose: Sums | None = None,
+    held: Sums | None = None,
 ) -> Solved:
     """The closed form of gradient fusion for one layer.
 
@@ -123,80 +105,52 @@ def fuse_layer(
         cutoff: Eigenvalues of G below cutoff · the largest count as zero, in [0, 1); 1e-12 keeps float64's
             digits and drops its rounding.
         ridge: Instead of a sharp cut: (G + ridge · mean eigenvalue · I)⁻¹.
+        towards: "base" or "weights": see `experts.ridge`.
+        choose: Sums over other inputs; given, they choose ridge and towards, then both are fitted.
+        held: Sums over inputs that the result is judged on.
 
     Raises:
         MoleValueError: A cutoff or ridge out of its range.
     """
-    if not (0 <= cutoff < 1) or ridge < 0:
+    if not (0 <= cutoff < 1) or not (0 <= ridge < math.inf):
         raise MoleValueError("fuse", expected="0 <= cutoff < 1 and ridge >= 0", got=f"{cutoff} and {ridge}")
     alpha = {name: float((weights or {}).get(name, 1.0)) for name in factors}
-    averaged = fused_by_weights(factors, alpha)
-    K = sums.gram.shape[0]
     if not any(sums.rows.values()):
-        return Solved(averaged, 0.0, 0.0, 0.0, 0, 1.0)
-    values, vectors = _directions(sums)
-    counted = values > max(cutoff, torch.finfo(torch.float64).eps * K) * values[-1].clamp_min(0)
-    inverse = (
-        1 / (values + ridge * sums.gram.diagonal().mean())
-        if ridge
-        else torch.where(counted, 1 / values.where(counted, values.new_ones(())), 0)
-    )
-    downs, ups = [], []
-    for name, factor in factors.items():
-        cross = sums.cross.get(name)
-        if cross is None:
-            continue
-        downs.append(((cross @ vectors) * inverse @ vectors.mT) * (alpha[name] * factor.scale))
-        ups.append(factor.up.detach().to(sums.gram))
+        return Solved(fused_by_weights(factors, alpha), 0.0, 0.0, 0.0, 0, 1.0, math.inf, "weights")
+    begun = time.perf_counter()
+    path = RidgePath(factors, sums, alpha, cutoff)
+    if choose is not None and any(choose.rows.values()):
+        choice = path.choose(choose)
+        ridge, towards = choice.ridge, choice.towards
+        # what has chosen is fitted too: more inputs are worth more than a second solution costs
+        result = path.again(sums.plus(choose), choice)
+    else:
+        result = path.at(ridge, towards)
     dtype = next(iter(factors.values())).down.dtype
-    down, up = torch.cat(downs), torch.cat(ups, 1)
-    factor_out = LowRank(down.to(dtype), up.to(dtype), 1.0, next(iter(factors.values())).conv)
-    base, by_weights, fused = (
-        objective(factors, sums, alpha, delta) for delta in (None, averaged, LowRank(down, up))
+    factor_out = LowRank(result.down.to(dtype), result.up.to(dtype), 1.0, result.conv)
+    seconds = time.perf_counter() - begun
+
+    plain = path.at(0.0) if ridge or choose is not None else result
+
+    def values(on: Sums) -> Objectives:
+        deltas = (None, path.averaged, plain, result)
+        return Objectives(*(objective(factors, on, alpha, delta) for delta in deltas))
+
+    here = values(sums)
+    reached = path.values[path.counted]
+    return Solved(
+        factor_out,
+        here.base,
+        here.by_weights,
+        here.fused,
+        len(reached),
+        (reached[-1] / reached[0]).item() if len(reached) else 1.0,
+        ridge,
+        towards,
+        values(held) if held is not None and any(held.rows.values()) else None,
+        here.gradient,
+        seconds,
     )
-    reached = values[counted]
-    spread = (reached[-1] / reached[0]).item() if len(reached) else 1.0
-    return Solved(factor_out, base, by_weights, fused, int(counted.sum()), spread)
-
-
-def _directions(sums: Sums) -> tuple[Tensor, Tensor]:
-    """G's eigenvalues, rising, and eigenvectors [K,n]; without those that are zero where the inputs are
-    few.
-    """
-    if sums.few is None:
-        return torch.linalg.eigh(sums.gram)
-    _, values, vectors = torch.linalg.svd(sums.few, full_matrices=False)
-    return values.square().flip(0), vectors.mT.flip(1)
-
-
-def fused_by_weights(factors: Mapping[str, LowRank], weights: Mapping[str, float]) -> LowRank:
-    """Weight fusion, Σ_i (α_i/n) ΔW_i, as one expert of rank Σ r_i."""
-    n, first = len(factors), next(iter(factors.values()))
-    down = torch.cat(
-        [f.down.detach().double() * (weights[name] * f.scale / n) for name, f in factors.items()]
-    )
-    up = torch.cat([f.up.detach() for f in factors.values()], 1)
-    return LowRank(down.to(first.down.dtype), up, 1.0, first.conv)
-
-
-def objective(
-    factors: Mapping[str, LowRank], sums: Sums, weights: Mapping[str, float], delta: LowRank | None
-) -> float:
-    """F(ΔW) from the sums alone, in float64; delta None is ΔW = 0."""
-    like, total = sums.gram, 0.0
-    wide = None if delta is None else (delta.up.detach().to(like), delta.down.detach().to(like) * delta.scale)
-    for name, factor in factors.items():
-        if name not in sums.cross:
-            continue
-        alpha, up, cross = weights[name] * factor.scale, factor.up.detach().to(like), sums.cross[name]
-        total += alpha**2 * ((up.mT @ up) * (cross @ factor.down.detach().to(like).mT)).sum().item()
-        if wide is not None:
-            total -= 2 * alpha * ((up.mT @ wide[0]) * (cross @ wide[1].mT)).sum().item()
-    if wide is not None:
-        seen = None if sums.few is None else wide[1] @ sums.few.mT
-        inner = wide[1] @ sums.gram @ wide[1].mT if seen is None else seen @ seen.mT
-        total += ((wide[0].mT @ wide[0]) * inner).sum().item()
-    return max(total, 0.0)
 
 
 def fuse_by_lbfgs(

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from mole_kernels.methods.mix_of_show.edlora import EDLoRATraining, paper_training, train_edlora
     from mole_kernels.methods.mix_of_show.folder import load_fused, save_fused
     from mole_kernels.methods.mix_of_show.fusion import fuse_pipeline
+    from mole_kernels.methods.mix_of_show.fusion_check import noise_errors
     from mole_kernels.methods.mix_of_show.fusion_records import FusionSettings
     from mole_kernels.methods.mix_of_show.joint import regional_flux
     from mole_kernels.methods.mix_of_show.prompts import sample_concepts
     from mole_kernels.methods.mix_of_show.regions import Region, parse_regions, read_regions
     from mole_kernels.methods.mix_of_show.sampling import region_gates, regional
-    from mole_kernels.methods.mix_of_show.tokens import concept_tokens
+    from mole_kernels.methods.mix_of_show.tokens import concept_tokens, read_concepts
     from mole_kernels.methods.mole.sampling import sample_pictures
     from mole_kernels.methods.mole.stages import train_gates, train_unet
     from mole_kernels.methods.selma.merging import merge_skills
@@ -51,9 +52,11 @@ _HOME = {
     "save_concept": "mole_kernels.methods.mix_of_show.concept",
     "load_fusion_config": "mole_kernels.methods.mix_of_show.concept",
     "concept_tokens": "mole_kernels.methods.mix_of_show.tokens",
+    "read_concepts": "mole_kernels.methods.mix_of_show.tokens",
     "sample_concepts": "mole_kernels.methods.mix_of_show.prompts",
     "FusionSettings": "mole_kernels.methods.mix_of_show.fusion_records",
     "fuse_pipeline": "mole_kernels.methods.mix_of_show.fusion",
+    "noise_errors": "mole_kernels.methods.mix_of_show.fusion_check",
     "save_fused": "mole_kernels.methods.mix_of_show.folder",
     "load_fused": "mole_kernels.methods.mix_of_show.folder",
     "merge_skills": "mole_kernels.methods.selma.merging",
@@ -77,8 +80,10 @@ __all__ = [
     "load_fusion_config",
     "load_predictor",
     "merge_skills",
+    "noise_errors",
     "paper_training",
     "parse_regions",
+    "read_concepts",
     "read_regions",
     "region_gates",
     "regional",

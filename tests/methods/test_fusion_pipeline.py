@@ -13,7 +13,12 @@ import torch
 
 from mole_kernels.errors import MoleFileError, MoleKeyError, MoleShapeError, MoleValueError
 from mole_kernels.experts.lowrank import Expert, LowRank
-from mole_kernels.methods.mix_of_show.concept import load_concept, load_fusion_config, save_concept
+from mole_kernels.methods.mix_of_show.concept import (
+    at_weights,
+    load_concept,
+    load_fusion_config,
+    save_concept,
+)
 from mole_kernels.methods.mix_of_show.folder import load_fused, save_dense, save_fused
 from mole_kernels.methods.mix_of_show.fusion import (
     FusionSettings,
@@ -22,13 +27,16 @@ from mole_kernels.methods.mix_of_show.fusion import (
     plan_fusion,
     put_into_weights,
 )
+from mole_kernels.methods.mix_of_show.fusion_check import noise_errors
 from mole_kernels.methods.mix_of_show.prompts import encode_prompts, sample_concepts
 from mole_kernels.methods.mix_of_show.tokens import add_concepts, concept_tokens, cross_attentions
 from mole_kernels.patching.apply import patch
 from tests.methods.concepts import random_concept
 from tests.training.pipelines import sd_pipeline, sdxl_pipeline
 
-SETTINGS = FusionSettings(templates=("{}", "{} three"), steps=2, height=16, width=16)
+SETTINGS = FusionSettings(
+    templates=("{}", "{} three"), words=0, runs=1, held_runs=0, ridge=0.0, steps=2, height=16, width=16
+)
 PIPELINES = {"sd": sd_pipeline, "sdxl": sdxl_pipeline}
 
 
@@ -333,3 +341,101 @@ def test_text_encoders_of_sdxl_are_fused_both():
     # 16 layers of text encoders, 8 of K and V, 24 others
     assert len(fused.layers) == 48 and all(row.base > 0 for row in fused.layers)
     assert all(row.fused <= row.by_weights * (1 + 1e-9) for row in fused.layers)
+
+
+def test_what_is_fitted_chosen_and_judged_shares_no_seed_and_no_text():
+    lots = FusionSettings(runs=3, choose_runs=2, held_runs=4).lots
+    assert [lot.name for lot in lots] == ["fit", "choose", "held"]
+    assert [len(lot.runs) for lot in lots] == [3, 2, 4]
+    seeds = [{seed for _, seed in lot.runs} for lot in lots]
+    texts = [set(lot.templates) for lot in lots]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not seeds[i] & seeds[j] and not texts[i] & texts[j]
+    # the caller's own prompts alone: other seeds, and no choice where text is all that a layer sees
+    own = FusionSettings(templates=("{}",), words=0).lots
+    assert [lot.texts for lot in own] == [("{}",), (), ()]
+    assert FusionSettings(ridge=0.0, held_runs=0).lots[0].name == "fit"
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["own K and V", "fused K and V"])
+def test_the_default_chooses_and_reports_what_was_held_out(in_place):
+    pipe = sd_pipeline()
+    concepts = [random_concept(pipe, i) for i in range(2)]
+    settings = FusionSettings(
+        templates=("{}", "{} three"),
+        words=8,
+        choose_templates=("three {}",),
+        held_templates=("{} {}",),
+        runs=2,
+        choose_runs=1,
+        held_runs=1,
+        steps=2,
+        height=16,
+        width=16,
+        fused_text_layers=in_place,
+        lbfgs=3,
+    )
+    fused = fuse_pipeline(pipe, concepts, settings)
+    for row in fused.layers:
+        assert set(row.held) == {"base", "by_weights", "gradient", "fused", "lbfgs"}
+        assert row.gradient <= row.fused * (1 + 1e-9) and (row.ridge is None) == (
+            row.note == "weight fusion, which is better on other inputs"
+        )
+    # the random words have gone
+    assert set(fused.tokens.names) == set(fused.embeddings) == {"<a0>", "<b0>", "<a1>", "<b1>"}
+    row = next(row for row in fused.layers if row.group == "cross-attention")
+    # ten texts of two concept tokens and an end token
+    assert row.rows == {c.name: 30 for c in concepts}
+    totals = fused.totals()
+    for group in ("text encoder", "cross-attention", "unet"):
+        assert totals[group]["held_fused"] <= 1.05 * totals[group]["held_by_weights"]
+    with concept_tokens(pipe, fused.embeddings) as tokens:
+        errors = noise_errors(
+            pipe,
+            concepts,
+            {"weights": fuse_by_weights(concepts), "fused": fused.expert, "first": at_weights(concepts[0])},
+            tokens,
+            ["{} {}"],
+            [77],
+            num_inference_steps=2,
+            height=16,
+            width=16,
+        )
+        assert errors["first"][concepts[0].name] < 1e-9 < errors["first"][concepts[1].name]
+        assert all(errors[way][c.name] > 0 for way in ("weights", "fused") for c in concepts)
+        with pytest.raises(MoleValueError, match="templates with"):
+            noise_errors(pipe, concepts, {}, tokens, ["no place"], [1])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"runs": 0}, "runs"),
+        ({"choose_runs": -1}, "choose_runs"),
+        ({"held_templates": ("none",)}, "templates"),
+        ({"templates": ("{}",), "held_templates": ("{}",)}, "fitted and held out"),
+        ({"lbfgs": -1}, "lbfgs"),
+        ({"ridge": -0.5}, "ridge"),
+    ],
+)
+def test_settings_that_make_no_fusion_are_named(wrong, match):
+    with pytest.raises(MoleValueError, match=match):
+        FusionSettings(**wrong)
+
+
+def test_sdxl_predicts_noise_with_its_pooled_text():
+    pipe = sdxl_pipeline()
+    concept = random_concept(pipe, 0)
+    with concept_tokens(pipe, concept.embeddings) as tokens:
+        errors = noise_errors(
+            pipe,
+            [concept],
+            {"own": at_weights(concept)},
+            tokens,
+            ["{}"],
+            [1],
+            num_inference_steps=1,
+            height=16,
+            width=16,
+        )
+    assert errors["own"][concept.name] < 1e-9

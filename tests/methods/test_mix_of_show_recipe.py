@@ -37,12 +37,20 @@ def test_pictures_show_the_concept_in_its_slot_and_colours(name):
 
 def test_one_seed_runs_and_goes_on(tmp_path):
     made = run.Settings(
-        seeds=1, pictures=4, steps=1, batch=2, drawn=2, sampling_steps=1, fusion_steps=1, classifier_steps=1
+        seeds=1,
+        pictures=4,
+        steps=1,
+        batch=2,
+        drawn=2,
+        sampling_steps=1,
+        fusion_steps=1,
+        noise_runs=1,
+        classifier_steps=1,
     )
     found = run.run_seed(0, made, tmp_path)
     assert set(found["ways"]) == set(run.WAYS) and len(found["ways"]["gradient fusion"]) == 4
     table = run.combine([found, found])
-    assert run.markdown(table).count("\n") == 5 and "–" in run.markdown(table)
+    assert run.markdown(table).count("\n") == 10 and "–" in run.markdown(table)
     names = {path.name for path in (tmp_path / "seed0").iterdir()}
     assert {"amber.pth", "navy.pth", "fused", "pictures.png", "run_amber"} <= names
     run.plot(table, tmp_path / "plot.png")

@@ -28,19 +28,35 @@ def test_the_papers_string():
 
 
 @pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("[a]-*-[b]-*-[]|", [("a", "b", (0, 0, 1, 1))]),
+        ("[a]-*-[]-*-[]| \n", [("a", "", (0, 0, 1, 1))]),
+        ("[a]-*-[b]-*-[]||[c]-*-[d]-*-[]", [("a", "b", (0, 0, 1, 1))]),
+        ("[a]-*-[b]-*-[12, 36, 1100, 600]", [("a", "b", (12 / 1024, 36 / 2048, 1, 600 / 2048))]),
+        ("a <x1>, by -the- sea-*-b-*-[0, 0, 512, 4000]", [("a <x1>, by -the- sea", "b", (0, 0, 0.5, 1))]),
+        ("[a [b] c]-*-d]-*-[0,0,1.024e3,1]", [("a b c", "d", (0, 0, 1, 1 / 2048))]),
+    ],
+)
+def test_the_papers_irregular_strings_are_read_as_its_code_reads_them(text, want):
+    regions = parse_regions(text, 1024, 2048)
+    assert [(r.prompt, r.negative, r.box) for r in regions] == want
+
+
+@pytest.mark.parametrize(
     "text, at, words",
     [
         ("", 0, "three fields"),
         ("[a]-*-[b]", 0, r"three fields .*, got 2"),
         ("[a]-*-[b]-*-[0,0,1,1]|[c]-*-[d]", 22, "three fields"),
-        ("a-*-[b]-*-[]", 0, r"the prompt in \[ \]"),
-        ("[]-*-[b]-*-[]", 1, "a prompt, got none"),
-        ("[a]-*-b-*-[]", 6, "negative prompt"),
+        ("[]-*-[b]-*-[]", 0, "a prompt, got none"),
+        ("[a]-*-[b]-*-0,0,8,8", 12, r"the box in \[ \]"),
+        ("|[a]-*-[b]-*-[]", 0, "three fields"),
         ("[a]-*-[b]-*-[0,0,1]", 13, "four numbers"),
         ("[a]-*-[b]-*-[0,0,1,__import__('os')]", 19, "a number of pixels"),
-        ("[a]-*-[b]-*-[0,0,1e999,1]", 17, "a number of pixels"),
+        ("[a]-*-[b]-*-[0,0,1e9999,1]", 17, "a number of pixels"),
         ("[a]-*-[b]-*-[0,0,0,8]", 13, "y0 < y1"),
-        ("[a]-*-[b]-*-[0,0,9,8]", 13, "inside the 8 x 8 picture"),
+        ("[a]-*-[b]-*-[9,0,12,8]", 13, "inside the 8 x 8 picture"),
         ("[a]-*-[b]-*-[-1,0,8,8]", 13, "inside"),
         ("[a]-*-[b]-*-[6,0,2,8]", 13, "y0 < y1"),
     ],

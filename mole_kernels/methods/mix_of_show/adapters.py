@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mole_kernels.errors import MoleShapeError, MoleValueError, printable
+from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, printable
 from mole_kernels.methods.mix_of_show.regions import SEPARATOR, Box, Region, check_box, parse_regions
 
 Weights = Sequence[tuple[Box, float]]
@@ -42,6 +44,47 @@ def parse_adapter_weights(text: str, height: int, width: int) -> list[tuple[Box,
         weights.append((region.box, value))
         at += len(part) + 1
     return weights
+
+
+def weighted(
+    pipe: Any, weights: Weights | Sequence[Weights], elsewhere: float | Sequence[float]
+) -> list[tuple[nn.Module, Callable[..., list[Tensor]]]]:
+    """(adapter, forward hook that weighs its features) of a pipeline's T2I-Adapter, or of each of several.
+
+    Raises:
+        MoleTypeError: A pipeline without an adapter, or weights of another form.
+        MoleValueError: Another number of weights than of adapters, or a box outside the picture.
+    """
+    adapter = getattr(pipe, "adapter", None)
+    if not isinstance(adapter, nn.Module):
+        raise MoleTypeError(
+            "regional: adapter", expected="a pipeline with a T2I-Adapter", got=type(pipe).__name__
+        )
+    several = isinstance(getattr(adapter, "adapters", None), nn.ModuleList)
+    modules = list(adapter.adapters) if several else [adapter]  # type: ignore[arg-type]
+    by_adapter: list[Any] = list(weights) if several else [weights]
+    outside = list(elsewhere) if isinstance(elsewhere, Sequence) else [elsewhere] * len(modules)
+    if not len(by_adapter) == len(outside) == len(modules):
+        raise MoleValueError(
+            "regional: adapter",
+            expected=f"weights for each of {len(modules)} adapters",
+            got=f"{len(by_adapter)}, and {len(outside)} for elsewhere",
+        )
+    hooks: list[tuple[nn.Module, Callable[..., list[Tensor]]]] = []
+    for module, own, rest in zip(modules, by_adapter, outside):
+        for pair in own:
+            if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], Sequence):
+                form = "a list of (box, weight) for each adapter" if several else "a list of (box, weight)"
+                raise MoleTypeError("regional: adapter", expected=form, got=printable(pair))
+            check_box(pair[0], "regional: adapter")  # type: ignore[arg-type]
+        hooks.append((module, partial(_weigh_output, own, rest)))
+    return hooks
+
+
+def _weigh_output(
+    weights: Weights, elsewhere: float, module: nn.Module, args: Any, features: Sequence[Tensor]
+) -> list[Tensor]:
+    return weigh(features, weights, elsewhere)
 
 
 def weigh(features: Sequence[Tensor], weights: Weights, elsewhere: float = 1.0) -> list[Tensor]:

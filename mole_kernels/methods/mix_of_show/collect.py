@@ -27,6 +27,7 @@ class Site:
     Args:
         group: "text encoder", "cross-attention" (K and V of the text) or "unet".
         layer: Which of the L embeddings it reads, for the second group.
+        lots: How many sums of it are kept at once: fitted, choosing, judging inputs.
         factors: Concept -> its factors here; a concept without this layer is not among them.
     """
 
@@ -35,6 +36,7 @@ class Site:
     factors: dict[str, LowRank]
     group: str
     layer: int | None = None
+    lots: int = 1
 
     @property
     def K(self) -> int:
@@ -43,7 +45,7 @@ class Site:
     @property
     def bytes(self) -> int:
         """Of its Gram matrix, of the few inputs kept beside it at first, and of A G for every concept."""
-        return DOUBLE * (
+        return (self.lots * DOUBLE) * (
             self.K**2 + self.K // 4 * self.K + sum(f.rank for f in self.factors.values()) * self.K
         )
 
@@ -55,11 +57,12 @@ class Site:
 
 @dataclass
 class Listening:
-    """Where hooks add to: the sums of some layers, under which concept, and which tokens count (None:
-    all).
+    """Where hooks add to: the sums of some layers by lot, which lot, under which concept, and which tokens
+    count (None: all).
     """
 
-    sums: dict[str, Sums]
+    sums: dict[str, dict[str, Sums]]
+    lot: str = ""
     concept: str = ""
     keep: Tensor | None = field(default=None)
 
@@ -90,11 +93,11 @@ def passes(sites: Sequence[Site], budget: int | None) -> list[list[Site]]:
 
 
 @contextmanager
-def listening(sites: Sequence[Site]) -> Iterator[Listening]:
-    """Hooks on the layers of `sites`: whatever runs through them is added under the concept that `Listening`
-    names just then.
+def listening(sites: Sequence[Site], lots: Sequence[str]) -> Iterator[Listening]:
+    """Hooks on the layers of `sites`: whatever runs through them is added under the lot and concept that
+    `Listening` names just then.
     """
-    heard = Listening({site.path: site.sums() for site in sites})
+    heard = Listening({lot: {site.path: site.sums() for site in sites} for lot in lots})
     with ExitStack() as stack:
         for site in sites:
             stack.callback(site.module.register_forward_pre_hook(partial(_add, heard, site)).remove)
@@ -113,7 +116,7 @@ def _add(heard: Listening, site: Site, module: nn.Module, args: tuple[Tensor, ..
                 got=tuple(x.shape),
             )
         x = x[heard.keep.to(x.device)]
-    heard.sums[site.path].add(heard.concept, site.factors.get(heard.concept), x)
+    heard.sums[heard.lot][site.path].add(heard.concept, site.factors.get(heard.concept), x)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from mole_kernels.methods.mix_of_show.tokens import (
     concept_tokens,
     cross_attentions,
     portable,
+    random_words,
     text_encoders,
 )
 from mole_kernels.patching.plan import plan
@@ -45,14 +46,15 @@ from mole_kernels.patching.plan import plan
 
 @dataclass(frozen=True)
 class FusionPlan:
-    """What a fusion will do: groups of layers, each with as many runs as there are concepts, and the bytes of
-    the largest.
+    """What a fusion will do: groups of layers, each with `runs` sampling runs of every concept, and the
+    bytes of the largest.
     """
 
     text: list[list[Site]]
     cross: list[Site]
     unet: list[list[Site]]
     concepts: int
+    runs: int = 1
 
     @property
     def sites(self) -> list[Site]:
@@ -67,11 +69,11 @@ class FusionPlan:
 
     def __str__(self) -> str:
         count = sum(map(len, self.text)), len(self.cross), sum(map(len, self.unet))
-        runs = len(self.unet) * self.concepts
+        each = len(self.unet) * self.runs
         return (
             f"{count[0]} layers of text encoders, {count[1]} of cross-attention's K and V, {count[2]} "
             "others; "
-            f"{len(self.unet)} x {self.concepts} = {runs} sampling runs; sums of up to "
+            f"{each} x {self.concepts} = {each * self.concepts} sampling runs; sums of up to "
             f"{self.bytes / 1e6:.1f} MB"
         )
 
@@ -83,6 +85,8 @@ def plan_fusion(pipe: Any, concepts: Sequence[Concept], settings: FusionSettings
     with the shapes).
     """
     _check(concepts)
+    settings = settings or FusionSettings()
+    lots = settings.lots
     patch_plan = plan(pipe, {concept.name: concept.expert for concept in concepts}, allow_large_rank=True)
     order = list(cross_attentions(pipe.unet))
     sites = []
@@ -96,8 +100,8 @@ def plan_fusion(pipe: Any, concepts: Sequence[Concept], settings: FusionSettings
             raise MoleKeyError(f"fuse, {printable(path)}", "is neither in the UNet nor in a text encoder")
         elif owner in order and last in ("to_k", "to_v"):
             group, index = GROUPS[1], order.index(owner)
-        sites.append(Site(path, layer.module, layer.factors, group, index))
-    budget = (settings or FusionSettings()).memory
+        sites.append(Site(path, layer.module, layer.factors, group, index, len(lots)))
+    budget = settings.memory
     by_group = {group: [site for site in sites if site.group == group] for group in GROUPS}
     passes(by_group[GROUPS[1]], budget)
     return FusionPlan(
@@ -105,6 +109,7 @@ def plan_fusion(pipe: Any, concepts: Sequence[Concept], settings: FusionSettings
         by_group[GROUPS[1]],
         passes(by_group[GROUPS[2]], budget),
         len(concepts),
+        sum(len(lot.runs) for lot in lots),
     )
 
 
@@ -133,12 +138,14 @@ def fuse_pipeline(
     embeddings = {
         token: by_component for concept in concepts for token, by_component in concept.embeddings.items()
     }
-    with concept_tokens(pipe, embeddings) as tokens:
+    words = random_words(pipe, settings.word_tokens, settings.seed)
+    with concept_tokens(pipe, embeddings | words) as tokens:
         run = FusionRun(pipe, concepts, fusion_plan.sites, settings, tokens, tell)
         text = run.text_encoders(fusion_plan.text)
         with run.fused_text(text):
-            states = run.states()
-            unet = run.cross_attention(fusion_plan.cross, states) | run.others(fusion_plan.unet, states)
+            states, rows = run.states()
+            crossed = run.cross_attention(fusion_plan.cross, rows)
+            unet = crossed | run.others(fusion_plan.unet, states, crossed)
     source = f"gradient fusion of {', '.join(concept.name for concept in concepts)}"
     metadata = {
         "method": "mix_of_show",
@@ -146,7 +153,10 @@ def fuse_pipeline(
         "concepts": ", ".join(concept.name for concept in concepts),
     }
     return FusedConcepts(
-        Expert(portable(text | unet), source=source, metadata=metadata), embeddings, tokens, run.reports
+        Expert(portable(text | unet), source=source, metadata=metadata),
+        embeddings,
+        tokens.only(embeddings),
+        run.reports,
     )
 
 

@@ -20,7 +20,7 @@ from mole_kernels.files.limits import finite
 
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.IGNORECASE)
 SEPARATOR = "-*-"
 
 
@@ -97,11 +97,19 @@ def parse_regions(text: str, height: int, width: int) -> list[Region]:
     """The paper's string: `[prompt]-*-[negative]-*-[y0, x0, y1, x1]`, in pixels of a height x width picture,
     joined by `|`.
 
-    An empty box `[]` is the whole picture. Raises MoleValueError that names the position of what is wrong;
-    nothing is evaluated.
+    As the paper's code reads it: square brackets in prompts are dropped and may be missing, an empty box `[]`
+    is the whole picture, a box ends where the picture ends, and an empty part ends the list, as after a
+    trailing bar. Nothing is evaluated.
+
+    Raises:
+        MoleValueError: Names the position of what is wrong. A box that begins above or left of the picture is
+            among it; the paper's code takes other places for it.
     """
-    regions, at = [], 0
+    regions: list[Region] = []
+    at = 0
     for part in text.split("|"):
+        if not part.strip() and regions:
+            break
         regions.append(_parse_one(part, at, height, width))
         at += len(part) + 1
     return regions
@@ -111,17 +119,15 @@ def _parse_one(part: str, at: int, height: int, width: int) -> Region:
     fields = part.split(SEPARATOR)
     if len(fields) != 3:
         raise _wrong(at, f"three fields joined by {SEPARATOR}", f"{len(fields)}")
-    inner, place = [], at
-    for name, raw in zip(("prompt", "negative prompt", "box"), fields):
-        stripped = raw.strip()
-        if not (stripped.startswith("[") and stripped.endswith("]") and len(stripped) >= 2):
-            raise _wrong(place, f"the {name} in [ ]", stripped or "nothing")
-        inner.append((stripped[1:-1].strip(), place + raw.index("[") + 1))
-        place += len(raw) + len(SEPARATOR)
-    (prompt, where), (negative, _), (numbers, start) = inner
+    prompt, negative = (re.sub(r"[\[\]]", "", raw).strip() for raw in fields[:2])
     if not prompt:
-        raise _wrong(where, "a prompt", "none")
-    return Region(prompt, negative, _parse_box(numbers, start, height, width))
+        raise _wrong(at, "a prompt", "none")
+    raw, place = fields[2], at + len(part) - len(fields[2])
+    stripped = raw.strip()
+    if not (stripped.startswith("[") and stripped.endswith("]") and len(stripped) >= 2):
+        raise _wrong(place, "the box in [ ]", stripped or "nothing")
+    box = _parse_box(stripped[1:-1].strip(), place + raw.index("[") + 1, height, width)
+    return Region(prompt, negative, box)
 
 
 def _parse_box(text: str, at: int, height: int, width: int) -> Box:
@@ -137,7 +143,7 @@ def _parse_box(text: str, at: int, height: int, width: int) -> Box:
     if len(values) != 4:
         raise _wrong(start, "four numbers y0, x0, y1, x1", str(len(values)))
     y0, x0, y1, x1 = values
-    box = (y0 / height, x0 / width, y1 / height, x1 / width)
+    box = (y0 / height, x0 / width, min(y1 / height, 1.0), min(x1 / width, 1.0))
     try:
         check_box(box, "")
     except MoleValueError as error:

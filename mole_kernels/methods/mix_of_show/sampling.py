@@ -16,9 +16,11 @@ from mole_kernels.attention.regional import regional_attention
 from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.gates.block import BlockGate
 from mole_kernels.gates.softmax import GivenGate
-from mole_kernels.methods.mix_of_show.adapters import Weights, weigh
+from mole_kernels.methods.mix_of_show.adapters import Weights, weighted
+from mole_kernels.methods.mix_of_show.prompts import encode_prompts
 from mole_kernels.methods.mix_of_show.region_weights import RegionWeights
-from mole_kernels.methods.mix_of_show.regions import Region, check_box, shares, token_grid
+from mole_kernels.methods.mix_of_show.regions import Region, shares, token_grid
+from mole_kernels.methods.mix_of_show.tokens import Tokens
 from mole_kernels.patching.handle import Handle
 
 # two threads that open `regional` on one UNet at the same time
@@ -59,12 +61,16 @@ class regional:
         width: Width of the picture in pixels; None takes it from the latents.
         handle: A patch made with gates=region_gates: then Region.experts says how much of each expert a
             region gets.
+        tokens: What `concept_tokens` gave: concept tokens in the regions' prompts are expanded, with a text
+            for every cross-attention layer. The prompts of the call are `sample_concepts`' to expand.
         embeds: (positive, negative) texts of the regions instead of encoding them: [prompts, regions,
             L, C] each, or with one text for every cross-attention layer, [prompts, regions, layers, L,
             C], as extended textual inversion has them.
         backend: Of `regional_attention`.
         adapter: Weights by box for the features of the pipeline's T2I-Adapter, see `adapters.weigh` and
-            `adapters.parse_adapter_weights`; places outside all boxes have `adapter_elsewhere`.
+            `adapters.parse_adapter_weights`; for a MultiAdapter, as of sketch and pose, a list of such
+            weights, one for each adapter.
+        adapter_elsewhere: Weight of places outside all boxes; likewise one for each adapter.
         record: Keep where each region's words were read, for `attention`; costs a second product of
             queries and keys.
     """
@@ -79,11 +85,12 @@ class regional:
         width: int | None = None,
         handle: Handle | None = None,
         elsewhere: Mapping[str, float] | None = None,
+        tokens: Tokens | None = None,
         embeds: tuple[Tensor, Tensor] | None = None,
         backend: str = "auto",
         record: bool = False,
-        adapter: Weights | None = None,
-        adapter_elsewhere: float = 1.0,
+        adapter: Weights | Sequence[Weights] | None = None,
+        adapter_elsewhere: float | Sequence[float] = 1.0,
     ) -> None:
         if not hasattr(getattr(pipe, "unet", None), "attn_processors"):
             raise MoleTypeError(
@@ -96,14 +103,10 @@ class regional:
         shares(self.by_prompt[0], 1, 1, overlap=overlap)
         self.size = (height, width) if height and width else None
         self.experts = None if handle is None else RegionWeights(handle, self.by_prompt, elsewhere)
-        if adapter is not None and not isinstance(getattr(pipe, "adapter", None), nn.Module):
-            raise MoleTypeError(
-                "regional: adapter", expected="a pipeline with a T2I-Adapter", got=type(pipe).__name__
-            )
-        for box, _ in adapter or ():
-            check_box(box, "regional: adapter")
-        self.adapter, self.adapter_elsewhere = adapter, adapter_elsewhere
-        self.embeds = embeds
+        self._adapters = [] if adapter is None else weighted(pipe, adapter, adapter_elsewhere)
+        if tokens is not None and embeds is not None:
+            raise MoleValueError("regional", expected="tokens or embeds", got="both")
+        self.embeds, self.tokens = embeds, tokens
         self._read: dict[tuple[int, int], tuple[Tensor, int]] | None = {} if record else None
         self._tables: dict[tuple[object, ...], Tensor] = {}
         self._before: dict[str, Any] = {}
@@ -139,8 +142,8 @@ class regional:
             raise MoleStateError("regional", "the UNet has no cross-attention layers (attn2)")
         try:
             self._hooks.append(unet.register_forward_pre_hook(self._see, with_kwargs=True))
-            if self.adapter is not None:
-                self._hooks.append(self.pipe.adapter.register_forward_hook(self._weigh))
+            for module, hook in self._adapters:
+                self._hooks.append(module.register_forward_hook(hook))
             if self.experts is not None:
                 self._hooks += self.experts.hook(self)
             unet.set_attn_processor(processors)
@@ -231,10 +234,6 @@ class regional:
         whole = torch.stack(chosen)
         return whole[:, :, place] if whole.dim() == 5 else whole
 
-    def _weigh(self, module: nn.Module, args: tuple[Any, ...], features: Sequence[Tensor]) -> list[Tensor]:
-        assert self.adapter is not None
-        return weigh(features, self.adapter, self.adapter_elsewhere)
-
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         latents = args[0] if args else kwargs["sample"]
         size = (int(latents.shape[-2]), int(latents.shape[-1]))
@@ -245,10 +244,14 @@ class regional:
 
     @torch.no_grad()
     def _encode(self) -> tuple[Tensor, Tensor]:
-        """(positive, negative), each [prompts, regions, L, C], by the pipeline's own encoders."""
+        """(positive, negative), each [prompts, regions, (layers,) L, C], by the pipeline's own encoders."""
         halves = []
         for which in ("prompt", "negative"):
             texts = [getattr(region, which) for regions in self.by_prompt for region in regions]
+            if self.tokens is not None:
+                layered_states = encode_prompts(self.pipe, texts, self.tokens).states
+                halves.append(layered_states.unflatten(0, (len(self.by_prompt), -1)))
+                continue
             states = self.pipe.encode_prompt(
                 prompt=texts,
                 device=self.pipe._execution_device,

@@ -4,19 +4,23 @@ tokenizer and text encoder.
 
 from __future__ import annotations
 
-import copy
 import itertools
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, printable
+from mole_kernels.errors import MoleFileError, MoleShapeError, MoleTypeError, MoleValueError, printable
 from mole_kernels.experts.lowrank import LowRank
+from mole_kernels.files.opening import PathLike
+from mole_kernels.files.text import read_json_file
+from mole_kernels.methods.mix_of_show.guard import guard_tokenizer
 
 # token -> text encoder -> V [L,K]: one row for each cross-attention layer
 Embeddings = Mapping[str, Mapping[str, Tensor]]
@@ -49,6 +53,15 @@ class Tokens:
                 " ".join(text.split()) if any(token in prompt for token in self.names) else prompt
             )
         return variants
+
+    def only(self, wanted: Iterable[str]) -> Tokens:
+        """Some of the tokens, under the names and ids that they have here."""
+        chosen = set(wanted)
+        return Tokens(
+            {token: names for token, names in self.names.items() if token in chosen},
+            {token: ids for token, ids in self.ids.items() if token in chosen},
+            self.layers,
+        )
 
     def config(self, encoder: str = "text_encoder") -> dict[str, dict[str, list[Any]]]:
         """What the paper's tools keep beside a pipeline as new_concept_cfg.json."""
@@ -105,6 +118,8 @@ def add_concepts(pipe: Any, embeddings: Embeddings) -> Tokens:
     """Adds the tokens and their embeddings to the pipeline's tokenizers and text encoders; all is checked
     before anything changes.
 
+    From then on text that still holds a token is refused by the tokenizers (see `guard`): it has to be
+    expanded, as `sample_concepts`, `encode_prompts` and `regional(…, tokens=…)` do.
     Raises MoleValueError for a token that is no new word, MoleShapeError for embeddings of another model.
     """
     parts = text_encoders(pipe)
@@ -117,12 +132,63 @@ def add_concepts(pipe: Any, embeddings: Embeddings) -> Tokens:
     ids: dict[str, dict[str, tuple[int, ...]]] = {token: {} for token in embeddings}
     for component, (encoder, tokenizer) in parts.items():
         # a copy, since a tokenizer cannot forget
-        larger = copy.deepcopy(tokenizer)
+        larger = guard_tokenizer(tokenizer, embeddings)
         larger.add_tokens([name for own in names.values() for name in own])
         for token, own in names.items():
             ids[token][component] = tuple(larger.convert_tokens_to_ids(list(own)))
         _extend(encoder, {ids[token][component]: embeddings[token][component] for token in embeddings})
         setattr(pipe, component.replace("text_encoder", "tokenizer"), larger)
+    return Tokens(names, ids, layers)
+
+
+def read_concepts(pipe: Any, path: PathLike) -> Tokens:
+    """The tokens of a pipeline that holds its concepts already, from its new_concept_cfg.json.
+
+    For pipelines that the paper's tools or `save_dense` have written; their tokenizers refuse unexpanded
+    tokens from then on, as after `add_concepts`.
+
+    Args:
+        pipe: The pipeline that was loaded from that folder.
+        path: The file, or the folder that holds it.
+
+    Raises:
+        MoleFileError: No such file, or not of that form.
+        MoleValueError: A name that the tokenizer has under another id, or numbers of layers that differ.
+    """
+    file = Path(os.fsdecode(path))
+    file = file / "new_concept_cfg.json" if file.is_dir() else file
+    where, config = printable(file, 300), read_json_file(file)
+    fields = {"concept_token_ids": int, "concept_token_names": str}
+    if not isinstance(config, dict) or not config:
+        raise MoleFileError(where, expected="an object of concept tokens", got=type(config).__name__)
+    for token, entry in config.items():
+        for field, kind in fields.items():
+            values = entry.get(field) if isinstance(entry, dict) else None
+            if not isinstance(values, list) or not all(type(value) is kind for value in values):
+                raise MoleFileError(
+                    f"{where}, {printable(token)}", expected=f"a list {field}", got=printable(values)
+                )
+    layers, parts = len(cross_attentions(pipe.unet)), text_encoders(pipe)
+    names = {token: tuple(entry["concept_token_names"]) for token, entry in config.items()}
+    ids: dict[str, dict[str, tuple[int, ...]]] = {token: {} for token in names}
+    for token, own in names.items():
+        if len(own) != layers:
+            raise MoleValueError(
+                f"{where}, {printable(token)}",
+                expected=f"{layers} names, one for each cross-attention layer",
+                got=f"{len(own)}",
+            )
+        for component, (_, tokenizer) in parts.items():
+            ids[token][component] = tuple(tokenizer.convert_tokens_to_ids(list(own)))
+        if ids[token]["text_encoder"] != tuple(config[token]["concept_token_ids"]):
+            raise MoleValueError(
+                f"{where}, {printable(token)}",
+                expected=f"ids {config[token]['concept_token_ids'][:2]} … in the tokenizer",
+                got=f"{list(ids[token]['text_encoder'][:2])} …",
+                hint="load the pipeline that lies beside this file",
+            )
+    for component, (_, tokenizer) in parts.items():
+        setattr(pipe, component.replace("text_encoder", "tokenizer"), guard_tokenizer(tokenizer, names))
     return Tokens(names, ids, layers)
 
 
@@ -176,6 +242,26 @@ def new_embeddings(
                 row = class_embedding(pipe, component, start)
             embeddings[token][component] = row.repeat(layers, 1)
     return embeddings
+
+
+def random_words(pipe: Any, tokens: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
+    """Embeddings as words might have that no template contains, the same in every layer.
+
+    Each number is drawn from a normal distribution with the mean and spread of its column in the text
+    encoder's table.
+    """
+    layers, generator = len(cross_attentions(pipe.unet)), torch.Generator().manual_seed(seed)
+    words: dict[str, dict[str, Tensor]] = {token: {} for token in tokens}
+    for component, (encoder, tokenizer) in text_encoders(pipe).items():
+        table: Tensor = encoder.get_input_embeddings().weight.detach()
+        # rows beyond the vocabulary are padding of the table
+        known = sorted(at for at in tokenizer.get_vocab().values() if at < len(table))
+        rows = table[known].float().cpu()
+        mean, spread = rows.mean(0), rows.std(0) if len(rows) > 1 else torch.zeros(rows.shape[1])
+        for token in tokens:
+            drawn = mean + spread * torch.randn(len(mean), generator=generator)
+            words[token][component] = drawn.repeat(layers, 1)
+    return words
 
 
 def portable(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:

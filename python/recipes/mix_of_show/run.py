@@ -42,6 +42,8 @@ from mole_kernels.methods.mix_of_show.data import concept_batches
 from mole_kernels.methods.mix_of_show.edlora import EDLoRATraining, train_edlora
 from mole_kernels.methods.mix_of_show.folder import save_fused
 from mole_kernels.methods.mix_of_show.fusion import FusionSettings, fuse_by_weights, fuse_pipeline
+from mole_kernels.methods.mix_of_show.fusion_check import noise_errors
+from mole_kernels.methods.mix_of_show.fusion_records import FusedConcepts
 from mole_kernels.methods.mix_of_show.prompts import encode_prompts, sample_concepts
 from mole_kernels.methods.mix_of_show.regions import Region
 from mole_kernels.methods.mix_of_show.sampling import regional
@@ -50,8 +52,14 @@ from mole_kernels.patching.apply import patch
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.pictures import PictureFolder
 
+# begins the columns of what was neither fitted nor chosen by
+HELD = "held out:"
 WAYS = ("single", "weight fusion", "gradient fusion")
 SIZE = (data.HEIGHT, data.WIDTH)
+# prompts whose inputs are fitted, that choose the ridge, and that judge: no text is in two of them
+FITTED = ("blank {}", "{}", "one {}", "six {}", "three {}", "nine {}")
+CHOOSING = ("two {}", "zero {}", "four {}", "seven {}")
+JUDGING = ("five {}", "eight {}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Settings:
     drawn: int = 60
     sampling_steps: int = 20
     fusion_steps: int = 20
+    noise_runs: int = 2
     classifier_steps: int = 300
 
 
@@ -91,7 +100,14 @@ def run_seed(seed: int, made: Settings, out: Path) -> dict[str, Any]:
         )
     began = time.time()
     settings = FusionSettings(
-        ("blank {}", "{}"), steps=made.fusion_steps, height=SIZE[0], width=SIZE[1], seed=seed
+        FITTED,
+        choose_templates=CHOOSING,
+        held_templates=JUDGING,
+        steps=made.fusion_steps,
+        height=SIZE[0],
+        width=SIZE[1],
+        seed=seed,
+        lbfgs=50,
     )
     fused = fuse_pipeline(pipe, list(trained.values()), settings)
     fusing = time.time() - began
@@ -110,17 +126,44 @@ def run_seed(seed: int, made: Settings, out: Path) -> dict[str, Any]:
             for name in known.NAMES:
                 found[way][f"{name}, both in one"] = known.fidelity(reader, drawn, name)
             shown[way].append(drawn[:4])
+        # seeds and prompts that neither fitted nor chose
+        errors = noise_errors(
+            pipe,
+            list(trained.values()),
+            dict(zip(WAYS[1:], (averaged, fused.expert))),
+            tokens,
+            JUDGING,
+            range(100_000, 100_000 + made.noise_runs),
+            num_inference_steps=made.fusion_steps,
+            height=SIZE[0],
+            width=SIZE[1],
+        )
+    noise = {way: {name: own[trained[name].name] for name in known.NAMES} for way, own in errors.items()}
     sheet(shown, folder / "pictures.png")
     print(
         f"seed {seed}: fused in {fusing:.1f} s, {json.dumps(found)}, {time.time() - begun:.0f} s", flush=True
     )
-    about = {"fusing_seconds": fusing, "objective": fused.totals(), "classifier": accuracy}
+    about = {
+        "fusing_seconds": fusing,
+        "objective": fused.totals(),
+        "worst_layer": worst_layer(fused),
+        "noise": noise,
+        "classifier": accuracy,
+    }
     return {
         "seed": seed,
         "seconds": time.time() - begun,
         "cpu_seconds": time.process_time(),
         "ways": found,
     } | about
+
+
+def worst_layer(fused: FusedConcepts) -> dict[str, Any]:
+    """The layer whose held-out objective is the worst against weight fusion's, and by how much."""
+    held = {layer.path: layer.held for layer in fused.layers if layer.held and layer.held["by_weights"]}
+    ratios = {path: values["fused"] / values["by_weights"] for path, values in held.items()}
+    path = max(ratios, key=ratios.__getitem__)
+    return {"path": path, "ratio": ratios[path]}
 
 
 def train(pipe: Any, name: str, made: Settings, folder: Path, seed: int) -> Concept:
@@ -211,22 +254,35 @@ def _image(pixels: Tensor) -> Image.Image:
 
 
 def combine(seeds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """way -> column -> mean, sd and the seeds' values."""
+    """way -> column -> mean, sd and the seeds' values: fidelity, then what was held out, for both fusions."""
     columns = (*known.NAMES, *(f"{name}, both in one" for name in known.NAMES))
-    return {
+    table = {
         way: {c: spread([s["ways"][way][c] for s in seeds]) for c in columns if c in seeds[0]["ways"][way]}
         for way in WAYS
     }
+    for way, key in zip(WAYS[1:], ("held_by_weights", "held_fused")):
+        for group in seeds[0]["objective"]:
+            sums = [s["objective"][group] for s in seeds]
+            table[way][f"{HELD} {group}"] = spread([own[key] / (own["held_base"] or 1.0) for own in sums])
+        for name in known.NAMES:
+            table[way][f"{HELD} noise of {name}"] = spread([s["noise"][way][name] for s in seeds])
+    return table
 
 
 def markdown(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Concept fidelity in percent, mean ± standard deviation over the seeds."""
-    columns = list(table[WAYS[1]])
-    lines = [f"| concept fidelity | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    """Two tables, mean ± standard deviation over the seeds: concept fidelity in percent; what was held out."""
+    fidelity = [c for c in table[WAYS[1]] if not c.startswith(HELD)]
+    held = [c for c in table[WAYS[1]] if c.startswith(HELD)]
+    lines = [f"| concept fidelity | {' | '.join(fidelity)} |", "|---" * (1 + len(fidelity)) + "|"]
     for way, row in table.items():
         cells = [
-            f"{100 * row[c]['mean']:.0f} ± {100 * row[c]['sd']:.0f} %" if c in row else "–" for c in columns
+            f"{100 * row[c]['mean']:.0f} ± {100 * row[c]['sd']:.0f} %" if c in row else "–" for c in fidelity
         ]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    names = " | ".join(c.removeprefix(HELD).strip() for c in held)
+    lines += ["", f"| held out, ÷ the base's | {names} |", "|---" * (1 + len(held)) + "|"]
+    for way in WAYS[1:]:
+        cells = [f"{table[way][c]['mean']:.2f} ± {table[way][c]['sd']:.2f}" for c in held]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -236,7 +292,7 @@ def plot(table: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> No
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axis, columns = figure.subplots(), list(table[WAYS[1]])
+    axis, columns = figure.subplots(), [c for c in table[WAYS[1]] if not c.startswith(HELD)]
     for w, (way, colour) in enumerate(zip(WAYS, ("#c9ced6", "#d9a679", "#7a9cc6"))):
         there = [i for i, column in enumerate(columns) if column in table[way]]
         axis.bar(
