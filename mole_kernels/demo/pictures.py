@@ -1,4 +1,4 @@
-"""Turns tensors into pictures: the grid of variants, and gate maps laid over what was generated."""
+"""Turn tensors into pictures: the grid of variants, and gate maps laid over what was generated."""
 
 from __future__ import annotations
 

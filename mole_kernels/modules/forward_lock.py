@@ -1,6 +1,4 @@
-"""Forwards and changes take turns: a forward sees a model before a change or after it, never in the middle of
-one.
-"""
+"""A readers–writer lock: many forwards of a model, or one change to it; changes go first."""
 
 from __future__ import annotations
 
@@ -15,19 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-# seconds between two looks whether those who are waited for are still there
+# seconds between two checks that the threads waited for still run
 POLL = 1.0
 
 
-class Turns:
-    """Any number of forwards at a time, or one change.
+class ForwardLock:
+    """Any number of forwards at a time, or one change; a forward sees the model before or after a change.
 
-    A thread never waits for itself: a change out of a hook in the middle of its own forward happens there and
-    then. Nor can two such
-    threads wait for each other, for who waits for its change counts as standing still. Inside a compiled
-    graph nothing is counted.
-    one_at_a_time  forwards of other threads wait too (a model that keeps what belongs to the batch, as
-                   `serve` does)
+    A thread never waits for itself: a change from a hook in the middle of its own forward happens at once.
+    Two such threads cannot wait for each other: a thread that waits for its change does not count as
+    inside its forward. Nothing is counted inside a compiled graph.
+
+    Args:
+        one_at_a_time: Whether forwards of other threads wait too, for a model that keeps state of its batch.
     """
 
     def __init__(self, *, one_at_a_time: bool = False) -> None:
@@ -36,7 +34,7 @@ class Turns:
         _every.add(self)
 
     def reset(self) -> None:
-        """Nobody runs: at the start, and in a child process, where the parent's threads do not exist."""
+        """No thread is inside: at the start, and in a child process, without the parent's threads."""
         self._lock = threading.RLock()
         self._free = threading.Condition(self._lock)
         # thread -> how many forwards it is inside of, and how many times it holds the model still
@@ -142,7 +140,7 @@ class Turns:
         finally:
             self._asleep -= 1
         if not woken:
-            # Ctrl-C in a forward, or a thread that ended in one, leaves no word
+            # Ctrl-C in a forward, or a thread that ended in one, does not call `_leave`
             frames = sys._current_frames()
             for thread in [t for t in self._inside if not self._runs(frames.get(t))]:
                 del self._inside[thread]
@@ -159,20 +157,20 @@ class Turns:
         return False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a copy of the model takes turns of its own
+        # a copy of the model has a lock of its own
         return _copy, (self.one_at_a_time,)
 
 
-def _copy(one_at_a_time: bool) -> Turns:
-    return Turns(one_at_a_time=one_at_a_time)
+def _copy(one_at_a_time: bool) -> ForwardLock:
+    return ForwardLock(one_at_a_time=one_at_a_time)
 
 
-_every: weakref.WeakSet[Turns] = weakref.WeakSet()
+_every: weakref.WeakSet[ForwardLock] = weakref.WeakSet()
 
 
 def _reset_all() -> None:
-    for turns in list(_every):
-        turns.reset()
+    for lock in list(_every):
+        lock.reset()
 
 
 if hasattr(os, "register_at_fork"):

@@ -14,7 +14,7 @@ from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.block import BlockGate
 from mole_kernels.gates.gate import Gate
 from mole_kernels.layers.attach import attach, reject
-from mole_kernels.modules.forward_lock import Turns
+from mole_kernels.modules.forward_lock import ForwardLock
 from mole_kernels.modules.group_offload import in_groups, regroup
 from mole_kernels.modules.scan import roots
 from mole_kernels.modules.snapshot import Before
@@ -128,7 +128,7 @@ def apply(
     parts = _used_roots(made)
     regrouped = in_groups(parts)
     # a block's router keeps what it said of the batch for the layers of the block
-    turns = Turns(one_at_a_time=any(isinstance(one.gate, BlockGate) for one in patched))
+    lock = ForwardLock(one_at_a_time=any(isinstance(one.gate, BlockGate) for one in patched))
     before = Before([*(p.module for p in patched), *(module for module, _, _ in places), *parts])
     try:
         for one in patched:
@@ -138,8 +138,8 @@ def apply(
         block_ranks.mark({one.path: one.module for one in patched})
         block_ranks.pad(block_ranks.compiled(module for module, _, _ in places))
         guards.install(places)
-        turns.watch(parts)
-        handle = Handle(patched, made, places, parts, turns)
+        lock.watch(parts)
+        handle = Handle(patched, made, places, parts, lock)
         handle.set_scales(scales or {})
         regroup(regrouped)
         # a served model is taken off by what serves it

@@ -1,4 +1,4 @@
-"""Adapter weights written into every layer's scale at once."""
+"""The scales of a patch, written into every layer at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,48 @@ import torch
 from torch import Tensor
 
 from mole_kernels.experts.layer import LayerExperts
-from mole_kernels.patching.block_scales import LayerScale, scale_at
+from mole_kernels.patching.block_scales import LayerScale, Scale, check_scales, layer_scales, scale_at
+
+
+class ScaleSettings:
+    """The scales of a patch: as they were given, by layer, and written into the layers."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        self._writer = ScaleWriter(self._names)
+        self.given: dict[str, Scale] = dict.fromkeys(self._names, 1.0)
+        self.by_layer: dict[str, LayerScale] = dict.fromkeys(self._names, 1.0)
+
+    def resolve(
+        self, scales: Mapping[str, Scale], model: object, layers: Mapping[str, LayerExperts]
+    ) -> tuple[dict[str, Scale], dict[str, LayerScale]]:
+        """The scales checked, and what they are for each layer.
+
+        Raises:
+            MoleTypeError, MoleValueError: No such adapter, component or block, or no finite number.
+        """
+        given = check_scales(scales, self._names)
+        held = {name: [path for path, layer in layers.items() if name in layer.names] for name in given}
+        return given, {name: layer_scales(name, scale, model, held[name]) for name, scale in given.items()}
+
+    def write(
+        self,
+        layers: Mapping[str, LayerExperts],
+        given: Mapping[str, Scale],
+        by_layer: Mapping[str, LayerScale],
+    ) -> None:
+        """Set some adapters' scales, all layers or none."""
+        try:
+            self._writer.write(layers, self.by_layer | dict(by_layer))
+            self.given, self.by_layer = self.given | dict(given), self.by_layer | dict(by_layer)
+        # layers of one device may have been written, those of another not
+        except BaseException:
+            self._writer.write(layers, self.by_layer)
+            raise
+
+    def forget_staged(self) -> None:
+        """What is staged belongs to base scales that a swap replaces."""
+        self._writer = ScaleWriter(self._names)
 
 
 class ScaleWriter:

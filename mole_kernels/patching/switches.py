@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mole_kernels.modules.forward_lock import Turns
+from mole_kernels.modules.forward_lock import ForwardLock
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class Switches:
     blocks ends, and then as they were before. A call without `with` holds until the next one.
     """
 
-    def __init__(self, lock: Turns, apply: Callable[[bool], None]) -> None:
+    def __init__(self, lock: ForwardLock, apply: Callable[[bool], None]) -> None:
         self._lock, self._apply = lock, apply
         self._lasting = True
         self._requests: list[_Request] = []
@@ -79,7 +79,7 @@ class Switches:
         )
 
 
-def _restored(lock: Turns, apply: Callable[[bool], None], on: bool) -> Switches:
+def _restored(lock: ForwardLock, apply: Callable[[bool], None], on: bool) -> Switches:
     switches = Switches(lock, apply)
     switches._lasting = on
     return switches

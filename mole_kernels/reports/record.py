@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mole_kernels.errors import MoleStateError, MoleValueError
-from mole_kernels.patching.handle import GateMap, Handle
+from mole_kernels.patching.handle import Handle
+from mole_kernels.patching.patched import GateMap
 
 
 def whole_gate(gates: GateMap) -> Tensor:

@@ -177,9 +177,9 @@ def test_gradients_are_those_of_the_layers(gates: str):
     grads = []
     for model, handle in zip(t.models, t.handles):
         model.double()
-        handle.train_experts()
+        handle.experts_require_grad()
         if gates != "none":
-            handle.train_gates()
+            handle.gates_require_grad()
         x = t.x.double().requires_grad_()
         (model(x) * draw(B, T, 3 * N + 4, seed=5)).sum().backward()
         grads.append({"x": x.grad, **{n: p.grad for n, p in model.named_parameters()}})
@@ -198,7 +198,7 @@ def test_gradient_checkpointing():
         unet = tiny_unet().train()
         unet.enable_gradient_checkpointing()
         handle = mk.patch(unet, {"a": make_expert(unet)}, "mole")
-        handle.train_experts()
+        handle.experts_require_grad()
         torch.manual_seed(3)
         for gate in handle.gate_parameters():
             gate.data = torch.randn_like(gate)

@@ -147,7 +147,7 @@ def test_criterion_4_samples_of_a_batch_do_not_see_each_other():
 def test_criterion_6_a_gradient_passes_every_frozen_layer_on_its_way():
     pipe = sd_pipeline()
     with patch(pipe, bank(pipe.unet, ["a", "b"]), "mole") as handle:
-        handle.train_gates()
+        handle.gates_require_grad()
         pipe.unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 5, 12)).sample.square().mean().backward()
         assert all(p.grad is not None and p.grad.any() for p in handle.gate_parameters())
         trained = {id(p) for p in handle.gate_parameters()}

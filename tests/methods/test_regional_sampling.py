@@ -13,7 +13,7 @@ from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError, Mo
 from mole_kernels.gates.schedule import Clock, switch
 from mole_kernels.methods.mix_of_show.regions import Region, shares, token_grid
 from mole_kernels.methods.mix_of_show.sampling import region_gates, regional
-from mole_kernels.modules.forward_lock import Turns
+from mole_kernels.modules.forward_lock import ForwardLock
 from mole_kernels.patching.apply import patch
 from mole_kernels.reports.layout import attention_over_picture
 from tests.tiny_models import TEXT_WIDTH, make_expert, tiny_pipeline
@@ -341,7 +341,7 @@ def test_bad_calls_are_named_and_change_nothing(pipe, call, error, words):
     hooks = [
         hook
         for hook in pipe.unet._forward_pre_hooks.values()
-        if not isinstance(getattr(hook, "__self__", None), Turns)
+        if not isinstance(getattr(hook, "__self__", None), ForwardLock)
     ]
     assert pipe.unet.attn_processors == before and not hooks
 
@@ -368,6 +368,6 @@ def test_an_error_inside_restores_the_processors(pipe):
     hooks = [
         hook
         for hook in pipe.unet._forward_pre_hooks.values()
-        if not isinstance(getattr(hook, "__self__", None), Turns)
+        if not isinstance(getattr(hook, "__self__", None), ForwardLock)
     ]
     assert pipe.unet.attn_processors == before and not hooks

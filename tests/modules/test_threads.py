@@ -199,7 +199,7 @@ def test_a_swap_out_of_ones_own_forward_does_not_wait_for_itself(x):
         return run
 
     together(work(0), work(1))
-    assert not handle._turns._inside and handle._turns._changing is None
+    assert not handle._lock._inside and handle._lock._changing is None
 
 
 class Stopped(BaseException):
@@ -250,7 +250,7 @@ def test_a_change_waits_for_a_long_forward_and_is_woken_by_its_end(x, monkeypatc
 
     def counted(self: threading.Condition, timeout: float | None = None) -> bool:
         woken = wait(self, timeout)
-        if self is handle._turns._free and not woken:
+        if self is handle._lock._free and not woken:
             polls.append(1)
             if len(polls) == 5:
                 leave.set()
@@ -280,7 +280,7 @@ def test_a_change_waits_for_a_long_forward_and_is_woken_by_its_end(x, monkeypatc
 
 
 def _asleep(handle: Any) -> bool:
-    while not handle._turns._asleep:
+    while not handle._lock._asleep:
         time.sleep(0.001)
     return True
 
@@ -389,7 +389,7 @@ def test_copies_take_turns_of_their_own():
             lambda: its_handle.set_scales({"a": 0.5}),
             lambda: its_handle.swap("b", make_expert(model, PATHS, seed=5)),
         )
-    assert its_handle._turns is not handle._turns
+    assert its_handle._lock is not handle._lock
 
 
 # -- processes

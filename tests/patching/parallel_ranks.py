@@ -77,7 +77,7 @@ def fsdp(rank: int) -> None:
     base = one(draw(4, 5, K))
     handles = patched(one), patched(many)
     for handle in handles:
-        handle.train_experts(), handle.train_gates()
+        handle.experts_require_grad(), handle.gates_require_grad()
     fully_shard(many[0])
     fully_shard(many)
     optimisers = [torch.optim.SGD(h.expert_parameters() + h.gate_parameters(), lr=0.1) for h in handles]
@@ -170,7 +170,7 @@ def tensor_parallel(rank: int) -> None:
         handles = patched(one, gates), patched(many, gates)
         results = []
         for model, handle in zip((one, many), handles):
-            parameters = handle.train_experts() + handle.train_gates()
+            parameters = handle.experts_require_grad() + handle.gates_require_grad()
             given = x.clone().requires_grad_()
             y = model(given)
             y.square().sum().backward()
@@ -210,7 +210,7 @@ def split_tokens(rank: int) -> None:
         handles[1].split_tokens(dist.group.WORLD)
         results = []
         for model, handle, tokens in zip((one, many), handles, (slice(None), cut)):
-            parameters = handle.train_experts() + handle.train_gates()
+            parameters = handle.experts_require_grad() + handle.gates_require_grad()
             given = x.clone().requires_grad_()
             y = model(given[:, tokens])
             y.square().sum().backward()

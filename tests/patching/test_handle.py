@@ -310,13 +310,13 @@ def test_disabled_is_the_base_bit_for_bit(unet):
 def test_parameters_and_their_switches(mlp, handle, experts, x):
     assert len(handle.expert_parameters()) == 6 and len(handle.gate_parameters()) == 12
     assert not any(p.requires_grad for p in handle.expert_parameters() + handle.gate_parameters())
-    trained = handle.train_experts()
+    trained = handle.experts_require_grad()
     assert trained == handle.expert_parameters()
     mlp(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
     assert all(p.grad is None for p in handle.gate_parameters())
-    handle.train_experts(False)
-    gates = handle.train_gates()
+    handle.experts_require_grad(False)
+    gates = handle.gates_require_grad()
     mlp(x).square().sum().backward()
     assert all(p.grad is not None for p in gates)
     with pytest.raises(MoleStateError, match="a shares its packed parameters"):
@@ -402,3 +402,11 @@ def test_the_bank_is_what_was_patched(mlp, handle, experts):
 def test_metadata_survives(mlp, experts):
     named = replace(experts["a"], metadata={"title": "a face"}, source="face.safetensors")
     assert patch(mlp, {"a": named}).bank().experts["a"].metadata == {"title": "a face"}
+
+
+@pytest.mark.parametrize(
+    "old, new", [("train_gates", "gates_require_grad"), ("train_experts", "experts_require_grad")]
+)
+def test_a_name_of_before_says_the_new_one(mlp, old, new):
+    with patch(mlp, {"a": make_expert(mlp, PATHS)}) as handle, pytest.raises(AttributeError, match=new):
+        getattr(handle, old)

@@ -163,9 +163,9 @@ def test_offloaded_experts_are_not_trained_in_silence():
     handle = patch_mlp(mlp)
     sequential(mlp)
     with pytest.raises(MoleStateError, match="offload hooks hold the experts"):
-        handle.train_experts()
+        handle.experts_require_grad()
     with pytest.raises(MoleStateError, match="offload hooks hold the experts"):
-        handle.train_gates()
+        handle.gates_require_grad()
 
 
 def test_experts_kept_on_the_disk_are_read_only(tmp_path):
@@ -388,7 +388,7 @@ def run_as(model: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def gradients(model: nn.Module, handle: Any, kind: str) -> list[Tensor]:
-    parameters = handle.train_experts() + handle.train_gates()
+    parameters = handle.experts_require_grad() + handle.gates_require_grad()
     model.zero_grad()
     g = torch.Generator().manual_seed(1)
     with torch.enable_grad():

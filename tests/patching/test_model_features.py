@@ -101,7 +101,7 @@ def test_experts_and_gates_learn(case: Model):
     experts = {"a": make_expert(model, attention(model)), "b": make_expert(model, attention(model), seed=1)}
     handle = patch(model, experts, "mole")
     # a layer whose output is thrown away (SD3's last text stream) has no gradient at all
-    handle.train_experts()
+    handle.experts_require_grad()
     with torch.enable_grad():
         case.answer(model).square().mean().backward()
     grads = {path: layer.experts.down.grad for path, layer in handle.layers.items()}

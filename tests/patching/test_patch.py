@@ -404,7 +404,7 @@ def test_two_handles_on_different_layers_are_independent(mlp, x):
     "fault", [RuntimeError("no"), KeyboardInterrupt()], ids=lambda fault: type(fault).__name__
 )
 def test_a_removal_that_fails_leaves_the_patch_whole(mlp, x, monkeypatch, fault):
-    from mole_kernels.patching import handle as handle_module
+    from mole_kernels.patching import patched as patched_module
 
     state = State(mlp, lambda: mlp(x))
     handle = patch(mlp, {"a": make_expert(mlp, PATHS)})
@@ -415,7 +415,7 @@ def test_a_removal_that_fails_leaves_the_patch_whole(mlp, x, monkeypatch, fault)
             raise fault
         detach(module)
 
-    monkeypatch.setattr(handle_module, "detach", failing)
+    monkeypatch.setattr(patched_module, "detach", failing)
     with pytest.raises(type(fault)):
         handle.remove()
     patched.assert_unchanged()

@@ -76,8 +76,8 @@ def test_gradient_of_a_gradient_through_a_group_is_its_layers(gates: str | None,
     outs = []
     for model, handle in zip(t.models, t.handles):
         model.double()
-        handle.train_experts()
-        handle.train_gates()
+        handle.experts_require_grad()
+        handle.gates_require_grad()
         outs.append(second_order(model, t.x.double()))
     assert t.groups.report()["computed"] == 1
     assert len(outs[0]) > 6

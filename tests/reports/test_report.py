@@ -17,7 +17,7 @@ from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.gates.schedule import Clock, switch
 from mole_kernels.io.save import save_expert
 from mole_kernels.patching.apply import patch
-from mole_kernels.patching.handle import GateMap
+from mole_kernels.patching.patched import GateMap
 from mole_kernels.reports.plots import maps_of_layers
 from mole_kernels.reports.record import Recorder, latent_grid, layer_kind, whole_gate
 from mole_kernels.reports.report import bank_spectra, rank_for, report_page

@@ -130,7 +130,7 @@ def loads_and_unloads(g: Ground) -> None:
 def autocast(g: Ground) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         handle = patch(g.model, {"a": g.expert()}, "mole")
-        parameters = handle.train_experts() + handle.train_gates()
+        parameters = handle.experts_require_grad() + handle.gates_require_grad()
         with torch.autocast("cpu", dtype):
             loss = g.model(g.x).float().square().mean()
         loss.backward()

@@ -49,7 +49,7 @@ def other_handle_on_the_layer(g: Ground) -> None:
         second.remove()
         for path in ("second", "mix"):
             detach(g.model.get_submodule(path))
-        first._turns.unwatch(first._roots)
+        first._lock.unwatch(first._roots)
         forget(first, first._roots)
         for parameter in g.model.parameters():
             parameter.requires_grad_(True)

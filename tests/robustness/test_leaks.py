@@ -123,7 +123,7 @@ def cycle_of_training(folder: Any) -> Callable[[], None]:
                 {"a": make_expert(model, ["0.0", "1.0"]), "b": make_expert(model, ["0.0", "1.0"], seed=1)},
                 gates,
             ) as handle:
-                parameters = handle.train_experts() + handle.train_gates()
+                parameters = handle.experts_require_grad() + handle.gates_require_grad()
                 model(x).square().sum().backward()
                 torch.optim.SGD(parameters, 0.1).step()
         routing.remove()

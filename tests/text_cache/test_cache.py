@@ -310,7 +310,7 @@ def test_dtype_is_followed():
 def test_gradients_stand_aside_and_flow():
     s = Scene()
     s.warm()
-    s.handle.train_experts()
+    s.handle.experts_require_grad()
     out = s.model.train()(s.text)
     out.sum().backward()
     assert s.cross.to_k.experts.up.grad is not None and "gradients are on" in s.cache.report()["aside"]
