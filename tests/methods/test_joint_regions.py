@@ -116,11 +116,12 @@ def test_adapter_weights_by_region():
         ("[0,0,8,4]", 0),
         ("[0,0,8,4]-x", 0),
         ("[0,0,8,8]-1|0,0,8,4-1", 12),
-        ("[0,0,9,4]-1", 0),
         ("[0,0,8,8]-inf", 0),
     ):
         with pytest.raises(MoleValueError, match=f"character {at}:"):
             parse_adapter_weights(text, 8, 8)
+    # past the edge, as the official reader takes it: cut there
+    assert parse_adapter_weights("[0,0,9,4]-1", 8, 8) == parse_adapter_weights("[0,0,8,4]-1", 8, 8)
     with pytest.raises(MoleShapeError, match=r"\[B,C,h,w\]"):
         weigh([torch.ones(3, 2, 2)], weights)
 
