@@ -131,6 +131,9 @@ class SelmaMergeArgs:
 
     work: Work
     skill: Skill = None
+    step: Annotated[
+        int | None, option("Experts of the checkpoints of this step (the paper's script: 3000).", min=1)
+    ] = None
     mode: Mode = "delta_mean"
     rank: Rank = None
 
@@ -150,10 +153,19 @@ class SelmaEvaluateArgs:
     """`selma evaluate`."""
 
     questions: Questions
-    folder: Annotated[Path, typer.Argument(help="Folder of pictures with metadata.jsonl.")]
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of pictures with metadata.jsonl, or named by the items' ids.")
+    ]
     vqa: Annotated[
         str, option("A transformers model that answers questions about pictures: folder or hub name.")
     ]
+    sentence_encoder: Annotated[
+        str | None,
+        option(
+            "Model by which an answer that is none of the choices means the nearest (TIFA): folder or name."
+        ),
+    ] = None
+    strict: Annotated[bool, option("Refuse a DSG file with unknown parents or rings.", "--strict")] = False
     out: OptionalOut = None
     json: Json = False
 

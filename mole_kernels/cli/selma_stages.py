@@ -27,6 +27,7 @@ from mole_kernels.cli.selma import (
 from mole_kernels.cli.training import resolution_of
 from mole_kernels.errors import MoleValueError, printable
 from mole_kernels.files.writer import atomic_write
+from mole_kernels.methods.selma.choices import SentenceChoice
 from mole_kernels.methods.selma.evaluate import score_pictures
 from mole_kernels.methods.selma.generators import FileText, TextGenerator, TransformersText
 from mole_kernels.methods.selma.merging import merge_skills, save_merged, skill_bank
@@ -42,6 +43,12 @@ from mole_kernels.training.processes import processes
 from mole_kernels.training.progress import ProgressLine
 
 JOINT = "joint"
+# what each mean is taken over, and who reports it
+MEANS = {
+    "score": "mean over pictures; DSG's and TIFA's papers",
+    "spread": "standard deviation over pictures; TIFA's code",
+    "accuracy": "mean over questions; SELMA's code for DSG",
+}
 
 
 def write_skills(asked: SelmaPromptsArgs) -> None:
@@ -114,7 +121,7 @@ def train_skills(asked: SelmaTrainArgs) -> None:
 def merge_experts(asked: SelmaMergeArgs) -> None:
     """Stage 4."""
     project = Project(asked.work)
-    bank = skill_bank(project, asked.skill or ())
+    bank = skill_bank(project, asked.skill or (), asked.step)
     merged = merge_skills(bank, asked.mode, asked.rank)
     save_merged(project, merged)
     ranks = ", ".join(map(str, sorted(merged.ranks())))
@@ -140,19 +147,21 @@ def draw_questions(asked: SelmaDrawArgs) -> None:
 
 def evaluate_pictures(asked: SelmaEvaluateArgs) -> None:
     """Questions put to the pictures of a folder."""
-    trees = load_questions(asked.questions)
+    trees = load_questions(asked.questions, strict=asked.strict)
     if asked.out is not None:
         ready_file(asked.out)
     answerer = TransformersVQA.load(asked.vqa)
+    nearest = SentenceChoice.load(asked.sentence_encoder) if asked.sentence_encoder else None
     with _progress("asking", len(trees), 0) as line:
         summary, _ = score_pictures(
             asked.folder,
             trees,
             answerer,
             answers_file=asked.folder / "answers.jsonl",
+            nearest=nearest,
             on_picture=lambda have, _: line.update(have, samples=have),
         )
-    figures = asdict(summary)
+    figures = asdict(summary) | {"means": MEANS}
     if asked.json:
         print(json.dumps(figures | {"by": answerer.name}, indent=1))
     else:
@@ -165,14 +174,20 @@ def evaluate_pictures(asked: SelmaEvaluateArgs) -> None:
 
 def _show_figures(figures: Mapping[str, Any]) -> None:
     shown = {
-        key: number(value) if isinstance(value, float) else value
+        f"{key} ({MEANS[key]})" if key in MEANS else key: number(value) if isinstance(value, float) else value
         for key, value in figures.items()
-        if key != "categories"
+        if not isinstance(value, dict)
     }
+    shown |= {f"{name}s in the file": count for name, count in figures["oddities"].items()}
     out().print(facts(shown.items()))
-    if figures["categories"]:
-        rows = [(name, number(value)) for name, value in figures["categories"].items()]
-        out().print(table("by category", ["category", "accuracy"], rows, ["accuracy"]))
+    for title, key, column in (
+        ("by category", "categories", "accuracy"),
+        ("by finer category", "details", "accuracy"),
+        ("by set of prompts", "sources", "score"),
+    ):
+        if figures[key]:
+            rows = [(name, number(value)) for name, value in figures[key].items()]
+            out().print(table(title, [key, column], rows, [column]))
 
 
 def show_status(work: Path) -> None:

@@ -109,7 +109,8 @@ def run_gates(asked: MoleGatesArgs) -> None:
     before["gates"] = asked.gate_kind if start is None else asked.initial_gates
     echo("stage 3: gates", before, config, folder)
     pipe = pipeline_with_unet(asked.model, dtype_of(asked.dtype, config))
-    batches = _batches(pipe, folder, asked, asked.batch_size or preset.batch_size)
+    batch_size = asked.batch_size or preset.gates_batch_size or preset.batch_size
+    batches = _batches(pipe, folder, asked, batch_size)
     if batches is None:
         return
     pipe = _denoiser_alone(pipe)

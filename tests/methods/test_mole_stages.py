@@ -240,6 +240,7 @@ def test_presets_of_stage_one_and_of_small_machines():
     assert (
         stage.mixed_precision == "bf16" and PRESETS["sd15"].batch_size == 4 and PRESETS["sdxl"].unet is None
     )
+    assert (PRESETS["sdxl"].batch_size, PRESETS["sdxl"].gates_batch_size) == (2, 3)
     small = PRESETS["small"]
     assert (
         small.expert("anything") is small.experts["expert"]

@@ -104,12 +104,11 @@ def test_dsg_and_tifa_files(tmp_path):
         'a,"two cats, one hat",entity,3,,Is there a hat?\nb,a dog,entity,1,0,Is there a dog?\n'
     )
     cats, dog = load_questions(path)
-    assert (cats.prompt, dog.prompt) == ("two cats, one hat", "a dog") and [q.id for q in cats.questions][
-        -1
-    ] == "2"
+    assert (cats.prompt, dog.prompt) == ("two cats, one hat", "a dog") and (cats.id, dog.id) == ("a", "b")
+    assert [q.id for q in cats.questions] == ["1", "2", "3"] and cats.oddities == {"later parent": 1}
     assert (
-        cats.questions[-1].parents == ("1", "3")
-        and cats.questions[-1].category == "other"
+        cats.questions[1].parents == ("1", "3")
+        and cats.questions[1].category == "other"
         and dog.questions[0].parents == ()
     )
     tifa = tmp_path / "tifa.json"

@@ -287,3 +287,18 @@ def test_presets_hold_the_papers_settings():
             42,
         )
         assert preset.batch_size * config.accumulation == images and config.checkpoint_every == every
+
+
+def test_the_experts_of_a_step_are_those_of_a_run_that_ended_there(trained, pipe, project):
+    short = replace(TRAINING, config=replace(CONFIG, steps=2))
+    for name in PROMPTS:
+        train_skill(project, name, pipe, short, progress=False)
+    bank, early = skill_bank(trained, step=2), skill_bank(project)
+    assert bank.names == early.names
+    for name in PROMPTS:
+        assert set(bank.experts[name].layers) == set(early.experts[name].layers)
+        for path, layer in early.experts[name].layers.items():
+            torch.testing.assert_close(bank.experts[name].layers[path].delta(), layer.delta())
+            assert not torch.equal(layer.delta(), skill_bank(trained).experts[name].layers[path].delta())
+    with pytest.raises(MoleStateError, match="expected one of 2, 4, got 3"):
+        skill_bank(trained, step=3)

@@ -26,7 +26,8 @@ class MoLEPreset:
             first one's.
         gates: The run of stage 3.
         resolution: Side of the pictures in pixels.
-        batch_size: Pictures a batch and process.
+        batch_size: Pictures a batch and process, of stages 1 and 2.
+        gates_batch_size: The same of stage 3; None for batch_size.
         unet: The run of stage 1, None where the paper has none.
     """
 
@@ -36,6 +37,7 @@ class MoLEPreset:
     resolution: int
     batch_size: int = 1
     unet: TrainConfig | None = None
+    gates_batch_size: int | None = None
 
     def expert(self, name: str) -> ExpertPreset:
         """The settings of the expert of this name."""
@@ -48,6 +50,7 @@ def _paper(
     resolution: int,
     batch_size: int,
     unet: TrainConfig | None,
+    gates_batch_size: int | None = None,
 ) -> MoLEPreset:
     face = TrainConfig(
         steps=30_000, lr=2e-5, accumulation=expert_accumulation, mixed_precision="bf16", checkpoint_every=1000
@@ -61,6 +64,7 @@ def _paper(
         resolution,
         batch_size,
         unet,
+        gates_batch_size,
     )
 
 
@@ -93,7 +97,8 @@ _DEMO_EXPERT = TrainConfig(
 # official code (JiePKU/MoLE); weight
 # decay 0.01, a constant rate, no warm-up and clipping at 1 are this package's choice, as are Lion's betas
 # (its paper's), bf16 in stage 3,
-# the batch of experts and gates, and the checkpoints' interval. Stage 1 is SD1.5's only, batch 4 on each of 4
+# and the checkpoints' interval. Batches are those of its
+# data_config: 4 for SD1.5; for SDXL 2 for the experts and 3 for the gates, each on 2 GPUs. Stage 1 is SD1.5's only, batch 4 on each of 4
 # GPUs.
 # small: this package's own, for one small GPU or a CPU: activations computed again in the backward, one
 # picture at a time.
@@ -101,7 +106,7 @@ _DEMO_EXPERT = TrainConfig(
 # gates' lr.
 PRESETS: Mapping[str, MoLEPreset] = {
     "sd15": _paper(4, 6, 512, 4, _STAGE_1),
-    "sdxl": _paper(16, 12, 1024, 1, None),
+    "sdxl": _paper(16, 12, 1024, 2, None, 3),
     "small": MoLEPreset(
         rank=16,
         experts={"expert": ExpertPreset(16.0, _SMALL)},

@@ -50,7 +50,8 @@ class Project:
                 )
         try:
             return {
-                name: Skill(name, entry.get("seeds", ()), entry["about"]) for name, entry in saved.items()
+                name: Skill(name, entry.get("seeds", ()), entry["about"], entry.get("rules", ()))
+                for name, entry in saved.items()
             }
         except MoleValueError as error:
             raise MoleFileError(f"{printable(path, 300)}, skills", str(error)) from error
@@ -65,7 +66,10 @@ class Project:
                     f"{self.root}: skill {skill.name}", "is there already with other seeds", hint=hint
                 )
         self.root.mkdir(parents=True, exist_ok=True)
-        table = {name: {"seeds": list(skill.seeds), "about": skill.about} for name, skill in known.items()}
+        table = {
+            name: {"seeds": list(skill.seeds), "about": skill.about, "rules": list(skill.rules)}
+            for name, skill in known.items()
+        }
         write_json(self.root / "manifest.json", {"format": FORMAT, "skills": table})
 
     def choose(self, names: Iterable[str] = ()) -> list[str]:

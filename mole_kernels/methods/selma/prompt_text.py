@@ -21,15 +21,18 @@ _PAIRS = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
 
 
 def request_text(skill: Skill, shown: Sequence[str], more: int) -> str:
-    """Asks for `more` prompts like those shown, as a numbered list that goes on from them."""
+    """Asks for `more` prompts like those shown, by the skill's rules, as a numbered list that goes on from
+    them.
+    """
     about = f" ({skill.about})" if skill.about else ""
     first, last = len(shown) + 1, len(shown) + more
     examples = "\n".join(f"{i}. {text}" for i, text in enumerate(shown, 1))
+    rules = "".join(f"\n- {rule}" for rule in skill.rules)
     return (
         f"These are prompts for a text-to-image model, all of one kind{about}. Write {more} new "
         "prompts of the same kind, each about "
         f"something else, as a numbered list from {first} to {last}, one prompt to a line and nothing "
-        f"besides.\n\n{examples}\n"
+        f"besides.{rules}\n\n{examples}\n"
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Question:
         choices: What may be answered; () leaves it open.
         parents: Ids of questions that must be answered rightly for this one to count (DSG).
         category: What figures are grouped by.
+        detail: A finer category (DSG's category_detailed); "" for none.
     """
 
     id: str
@@ -35,16 +37,31 @@ class Question:
     choices: tuple[str, ...] = (YES, NO)
     parents: tuple[str, ...] = ()
     category: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt's questions, parents before children; a question that is there twice, an unknown parent or a
-    ring is refused.
+    """A prompt's questions.
+
+    Args:
+        prompt: The prompt.
+        questions: Parents are put before children; with `in_order` as they come.
+        id: What names the item in its file, and its picture; "" for none.
+        in_order: The rule of DSG's code, for files with oddities: a parent that is no question is no parent,
+            and a child that comes before its parent is judged by the parent's answer alone, not by what
+            rules the parent out. Else a parent that is not there and a ring are refused.
+        oddities: What of that kind there is, counted: "unknown parent", "later parent", "own parent".
+
+    Raises:
+        MoleValueError: No questions, ids that repeat, and without `in_order` unknown parents or a ring.
     """
 
     prompt: str
     questions: tuple[Question, ...]
+    id: str = ""
+    in_order: bool = False
+    oddities: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         where = f"questions of {printable(self.prompt)!r}"
@@ -55,6 +72,9 @@ class Tree:
             raise MoleValueError(
                 where, expected="ids that differ", got=printable([question.id for question in self.questions])
             )
+        if self.in_order:
+            self._count_oddities(list(by_id))
+            return
         for question in self.questions:
             if lost := [parent for parent in question.parents if parent not in by_id]:
                 raise MoleValueError(
@@ -72,12 +92,38 @@ class Tree:
             ) from None
         object.__setattr__(self, "questions", tuple(by_id[question_id] for question_id in order))
 
+    def _count_oddities(self, ids: Sequence[str]) -> None:
+        """Drop parents that are no other question; count them, and those that come later."""
+        oddities, questions = Counter[str](), []
+        for at, question in enumerate(self.questions):
+            parents = []
+            for parent in question.parents:
+                if parent not in ids:
+                    oddities["unknown parent"] += 1
+                elif parent == question.id:
+                    oddities["own parent"] += 1
+                else:
+                    oddities["later parent"] += ids.index(parent) > at
+                    parents.append(parent)
+            questions.append(replace(question, parents=tuple(parents)))
+        object.__setattr__(self, "questions", tuple(questions))
+        object.__setattr__(self, "oddities", {name: count for name, count in oddities.items() if count})
 
-def load_dsg(path: str | Path) -> list[Tree]:
+
+def load_dsg(path: str | Path, *, strict: bool = False) -> list[Tree]:
     """DSG's table: a CSV with item_id, text, proposition_id, dependency, question_natural_language and, if
-    there, category_broad.
+    there, category_broad and category_detailed.
 
-    dependency  ids joined by commas; 0 or nothing means no parent
+    Source: Cho et al., ICLR 2024; its file of 1,060 items has unknown parents ("right"), questions that
+    depend on themselves or on later ones, and lists such as "0,4".
+
+    Args:
+        path: The file.
+        strict: Refuse such oddities, instead of going by the rule of DSG's code and counting them.
+
+    Raises:
+        MoleFileError: Not such a file; names the line.
+        MoleValueError: Questions of one item with the same id, and oddities with `strict`.
     """
     needed = ("item_id", "text", "proposition_id", "dependency", "question_natural_language")
     items: dict[str, tuple[str, list[Question]]] = {}
@@ -93,17 +139,19 @@ def load_dsg(path: str | Path) -> list[Tree]:
             row["question_natural_language"].strip(),
             parents=parents,
             category=(row.get("category_broad") or "").strip(),
+            detail=(row.get("category_detailed") or "").strip(),
         )
-        prompt, questions = items.setdefault(row["item_id"], (row["text"].strip(), []))
+        prompt, questions = items.setdefault(row["item_id"].strip(), (row["text"].strip(), []))
         if prompt != row["text"].strip():
             raise MoleFileError(at, f"item {printable(row['item_id'])} has two texts")
         questions.append(question)
-    return _trees(path, items.values())
+    return _trees(path, items, in_order=not strict)
 
 
 def load_tifa(path: str | Path) -> list[Tree]:
-    """TIFA's list: JSON [{"caption", "question", "answer", "choices", and, if there, "element_type"}, …]; no
-    dependencies.
+    """TIFA's list: JSON [{"caption", "question", "answer", "choices", …}, …], "id" and "element_type" if there.
+
+    There are no dependencies. Entries of one id, or of one caption where there is none, belong to one picture.
     """
     where = printable(path, 300)
     rows: Any = read_json_file(path)
@@ -115,17 +163,28 @@ def load_tifa(path: str | Path) -> list[Tree]:
             raise MoleFileError(
                 f"{where}, entry {number}", expected="caption, question, answer, choices", got=printable(row)
             )
-        _, questions = items.setdefault(row["caption"], (row["caption"], []))
+        key = str(row["id"]) if "id" in row else "\0" + row["caption"]
+        caption, questions = items.setdefault(key, (row["caption"], []))
+        if caption != row["caption"]:
+            raise MoleFileError(f"{where}, entry {number}", f"id {printable(key)} has two captions")
         category = str(row.get("element_type") or "")
         questions.append(
             Question(str(len(questions)), row["question"], row["answer"], tuple(row["choices"]), (), category)
         )
-    return _trees(path, items.values())
+    return _trees(path, items)
 
 
-def load_questions(path: str | Path) -> list[Tree]:
-    """DSG's CSV or TIFA's JSON, by the file's ending."""
-    return load_tifa(path) if str(path).endswith(".json") else load_dsg(path)
+def oddities(trees: Iterable[Tree]) -> dict[str, int]:
+    """What a question file has of unknown, own and later parents, over all its items."""
+    total = Counter[str]()
+    for tree in trees:
+        total.update(tree.oddities)
+    return dict(total)
+
+
+def load_questions(path: str | Path, *, strict: bool = False) -> list[Tree]:
+    """DSG's CSV (see `load_dsg` for `strict`) or TIFA's JSON, by the file's ending."""
+    return load_tifa(path) if str(path).endswith(".json") else load_dsg(path, strict=strict)
 
 
 def tree(prompt: str, questions: Mapping[str, str], dependencies: Mapping[str, Sequence[str]] = {}) -> Tree:
@@ -160,8 +219,13 @@ def _is_tifa(row: Any) -> bool:
     )
 
 
-def _trees(path: str | Path, items: Iterable[tuple[str, list[Question]]]) -> list[Tree]:
-    trees = [Tree(prompt, tuple(questions)) for prompt, questions in items]
+def _trees(
+    path: str | Path, items: Mapping[str, tuple[str, list[Question]]], in_order: bool = False
+) -> list[Tree]:
+    trees = [
+        Tree(prompt, tuple(questions), "" if key.startswith("\0") else key, in_order)
+        for key, (prompt, questions) in items.items()
+    ]
     if not trees:
         raise MoleFileError(printable(path, 300), expected="at least one question", got="none")
     return trees

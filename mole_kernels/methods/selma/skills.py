@@ -22,11 +22,13 @@ class Skill:
         seeds: Three prompts that show it; every later prompt is modelled on them or on prompts accepted
             before.
         about: One phrase put into each request, "" for none.
+        rules: Sentences put into each request: what a prompt must and must not be.
     """
 
     name: str
     seeds: tuple[str, ...]
     about: str = ""
+    rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not (
@@ -42,6 +44,12 @@ class Skill:
                 expected=f"{SEEDS} prompts, none empty",
                 got=printable(self.seeds),
             )
+        rules = tuple(self.rules) if isinstance(self.rules, (list, tuple)) else (None,)
+        if not all(isinstance(rule, str) and rule.strip() for rule in rules):
+            raise MoleValueError(
+                f"skill {self.name}: rules", expected="sentences, none empty", got=printable(self.rules)
+            )
+        object.__setattr__(self, "rules", rules)
         if len(set(self.seeds)) != SEEDS:
             raise MoleValueError(
                 f"skill {self.name}: seeds",
@@ -51,6 +59,20 @@ class Skill:
 
 
 _LETTERS = set("abcdefghijklmnopqrstuvwxyz0123456789-_")
+
+# what the requests of the paper's code ask for, worded by us: what is tested, everyday things, length, style,
+# and by skill the counts, the contradiction, the paragraph and the detail
+_TESTS = (
+    "Each prompt tests one ability of a picture generator: where things are, how many, animals, people, "
+    "objects, places, actions, colours, other attributes, food, materials or shapes."
+)
+_EVERYDAY = "Name many different things that one often meets in daily life."
+_STYLES = "Word the prompts in different styles."
+
+
+def _shorter(words: int) -> str:
+    return f"Each prompt has fewer than {words} words."
+
 
 # the skills are those of the paper's code, named for the sets its seeds came from; these seeds are worded by
 # us
@@ -68,6 +90,12 @@ SKILLS: Mapping[str, Skill] = {
                 "a hand holds a cup.",
             ),
             "long descriptions that say what is where in the picture",
+            (
+                _TESTS,
+                _EVERYDAY,
+                _shorter(50),
+                "Word them in different styles, all like captions of a paragraph.",
+            ),
         ),
         Skill(
             "countbench",
@@ -76,7 +104,14 @@ SKILLS: Mapping[str, Skill] = {
                 "A set of seven brass keys on a ring",
                 "Two owls on one branch",
             ),
-            "a stated number of things, from two to ten",
+            "a stated number of things",
+            (
+                "Each prompt tests whether a picture generator can count.",
+                "No count is larger than three.",
+                _EVERYDAY,
+                _shorter(30),
+                _STYLES,
+            ),
         ),
         Skill(
             "diffusiondb",
@@ -86,6 +121,7 @@ SKILLS: Mapping[str, Skill] = {
                 "a fox made of autumn leaves, studio photograph, shallow depth of field",
             ),
             "a subject followed by words of style, light and medium",
+            (_TESTS, _EVERYDAY, _shorter(50), "Word them in different styles, all with much detail."),
         ),
         Skill(
             "coco",
@@ -95,6 +131,7 @@ SKILLS: Mapping[str, Skill] = {
                 "A slice of pizza on a paper plate beside a can of soda.",
             ),
             "plain captions of everyday scenes",
+            (_TESTS, _EVERYDAY, _shorter(30), _STYLES),
         ),
         Skill(
             "whoops",
@@ -104,6 +141,12 @@ SKILLS: Mapping[str, Skill] = {
                 "A medieval knight checking his phone at a bus stop",
             ),
             "scenes that contradict what one knows of the world",
+            (
+                _TESTS,
+                "Name many different things of daily life, put together as common sense forbids.",
+                _shorter(30),
+                _STYLES,
+            ),
         ),
         Skill(
             "midjourney",
@@ -113,13 +156,16 @@ SKILLS: Mapping[str, Skill] = {
                 "cross-section of a tree house, technical drawing, ink and watercolour",
             ),
             "imaginative scenes with words of composition and style",
+            (_TESTS, _EVERYDAY, _shorter(50), "Word them in different styles, all with much detail."),
         ),
     )
 }
 
 
 def load_skills(path: str | Path) -> dict[str, Skill]:
-    """Skills of a JSON file {name: {"seeds": [three prompts], "about": "…"}}, in its order."""
+    """Skills of a JSON file {name: {"seeds": [three prompts], "about": "…", "rules": ["…"]}}, in its
+    order; about and rules may be missing.
+    """
     where = printable(path, 300)
     table: Any = read_json_file(path)
     if (
@@ -131,6 +177,6 @@ def load_skills(path: str | Path) -> dict[str, Skill]:
             where, expected='{name: {"seeds": [three prompts], "about": "…"}}', got=printable(table)
         )
     return {
-        name: Skill(name, entry.get("seeds", ()), str(entry.get("about", "")))
+        name: Skill(name, entry.get("seeds", ()), str(entry.get("about", "")), entry.get("rules", ()))
         for name, entry in table.items()
     }

@@ -78,8 +78,8 @@ def _paper(
 # and interval of checkpoints are
 # those of the paper's code. Weight decay 0.01, clipping at 1 and bf16 (there: fp16 base under float32
 # factors) are this package's choice.
-# The paper's batch of 64 is 16 x 4 on however many GPUs; its merge takes the checkpoint of step 3000, here
-# the run's end is taken.
+# The paper's batch of 64 is 16 x 4 on however many GPUs; its merge takes the checkpoint of step 3000
+# (`skill_bank(…, step=3000)`), here the run's end is taken.
 PRESETS: Mapping[str, SkillTraining] = {
     "sd": _paper(5000, 16, 4, 512, 500),
     "sdxl": _paper(10_000, 4, 8, 1024, 2000),
