@@ -161,9 +161,7 @@ class SelmaEvaluateArgs:
     ]
     sentence_encoder: Annotated[
         str | None,
-        option(
-            "Model by which an answer that is none of the choices means the nearest (TIFA): folder or name."
-        ),
+        option("Model that finds the choice nearest to an answer that is none (TIFA): folder or name."),
     ] = None
     strict: Annotated[bool, option("Refuse a DSG file with unknown parents or rings.", "--strict")] = False
     out: OptionalOut = None

@@ -94,12 +94,10 @@ _DEMO_EXPERT = TrainConfig(
 )
 
 # sd15, sdxl: rank, alphas, optimisers, lr, steps, accumulation, min-SNR and precision are those of the
-# official code (JiePKU/MoLE); weight
-# decay 0.01, a constant rate, no warm-up and clipping at 1 are this package's choice, as are Lion's betas
-# (its paper's), bf16 in stage 3,
-# and the checkpoints' interval. Batches are those of its
-# data_config: 4 for SD1.5; for SDXL 2 for the experts and 3 for the gates, each on 2 GPUs. Stage 1 is SD1.5's only, batch 4 on each of 4
-# GPUs.
+# official code (JiePKU/MoLE), as are the batches of its data_config: 4 for SD1.5; for SDXL 2 for the experts
+# and 3 for the gates, each on 2 GPUs. Weight decay 0.01, a constant rate, no warm-up and clipping at 1 are
+# this package's choice, as are Lion's betas (its paper's), bf16 in stage 3 and the checkpoints' interval.
+# Stage 1 is SD1.5's only, batch 4 on each of 4 GPUs.
 # small: this package's own, for one small GPU or a CPU: activations computed again in the backward, one
 # picture at a time.
 # demo: as the demo on digits trains its small UNet on a CPU; a learned constant there wants three times the

@@ -20,8 +20,8 @@ def join(folder: Path, trees: Sequence[Tree]) -> tuple[list[tuple[Path, Tree]], 
     """(picture, its questions), and how many pictures have none.
 
     A row of metadata.jsonl belongs to the item that its "id" names, or its file is called by (whoops_5.jpg,
-    as the authors' scripts save it), else to every item with its text. Without metadata.jsonl files are called
-    by ids.
+    as the authors' scripts save it), else to every item with its text. Without metadata.jsonl files are
+    called by ids.
 
     Raises:
         MoleKeyError: Prompts without a picture; without metadata.jsonl also pictures without a prompt.

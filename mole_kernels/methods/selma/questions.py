@@ -149,9 +149,10 @@ def load_dsg(path: str | Path, *, strict: bool = False) -> list[Tree]:
 
 
 def load_tifa(path: str | Path) -> list[Tree]:
-    """TIFA's list: JSON [{"caption", "question", "answer", "choices", …}, …], "id" and "element_type" if there.
+    """TIFA's list: JSON [{"caption", "question", "answer", "choices", …}, …], without dependencies.
 
-    There are no dependencies. Entries of one id, or of one caption where there is none, belong to one picture.
+    Entries with one "id", or of one caption where there is none, belong to one picture; "element_type" is the
+    category, if there.
     """
     where = printable(path, 300)
     rows: Any = read_json_file(path)
