@@ -16,6 +16,8 @@
 #include <optional>
 #include <vector>
 
+#include "describe.h"
+
 namespace mole {
 
 using torch::headeronly::ScalarType;

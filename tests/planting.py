@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import re
+import sys
+from pathlib import Path
+
+_NUMBERS = itertools.count()
 
 
 def pattern_of(piece: str) -> re.Pattern[str]:
@@ -34,3 +40,28 @@ def replaced(text: str, old: str, new: str, where: str = "source", *, anywhere: 
         return text.replace(old, new)
     lead = old[: len(old) - len(old.lstrip())]
     return pattern_of(old.strip()).sub(lambda _: new.removeprefix(lead).rstrip("\n"), text)
+
+
+def planted_room(room: Path, package: str, file: str, old: str, new: str, folder: Path) -> str:
+    """The name of a copy of a package, in `folder`, with a piece of one file replaced.
+
+    Its modules import one another, so that a fault in a helper reaches every kernel that calls it.
+
+    Args:
+        room: The package's folder; only its own modules are copied.
+        package: Its import name.
+        file: The file in it that changes.
+        old, new: See `replaced`; every place that holds `old` changes.
+        folder: An empty folder for the copy.
+    """
+    name = f"planted_{next(_NUMBERS)}"
+    (folder / name).mkdir()
+    for path in room.glob("*.py"):
+        text = path.read_text()
+        if path.name == file:
+            text = replaced(text, old, new, file, anywhere=True)
+        (folder / name / path.name).write_text(text.replace(f"{package}.", f"{name}."))
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    importlib.invalidate_caches()
+    return name

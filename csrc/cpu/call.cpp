@@ -22,7 +22,8 @@ Element element_of(ScalarType type) {
 void expect(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
   bool good = t.is_cpu() && t.scalar_type() == type && t.dim() == int64_t(sizes.size());
   for (int64_t i = 0; good && i < int64_t(sizes.size()); ++i) good = t.size(i) == sizes.begin()[i];
-  STD_TORCH_CHECK(good, "mole_cpu: ", name, " has the wrong device, dtype or shape for the other tensors");
+  STD_TORCH_CHECK(good, "mole_cpu: expected ", name, " ", shape_text(sizes), " ", dtype_text(type),
+                  " on cpu, got ", describe(t));
 }
 
 // the set of each sample; an assignment is read here and nowhere else, so that no value of it can reach
@@ -32,7 +33,7 @@ std::vector<int64_t> sets_of(int64_t B, int64_t S, const Maybe& assignment) {
   if (assignment) {
     STD_TORCH_CHECK(assignment->is_cpu() && assignment->scalar_type() == ScalarType::Long &&
                         assignment->dim() == 1 && assignment->size(0) == B,
-                    "mole_cpu: expected assignment [B] int64");
+                    "mole_cpu: expected assignment [", B, "] int64 on cpu, got ", describe(*assignment));
     const int64_t *from = static_cast<const int64_t*>(data(*assignment)), step = assignment->stride(0);
     for (int64_t b = 0; b < B; ++b) {
       set_of[b] = from[b * step];
@@ -40,7 +41,8 @@ std::vector<int64_t> sets_of(int64_t B, int64_t S, const Maybe& assignment) {
                       S - 1, ", got ", set_of[b], " for sample ", b);
     }
   } else {
-    STD_TORCH_CHECK(S == 1 || S == B, "mole_cpu: expected down [S,R,K] with S = 1 or B");
+    STD_TORCH_CHECK(S == 1 || S == B, "mole_cpu: expected down [S,R,K] with S = 1 or B = ", B,
+                    ", got S = ", S);
     for (int64_t b = 0; b < B && S != 1; ++b) set_of[b] = b;
   }
   return set_of;
@@ -76,14 +78,16 @@ Call::Call(const Tensor& x,
       groups(set_of),
       blocks(k, groups.smallest(), x.size(1)) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && weight.dim() == 2 && down.dim() == 3,
-                  "mole_cpu: expected x [B,T,K], weight [N,K], down [S,R,K]");
+                  "mole_cpu: expected x [B,T,K] on cpu, weight [N,K], down [S,R,K], got ", describe(x), ", ",
+                  describe(weight), ", ", describe(down));
   B = x.size(0), T = x.size(1), K = x.size(2), N = weight.size(0), S = down.size(0), R = down.size(1),
   E = int64_t(ranks.size());
   STD_TORCH_CHECK(top_k >= 0 && (top_k == 0 || token_weight),
-                  "mole_cpu: expected top_k = 0, or k ≥ 1 with token_weight");
+                  "mole_cpu: expected top_k = 0, or k ≥ 1 with token_weight, got ", top_k);
   starts.assign(1, 0);
   for (int64_t r : ranks) starts.push_back(starts.back() + r);
-  STD_TORCH_CHECK(starts.back() == R, "mole_cpu: the ranks do not add up to the rows of down");
+  STD_TORCH_CHECK(starts.back() == R, "mole_cpu: expected ranks that add up to the rows of down, ", R,
+                  ", got ", starts.back());
   expect(weight, "weight", type, {N, K});
   expect(down, "down", type, {S, R, K});
   expect(up, "up", type, {S, N, R});
@@ -96,7 +100,7 @@ Call::Call(const Tensor& x,
     const Tensor& g = *this->gate.tensor;
     STD_TORCH_CHECK(g.dim() == 3 && (g.size(0) == 1 || g.size(0) == B) &&
                         (g.size(1) == 1 || g.size(1) == T) && g.size(2) == E,
-                    "mole_cpu: expected gate [B|1,T|1,E]");
+                    "mole_cpu: expected gate broadcastable to [", B, ",", T, ",", E, "], got ", describe(g));
   }
 }
 
@@ -106,8 +110,8 @@ bool fuses_base(const Call& c, const Tensor& left) {
 
 Tensor wide_bias(const Call& c, const Maybe& bias) {
   if (!bias) return empty({0}, c.wide_type);
-  STD_TORCH_CHECK(bias->numel() == c.N && bias->scalar_type() == c.type,
-                  "mole_cpu: expected bias [N] of x's dtype");
+  STD_TORCH_CHECK(bias->numel() == c.N && bias->scalar_type() == c.type, "mole_cpu: expected bias [", c.N,
+                  "] ", dtype_text(c.type), ", got ", describe(*bias));
   const int64_t padded = round_up(c.N, c.k.panel_cols);
   Tensor out = empty({padded}, c.wide_type);
   char* at = static_cast<char*>(data(out));

@@ -14,38 +14,29 @@
 #include <tuple>
 #include <vector>
 
+#include "../describe.h"
 #include "sm90/launch.h"
 
 // weak: with a torch that has no CUDA the library still loads, and this is null
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
                                                                                    void** stream);
 
-namespace mole {
+namespace mole::sm90 {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
-using namespace sm90;
-
-inline std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? "," : "") + std::to_string(t.size(i));
-  return text + "]";
-}
 
 inline void expect(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, int device) {
   bool good = t.dim() == int64_t(sizes.size());
   for (int64_t i = 0; good && i < t.dim(); ++i) good = t.size(i) == sizes.begin()[i];
-  std::string wanted = "[";
-  for (int64_t n : sizes) wanted += (wanted.size() > 1 ? "," : "") + std::to_string(n);
-  STD_TORCH_CHECK(good, "mole_cuda: expected ", name, " ", wanted, "], got ", shape_of(t));
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device() == device, "mole_cuda: expected ", name, " on CUDA device ",
-                  device, ", where x is");
+  STD_TORCH_CHECK(good && t.is_cuda() && t.get_device() == device, "mole_cuda: expected ", name, " ",
+                  shape_text(sizes), " on cuda:", device, ", where x is, got ", describe(t));
 }
 
 inline void expect_type(const Tensor& t, const char* name, ScalarType type) {
-  STD_TORCH_CHECK(t.scalar_type() == type, "mole_cuda: ", name, " ", shape_of(t),
-                  " has another dtype than this kernel takes for it");
+  STD_TORCH_CHECK(t.scalar_type() == type, "mole_cuda: expected ", name, " in ", dtype_text(type), ", got ",
+                  describe(t));
 }
 
 // room for `count` elements that the kernel may use as it likes
@@ -197,4 +188,4 @@ struct Rooms {
   }
 };
 
-}  // namespace mole
+}  // namespace mole::sm90

@@ -3,6 +3,9 @@
 #include "operands.h"
 
 namespace mole {
+
+using namespace sm90;
+
 namespace {
 
 // The fastest tile for these sizes by prediction: warp groups, columns, extra columns, cluster, stages,

@@ -3,6 +3,9 @@
 #include "operands.h"
 
 namespace mole {
+
+using namespace sm90;
+
 namespace {
 
 // operands of one dX and what TMA has against them

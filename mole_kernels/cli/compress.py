@@ -13,7 +13,7 @@ from mole_kernels.cli.files import CompressArgs
 from mole_kernels.cli.pipelines import pipeline_of_name
 from mole_kernels.cli.place import ready_file
 from mole_kernels.cli.screen import done, facts, layer_bar, number, out, table
-from mole_kernels.experts.compress import CompressedLayer, Predicted, Report
+from mole_kernels.experts.compress_report import CompressedLayer, Predicted, Report
 from mole_kernels.experts.compress_spectrum import ENERGIES, to_json
 from mole_kernels.io.merge import compress_file, spectra_of_file
 

@@ -15,14 +15,8 @@ import torch
 from typing_extensions import Unpack
 
 from mole_kernels.errors import MoleFileError, MoleKeyError, MoleValueError, printable
-from mole_kernels.experts.compress import (
-    NOMINAL,
-    CompressedLayer,
-    CompressionTarget,
-    Predicted,
-    Report,
-    compress_layer,
-)
+from mole_kernels.experts.compress import CompressionTarget, compress_layer
+from mole_kernels.experts.compress_report import NOMINAL, CompressedLayer, Predicted, Report
 from mole_kernels.experts.compress_spectrum import LayerSpectrum, layer_spectrum
 from mole_kernels.experts.lazy import layer_size
 from mole_kernels.experts.lowrank import Expert, LowRank, is_denoiser, split_component

@@ -89,9 +89,9 @@ FLOAT32 = (
     "parts",
     "q",
     "partial",
-    "dpool",
-    "dpool_bias",
-    "dphi_bias",
+    "dsample_weight",
+    "dsample_bias",
+    "dtoken_bias",
     "dscale",
 )
 INT64 = ("assignment",)
@@ -111,7 +111,7 @@ TENSORS = (
     "dy",
     "ddown",
     "dup",
-    "dphi",
+    "dtoken_weight",
     "dgate",
     "merged",
     "delta",

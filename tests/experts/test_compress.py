@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mole_kernels.errors import MoleTypeError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank
-from mole_kernels.experts.compress import CompressionTarget, Predicted, compress, compress_layer, predicted_us
+from mole_kernels.experts.compress import CompressionTarget, compress, compress_layer
+from mole_kernels.experts.compress_report import Predicted, predicted_us
 from mole_kernels.experts.compress_spectrum import layer_spectra, layer_spectrum, to_json
 from mole_kernels.experts.compress_svd import difference, singular_values, svd, truncate
 from mole_kernels.experts.lowrank import Expert, LowRank

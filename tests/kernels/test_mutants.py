@@ -2,7 +2,7 @@
 wrong stride, a stale gate.
 """
 
-import importlib.util
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.backends.test_backends import assert_gradient
 from tests.kernels.interpreter import Bounds, Deadlock, Race, run
 from tests.kernels.support import SMALL, forward_of, poisoned
 from tests.kernels.test_backward import NAMES, gradients, seed_of
-from tests.planting import replaced
+from tests.planting import planted_room
 from tests.truth import Case, assert_close_to_truth
 
 ROOM = Path(kernels.__file__).parent
@@ -88,16 +88,16 @@ ROUTED = {
     ),
 }
 SUMS = {
-    "no barrier before the slot's release": ("gradients", BARRIER + "        is_last", "is_last", Race),
-    "a slot forgotten": ("gradients", "for j in range(slots):", "for j in range(slots - 1):", AssertionError),
+    "no barrier before the slot's release": ("jobs", BARRIER + "        is_last", "is_last", Race),
+    "a slot forgotten": ("jobs", "for j in range(slots):", "for j in range(slots - 1):", AssertionError),
     "the pooled gate's part of dh forgotten": (
-        "gradients",
+        "expert_gradients",
         "b_z + b_c[None, :]",
         "b_z * 1.0",
         AssertionError,
     ),
     "a sample of another set": (
-        "gradients",
+        "expert_gradients",
         "if tl.load(assignment + i_b) == i_s:",
         "if tl.load(assignment + i_b) >= 0:",
         AssertionError,
@@ -106,14 +106,13 @@ SUMS = {
 
 
 def mutant(tmp_path, module, old, new):
-    """The module with one piece of its text replaced."""
-    text = (ROOM / f"{module}.py").read_text()
-    path = tmp_path / f"{module}_mutant.py"
-    path.write_text(replaced(text, old, new, module, anywhere=True))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    """A copy of the kernels with one piece of a module's text replaced; -> the copy of that name."""
+
+    def module_of(name):
+        return importlib.import_module(f"{copy}.{name}")
+
+    copy = planted_room(ROOM, kernels.__name__, f"{module}.py", old, new, tmp_path)
+    return module_of
 
 
 def judge_forward(case, way, seeds, tile=SMALL):
@@ -137,7 +136,7 @@ def test_a_forward_mutant_is_killed(name, tmp_path, monkeypatch):
     case = case if name == "a bias dropped" else case.alone()
     tile = replace(SMALL, BH=16) if "half" in name else SMALL
     judge_forward(case, way, 2, tile)
-    monkeypatch.setattr(launch, kernel, getattr(made, kernel))
+    monkeypatch.setattr(launch, kernel, getattr(made(module), kernel))
     with pytest.raises(error):
         judge_forward(case, way, 24, tile)
 
@@ -148,7 +147,7 @@ def test_a_routed_mutant_is_killed(name, tmp_path, monkeypatch):
     made = mutant(tmp_path, module, old, new)
     case = Case(B=3, S=-3, T=20, ranks=(6, 5, 4), gate="top2+pooled", base=False)
     judge_forward(case, launch.two_pass, 1)
-    monkeypatch.setattr(launch, f"{module}_kernel", getattr(made, f"{module}_kernel"))
+    monkeypatch.setattr(launch, f"{module}_kernel", getattr(made(module), f"{module}_kernel"))
     with pytest.raises(error):
         judge_forward(case, launch.two_pass, 1)
 
@@ -168,6 +167,6 @@ def test_a_backward_mutant_is_killed(name, tmp_path, monkeypatch):
             assert_gradient(got[n], truth[n], torch.float32, truth[n].norm().item(), 4, n)
 
     judge()
-    monkeypatch.setattr(backward_module, "gradients_kernel", made.gradients_kernel)
+    monkeypatch.setattr(backward_module, "gradients_kernel", made("gradients").gradients_kernel)
     with pytest.raises(error):
         judge()

@@ -4,12 +4,13 @@ fault, and those it lacks.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
+from mole_kernels.kernels import triton as kernels
 from mole_kernels.kernels.triton import backward as backward_module
 from mole_kernels.kernels.triton import launch
 from mole_kernels.kernels.triton.backward import Need
@@ -19,11 +20,12 @@ from tests.kernels.interpreter import run
 from tests.kernels.support import SMALL, forward_of, poisoned
 from tests.kernels.test_backward import NAMES, gradients, seed_of
 from tests.mutation.faults import Planted
-from tests.mutation.plant import changed
+from tests.planting import planted_room
 from tests.truth import Case, assert_close_to_truth
 
 ROOM = "mole_kernels/kernels/triton"
 SHRINK, EXPAND, GRADIENTS = f"{ROOM}/shrink.py", f"{ROOM}/expand.py", f"{ROOM}/gradients.py"
+EXPERT_GRADIENTS = f"{ROOM}/expert_gradients.py"
 STORE_Z, STORE_Y = "(b_h * b_g).to(z.dtype.element_ty)", "tl.store(p_y, b_y.to(y.dtype.element_ty)"
 TOKEN = "b_l = token_gates(b_l, o_e, m_e, E, top_k, SOFTMAX)\n"
 UP = "(o_j[None, :] * sun + o_r[:, None] * sur)"
@@ -61,7 +63,7 @@ MUTANTS = [
     Planted("nan", SHRINK, STORE_Z, "tl.where(b_h == b_h, b_h * b_g, 0.0).to(z.dtype.element_ty)"),
     Planted(
         "saved",
-        GRADIENTS,
+        EXPERT_GRADIENTS,
         "b_z = (tl.load(h + m_0 * R + o_i",
         "b_z = (tl.load(h + m_0 % T * R + o_i",
         backward=True,
@@ -102,15 +104,11 @@ ELSEWHERE = {
 NAMED = {**there.MUTANTS, **there.ROUTED, **there.SUMS}
 
 
-def module_of(m: Planted, folder: Path) -> ModuleType:
-    """The kernels' module with the fault: Triton reads a kernel's source from its file."""
-    path = folder / f"{Path(m.file).stem}_{m.fault}.py"
-    path.write_text(changed(m))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+def kernel_of(m: Planted, module: str, kernel: str, folder: Path) -> Any:
+    """The kernel of a copy of the kernels with the fault: Triton reads a kernel's source from its file."""
+    room = Path(kernels.__file__).parent
+    copy = planted_room(room, kernels.__name__, Path(m.file).name, m.old, m.new, folder)
+    return getattr(importlib.import_module(f"{copy}.{module}"), kernel)
 
 
 def judge(fault: str) -> None:
@@ -146,12 +144,13 @@ def judge_backward(fault: str) -> None:
 
 def run_planted(m: Planted | None, folder: Path, backward: bool) -> None:
     """`judge` with the fault in place; None: without any."""
-    holder, kernel = (backward_module, "gradients_kernel") if backward else (launch, "")
+    holder, module = (backward_module, "gradients") if backward else (launch, "")
     if m is None:
         return judge_backward("up") if backward else judge("scale")
-    kernel = kernel or f"{Path(m.file).stem}_kernel"
+    module = module or Path(m.file).stem
+    kernel = f"{module}_kernel"
     usual = getattr(holder, kernel)
-    setattr(holder, kernel, getattr(module_of(m, folder), kernel))
+    setattr(holder, kernel, kernel_of(m, module, kernel, folder))
     try:
         judge_backward(m.fault) if m.backward else judge(m.fault)
     finally:

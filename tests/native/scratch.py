@@ -15,6 +15,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "csrc/bindings.cpp",
+    "csrc/describe.h",
     "csrc/tensors.h",
     *sorted(f"csrc/cpu/{p.name}" for p in (ROOT / "csrc/cpu").iterdir()),
 )

@@ -2,7 +2,7 @@
 #include "../sm90/launch.h"
 #include "step3_epilogue.h"
 
-namespace mole::ladder {
+namespace mole::sm90::ladder {
 
 template <int STEP, int BN>
 __global__ void __launch_bounds__(384, 1)
@@ -24,4 +24,4 @@ const void* find(int number, int columns) {
   return columns == 256 ? wide[at] : columns == 160 ? narrow[at] : nullptr;
 }
 
-}  // namespace mole::ladder
+}  // namespace mole::sm90::ladder

@@ -8,9 +8,7 @@
 #include "../sm90/maps.h"
 #include "../sm90/pipeline.h"
 
-namespace mole::ladder {
-
-using namespace sm90;
+namespace mole::sm90::ladder {
 
 // barriers of the ring, ready for all threads of the CTA
 template <int GROUPS>
@@ -80,4 +78,4 @@ MOLE_DEVICE void plain(const Maps& maps, const Params& p) {
   }
 }
 
-}  // namespace mole::ladder
+}  // namespace mole::sm90::ladder

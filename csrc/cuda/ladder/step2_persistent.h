@@ -5,7 +5,7 @@
 
 #include "step1_plain.h"
 
-namespace mole::ladder {
+namespace mole::sm90::ladder {
 
 constexpr int TALL = 8;
 
@@ -48,4 +48,4 @@ MOLE_DEVICE void persistent(const Maps& maps, const Params& p) {
   }
 }
 
-}  // namespace mole::ladder
+}  // namespace mole::sm90::ladder

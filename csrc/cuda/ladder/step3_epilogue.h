@@ -6,7 +6,7 @@
 
 #include "step2_persistent.h"
 
-namespace mole::ladder {
+namespace mole::sm90::ladder {
 
 // the stages of the rank columns; maps.down is z [1,M,R]
 template <int BM, int BN>
@@ -60,4 +60,4 @@ MOLE_DEVICE void epilogue(const Maps& maps, const Params& p) {
   }
 }
 
-}  // namespace mole::ladder
+}  // namespace mole::sm90::ladder

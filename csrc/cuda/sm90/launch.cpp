@@ -5,7 +5,7 @@
 
 #include <mutex>
 
-namespace mole::ladder {
+namespace mole::sm90::ladder {
 const void* find(int step, int columns);
 }
 

@@ -13,8 +13,8 @@ that is replayed after an expert changed would not notice.
 import triton
 import triton.language as tl
 
+from mole_kernels.kernels.triton.base import base_tile, tile_order
 from mole_kernels.kernels.triton.common import COUNTS, rows_of, token_gates
-from mole_kernels.kernels.triton.expand import base_tile, tile_order
 
 
 @triton.jit

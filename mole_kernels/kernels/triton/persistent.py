@@ -29,8 +29,9 @@ graph can be replayed. Two launches that may overlap must not share flags (`work
 import triton
 import triton.language as tl
 
+from mole_kernels.kernels.triton.base import base_tile, tile_order
 from mole_kernels.kernels.triton.common import COUNTS
-from mole_kernels.kernels.triton.expand import base_tile, expand_tile, tile_order
+from mole_kernels.kernels.triton.expand import expand_tile
 from mole_kernels.kernels.triton.shrink import finish_sample, shrink_tile
 
 

@@ -10,8 +10,8 @@ saved, the first column tile writes it. A sample gate needs all rows of a sample
 import triton
 import triton.language as tl
 
+from mole_kernels.kernels.triton.base import tile_order
 from mole_kernels.kernels.triton.common import COUNTS, column_gates, rows_of, set_of, token_gates
-from mole_kernels.kernels.triton.expand import tile_order
 
 
 @triton.jit(do_not_specialize=COUNTS)
