@@ -1,8 +1,8 @@
 """`mole-kernels`: the command line.
 
     mole-kernels <verb> …                 inspect convert merge compress report fuse doctor explain tune demo
-    mole-kernels train <paper> [stage]    mole edlora selma difflora
-    mole-kernels <paper> <stage>          the stages of selma and difflora that train nothing
+    mole-kernels train <paper> [stage]    mole edlora mix-of-show selma difflora
+    mole-kernels <paper> <stage>          the stages of selma, difflora and mix-of-show that train nothing
 
 Torch and diffusers are imported by the commands that need them, so that `--help` is immediate.
 """
@@ -17,6 +17,7 @@ import typer
 from mole_kernels.cli import files, machine
 from mole_kernels.cli.difflora import difflora
 from mole_kernels.cli.grammar import MoleGroup
+from mole_kernels.cli.mix_of_show import mix_of_show
 from mole_kernels.cli.screen import show_error, show_warning
 from mole_kernels.cli.selma import selma
 from mole_kernels.cli.train import train
@@ -32,6 +33,7 @@ files.register(app)
 app.add_typer(train, name="train")
 app.add_typer(selma, name="selma")
 app.add_typer(difflora, name="difflora")
+app.add_typer(mix_of_show, name="mix-of-show")
 machine.register(app)
 
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from mole_kernels.methods.difflora.generate import Sampling, generate_experts
     from mole_kernels.methods.difflora.store import load_predictor
     from mole_kernels.methods.lora import train_expert
+    from mole_kernels.methods.mix_of_show.augment import Augmentation
+    from mole_kernels.methods.mix_of_show.augmented import AugmentedConcept
     from mole_kernels.methods.mix_of_show.concept import (
         Concept,
         load_concept,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from mole_kernels.methods.mix_of_show.fusion_check import noise_errors
     from mole_kernels.methods.mix_of_show.fusion_records import FusionSettings
     from mole_kernels.methods.mix_of_show.joint import regional_flux
+    from mole_kernels.methods.mix_of_show.paper_options import read_paper_options
     from mole_kernels.methods.mix_of_show.prompts import sample_concepts
     from mole_kernels.methods.mix_of_show.regions import Region, parse_regions, read_regions
     from mole_kernels.methods.mix_of_show.sampling import region_gates, regional
@@ -46,6 +49,9 @@ _HOME = {
     "EDLoRATraining": "mole_kernels.methods.mix_of_show.edlora",
     "paper_training": "mole_kernels.methods.mix_of_show.edlora",
     "train_edlora": "mole_kernels.methods.mix_of_show.edlora",
+    "Augmentation": "mole_kernels.methods.mix_of_show.augment",
+    "AugmentedConcept": "mole_kernels.methods.mix_of_show.augmented",
+    "read_paper_options": "mole_kernels.methods.mix_of_show.paper_options",
     "concept_batches": "mole_kernels.methods.mix_of_show.data",
     "Concept": "mole_kernels.methods.mix_of_show.concept",
     "load_concept": "mole_kernels.methods.mix_of_show.concept",
@@ -66,6 +72,8 @@ _HOME = {
 }
 
 __all__ = [
+    "Augmentation",
+    "AugmentedConcept",
     "Concept",
     "EDLoRATraining",
     "FusionSettings",
@@ -84,6 +92,7 @@ __all__ = [
     "paper_training",
     "parse_regions",
     "read_concepts",
+    "read_paper_options",
     "read_regions",
     "region_gates",
     "regional",

@@ -59,6 +59,8 @@ def denoising_loss(
     added_cond_kwargs: Mapping[str, Tensor] | None = None,
     snr_gamma: float | None = None,
     mask: Tensor | None = None,
+    *,
+    per_picture: bool = False,
 ) -> Tensor:
     """mean of w_t · `denoising_error`, a float32 scalar;  w_t = min(SNR_t, γ)/SNR_t for ε, /(SNR_t + 1) for
     v, 1 without γ.
@@ -66,7 +68,9 @@ def denoising_loss(
     SNR_t = ᾱ_t/(1−ᾱ_t). Weights: Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting
     Strategy",
     arXiv 2303.09556 (the weights for ε and v follow from that for x).
-    mask [B,1|C,h,w], optional: the mean becomes Σ mask·w·error / Σ mask over the whole batch.
+    mask [B,1|C,h,w], optional: the mean becomes Σ mask·w·error / Σ mask over the whole batch; with
+    per_picture the mean over the pictures of Σ mask·w·error / Σ mask, a mask of one channel counted once, as
+    Mix-of-Show has it.
     """
     error = denoising_error(
         unet, scheduler, latents, timesteps, noise, encoder_hidden_states, added_cond_kwargs
@@ -86,6 +90,10 @@ def denoising_loss(
             expected=f"[B,1 or C,h,w] for latents {tuple(error.shape)}",
             got=tuple(mask.shape),
         )
+    if per_picture:
+        counted = mask.float().to(error.device)
+        sums = (error * counted).sum((1, 2, 3))
+        return (sums / counted.sum((1, 2, 3)).clamp_min(torch.finfo(torch.float32).tiny)).mean()
     weight = mask.float().expand_as(error)
     # an all-zero mask asks for nothing: loss 0, not 0/0
     return (error * weight).sum() / weight.sum().clamp_min(torch.finfo(torch.float32).tiny)

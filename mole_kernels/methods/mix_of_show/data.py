@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mole_kernels.errors import MoleFileError, MoleValueError, printable
+from mole_kernels.errors import MoleValueError, printable
+from mole_kernels.methods.mix_of_show.augmented import PLACE, mask_of
 from mole_kernels.methods.mix_of_show.prompts import token_ids
 from mole_kernels.methods.mix_of_show.tokens import concept_tokens, new_embeddings, text_encoders
 from mole_kernels.training.buckets import cover
 from mole_kernels.training.data import TensorBatches
 from mole_kernels.training.encode import Encoder
 from mole_kernels.training.pictures import PictureFolder, picture_errors
-
-PLACE = "<TOK>"
 
 
 def concept_batches(
@@ -105,15 +104,8 @@ def _mask(folder: PictureFolder, i: int, masks: Path, size: tuple[int, int]) -> 
     from PIL import Image
 
     picture = folder[i]
-    stem = Path(picture.name).with_suffix("")
-    files = sorted(
-        path for path in (masks / stem.parent).glob("*") if path.stem == stem.name and path.is_file()
-    )
-    if not files:
-        raise MoleFileError(
-            printable(masks, 300), expected=f"a mask for {printable(picture.name)}", got="none"
-        )
-    with picture_errors(files[0]), Image.open(files[0]) as opened:
+    path = mask_of(masks, Path(picture.name))
+    with picture_errors(path), Image.open(path) as opened:
         image = opened.convert("L").resize(picture.size[::-1], Image.Resampling.BOX)
     (h, w), (top, left) = cover(picture.size, picture.bucket)
     image = image.resize((w, h), Image.Resampling.BOX).crop(

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.bank import ExpertBank, Init
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.layers.linear import Gated
-from mole_kernels.methods.mix_of_show.attention_loss import AttentionLoss
+from mole_kernels.methods.mix_of_show.attention_loss import AttentionLoss, PaperAttentionLoss
+from mole_kernels.methods.mix_of_show.augmented import AugmentedConcept
 from mole_kernels.methods.mix_of_show.concept import Concept
 from mole_kernels.methods.mix_of_show.prompts import encode_ids, layered
 from mole_kernels.methods.mix_of_show.tokens import (
@@ -63,8 +64,12 @@ class EDLoRATraining:
         init: How A is drawn: "kaiming", or "gaussian" as in the research branch.
         norm_limit: The embeddings stand still once their mean norm has come to it; None: never.
         noise_offset: σ of a constant added to each channel's noise.
-        masked: The loss counts where a batch's mask is; else everywhere.
+        masked: The loss counts where a batch's mask is; else where its picture is.
+        mask_form: "paper": the mean over pictures of Σ mask·error / Σ mask, the errors of a place summed
+            over the channels, as in the paper's code; "batch": one mean over all that the masks cover.
         attention: Weight of the attention loss, which needs masks; 0 for none (the paper's code: 0.01).
+        attention_form: "paper" for `PaperAttentionLoss`, "per_layer" for `AttentionLoss`.
+        full_identity: See `PaperAttentionLoss`; the paper's files set it to False for people.
     """
 
     config: TrainConfig
@@ -76,7 +81,10 @@ class EDLoRATraining:
     norm_limit: float | None = 0.55
     noise_offset: float = 0.01
     masked: bool = False
+    mask_form: Literal["paper", "batch"] = "paper"
     attention: float = 0.0
+    attention_form: Literal["paper", "per_layer"] = "paper"
+    full_identity: bool = True
 
 
 def paper_training(steps: int, **options: Any) -> EDLoRATraining:
@@ -88,7 +96,7 @@ def paper_training(steps: int, **options: Any) -> EDLoRATraining:
 
 def train_edlora(
     pipe: Any,
-    batches: TensorBatches,
+    batches: TensorBatches | AugmentedConcept,
     tokens: Mapping[str, str],
     training: EDLoRATraining,
     **run: Unpack[RunOptions],
@@ -96,7 +104,8 @@ def train_edlora(
     """Trains a concept; the pipeline is bit for bit as before at its end.
 
     Args:
-        batches: From `concept_batches`: latents, ids of their captions, masks where there are any.
+        batches: From `concept_batches`, each picture always the same, or an `AugmentedConcept`: latents,
+            ids of their captions, masks where there are any.
         tokens: The concept's tokens in the order in which prompts use them -> `<rand-σ>` or the class
             word they start from.
         run: run_dir, resume, progress, on_step, trackers: as in `fit`.
@@ -233,7 +242,11 @@ class ConceptLoss:
 
     def __init__(self, model: ConceptModel, training: EDLoRATraining) -> None:
         self.model, self.training = model, training
-        self.attention = AttentionLoss(model.unet, model.tokens) if training.attention else None
+        self.attention: AttentionLoss | None = None
+        if training.attention and training.attention_form == "paper":
+            self.attention = PaperAttentionLoss(model.unet, model.tokens, training.full_identity)
+        elif training.attention:
+            self.attention = AttentionLoss(model.unet, model.tokens)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -261,6 +274,7 @@ class ConceptLoss:
         mask = batch.get("mask")
         if self.attention is not None:
             self.attention.forget()
+        counted = mask if self.training.masked else batch.get("image_mask")
         loss = denoising_loss(
             self.model.unet,
             pipe.scheduler,
@@ -270,7 +284,8 @@ class ConceptLoss:
             text.flat,
             added,
             self.training.config.snr_gamma,
-            mask if self.training.masked else None,
+            counted,
+            per_picture=self.training.mask_form == "paper",
         )
         if self.attention is not None:
             assert mask is not None
@@ -293,13 +308,20 @@ def _trained(
     return named, rates
 
 
-def _check(training: EDLoRATraining, batches: TensorBatches) -> None:
+def _check(training: EDLoRATraining, batches: TensorBatches | AugmentedConcept) -> None:
     for key in ("embedding_lr", "text_encoder_lr", "noise_offset", "attention"):
         if not getattr(training, key) >= 0:
             raise MoleValueError(f"train_edlora: {key}", expected="at least 0", got=getattr(training, key))
     if training.norm_limit is not None and not training.norm_limit > 0:
         raise MoleValueError("train_edlora: norm_limit", expected="above 0, or None", got=training.norm_limit)
-    if (training.masked or training.attention) and "mask" not in batches.tensors:
+    forms = {"mask_form": ("paper", "batch"), "attention_form": ("paper", "per_layer")}
+    for key, known in forms.items():
+        if getattr(training, key) not in known:
+            raise MoleValueError(
+                f"train_edlora: {key}", expected=" or ".join(known), got=repr(getattr(training, key))
+            )
+    masks = batches.has_masks if isinstance(batches, AugmentedConcept) else "mask" in batches.tensors
+    if (training.masked or training.attention) and not masks:
         hint = "concept_batches(…, masks=folder), or masked=False and attention=0"
         raise MoleValueError(
             "train_edlora",

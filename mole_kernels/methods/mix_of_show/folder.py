@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from mole_kernels.errors import MoleFileError, printable
 from mole_kernels.experts.lowrank import Expert
@@ -89,9 +90,19 @@ def load_fused(pipe: Any, folder: Path) -> tuple[Expert, Tokens]:
     """(expert, tokens) of what `save_fused` wrote; the tokens are added to the pipeline, the expert is for
     `patch`.
     """
+    expert, embeddings = read_fused(folder)
+    return expert, add_concepts(pipe, embeddings)
+
+
+def read_fused(folder: Path) -> tuple[Expert, dict[str, dict[str, Tensor]]]:
+    """(expert, embeddings) of what `save_fused` wrote.
+
+    Raises:
+        MoleFileError: A file that is missing.
+    """
     files = [_place(folder, EXPERT), _place(folder, EMBEDDINGS)]
     if not all(path.is_file() for path in files):
         raise MoleFileError(
             printable(folder, 300), expected=f"{EXPERT} and {EMBEDDINGS}", got="no such files"
         )
-    return replace(load_expert(files[0]), source=str(folder)), add_concepts(pipe, load_embeddings(files[1]))
+    return replace(load_expert(files[0]), source=str(folder)), load_embeddings(files[1])
