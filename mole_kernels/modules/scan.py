@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -116,6 +117,18 @@ def mole_targets(model: object) -> dict[str, nn.Module]:
                 inside.update(id(child) for child in module.modules())
     found = scan(model)
     return {path: module for path, module in (found.layers | found.patched).items() if id(module) in inside}
+
+
+# what LoRAs of transformers are trained on where nobody says otherwise: all that attention projects
+_ATTENTION = re.compile(
+    r"(^|[._])(attn|attention|attn[12]|self_attn|cross_attn|self_attention|cross_attention)"
+    r"\.((to|add)_(q|k|v|qkv|q_proj|k_proj|v_proj|qkv_mlp_proj)|to_(out\.0|out|add_out))$"
+)
+
+
+def attention_targets(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers by which a transformer's attention projects, by path; {} where none has a known name."""
+    return {path: layer for path, layer in scan(module).layers.items() if _ATTENTION.search(path)}
 
 
 def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str | None:

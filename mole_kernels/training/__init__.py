@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from mole_kernels.training.cached import PictureBatches, picture_batches
     from mole_kernels.training.config import TrainConfig
     from mole_kernels.training.data import TensorBatches
+    from mole_kernels.training.families.loss import FamilyLoss
     from mole_kernels.training.loop import TrainResult, fit
     from mole_kernels.training.loss import DenoisingLoss, denoising_loss
+    from mole_kernels.training.objectives.objective import Diffusion, FlowMatching, objective_of
     from mole_kernels.training.pictures import PictureFolder
 
 # fetched when first used: importing a door needs neither accelerate nor diffusers
@@ -21,6 +23,10 @@ _HOME = {
     "TrainResult": "mole_kernels.training.loop",
     "DenoisingLoss": "mole_kernels.training.loss",
     "denoising_loss": "mole_kernels.training.loss",
+    "FamilyLoss": "mole_kernels.training.families.loss",
+    "Diffusion": "mole_kernels.training.objectives.objective",
+    "FlowMatching": "mole_kernels.training.objectives.objective",
+    "objective_of": "mole_kernels.training.objectives.objective",
     "PictureFolder": "mole_kernels.training.pictures",
     "PictureBatches": "mole_kernels.training.cached",
     "picture_batches": "mole_kernels.training.cached",
@@ -29,6 +35,9 @@ _HOME = {
 
 __all__ = [
     "DenoisingLoss",
+    "Diffusion",
+    "FamilyLoss",
+    "FlowMatching",
     "PictureBatches",
     "PictureFolder",
     "TensorBatches",
@@ -36,6 +45,7 @@ __all__ = [
     "TrainResult",
     "denoising_loss",
     "fit",
+    "objective_of",
     "picture_batches",
 ]
 

@@ -16,14 +16,16 @@ from mole_kernels.layers.linear import Gated
 from mole_kernels.methods.lora import (
     Batches,
     NullConditions,
+    denoiser_and_loss,
     gated_layers,
-    unet_and_scheduler,
     widen_to_float32,
 )
 from mole_kernels.patching.handle import Handle
 from mole_kernels.training.config import TrainConfig
-from mole_kernels.training.loop import RunOptions, TrainResult, fit
-from mole_kernels.training.loss import DenoisingLoss
+from mole_kernels.training.loop import LossFunction, RunOptions, TrainResult, fit
+
+# components as prose has them
+_SPELLED = {"unet": "UNet", "transformer": "transformer"}
 
 
 def train_unet(
@@ -33,9 +35,10 @@ def train_unet(
     *,
     scheduler: Any = None,
     null: NullConditions | None = None,
+    loss_fn: LossFunction | None = None,
     **run: Unpack[RunOptions],
 ) -> TrainResult:
-    """Stage 1: train the whole UNet further, in place; VAE and text encoders are not touched.
+    """Stage 1: train the whole UNet or transformer further, in place; VAE and text encoders are not touched.
 
     Args:
         pipe_or_unet: As for `train_expert`; the UNet is in float32 (mixed precision is the config's) and
@@ -45,6 +48,7 @@ def train_unet(
         config: Steps, learning rate, seed and the like.
         scheduler: As for `train_expert`.
         null: As for `train_expert`.
+        loss_fn: As for `train_expert`.
         run: run_dir, resume, progress, on_step and trackers of `fit`.
 
     Returns:
@@ -56,16 +60,17 @@ def train_unet(
 
     Source: MoLE (Zhu et al., NeurIPS 2024), stage 1; JiePKU/MoLE.
     """
-    unet, scheduler = unet_and_scheduler(pipe_or_unet, scheduler, "train_unet")
+    learner = denoiser_and_loss(pipe_or_unet, scheduler, null, config, "train_unet", loss_fn)
+    unet = learner.model
     if any(isinstance(module, Gated) for module in unet.modules()):
         raise MoleStateError(
-            "train_unet", "the UNet holds experts", hint="stage 1 comes before them: handle.remove() first"
+            "train_unet",
+            f"the {_SPELLED[learner.component]} holds experts",
+            hint="stage 1 comes before them: handle.remove() first",
         )
-    loss_fn = DenoisingLoss(scheduler, null, config.cond_dropout, config.snr_gamma)
     identity = {"method": "mole", "stage": "1"}
-    return fit(
-        unet, dict(unet.named_parameters()), batches, config, loss_fn=loss_fn, identity=identity, **run
-    )
+    named = dict(unet.named_parameters())
+    return fit(unet, named, batches, config, loss_fn=learner.loss, identity=identity, **run)
 
 
 def train_gates(
@@ -75,6 +80,7 @@ def train_gates(
     *,
     scheduler: Any = None,
     null: NullConditions | None = None,
+    loss_fn: LossFunction | None = None,
     **run: Unpack[RunOptions],
 ) -> TrainResult:
     """Stage 3: train the gates of a patched model alone, in place; experts and base stay bit for bit.
@@ -88,6 +94,7 @@ def train_gates(
         config: Steps, learning rate, seed and the like.
         scheduler: As for `train_expert`.
         null: As for `train_expert`.
+        loss_fn: As for `train_expert`.
         run: run_dir, resume, progress, on_step and trackers of `fit`.
 
     Returns:
@@ -95,20 +102,20 @@ def train_gates(
 
     Raises:
         MoleStateError: The patch has no gates with parameters, and what `fit` raises.
-        MoleTypeError: No UNet, or no scheduler.
+        MoleTypeError: No denoiser, or no scheduler.
 
     Source: MoLE (Zhu et al., NeurIPS 2024), stage 3; JiePKU/MoLE.
     """
-    unet, scheduler = unet_and_scheduler(handle.model, scheduler, "train_gates")
+    learner = denoiser_and_loss(handle.model, scheduler, null, config, "train_gates", loss_fn)
     gates = [layer.gate for layer in gated_layers(handle) if layer.gate is not None]
     if not handle.gate_parameters():
         hint = 'patch(model, experts, gates="mole") makes gates that can be trained'
         raise MoleStateError("train_gates", "the patch has no gates with parameters", hint=hint)
-    loss_fn = DenoisingLoss(scheduler, null, config.cond_dropout, config.snr_gamma)
     widen_to_float32(gates)
     kinds = ", ".join(sorted({repr(gate) for gate in gates}))
     identity = {"method": "mole", "stage": "3", "experts": _describe_experts(handle), "gates": kinds}
-    return fit(unet, handle.gate_parameters(), batches, config, loss_fn=loss_fn, identity=identity, **run)
+    named = handle.gate_parameters()
+    return fit(learner.model, named, batches, config, loss_fn=learner.loss, identity=identity, **run)
 
 
 def _describe_experts(handle: Handle) -> str:

@@ -1,0 +1,1 @@
+"""How a batch becomes the denoiser's inputs, for every pipeline of diffusers."""
