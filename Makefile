@@ -7,7 +7,7 @@ JOBS   ?= 2
 # numerical threads of each test worker: workers times threads = cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: lock mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests serving-suite peft-tests robustness endurance docs fuzz hf-kernels wheel sdist sbom matrix quantised-tests
+.PHONY: lock mutants numerics sanitize emulate-long analyse coverage demo test lint format bench aot emulate triton-tests gpu clean build diffusers-tests serving-suite peft-tests robustness endurance docs fuzz hf-kernels wheel sdist sbom matrix quantised-tests metrics-tests
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 # torch first and alone, by its pin; the rest against it, never in an isolated build that would fetch another torch.
@@ -150,6 +150,15 @@ build/triton-%: | $(STAMP)
 # PEFT's own LoRA tests, from its source distribution
 peft-tests: $(STAMP)
 	$(BIN)/python python/tools/diffusers_suite.py --suite peft
+
+# FID, KID and CLIPScore by torchmetrics, unpacked beside the environment; torch-fidelity would bring torchvision, and that its own torch
+metrics-tests: $(STAMP) build/metrics
+	PYTHONPATH=build/metrics:. $(BIN)/python -m pytest -q tests/metrics tests/cli/test_evaluate.py
+
+build/metrics: constraints.txt | $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target $@ \
+	    torchmetrics lightning-utilities
+	touch $@
 
 # LoRA over quantised layers, with four packages unpacked beside the environment: two of them slow every start of diffusers down
 quantised-tests: $(STAMP) build/quantised

@@ -13,7 +13,7 @@ PACKAGE = Path(mole_kernels.__file__).parent
 # from the bottom up, as in docs/design.md section 2
 ROOMS = [
     *"doors errors settings precision tally files problem operands reference extension kernels dispatch backends ops functional attention".split(),
-    *"experts gates layers io modules text_cache grouping peft patching reports serving training methods demo cli".split(),
+    *"experts gates layers io modules text_cache grouping peft patching reports serving training metrics methods demo cli".split(),
 ]
 
 

@@ -1,7 +1,7 @@
 """`mole-kernels`: the command line.
 
-    mole-kernels <verb> …                 inspect convert merge compress report fuse doctor explain tune demo
-    mole-kernels train <paper> [stage]    mole edlora mix-of-show selma difflora
+    mole-kernels <verb> …                 inspect convert merge compress report fuse evaluate doctor
+    explain tune demo mole-kernels train <paper> [stage]    mole edlora mix-of-show selma difflora
     mole-kernels <paper> <stage>          the stages of selma, difflora and mix-of-show that train nothing
 
 Torch and diffusers are imported by the commands that need them, so that `--help` is immediate.
@@ -14,7 +14,7 @@ import warnings
 
 import typer
 
-from mole_kernels.cli import files, machine
+from mole_kernels.cli import evaluate, files, machine
 from mole_kernels.cli.difflora import difflora
 from mole_kernels.cli.grammar import MoleGroup
 from mole_kernels.cli.mix_of_show import mix_of_show
@@ -34,6 +34,7 @@ app.add_typer(train, name="train")
 app.add_typer(selma, name="selma")
 app.add_typer(difflora, name="difflora")
 app.add_typer(mix_of_show, name="mix-of-show")
+evaluate.register(app)
 machine.register(app)
 
 

@@ -24,7 +24,12 @@ This package is under Apache-2.0 (`LICENSE`) and copies no code of theirs; nothi
 |---|---|---|---|
 """
 # no licence field, or one that begins with something else; read from the licence files
-_BY_HAND = {"atheris": "Apache-2.0", "kiwisolver": "BSD-3-Clause", "sigstore-models": "MIT"}
+_BY_HAND = {
+    "insightface": "MIT",
+    "atheris": "Apache-2.0",
+    "kiwisolver": "BSD-3-Clause",
+    "sigstore-models": "MIT",
+}
 _DEVELOPMENT = ("test", "docs", "fuzz", "dev")
 
 
@@ -76,5 +81,12 @@ def rows() -> Iterator[str]:
 
 if __name__ == "__main__":
     found = list(rows())
+    # extras that are pinned but not part of the development environment keep the rows they have
+    here, pins = {row.split(" | ")[0].removeprefix("| ") for row in found}, pinned()
+    for line in DOC.read_text().splitlines():
+        name, *rest = line.removeprefix("| ").split(" | ")
+        if line.startswith("| ") and name not in here and pins.get(name) == rest[0]:
+            found.append(line)
+    found.sort(key=lambda row: normal(row.split(" | ")[0].removeprefix("| ")))
     DOC.write_text(HEAD + "\n".join(found) + "\n")
     print(f"{len(found)} packages: {DOC.relative_to(ROOT)}")

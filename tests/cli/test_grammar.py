@@ -31,7 +31,7 @@ WITHOUT_OUT = {
     "selma status",
     "train selma",
 }
-JSON = {"inspect", "doctor", "explain", "compress", "selma evaluate"}
+JSON = {"inspect", "doctor", "explain", "compress", "evaluate", "selma evaluate"}
 
 
 def commands() -> dict[str, Any]:
@@ -182,7 +182,7 @@ def test_json_prints_json_and_nothing_else(cli, tmp_path: Path):
         "compress": ["compress", path, "--rank", 1, "--out", tmp_path / "b.safetensors"],
     }
     assert {name for name, command in COMMANDS_BY_NAME.items() if "--json" in options(command)} == JSON
-    assert set(runs) | {"selma evaluate"} == JSON
+    assert set(runs) | {"evaluate", "selma evaluate"} == JSON
     for args in runs.values():
         code, out, err = cli(*args, "--json")
         assert code == 0 and err == ""
