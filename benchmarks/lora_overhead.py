@@ -188,7 +188,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if reason := extension.why_not():
+    if reason := extension.reason_against_library():
         print(f"nothing to measure: {reason}")
         return 2
     rows = []

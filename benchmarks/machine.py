@@ -29,7 +29,11 @@ def processor() -> str:
             re.findall(r"^(model name|cpu family|model)\s*:\s*(.*)$", info.read_text(), re.MULTILINE)
         )
         name = f"{fields.get('model name', name)} family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
-    isa = torch.ops.mole_cpu.instruction_set() if extension.why_not() is None else platform.machine()
+    isa = (
+        torch.ops.mole_cpu.instruction_set()
+        if extension.reason_against_library() is None
+        else platform.machine()
+    )
     return f"{name} {isa}"
 
 

@@ -36,9 +36,9 @@ class Forced:
     def __init__(self, module: Any, way: str) -> None:
         self.module, self.way, self.name = module, way, f"{module.name}:{way}"
 
-    def reject(self, problem: Problem) -> str | None:
+    def reason_against(self, problem: Problem) -> str | None:
         """The backend's reason, or the way's. The interpreter stands in for a GPU."""
-        reason = self.module.reject(replace(problem, device="cuda") if interpreting() else problem)
+        reason = self.module.reason_against(replace(problem, device="cuda") if interpreting() else problem)
         missing = getattr(self.module, "why_not_device", lambda: None)() if interpreting() else None
         return way_refuses(self, problem, Use()) if reason is None or reason == missing else reason
 
@@ -74,7 +74,7 @@ def small_tile() -> dict[str, Any]:
 def way_refuses(forced: Forced, problem: Problem, use: Use) -> str | None:
     name = candidate(forced.name)
     return (
-        choose.refusal(name, problem, use)
+        choose.reason_against_candidate(name, problem, use)
         if name in (*choose.CANDIDATES, *getattr(choose, "HOPPER", ()))
         else None
     )

@@ -99,7 +99,7 @@ def main() -> int:
     if args.report:
         console.print(write(args.report.parent, args.report.stem, None))
         return 0
-    reason = extension.why_not()
+    reason = extension.reason_against_library()
     if reason:
         console.print(f"nothing to measure: {reason}", style="red")
         return 2

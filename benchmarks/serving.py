@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     args = parser.parse_args()
     console = Console()
-    if reason := extension.why_not():
+    if reason := extension.reason_against_library():
         console.print(f"nothing to measure: {reason}", style="red")
         return 2
     torch.set_num_threads(args.threads)

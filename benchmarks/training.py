@@ -361,7 +361,7 @@ def main() -> int:
         every = [json.loads(path.read_text()) for path in args.report]
         write(args.report[0].with_suffix(""), merged(every))
         return 0
-    if reason := extension.why_not():
+    if reason := extension.reason_against_library():
         console.print(f"nothing to measure: {reason}", style="red")
         return 2
     torch.set_num_threads(args.threads)

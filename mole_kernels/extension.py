@@ -42,7 +42,7 @@ def _load() -> str | None:
     return None
 
 
-def why_not() -> str | None:
+def reason_against_library() -> str | None:
     """None where torch.ops.mole_cpu is usable, else the reason."""
     if settings.extension_disabled():
         return "MOLE_NO_EXTENSION is set"
@@ -51,7 +51,7 @@ def why_not() -> str | None:
 
 def has_cuda() -> bool:
     """Whether the library was built with nvcc: torch.ops.mole_cuda is there."""
-    return why_not() is None and hasattr(torch.ops.mole_cuda, "device_count")
+    return reason_against_library() is None and hasattr(torch.ops.mole_cuda, "device_count")
 
 
 def has_sm90() -> bool:
@@ -66,7 +66,7 @@ def describe() -> dict[str, Any]:
     ptxas serialised its
     products, and bytes of shared memory at R = 64 with a token gate (None where no tile of it takes that).
     """
-    reason = why_not()
+    reason = reason_against_library()
     report = build_report()
     facts: dict[str, Any] = {
         "usable": reason is None,

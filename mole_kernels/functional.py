@@ -187,13 +187,13 @@ def _learn(
 ) -> Known:
     """What is known of a kind of call: its first one is checked, and a backend chosen for it."""
     _check(x, weight, bias, experts, gates)
-    given = Call(as_samples(x), weight, bias, experts, gates)
-    call = _cast(given)
+    uncast = Call(as_samples(x), weight, bias, experts, gates)
+    call = _cast(uncast)
     backend, _, _, autocast, *_ = key
     chosen = select(call.problem(), backend) if x.device.type in DEVICES else None
     if len(_KNOWN) >= MOST_KNOWN:
         _KNOWN.clear()
-    known = _KNOWN[key] = Known(call is not given, autocast is not None, chosen)
+    known = _KNOWN[key] = Known(call is not uncast, autocast is not None, chosen)
     return known
 
 

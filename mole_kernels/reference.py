@@ -41,8 +41,8 @@ def sets_of(experts: Experts) -> Experts:
     """
     if experts.assignment is None:
         return experts
-    taken, index = experts.assignment >= 0, experts.assignment.clamp_min(0)
-    down, up = (torch.where(taken[:, None, None], t[index], 0) for t in (experts.down, experts.up))
+    has_set, index = experts.assignment >= 0, experts.assignment.clamp_min(0)
+    down, up = (torch.where(has_set[:, None, None], t[index], 0) for t in (experts.down, experts.up))
     return Experts(down, up, experts.scale, experts.ranks)
 
 
@@ -67,7 +67,7 @@ def gated_lora_ref(
     Returns y [B,T,N], the token gate l [B,T,E] and the sample gate G [B,E] (None where the call has none).
     """
     y = F.linear(x, weight, bias)
-    local = token_gate_ref(x, gates)
+    token = token_gate_ref(x, gates)
     if experts.assignment is not None:
         if gates.sample_weight is not None:
             gates = gates._replace(sample_weight=gates.sample_weight[experts.assignment.clamp_min(0)])
@@ -78,14 +78,14 @@ def gated_lora_ref(
         span = slice(start, start + rank)
         start += rank
         h = x @ experts.down[:, span].mT
-        pooled = sample_gate_ref(h, e, span, gates)
+        sample = sample_gate_ref(h, e, span, gates)
         o = experts.scale[e].to(x.dtype) * (h @ experts.up[:, :, span].mT)
         if gates.gate is not None:
             o = o * gates.gate[..., e : e + 1].to(x.dtype)
-        if local is not None:
-            o = o * local[..., e : e + 1]
-        if pooled is not None:
-            o = o * pooled[:, None]
-            sample_gates.append(pooled)
+        if token is not None:
+            o = o * token[..., e : e + 1]
+        if sample is not None:
+            o = o * sample[:, None]
+            sample_gates.append(sample)
         y = y + o
-    return y, local, torch.cat(sample_gates, -1) if sample_gates else None
+    return y, token, torch.cat(sample_gates, -1) if sample_gates else None

@@ -74,7 +74,7 @@ def attempt(limit: float, env: dict[str, str]) -> tuple[str, str]:
 
 def loads(limit: float) -> str:
     """Why the library does not load, asked of a process of its own; "" where it does."""
-    ask = "from mole_kernels import extension; print(extension.why_not() or '')"
+    ask = "from mole_kernels import extension; print(extension.reason_against_library() or '')"
     code, said = limited([sys.executable, "-c", ask], max(30.0, limit), cwd=ROOT)
     return said.strip()[:600] if code == 0 else tail(said)
 

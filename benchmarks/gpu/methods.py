@@ -88,7 +88,7 @@ def methods(case: Case, context: Context, compiled: bool) -> dict[str, Method]:
             *(n for n, b in BACKENDS.items() if isinstance(b, ours.Forced)),
         ]:
             found[name] = Method(
-                lambda layer, name=name: Way(layer, name), BACKENDS[name].reject(problem), ours=True
+                lambda layer, name=name: Way(layer, name), BACKENDS[name].reason_against(problem), ours=True
             )  # type: ignore[misc]
         found |= {name: Method(make) for name, make in context.methods.items()}
     found["peft"] = Method(peft_of, None if installed("peft") else "PEFT is not installed")

@@ -141,7 +141,9 @@ def roundings(backend: str, case: Case) -> tuple[int, int]:
 
 
 def usable(case: Case, dtype: torch.dtype, item: Item, context: Context, out: Outcome) -> bool:
-    reason = BACKENDS[item["backend"]].reject(replace(case.problem(dtype), device=context.device.kind))
+    reason = BACKENDS[item["backend"]].reason_against(
+        replace(case.problem(dtype), device=context.device.kind)
+    )
     if reason is not None:
         out.refused[item["backend"]] = reason
     return reason is None
@@ -188,7 +190,7 @@ def check_gradients(
     item: Item, context: Context, out: Outcome, call: CaseCall, dtype: torch.dtype, most: int
 ) -> None:
     backend = item["backend"]
-    if BACKENDS[backend].reject(
+    if BACKENDS[backend].reason_against(
         replace(call.case.problem(dtype), device=context.device.kind)
     ) or not has_backward(backend):
         return

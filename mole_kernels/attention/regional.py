@@ -28,10 +28,10 @@ def regional_attention_ref(
     if lengths is not None:
         counts = torch.arange(k.shape[3], device=q.device) < lengths[..., None]
         logits = logits.masked_fill(~counts[:, :, None, None], -torch.inf)
-    said = torch.einsum("bshtl,bshld->bshtd", torch.softmax(logits, -1), v)
+    mixed = torch.einsum("bshtl,bshld->bshtd", torch.softmax(logits, -1), v)
     # a region's answer counts only where it covers, whatever it is elsewhere
-    w = shares[:, :, None, :, None].to(said.dtype)
-    return torch.where(w != 0, w * said, 0).sum(1)
+    w = shares[:, :, None, :, None].to(mixed.dtype)
+    return torch.where(w != 0, w * mixed, 0).sum(1)
 
 
 def _gathered(
@@ -68,11 +68,11 @@ def _of_one_layout(
         if lengths is not None:
             mask = (torch.arange(k.shape[3], device=q.device) < lengths[:, s, None])[:, None, None]
         asked = (q if whole else q.index_select(1, rows)).transpose(1, 2)
-        said = _attention(asked, k[:, s], v[:, s], mask, scale).transpose(1, 2)
+        mixed = _attention(asked, k[:, s], v[:, s], mask, scale).transpose(1, 2)
         if once:
-            out = said if whole else out.index_copy_(1, rows, said)
+            out = mixed if whole else out.index_copy_(1, rows, mixed)
         else:
-            out.index_add_(1, rows, said * shares[s, rows, None, None].to(said.dtype))
+            out.index_add_(1, rows, mixed * shares[s, rows, None, None].to(mixed.dtype))
     return out
 
 
@@ -117,7 +117,7 @@ class _Attention(torch.autograd.Function):
         return (*(next(grads) if wants else None for wants in need), None, None)
 
 
-def reject(q: Tensor) -> str | None:
+def reason_against_kernel(q: Tensor) -> str | None:
     """Why the Triton kernel does not take these queries, or None."""
     if q.device.type != "cuda":
         return f"computes on CUDA devices only, q is on {q.device.type}"
@@ -154,7 +154,7 @@ def regional_attention(
     """
     _check(q, k, v, shares, lengths, backend)
     inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, shares)))
-    reason = reject(q) if inference else "has no backward"
+    reason = reason_against_kernel(q) if inference else "has no backward"
     if backend == "triton" and reason is not None:
         raise MoleBackendError(
             f"{OP}: backend 'triton'", f"refuses: {reason}", hint="backend='auto' takes the best that fits"

@@ -16,18 +16,18 @@ name = "cpu"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def reject(problem: Problem) -> str | None:
+def reason_against(problem: Problem) -> str | None:
     """Why it does not take `problem`, or None."""
     if problem.device != "cpu":
         return f"computes on the CPU only, x is on {problem.device}"
     if problem.dtype not in DTYPES:
         return f"has no kernels for {problem.dtype}"
-    return extension.why_not()
+    return extension.reason_against_library()
 
 
 @lru_cache(maxsize=1)
 def _operators():
-    reason = extension.why_not()
+    reason = extension.reason_against_library()
     if reason is not None:
         raise MoleBackendError("backend 'cpu'", reason)
     # what `OpOverload.__call__` calls

@@ -23,7 +23,7 @@ from mole_kernels.dispatch.choose import CANDIDATES, HOPPER, choose
 from mole_kernels.dispatch.tables import for_device
 from mole_kernels.dispatch.work import Use
 from mole_kernels.errors import MoleBackendError
-from mole_kernels.kernels.sm90 import WAYS, impossible
+from mole_kernels.kernels.sm90 import WAYS, reason_against_problem
 from mole_kernels.kernels.triton.workspace import flags
 from mole_kernels.operands import Call, Gradients, Need, Outputs, Saved
 from mole_kernels.problem import Problem
@@ -34,9 +34,9 @@ BACKWARD_WAYS = WAYS
 
 
 @lru_cache(maxsize=1)
-def why_not() -> str | None:
+def reason_against_gpu() -> str | None:
     """Why the kernels cannot run here at all, or None."""
-    reason = extension.why_not()
+    reason = extension.reason_against_library()
     if reason is not None:
         return reason
     if not extension.has_sm90():
@@ -51,18 +51,18 @@ def why_not() -> str | None:
     )
 
 
-def reject(problem: Problem) -> str | None:
+def reason_against(problem: Problem) -> str | None:
     """Why it does not take `problem`, or None."""
     if problem.device != "cuda":
         return f"computes on CUDA devices only, x is on {problem.device}"
-    return impossible(problem) or why_not()
+    return reason_against_problem(problem) or reason_against_gpu()
 
 
 @lru_cache(maxsize=4096)
 def _way(index: int | None, problem: Problem, use: Use) -> str:
     """What `choose` takes for a call, or its backward, of Triton's ways too."""
     device = devices.present(index)
-    others = triton.reject(problem) is None
+    others = triton.reason_against(problem) is None
     able = [
         n
         for n in HOPPER
@@ -204,7 +204,7 @@ def _run(way: str, plan: TilePlan, call: Call) -> tuple[Outputs, str]:
 
 def _elsewhere(call: Call, way: str | None) -> Outputs:
     """The same call by Triton, or without it by plain torch; way: of Triton's, None lets it choose."""
-    if way == "stacked" or triton.reject(call.problem()) is not None:
+    if way == "stacked" or triton.reason_against(call.problem()) is not None:
         return stacked.forward(call)
     return triton.forward(call, way=way)
 
@@ -219,7 +219,7 @@ def backward(call: Call, saved: Saved, dy: Tensor, need: Need, *, way: str | Non
     Raises:
         MoleBackendError: The way that was asked for by name cannot compute dX.
     """
-    second = triton.reject(call.problem())
+    second = triton.reason_against(call.problem())
     if not need.x or (way is None and second is not None):
         return _backward_elsewhere(call, saved, dy, need, None, second)
     chosen = _chosen(call, way, backward=True)

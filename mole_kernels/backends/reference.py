@@ -15,7 +15,7 @@ name = "reference"
 BIASES = ("token_bias", "sample_bias")
 
 
-def reject(problem: Problem) -> str | None:
+def reason_against(problem: Problem) -> str | None:
     """None: it takes every problem."""
     return None
 
@@ -73,27 +73,27 @@ def _backward(call: Call, saved: Saved, dy: Tensor) -> Gradients:
     x, weight, _, (down, up, scale, ranks, _), gates, _ = call
     wide, (B, T, K), E = x.dtype, x.shape, len(ranks)
     dy, h = dy.to(wide), saved.h.to(wide)
-    ones = torch.ones(B, T, E, dtype=wide, device=x.device)
-    given = ones if gates.gate is None else gates.gate.expand(B, T, E)
-    token = ones if gates.token_weight is None else saved.token_gate
-    sample = ones if gates.sample_weight is None else saved.sample_gate[:, None].expand(B, T, E)
+    unit = torch.ones(B, T, E, dtype=wide, device=x.device)
+    given_gate = unit if gates.gate is None else gates.gate.expand(B, T, E)
+    token = unit if gates.token_weight is None else saved.token_gate
+    sample = unit if gates.sample_weight is None else saved.sample_gate[:, None].expand(B, T, E)
     dx, ddown, dup = dy @ weight, torch.zeros_like(down), torch.zeros_like(up)
-    dscale, dgate = torch.zeros(E, dtype=wide, device=x.device), torch.zeros_like(ones)
+    dscale, dgate = torch.zeros(E, dtype=wide, device=x.device), torch.zeros_like(unit)
     dtoken_weight = torch.zeros(E, K, dtype=wide, device=x.device)
     dtoken_bias, dsample_bias = torch.zeros_like(dscale), torch.zeros_like(dscale)
     dsample_weight = torch.zeros(down.shape[:2], dtype=wide, device=x.device)
     # γ_e D_e: what reaches expert e's token logit through its own gate
-    through = torch.zeros_like(ones)
+    through = torch.zeros_like(unit)
     start = 0
     for e, rank in enumerate(ranks):
         span = slice(start, start + rank)
         start += rank
         A, Bup, he = down[:, span], up[:, :, span], h[..., span]
-        gamma = scale[e] * given[..., e] * token[..., e] * sample[..., e]
+        gamma = scale[e] * given_gate[..., e] * token[..., e] * sample[..., e]
         V = dy @ Bup
         D = (V * he).sum(-1)
         dup[:, :, span] = (dy.mT @ (he * gamma[..., None])).sum_to_size(dup[:, :, span].shape)
-        dscale[e] = (D * given[..., e] * token[..., e] * sample[..., e]).sum()
+        dscale[e] = (D * given_gate[..., e] * token[..., e] * sample[..., e]).sum()
         dgate[..., e] = D * scale[e] * token[..., e] * sample[..., e]
         dh = gamma[..., None] * V
         if gates.sample_weight is not None:

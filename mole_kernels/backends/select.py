@@ -20,7 +20,7 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def reject(self, problem: Problem) -> str | None: ...
+    def reason_against(self, problem: Problem) -> str | None: ...
 
     def forward(self, call: Call) -> Outputs: ...
 
@@ -51,7 +51,7 @@ def select(problem: Problem, backend: str = "auto") -> Backend:
             raise MoleValueError(
                 "backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend)
             )
-        reason = BACKENDS[backend].reject(problem)
+        reason = BACKENDS[backend].reason_against(problem)
         if reason is not None:
             raise MoleBackendError(
                 f"backend {backend!r}",
@@ -60,7 +60,7 @@ def select(problem: Problem, backend: str = "auto") -> Backend:
             )
         return BACKENDS[backend]
     for candidate in BACKENDS.values():
-        reason = candidate.reject(problem)
+        reason = candidate.reason_against(problem)
         if reason is None:
             return candidate
         if problem.device not in DEVICES.get(candidate.name, (problem.device,)):
@@ -72,7 +72,7 @@ def select(problem: Problem, backend: str = "auto") -> Backend:
                 MoleWarning,
                 stacklevel=3,
             )
-    every = "; ".join(f"{b.name}: {b.reject(problem)}" for b in BACKENDS.values())
+    every = "; ".join(f"{b.name}: {b.reason_against(problem)}" for b in BACKENDS.values())
     raise MoleBackendError("backend 'auto'", f"nothing takes {problem}: {every}")
 
 
@@ -92,4 +92,4 @@ def report(device: str = "cpu") -> dict[str, str | None]:
         token_gate=True,
         sample_gate=True,
     )
-    return {b.name: b.reject(problem) for b in BACKENDS.values()}
+    return {b.name: b.reason_against(problem) for b in BACKENDS.values()}

@@ -12,9 +12,9 @@ from mole_kernels.operands import Call, Gradients, Need
 
 def gather(assignment: Tensor, sets: Tensor) -> Tensor:
     """sets [S,...] -> [B,...]: the set that each sample's assignment [B] names, zeros where it is −1."""
-    taken = (assignment >= 0).view(-1, *[1] * (sets.dim() - 1))
+    has_set = (assignment >= 0).view(-1, *[1] * (sets.dim() - 1))
     return (
-        torch.where(taken, sets[assignment.clamp_min(0)], 0)
+        torch.where(has_set, sets[assignment.clamp_min(0)], 0)
         if sets.shape[0]
         else sets.new_zeros(assignment.shape[0], *sets.shape[1:])
     )
@@ -24,9 +24,9 @@ def scatter(assignment: Tensor, grad: Tensor, count: int) -> Tensor:
     """grad [B,...] -> [S,...]: the gradients of the samples that took a set, summed in the batch's order; −1
     goes nowhere.
     """
-    taken = (assignment >= 0).view(-1, *[1] * (grad.dim() - 1))
+    has_set = (assignment >= 0).view(-1, *[1] * (grad.dim() - 1))
     out = grad.new_zeros(count, *grad.shape[1:])
-    return out.index_add_(0, assignment.clamp_min(0), torch.where(taken, grad, 0)) if count else out
+    return out.index_add_(0, assignment.clamp_min(0), torch.where(has_set, grad, 0)) if count else out
 
 
 def own_sets(call: Call) -> Call:

@@ -22,7 +22,7 @@ from mole_kernels.reference import softmax_of_largest
 name = "stacked"
 
 
-def reject(problem: Problem) -> str | None:
+def reason_against(problem: Problem) -> str | None:
     """None: it takes every problem."""
     return None
 
@@ -127,8 +127,8 @@ def _backward(call: Call, saved: Saved, dy: Tensor, need: Need) -> Gradients:
     if through_gates:
         d_gamma = sum_columns(v * h, ranks)
         if need.scale:
-            ones = torch.ones_like(scale, dtype=dtype)
-            out = out._replace(scale=sum_to(d_gamma * _gamma(ones, gates.gate, token, sample, dtype), scale))
+            unit = torch.ones_like(scale, dtype=dtype)
+            out = out._replace(scale=sum_to(d_gamma * _gamma(unit, gates.gate, token, sample, dtype), scale))
         if need.gate and gates.gate is not None:
             out = out._replace(gate=sum_to(d_gamma * _gamma(scale, None, token, sample, dtype), gates.gate))
         if token is not None:

@@ -38,11 +38,11 @@ def why_not_triton() -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        found = version("triton")
+        planned = version("triton")
     except PackageNotFoundError:
         return "Triton has no version"
-    if tuple(int(n) for n in found.split("+")[0].split(".")[:2]) < OLDEST:
-        return f"needs Triton {'.'.join(map(str, OLDEST))}, found {found}"
+    if tuple(int(n) for n in planned.split("+")[0].split(".")[:2]) < OLDEST:
+        return f"needs Triton {'.'.join(map(str, OLDEST))}, planned {planned}"
     return None
 
 
@@ -55,7 +55,7 @@ def why_not_device() -> str | None:
     return None if major >= 8 else f"needs compute capability 8.0 (Ampere), this GPU has {major}.{minor}"
 
 
-def reject(problem: Problem) -> str | None:
+def reason_against(problem: Problem) -> str | None:
     """Why it does not take `problem`, or None."""
     if problem.device != "cuda":
         return f"computes on CUDA devices only, x is on {problem.device}"
@@ -100,8 +100,7 @@ def _tf32(x: Tensor) -> bool:
 
 
 def _tile(f, way: str = ""):
-    from mole_kernels.kernels.triton.tiles import choose as tile_for
-    from mole_kernels.kernels.triton.tiles import fitted, for_dense, for_recompute, rows_of_h
+    from mole_kernels.kernels.triton.tiles import fitted, for_dense, for_recompute, rows_of_h, tile_for
 
     device = _device(f.x.device.index)
     gates = sum(g is not None for g in (f.token_weight, f.sample_weight, f.gate))
@@ -127,10 +126,10 @@ def forward(call: Call, *, way: str | None = None, tile=None) -> Outputs:
     from mole_kernels.kernels.triton.strategies import WAYS
 
     f = Fused.of(call)
-    key = plan.key_of(way, tile, f) if way in plan.PLANNED else None
-    found = plan.known(key)
-    if found is not None:
-        return found.run(f)
+    key = plan.launch_key(way, tile, f) if way in plan.PLANNED else None
+    planned = plan.known_launch(key)
+    if planned is not None:
+        return planned.run(f)
     tile = tile or _tile(f, way)
     b = WAYS[way](f, tile) if key is None else plan.record(key, way, f, tile)
     return Outputs(b.y, b.h if call.save else call.x.new_empty(0), b.token_gate, b.sample_gate)

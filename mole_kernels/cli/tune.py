@@ -17,7 +17,7 @@ from mole_kernels.backends import cuda
 from mole_kernels.cli.machine import TuneArgs
 from mole_kernels.cli.screen import done, out, show_warning, table
 from mole_kernels.dispatch import tables
-from mole_kernels.dispatch.choose import CANDIDATES, HOPPER, choose, refusal
+from mole_kernels.dispatch.choose import CANDIDATES, HOPPER, choose, reason_against_candidate
 from mole_kernels.dispatch.device import Device, known, present
 from mole_kernels.dispatch.suite import SuiteCase, suite
 from mole_kernels.dispatch.tables import Row, Table, key_of
@@ -95,7 +95,11 @@ def collect(
         for call in calls:
             p = call.problem
             bar.update(task, description=f"{call.model} {p.M}×{p.K}×{p.N} R={p.R}")
-            names = [name for name in _candidates() if refusal(name, call.problem, call.use) is None]
+            names = [
+                name
+                for name in _candidates()
+                if reason_against_candidate(name, call.problem, call.use) is None
+            ]
             us, without = measure(call, names)
             failed += [
                 f"{call.problem}, {call.use.direction}: {name}: {why}" for name, why in without.items()
@@ -125,7 +129,7 @@ def collect(
 
 def _candidates() -> tuple[str, ...]:
     """All that can run on this machine."""
-    return CANDIDATES + HOPPER if cuda.why_not() is None else CANDIDATES
+    return CANDIDATES + HOPPER if cuda.reason_against_gpu() is None else CANDIDATES
 
 
 def _version(name: str) -> str:

@@ -12,7 +12,7 @@ from mole_kernels.dispatch.device import Device
 from mole_kernels.dispatch.tables import Row, Table
 from mole_kernels.dispatch.work import Use, ours, work
 from mole_kernels.kernels import sm90
-from mole_kernels.kernels.triton.limits import LAUNCHES, impossible
+from mole_kernels.kernels.triton.limits import LAUNCHES, reason_against_shapes
 from mole_kernels.problem import Problem
 
 # in the order of preference where times are equal; stacked (plain torch) is always possible, so no choice is
@@ -92,7 +92,9 @@ def choose(
     with each other.
     """
     predicted = {name: _predict(name, problem, device, use) for name in (*names, "plain")}
-    refused = {name: reason for name in names if (reason := refusal(name, problem, use)) is not None}
+    refused = {
+        name: reason for name in names if (reason := reason_against_candidate(name, problem, use)) is not None
+    }
     refused |= {
         name: "no tile of it fits"
         for name in names
@@ -102,7 +104,7 @@ def choose(
     times = predicted if row is None else row.us
     running = {name: times[name] for name in names if name not in refused and name in times}
     best = min(running, key=lambda name: running[name])
-    made = []
+    candidates = []
     for name in names:
         lost = refused.get(name)
         if lost is None and name not in running:
@@ -112,36 +114,42 @@ def choose(
             lost = f"{_slower(running[name], running[best])}: {why}"
         measured = row.us.get(name) if row is not None else None
         finite = predicted[name] if predicted[name] < inf else None
-        made.append(
+        candidates.append(
             Candidate(name, finite, measured, launches(name, problem, use), lost, name not in refused)
         )
     measured = row.us[best] if row is not None else None
     return Choice(
-        best, "model" if row is None else "table", times["plain"], predicted[best], measured, tuple(made), row
+        best,
+        "model" if row is None else "table",
+        times["plain"],
+        predicted[best],
+        measured,
+        tuple(candidates),
+        row,
     )
 
 
 def _predict(name: str, problem: Problem, device: Device, use: Use) -> float:
     if name not in HOPPER:
         return cost.predict(name, problem, device, use)
-    if refusal(name, problem, use):
+    if reason_against_candidate(name, problem, use):
         return inf
     w = work(problem, device, use)
-    first = hopper.predict(name.removeprefix("cuda_"), w, problem.token_gate, use.backward)
+    first = hopper.predict_us(name.removeprefix("cuda_"), w, problem.token_gate, use.backward)
     # the sums over tokens are Triton's second launch
     return first + cost.GAP + cost.sums(w) if use.backward else first
 
 
-def refusal(name: str, problem: Problem, use: Use) -> str | None:
+def reason_against_candidate(name: str, problem: Problem, use: Use) -> str | None:
     """Why a candidate cannot compute the call, or None."""
     if name in HOPPER:
         if name == "cuda_recompute" and problem.sample_gate and not use.backward:
             return "the sample gate needs every token of a sample before the first output"
-        return sm90.impossible(problem, use.backward)
+        return sm90.reason_against_problem(problem, use.backward)
     if name == "stacked":
         return None
     mask = problem.given_gate and use.by_token
-    return impossible(
+    return reason_against_shapes(
         name,
         problem.R,
         token=problem.token_gate,

@@ -89,12 +89,12 @@ def plain(w: Work, loop: Loop = LIBRARY) -> float:
     return product(w, LIBRARY, w.K, w.N)
 
 
-def shrink(w: Work, loop: Loop) -> float:
+def shrink_us(w: Work, loop: Loop) -> float:
     """h and what follows from it, as a launch of its own: x from the cache once for each column tile of h."""
     width = max(16, w.R)
     tiles = ceil(width / min(loop.columns, next_power(width)))
     macs = w.M * w.K * (width + tiles * w.token) / w.processors
-    last = ATOMIC if w.pooled else 0
+    last = ATOMIC if w.sample_gated else 0
     return SHRINK + last + max(tiles * w.M * w.K * w.size / w.l2, w.us(macs, skinny_rate(w.R)))
 
 
@@ -102,11 +102,11 @@ def _after(w: Work) -> float:
     return PDL_GAP if w.pdl else GAP
 
 
-def two_pass(w: Work, loop: Loop) -> float:
-    return shrink(w, loop) + _after(w) + product(w, loop, w.K, w.N, extra=max(16, w.R))
+def two_pass_us(w: Work, loop: Loop) -> float:
+    return shrink_us(w, loop) + _after(w) + product(w, loop, w.K, w.N, extra=max(16, w.R))
 
 
-def recompute(w: Work, loop: Loop) -> float:
+def recompute_us(w: Work, loop: Loop) -> float:
     """Every tile of y makes all of its rows' h: R more columns; infinite where no tile has the registers for
     them.
     """
@@ -124,7 +124,7 @@ def recompute(w: Work, loop: Loop) -> float:
     return max(best, _floor(w, w.K, w.N))
 
 
-def persistent(w: Work, loop: Loop) -> float:
+def persistent_us(w: Work, loop: Loop) -> float:
     """Tiles of h first, tiles of y after, one launch; the ragged last wave takes what h cost where there is
     one.
     """
@@ -145,7 +145,7 @@ def persistent(w: Work, loop: Loop) -> float:
                     continue
                 span = two_phases(n_h * k, h / k, n_y * s, y, w.processors)
                 best = min(best, max(span, h / k + w.us(rows * columns * w.R, tile_rate(rows, columns))))
-    waits = FLAG + (ATOMIC if loop.ticket else 0) + (SAMPLE_WAIT if w.pooled else 0)
+    waits = FLAG + (ATOMIC if loop.ticket else 0) + (SAMPLE_WAIT if w.sample_gated else 0)
     return max(RAMP + best + waits, _floor(w, w.K, w.N))
 
 
@@ -156,12 +156,12 @@ def _expand(w: Work) -> float:
     )
 
 
-def added(w: Work, loop: Loop) -> float:
+def added_us(w: Work, loop: Loop) -> float:
     """Shrink, the base by a library, and our expand on top."""
-    return plain(w) + GAP + shrink(w, loop) + GAP + _expand(w)
+    return plain(w) + GAP + shrink_us(w, loop) + GAP + _expand(w)
 
 
-def merge(w: Work, loop: Loop) -> float:
+def merge_us(w: Work, loop: Loop) -> float:
     """W with the experts in it, for each sample where they differ, then a library's product."""
     move = w.move(w.N * w.K * w.size * (1 + w.many))
     return (
@@ -172,13 +172,13 @@ def merge(w: Work, loop: Loop) -> float:
     )
 
 
-def dense(w: Work, loop: Loop) -> float:
+def dense_us(w: Work, loop: Loop) -> float:
     """Each ΔW made anew (and the token gate), then the base and E products more, each in an accumulator of
     its own, gated and added.
     """
-    made = max(w.move(w.N * w.K * w.size * w.E), w.us(w.N * w.K * w.R / w.processors, 0.6))
+    gathered = max(w.move(w.N * w.K * w.size * w.E), w.us(w.N * w.K * w.R / w.processors, 0.6))
     logits = w.M * w.K * w.size / w.l2 if w.token else 0.0
-    return SHRINK + made + logits + _after(w) + product(w, loop, w.K * (1 + w.E), w.N, extra=w.E * REFILL)
+    return SHRINK + gathered + logits + _after(w) + product(w, loop, w.K * (1 + w.E), w.N, extra=w.E * REFILL)
 
 
 def small_launches(problem: Problem, use: Use) -> int:
@@ -220,12 +220,12 @@ def stacked_sums(w: Work) -> float:
 
 
 WAYS: dict[str, Callable[[Work, Loop], float]] = {
-    "persistent": persistent,
-    "recompute": recompute,
-    "two_pass": two_pass,
-    "merge": merge,
-    "added": added,
-    "dense": dense,
+    "persistent": persistent_us,
+    "recompute": recompute_us,
+    "two_pass": two_pass_us,
+    "merge": merge_us,
+    "added": added_us,
+    "dense": dense_us,
 }
 
 

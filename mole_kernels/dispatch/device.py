@@ -85,12 +85,12 @@ def _plain(name: str) -> str:
 
 def known(name: str) -> Device:
     """The known GPU of that name, in any spelling ("H200", "RTX 4090"). Raises MoleValueError."""
-    found = KNOWN.get(_plain(name))
-    if found is None:
+    properties = KNOWN.get(_plain(name))
+    if properties is None:
         raise MoleValueError(
             "gpu", expected=f"one of {', '.join(KNOWN)}, or auto", got=repr(printable(name, 60))
         )
-    return found
+    return properties
 
 
 def described(name: str, capability: tuple[int, int], processors: int) -> Device:
@@ -115,5 +115,5 @@ def present(index: int | None = None) -> Device:
         raise MoleStateError(
             "gpu", "torch sees no NVIDIA GPU on this machine", hint=f"name one: {', '.join(KNOWN)}"
         )
-    found = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-    return described(found.name, (found.major, found.minor), found.multi_processor_count)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    return described(properties.name, (properties.major, properties.minor), properties.multi_processor_count)

@@ -21,7 +21,7 @@ BOX, LOGIT_DEPTH = 32, 16
 RESIDENT = {1: 132, 2: 66, 4: 32, 8: 16}
 
 
-def tile_rate(rows: int, columns: int) -> float:
+def hopper_rate(rows: int, columns: int) -> float:
     """Part of the tensor cores' rate that a main loop with such tiles reaches (published products on an
     H100).
     """
@@ -78,15 +78,15 @@ def _tile(
     ):
         return inf
     clusters = row_tiles * ceil(column_tiles / cluster)
-    if way == "cluster" and w.pooled and clusters > _resident(w, cluster):
+    if way == "cluster" and w.sample_gated and clusters > _resident(w, cluster):
         return inf
     stacked = 0 if way == "persistent" else extra
     inner = w.R + (LOGIT_DEPTH if back and token else 0)
-    y = w.us(rows * ((columns + stacked) * w.K + columns * inner), tile_rate(rows, columns))
-    sample = SAMPLE if w.pooled else 0
+    y = w.us(rows * ((columns + stacked) * w.K + columns * inner), hopper_rate(rows, columns))
+    sample = SAMPLE if w.sample_gated else 0
     if way != "persistent":
         return RAMP + ceil(clusters / _resident(w, cluster)) * y + (EXCHANGE if cluster > 1 else 0) + sample
-    h = w.us(rows * extra * w.K, max(0.35, tile_rate(rows, extra)))
+    h = w.us(rows * extra * w.K, max(0.35, hopper_rate(rows, extra)))
     (rounds, late), (waves, ragged) = (
         divmod(row_tiles * slices, w.processors),
         divmod(row_tiles * column_tiles, w.processors),
@@ -98,7 +98,7 @@ def _tile(
     return RAMP + span + FLAG + TICKET + sample
 
 
-def predict(way: str, w: Work, token: bool, back: bool = False) -> float:
+def predict_us(way: str, w: Work, token: bool, back: bool = False) -> float:
     """Microseconds of cluster, persistent or recompute with its best tile; infinite where none fits.
 
     back: of its dX alone, the first launch of a backward, w in the swapped roles; token: there is a token

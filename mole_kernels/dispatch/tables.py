@@ -111,8 +111,8 @@ def key_of(problem: Problem, use: Use) -> Row:
 
 
 def gate_kind(problem: Problem, use: Use) -> str:
-    given = ("mask" if use.by_token else "fixed") if problem.given_gate else ""
-    kinds = [given, "token" if problem.token_gate else "", "sample" if problem.sample_gate else ""]
+    gate_word = ("mask" if use.by_token else "fixed") if problem.given_gate else ""
+    kinds = [gate_word, "token" if problem.token_gate else "", "sample" if problem.sample_gate else ""]
     return "+".join(filter(None, kinds)) or "none"
 
 
@@ -146,30 +146,30 @@ def parse(text: bytes | str, where: str) -> Table:
         raise MoleFileError(where, f"{name} is not a time")
 
     try:
-        found = json.loads(text, parse_constant=constant)
+        fields = json.loads(text, parse_constant=constant)
     except MoleFileError:
         raise
     except (ValueError, RecursionError) as error:
         raise MoleFileError(
             where, f"is not JSON ({printable(error)})", hint="mole-kernels tune writes it anew"
         ) from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        got = found.get("format") if isinstance(found, dict) else type(found).__name__
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        got = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
         raise MoleFileError(
             where,
             expected=f'a table with format "{FORMAT}"',
             got=printable(repr(got)),
             hint="mole-kernels tune writes one",
         )
-    texts = [_text(found, name, where) for name in ("gpu", "key", "utc")]
-    software = found.get("software")
+    texts = [_text(fields, name, where) for name in ("gpu", "key", "utc")]
+    software = fields.get("software")
     if not isinstance(software, dict) or not all(isinstance(v, str) for v in software.values()):
         raise MoleFileError(where, "software", expected="an object of strings", got=printable(repr(software)))
-    capability = _sizes(found.get("capability"), "capability", where)
+    capability = _sizes(fields.get("capability"), "capability", where)
     if len(capability) != 2:
         raise MoleFileError(where, "capability", expected="two numbers", got=len(capability))
-    processors = _size(found.get("multiprocessors"), "multiprocessors", where)
-    rows = found.get("rows")
+    processors = _size(fields.get("multiprocessors"), "multiprocessors", where)
+    rows = fields.get("rows")
     if not isinstance(rows, list):
         raise MoleFileError(where, "rows", expected="a list", got=type(rows).__name__)
     table = Table(
@@ -190,8 +190,8 @@ def parse(text: bytes | str, where: str) -> Table:
     return table
 
 
-def _text(found: dict[str, Any], name: str, where: str) -> str:
-    value = found.get(name)
+def _text(fields: dict[str, Any], name: str, where: str) -> str:
+    value = fields.get(name)
     if not isinstance(value, str) or not 0 < len(value) <= 200 or not value.isprintable():
         raise MoleFileError(where, name, expected="a printable text", got=printable(repr(value)))
     return value
@@ -211,12 +211,12 @@ def _sizes(value: Any, name: str, where: str) -> tuple[int, ...]:
     return tuple(_size(v, name, where, least=0 if name == "capability" else 1) for v in value)
 
 
-def _row(found: Any, where: str) -> Row:
-    if not isinstance(found, dict):
-        raise MoleFileError(where, expected="an object", got=type(found).__name__)
-    M, K, N, sets = (_size(found.get(name), name, where) for name in ("M", "K", "N", "sets"))
-    ranks = _sizes(found.get("ranks"), "ranks", where)
-    dtype, gate, direction = (_text(found, name, where) for name in ("dtype", "gate", "direction"))
+def _row(fields: Any, where: str) -> Row:
+    if not isinstance(fields, dict):
+        raise MoleFileError(where, expected="an object", got=type(fields).__name__)
+    M, K, N, sets = (_size(fields.get(name), name, where) for name in ("M", "K", "N", "sets"))
+    ranks = _sizes(fields.get("ranks"), "ranks", where)
+    dtype, gate, direction = (_text(fields, name, where) for name in ("dtype", "gate", "direction"))
     kinds = gate.split("+")
     good_gate = (
         all(k in GATES for k in kinds)
@@ -230,7 +230,7 @@ def _row(found: Any, where: str) -> Row:
     ):
         if not right:
             raise MoleFileError(where, name, expected=expected, got=printable(repr(value)))
-    return Row(M, K, N, ranks, sets, dtype, gate, direction, _times(found.get("us"), where))
+    return Row(M, K, N, ranks, sets, dtype, gate, direction, _times(fields.get("us"), where))
 
 
 def _times(us: Any, where: str) -> dict[str, float]:

@@ -10,7 +10,14 @@ from math import ceil
 import torch
 
 from mole_kernels.dispatch.device import Device
-from mole_kernels.kernels.triton.tiles import choose, fitted, for_dense, for_recompute, next_power, rows_of_h
+from mole_kernels.kernels.triton.tiles import (
+    fitted,
+    for_dense,
+    for_recompute,
+    next_power,
+    rows_of_h,
+    tile_for,
+)
 from mole_kernels.problem import Problem
 
 
@@ -74,7 +81,7 @@ def ours(problem: Problem, device: Device, use: Use, candidate: str = "persisten
     """The one tile that our kernel takes for this call (`kernels/triton/tiles.py`); K is never split."""
     K, N = (problem.N, problem.K) if use.backward else (problem.K, problem.N)
     gates = problem.token_gate + problem.sample_gate + problem.given_gate + use.backward
-    tile = choose(
+    tile = tile_for(
         problem.M,
         K,
         N,
@@ -116,7 +123,7 @@ class Work:
     span: int
     many: int
     token: int
-    pooled: bool
+    sample_gated: bool
     size: int
     per_us: float
     processors: int
@@ -148,7 +155,7 @@ def work(problem: Problem, device: Device, use: Use) -> Work:
         span=problem.T if alone else problem.M,
         many=many,
         token=next_power(problem.E) if problem.token_gate and not use.backward else 0,
-        pooled=problem.sample_gate,
+        sample_gated=problem.sample_gate,
         size=torch.empty((), dtype=problem.dtype).element_size(),
         per_us=device.rate(problem.dtype, use.tf32) / device.processors,
         processors=device.processors,

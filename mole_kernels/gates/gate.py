@@ -33,7 +33,7 @@ class Gate(nn.Module):
         raise NotImplementedError
 
 
-class PooledVector(NamedTuple):
+class SampleVector(NamedTuple):
     """A cached p [S,R] of a sample gate, and the state of the tensors that it was computed from.
 
     Attributes:
@@ -97,7 +97,7 @@ class MoLEGate(Gate):
         self.phi_bias = nn.Parameter(torch.empty(num_experts, **make)) if local else None
         self.head = nn.Parameter(torch.empty(num_experts, out_features, **make)) if pooled else None
         self.head_bias = nn.Parameter(torch.empty(num_experts, **make)) if pooled else None
-        self._pool: PooledVector | None = None
+        self._pool: SampleVector | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -140,7 +140,7 @@ class MoLEGate(Gate):
             # not an inference tensor, since a later call may train with it
             with torch.inference_mode(False), torch.no_grad():
                 p = collapsed(up, scale, head, experts.ranks)
-                cached = self._pool = PooledVector(
+                cached = self._pool = SampleVector(
                     p, key, tuple([StorageWeakRef(t.untyped_storage()) for t in (up, scale, head)])
                 )
         return cached.p

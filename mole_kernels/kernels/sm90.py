@@ -88,7 +88,7 @@ SHAPES = {
 }
 
 
-def impossible(problem: Problem, backward: bool = False) -> str | None:
+def reason_against_problem(problem: Problem, backward: bool = False) -> str | None:
     """Why none of the ways computes `problem` on a Hopper GPU (backward: its dX), or None."""
     if problem.dtype not in DTYPES:
         return f"has no kernels for {problem.dtype}"

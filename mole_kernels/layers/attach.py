@@ -17,7 +17,7 @@ from torch import nn
 from mole_kernels.errors import MoleStateError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.gate import Gate
-from mole_kernels.layers.conv import GatedLoRAConv2d, conv_sizes, reject_conv
+from mole_kernels.layers.conv import GatedLoRAConv2d, conv_sizes, reason_against_conv
 from mole_kernels.layers.linear import Gated, GatedLoRALinear, check_fit
 
 GATED_CLASS: dict[type, type] = {nn.Linear: GatedLoRALinear, nn.Conv2d: GatedLoRAConv2d}
@@ -25,7 +25,7 @@ PLAIN_CLASS: dict[type, type] = {gated: plain for plain, gated in GATED_CLASS.it
 ATTRIBUTES = ("experts", "gate", "backend", "experts_on", "_last_gates", "experts_in_state")
 
 
-def reject(module: nn.Module) -> str | None:
+def reason_against_attaching(module: nn.Module) -> str | None:
     """Why this module cannot be turned into its gated class; None where it can."""
     if isinstance(module, Gated):
         return "it already holds experts"
@@ -34,15 +34,15 @@ def reject(module: nn.Module) -> str | None:
             f"{type(module).__name__} has a forward of its own; "
             "only nn.Linear and nn.Conv2d themselves are replaced"
         )
-    if isinstance(module, nn.Conv2d) and (reason := reject_conv(module)):
+    if isinstance(module, nn.Conv2d) and (reason := reason_against_conv(module)):
         return reason
     assert isinstance(module, nn.Linear | nn.Conv2d)
     if not module.weight.is_floating_point():
         return f"its weight is stored as {module.weight.dtype}"
     if "forward" in module.__dict__ and not follows_class(module):
         return "its forward has been replaced on the instance"
-    taken = [name for name in ATTRIBUTES if hasattr(module, name)]
-    return f"it already has an attribute {taken[0]!r}" if taken else None
+    occupied = [name for name in ATTRIBUTES if hasattr(module, name)]
+    return f"it already has an attribute {occupied[0]!r}" if occupied else None
 
 
 def attach(
@@ -53,7 +53,7 @@ def attach(
 
     Freezing W and b is the caller's: the operator refuses a base that asks for a gradient.
     """
-    reason = reject(module)
+    reason = reason_against_attaching(module)
     if reason is not None:
         raise MoleStateError(f"attach to {type(module).__name__}", reason)
     if isinstance(module, nn.Linear):
@@ -95,8 +95,8 @@ def _captured(module: nn.Module, cls: type) -> Iterator[tuple[Any, str]]:
         (ref, name) for ref in getattr(registry, "_fn_refs", ()) for name in ("forward", "original_forward")
     ]
     for holder, name in places:
-        found = vars(holder).get(name)
-        if getattr(found, "__func__", None) is cls.forward and found.__self__ is module:  # type: ignore[attr-defined, union-attr]
+        value = vars(holder).get(name)
+        if getattr(value, "__func__", None) is cls.forward and value.__self__ is module:  # type: ignore[attr-defined, union-attr]
             yield holder, name
 
 

@@ -32,7 +32,7 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
         cls, base: nn.Conv2d, experts: LayerExperts, gate: Gate | None = None, *, backend: str = "auto"
     ) -> GatedLoRAConv2d:
         """A new layer that shares base's weight and bias (which it freezes)."""
-        if reason := reject_conv(base):
+        if reason := reason_against_conv(base):
             raise MoleStateError("GatedLoRAConv2d", reason)
         check_fit("GatedLoRAConv2d", *conv_sizes(base), experts)
         layer = cls(
@@ -117,8 +117,10 @@ class GatedLoRAConv2d(Gated, nn.Conv2d):
             return F.conv2d(images, filters.reshape(R, *shape), None, self.stride, padding, self.dilation)  # type: ignore[arg-type]
         # a sample without a set (−1) takes any: the operator closes its gate
         own = filters if assignment is None else filters[assignment.clamp(min=0)]
-        one = images.reshape(1, B * self.in_channels, *images.shape[2:])
-        z = F.conv2d(one, own.reshape(B * R, *shape), None, self.stride, padding, self.dilation, groups=B)  # type: ignore[arg-type]
+        side_by_side = images.reshape(1, B * self.in_channels, *images.shape[2:])
+        z = F.conv2d(
+            side_by_side, own.reshape(B * R, *shape), None, self.stride, padding, self.dilation, groups=B
+        )  # type: ignore[arg-type]
         return z.reshape(B, R, *z.shape[2:])
 
 
@@ -132,7 +134,7 @@ def is_pointwise(conv: nn.Conv2d) -> bool:
     )
 
 
-def reject_conv(conv: nn.Conv2d) -> str | None:
+def reason_against_conv(conv: nn.Conv2d) -> str | None:
     """Why a convolution takes no experts, or None."""
     if conv.groups != 1:
         size = "x".join(map(str, conv.kernel_size))

@@ -47,11 +47,11 @@ def loaded(*roots: nn.Module | None, write: bool = False) -> Iterator[None]:
 
 def _kept(module: nn.Module, hook: Any) -> Iterator[tuple[Any, str, Tensor]]:
     """(the hook's map, name, the module's tensor) of each tensor that the hook takes away between calls."""
-    for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "offload", False) and one.weights_map is not None:
-            tables = (module._parameters, module._buffers) if one.offload_buffers else (module._parameters,)
+    for inner in getattr(hook, "hooks", (hook,)):
+        if getattr(inner, "offload", False) and inner.weights_map is not None:
+            tables = (module._parameters, module._buffers) if inner.offload_buffers else (module._parameters,)
             yield from (
-                (one.weights_map, name, t) for table in tables for name, t in table.items() if t is not None
+                (inner.weights_map, name, t) for table in tables for name, t in table.items() if t is not None
             )
 
 
@@ -69,16 +69,16 @@ def _check_writable(module: nn.Module, hook: Any) -> None:
 @torch.no_grad()
 def _carry_back(module: nn.Module, hook: Any) -> None:
     for table, name, tensor in _kept(module, hook):
-        kept = table[name]
-        if not tensor.is_meta and kept.data_ptr() != tensor.data_ptr():
-            kept.copy_(tensor)
+        home = table[name]
+        if not tensor.is_meta and home.data_ptr() != tensor.data_ptr():
+            home.copy_(tensor)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
     """Where the layer will compute, as its hooks say, while its weight is on meta; None where nobody says."""
     hook = module.__dict__.get("_hf_hook")
-    for one in getattr(hook, "hooks", (hook,)):
-        device = getattr(one, "execution_device", None)
+    for inner in getattr(hook, "hooks", (hook,)):
+        device = getattr(inner, "execution_device", None)
         if device is not None and torch.device(device).type != "meta":
             return torch.device(device)
     return None
@@ -89,10 +89,11 @@ def offload_like(new: nn.Module, old: nn.Module) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     hook: Any = old._hf_hook
-    for one in getattr(hook, "hooks", (hook,)):
-        if isinstance(one, AlignDevicesHook) and one.offload:
+    for inner in getattr(hook, "hooks", (hook,)):
+        if isinstance(inner, AlignDevicesHook) and inner.offload:
             add_hook_to_module(
-                new, AlignDevicesHook(one.execution_device, offload=True, offload_buffers=one.offload_buffers)
+                new,
+                AlignDevicesHook(inner.execution_device, offload=True, offload_buffers=inner.offload_buffers),
             )
 
 

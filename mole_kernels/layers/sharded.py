@@ -73,9 +73,11 @@ def sharded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Expe
         )
     base = F.linear(x, weight, bias)
     everywhere = [Replicate()] * x.device_mesh.ndim
-    local = x.redistribute(placements=everywhere).to_local()
-    mixed = low_rank(as_samples(local), experts, gates)
-    y = DTensor.from_local(mixed.y.reshape(*local.shape[:-1], -1), x.device_mesh, everywhere, run_check=False)
+    own_tokens = x.redistribute(placements=everywhere).to_local()
+    mixed = low_rank(as_samples(own_tokens), experts, gates)
+    y = DTensor.from_local(
+        mixed.y.reshape(*own_tokens.shape[:-1], -1), x.device_mesh, everywhere, run_check=False
+    )
     return mixed._replace(y=base + y)
 
 
@@ -84,7 +86,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def reject_sharded(layer: nn.Module) -> str | None:
+def reason_against_sharded(layer: nn.Module) -> str | None:
     """Why a layer whose weight is a DTensor takes no experts, or None."""
     if not isinstance(layer, nn.Linear):
         return "its weight is a DTensor, which only linear layers may have"
@@ -120,5 +122,5 @@ def pool_over(group: ProcessGroup, x: Tensor, experts: Experts, gates: Gates) ->
         assert gates.sample_weight is not None
         gates = gates._replace(sample_weight=gates.sample_weight[experts.assignment.clamp_min(0)])
     G = sample_gate(total, count, gates, ranks)[:, None]
-    given = G if gates.gate is None else G * gates.gate.to(dtype)
-    return gates._replace(gate=given, sample_weight=None, sample_bias=None)
+    product = G if gates.gate is None else G * gates.gate.to(dtype)
+    return gates._replace(gate=product, sample_weight=None, sample_bias=None)

@@ -19,7 +19,7 @@ def in_groups(roots: Iterable[nn.Module]) -> list[nn.Module]:
     """Those of `roots` under group offloading. Raises MoleStateError where it is to the disk, in files
     written once.
     """
-    found = []
+    offloaded_groups = []
     for root in roots:
         groups = [hook.group for module in root.modules() if (hook := _hook_of(module)) is not None]
         if any(getattr(group, "offload_to_disk_path", None) for group in groups):
@@ -29,8 +29,8 @@ def in_groups(roots: Iterable[nn.Module]) -> list[nn.Module]:
                 hint="patch first, then enable_group_offload; or offload to memory",
             )
         if groups:
-            found.append(root)
-    return found
+            offloaded_groups.append(root)
+    return offloaded_groups
 
 
 def regroup(roots: Iterable[nn.Module]) -> None:

@@ -12,11 +12,11 @@ from torch.nn.utils import parametrize
 
 from mole_kernels.errors import MoleTypeError
 from mole_kernels.experts.lowrank import COMPONENTS
-from mole_kernels.layers.attach import reject
+from mole_kernels.layers.attach import reason_against_attaching
 from mole_kernels.layers.conv import conv_sizes
 from mole_kernels.layers.linear import Gated
 from mole_kernels.layers.offload import compute_dtype
-from mole_kernels.layers.sharded import is_sharded, reject_sharded
+from mole_kernels.layers.sharded import is_sharded, reason_against_sharded
 
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # the weight is read past the layer's own forward by these owners, so a patched forward would never run
@@ -76,34 +76,34 @@ def roots(model: object) -> dict[str, nn.Module]:
         return {"": uncompiled(model)}
     components = getattr(model, "components", None)
     if isinstance(components, Mapping):
-        found = {name: uncompiled(part) for name, part in components.items() if isinstance(part, nn.Module)}
-        if found:
-            return found
+        scanned = {name: uncompiled(part) for name, part in components.items() if isinstance(part, nn.Module)}
+        if scanned:
+            return scanned
     raise MoleTypeError("model", expected="an nn.Module or a diffusers pipeline", got=type(model).__name__)
 
 
 def scan(model: object) -> Scan:
     """Look at every module once; a module that two paths share is kept under the first."""
-    found, seen = Scan(), dict[int, str]()
+    scanned, seen = Scan(), dict[int, str]()
     parts = roots(model)
     if "" not in parts:
-        found.components = tuple(parts)
+        scanned.components = tuple(parts)
     for name, root in parts.items():
         for path, module, parent in _walk(root, name, None):
             if seen.setdefault(id(module), path) != path:
-                found.first[path] = seen[id(module)]
+                scanned.first[path] = seen[id(module)]
                 continue
             if parent is not None:
-                found.parents[path] = parent
+                scanned.parents[path] = parent
             if isinstance(module, Gated):
-                found.patched[path] = module
+                scanned.patched[path] = module
             elif not isinstance(module, nn.Linear | nn.Conv2d):
-                found.others.setdefault(path, module)
-            elif reason := refusal(module, parent, path.rpartition(".")[2]):
-                found.skipped[path] = reason
+                scanned.others.setdefault(path, module)
+            elif reason := reason_against_layer(module, parent, path.rpartition(".")[2]):
+                scanned.skipped[path] = reason
             else:
-                found.layers[path] = module
-    return found
+                scanned.layers[path] = module
+    return scanned
 
 
 def mole_targets(model: object) -> dict[str, nn.Module]:
@@ -115,8 +115,10 @@ def mole_targets(model: object) -> dict[str, nn.Module]:
         for module in root.modules():
             if any(cls.__name__ == "Transformer2DModel" for cls in type(module).__mro__):
                 inside.update(id(child) for child in module.modules())
-    found = scan(model)
-    return {path: module for path, module in (found.layers | found.patched).items() if id(module) in inside}
+    scanned = scan(model)
+    return {
+        path: module for path, module in (scanned.layers | scanned.patched).items() if id(module) in inside
+    }
 
 
 # what LoRAs of transformers are trained on where nobody says otherwise: all that attention projects
@@ -131,7 +133,7 @@ def attention_targets(module: nn.Module) -> dict[str, nn.Module]:
     return {path: layer for path, layer in scan(module).layers.items() if _ATTENTION.search(path)}
 
 
-def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str | None:
+def reason_against_layer(module: nn.Module, parent: nn.Module | None, name: str) -> str | None:
     """Why experts on this linear or convolution would not be exact, or None."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrised"
@@ -143,10 +145,10 @@ def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str | Non
     if weight is None:
         return "its weight is not a plain parameter"
     if is_sharded(weight):
-        return reject(module) or reject_sharded(module)
+        return reason_against_attaching(module) or reason_against_sharded(module)
     if type(weight) is not nn.Parameter or compute_dtype(module) not in _PLAIN_DTYPES:
         return f"{STORED_AS} {type(weight).__name__}, {str(weight.dtype)[6:]}"
-    return reject(module)
+    return reason_against_attaching(module)
 
 
 def _is_fused_away(owner: nn.Module, name: str) -> bool:

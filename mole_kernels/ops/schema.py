@@ -152,10 +152,10 @@ def grad(ctx: Any, dy: Tensor | None, *_unused: Any, run: Backward = backward_ca
     none = dict.fromkeys((*FIELDS, "backend"))
     if dy is None:
         return tuple(none.values())
-    kept = ctx.saved_tensors
+    tensors_saved = ctx.saved_tensors
     constants: dict[str, Any] = ctx.constants
-    call = Call.of_flat([constants.get(name, t) for name, t in zip(FIELDS, kept)])
-    saved = Saved(*kept[len(FIELDS) :])
+    call = Call.of_flat([constants.get(name, t) for name, t in zip(FIELDS, tensors_saved)])
+    saved = Saved(*tensors_saved[len(FIELDS) :])
     wanted = dict(zip(FIELDS, ctx.needs_input_grad))
     need = Need(**{name: bool(wanted[name]) for name in Need._fields})
     if torch.is_grad_enabled():
@@ -163,12 +163,12 @@ def grad(ctx: Any, dy: Tensor | None, *_unused: Any, run: Backward = backward_ca
     else:
         grads = run(dy, call, saved, need, ctx.backend)
     like = differentiable(call)
-    found = {
+    gradients = {
         name: g.to(t.dtype)
         for (name, t), g, wants in zip(like.items(), grads, need)
         if wants and g is not None and t is not None
     }
-    return tuple((none | found).values())
+    return tuple((none | gradients).values())
 
 
 for _key in ("CPU", "CUDA", "XPU", "MPS"):

@@ -40,8 +40,8 @@ def differentiable_gradients(dy: Tensor, call: Call, need: Need) -> tuple[Tensor
     views = [operands[name] for name in Need._fields]
     with no_autocast(x.device.type):
         wanted = [t for t, wants in zip(views, need) if wants and t is not None]
-        found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, allow_unused=True))
-    return tuple(next(found) if wants and t is not None else None for t, wants in zip(views, need))
+        gradients = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, allow_unused=True))
+    return tuple(next(gradients) if wants and t is not None else None for t, wants in zip(views, need))
 
 
 def plain_forward(

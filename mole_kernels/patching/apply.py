@@ -13,7 +13,7 @@ from mole_kernels.errors import MoleStateError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.gates.block import BlockGate
 from mole_kernels.gates.gate import Gate
-from mole_kernels.layers.attach import attach, reject
+from mole_kernels.layers.attach import attach, reason_against_attaching
 from mole_kernels.modules.forward_lock import ForwardLock
 from mole_kernels.modules.group_offload import in_groups, regroup
 from mole_kernels.modules.scan import roots
@@ -94,7 +94,7 @@ def patch(
 
 
 def apply(
-    made: Plan,
+    planned: Plan,
     *,
     scales: Mapping[str, Scale] | None = None,
     backend: str = "auto",
@@ -107,39 +107,39 @@ def apply(
     """
     if backend != "auto" and backend not in BACKENDS:
         raise MoleValueError("backend", expected=f"'auto' or one of {', '.join(BACKENDS)}", got=repr(backend))
-    check_scales(scales or {}, made.names)
-    for path, layer in made.layers.items():
-        if reason := reject(layer.module):
+    check_scales(scales or {}, planned.names)
+    for path, layer in planned.layers.items():
+        if reason := reason_against_attaching(layer.module):
             raise MoleStateError(f"patch, layer {path}", f"it has changed since it was planned: {reason}")
     served = packed is not None
     # a model patched under inference_mode must still be trainable afterwards
     with torch.inference_mode(False), torch.no_grad():
         if packed is None:
-            packed = {path: pack(path, layer.factors, layer.module) for path, layer in made.layers.items()}
+            packed = {path: pack(path, layer.factors, layer.module) for path, layer in planned.layers.items()}
         made_gates = {
-            path: make_gate(made.gates, layer, layer.gates, packed[path])
-            for path, layer in made.layers.items()
+            path: make_gate(planned.gates, layer, layer.gates, packed[path])
+            for path, layer in planned.layers.items()
         }
-    patched = [_record(layer, packed[path], made_gates[path]) for path, layer in made.layers.items()]
+    patched = [_record(layer, packed[path], made_gates[path]) for path, layer in planned.layers.items()]
     places = guards.guarded(
-        roots(made.model),
-        {path: layer.parent for path, layer in made.layers.items() if layer.parent is not None},
+        roots(planned.model),
+        {path: layer.parent for path, layer in planned.layers.items() if layer.parent is not None},
     )
-    parts = _used_roots(made)
+    parts = _used_roots(planned)
     regrouped = in_groups(parts)
     # a block's router keeps what it said of the batch for the layers of the block
-    lock = ForwardLock(one_at_a_time=any(isinstance(one.gate, BlockGate) for one in patched))
+    lock = ForwardLock(one_at_a_time=any(isinstance(entry.gate, BlockGate) for entry in patched))
     before = Before([*(p.module for p in patched), *(module for module, _, _ in places), *parts])
     try:
-        for one in patched:
-            for name in one.flags:
-                one.module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
-            attach(one.module, one.experts, one.gate, backend)
-        block_ranks.mark({one.path: one.module for one in patched})
+        for entry in patched:
+            for name in entry.flags:
+                entry.module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+            attach(entry.module, entry.experts, entry.gate, backend)
+        block_ranks.mark({entry.path: entry.module for entry in patched})
         block_ranks.pad(block_ranks.compiled(module for module, _, _ in places))
         guards.install(places)
         lock.watch(parts)
-        handle = Handle(patched, made, places, parts, lock)
+        handle = Handle(patched, planned, places, parts, lock)
         handle.set_scales(scales or {})
         regroup(regrouped)
         # a served model is taken off by what serves it
@@ -152,13 +152,13 @@ def apply(
         raise
 
 
-def _used_roots(made: Plan) -> list[nn.Module]:
+def _used_roots(planned: Plan) -> list[nn.Module]:
     """The module, or those components of the pipeline that hold a planned layer."""
-    parts = roots(made.model)
+    parts = roots(planned.model)
     return [
         root
         for name, root in parts.items()
-        if not name or any(f"{path}.".startswith(f"{name}.") for path in made.layers)
+        if not name or any(f"{path}.".startswith(f"{name}.") for path in planned.layers)
     ]
 
 

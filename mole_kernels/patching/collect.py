@@ -21,28 +21,28 @@ if TYPE_CHECKING:
     from mole_kernels.patching.plan import Plan
 
 
-def collect_bank(patched: Iterable[Patched], made: Plan) -> ExpertBank:
+def collect_bank(patched: Iterable[Patched], plan: Plan) -> ExpertBank:
     """Copies of every expert's factors; columns that a swap to a smaller rank left empty are cut off."""
-    layers: dict[str, dict[str, LowRank]] = {name: {} for name in made.names}
-    for one in patched:
-        for name in one.experts.names:
-            rank = one.ranks.get(name, 0)
+    layers: dict[str, dict[str, LowRank]] = {name: {} for name in plan.names}
+    for layer in patched:
+        for name in layer.experts.names:
+            rank = layer.ranks.get(name, 0)
             if rank:
-                whole = one.experts.factor(name)
-                layers[name][one.path] = LowRank(
+                whole = layer.experts.factor(name)
+                layers[name][layer.path] = LowRank(
                     whole.down[:rank].clone(),
                     whole.up[:, :rank].clone(),
                     whole.scale,
-                    conv=conv_of(one.module),
+                    conv=conv_of(layer.module),
                 )
     experts = {
         name: Expert(
             layers[name],
             dialect="memory",
-            source=made.experts[name].source,
-            metadata=made.experts[name].metadata,
+            source=plan.experts[name].source,
+            metadata=plan.experts[name].metadata,
         )
-        for name in made.names
+        for name in plan.names
     }
     return ExpertBank(experts)
 
@@ -52,16 +52,16 @@ def collect_gates(patched: Iterable[Patched], names: Sequence[str]) -> GateFile 
     zero and never read.
     """
     layers: dict[str, GateTensors] = {}
-    for one in patched:
-        if one.gate is None:
+    for layer in patched:
+        if layer.gate is None:
             continue
-        if not isinstance(one.gate, MoLEGate):
+        if not isinstance(layer.gate, MoLEGate):
             raise MoleStateError(
-                "gates", f"{one.path} has a {type(one.gate).__name__}; only MoLE gates are kept in files"
+                "gates", f"{layer.path} has a {type(layer.gate).__name__}; only MoLE gates are kept in files"
             )
-        rows = [list(names).index(name) for name in one.experts.names]
-        gate = one.gate
-        layers[one.path] = GateTensors(
+        rows = [list(names).index(name) for name in layer.experts.names]
+        gate = layer.gate
+        layers[layer.path] = GateTensors(
             *(_spread(t, rows, len(names)) for t in (gate.phi, gate.phi_bias, gate.head, gate.head_bias))
         )
     return GateFile(layers, tuple(names), {}) if layers else None

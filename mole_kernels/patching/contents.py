@@ -66,7 +66,7 @@ class PatchContents:
     @property
     def scales(self) -> dict[str, Scale]:
         """The scales last set, as they were given."""
-        return dict(self._settings.given)
+        return dict(self._settings.asked)
 
     @property
     def active(self) -> bool:

@@ -36,7 +36,7 @@ class _Layer:
 
     path: str
     module: Gated
-    kept: Tensor | None
+    original: Tensor | None
     versions: tuple[int, ...]
 
 
@@ -54,30 +54,30 @@ class Folded:
         """W as it was (see the module's text), experts on again; all or nothing. Refused where somebody wrote
         to what this depends on.
         """
-        for one in self._layers:
-            if _versions(one.module, one.kept is None) != one.versions:
-                what = "its weight was" if one.kept is not None else "its weight or its experts were"
+        for target in self._layers:
+            if _versions(target.module, target.original is None) != target.versions:
+                what = "its weight was" if target.original is not None else "its weight or its experts were"
                 raise MoleStateError(
                     "unfold",
-                    f"{one.path}: {what} written to while folded",
+                    f"{target.path}: {what} written to while folded",
                     hint="what is in the weight now is unknown",
                 )
         try:
-            for one in self._layers:
-                weight = _weight(one.module)
-                weight.copy_(_shifted(one.module, -1.0) if one.kept is None else one.kept)
-                one.module.experts_on = True
+            for target in self._layers:
+                weight = _weight(target.module)
+                weight.copy_(_shifted(target.module, -1.0) if target.original is None else target.original)
+                target.module.experts_on = True
             self._layers = []
         # back to folded, in the memory of one layer: the same sum of the same bits
         except BaseException:
-            for one in self._layers:
-                weight = _weight(one.module)
-                if weight._version != one.versions[0]:
-                    if one.kept is not None:
-                        weight.copy_(one.kept)
-                    weight.copy_(_shifted(one.module, 1.0))
-                    one.versions = _versions(one.module, one.kept is None)
-                one.module.experts_on = False
+            for target in self._layers:
+                weight = _weight(target.module)
+                if weight._version != target.versions[0]:
+                    if target.original is not None:
+                        weight.copy_(target.original)
+                    weight.copy_(_shifted(target.module, 1.0))
+                    target.versions = _versions(target.module, target.original is None)
+                target.module.experts_on = False
             raise
 
 
@@ -92,53 +92,55 @@ def fold(model: object, patched: Iterable[Patched], *, keep: bool = True) -> Fol
     sample or step, where every
     sample has experts of its own, and where a weight is shared, not in memory or made under inference_mode.
     """
-    chosen = [one for one in patched if cast(Gated, one.module).experts_on]
+    chosen = [target for target in patched if cast(Gated, target.module).experts_on]
     owners = _owners(model)
-    for one in chosen:
-        if reason := reject(one, owners):
-            raise MoleStateError(f"fold, layer {one.path}", reason)
+    for target in chosen:
+        if reason := reason_against_folding(target, owners):
+            raise MoleStateError(f"fold, layer {target.path}", reason)
     done: list[_Layer] = []
     try:
-        for one in chosen:
-            module = cast(Gated, one.module)
+        for target in chosen:
+            module = cast(Gated, target.module)
             weight = _weight(module)
             new = _shifted(module, 1.0)
             if not new.isfinite().all() and weight.isfinite().all():
                 if new.isnan().any():
                     raise MoleValueError(
-                        f"fold, layer {one.path}",
+                        f"fold, layer {target.path}",
                         "the folded weight would hold NaN",
                         hint="an expert, a scale or a product of theirs is NaN",
                     )
                 raise MoleValueError(
-                    f"fold, layer {one.path}",
+                    f"fold, layer {target.path}",
                     f"the folded weight overflows in {weight.dtype}",
                     hint="fold in bfloat16",
                 )
-            layer = _Layer(one.path, module, weight.detach().clone(), ())
+            layer = _Layer(target.path, module, weight.detach().clone(), ())
             done.append(layer)
             weight.copy_(new)
             layer.versions = _versions(module, not keep)
             module.experts_on = False
             if not keep:
-                layer.kept = None
+                layer.original = None
         return Folded(done)
     # Ctrl-C and a full memory must not leave half of it either
     except BaseException:
         for layer in done:
-            _weight(layer.module).copy_(_shifted(layer.module, -1.0) if layer.kept is None else layer.kept)
+            _weight(layer.module).copy_(
+                _shifted(layer.module, -1.0) if layer.original is None else layer.original
+            )
             layer.module.experts_on = True
         raise
 
 
-def reject(one: Patched, owners: dict[int, int]) -> str | None:
+def reason_against_folding(target: Patched, owners: dict[int, int]) -> str | None:
     """Why a layer's mixture cannot be a part of its weight, or None."""
-    weight = _weight(one.module)
-    if one.gate is not None and not isinstance(one.gate, ConstantGate):
-        kind = type(one.gate).__name__
+    weight = _weight(target.module)
+    if target.gate is not None and not isinstance(target.gate, ConstantGate):
+        kind = type(target.gate).__name__
         return f"its {kind} varies by token, sample or step; only constant gates can be folded"
-    if one.experts.down.shape[0] > 1:
-        return f"it has {one.experts.down.shape[0]} sets of experts, one for each sample"
+    if target.experts.down.shape[0] > 1:
+        return f"it has {target.experts.down.shape[0]} sets of experts, one for each sample"
     if weight.is_meta:
         return "its weight is not in memory (an offload hook holds it)"
     if is_sharded(weight):

@@ -37,7 +37,7 @@ class GateMatch:
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
 
-    def complaint(self) -> str:
+    def reason_against_match(self) -> str:
         parts = []
         if self.unmatched:
             parts.append(f"{len(self.unmatched)} of its layers are not patched: {few(self.unmatched)}")

@@ -87,11 +87,11 @@ class Handle(PatchContents):
         """
         self._check("set_scales")
         layers = {path: layer.experts for path, layer in self._patched.items()}
-        given, by_layer = self._settings.resolve(scales, self.model, layers)
+        checked, by_layer = self._settings.resolve(scales, self.model, layers)
         absent = any(experts.scale.is_meta for experts in layers.values())
         # merged with what is set under the lock: another thread may set other adapters' scales meanwhile
         with self._lock.change(), self._patched.fetched(write=True, always=absent):
-            self._settings.write(layers, given, by_layer)
+            self._settings.write(layers, checked, by_layer)
 
     def swap(self, name: str, source: Source, *, strict: bool = True) -> None:
         """Replace one expert by another, all or nothing; its scale and gate rows stay.

@@ -41,13 +41,13 @@ def handles(model: object) -> tuple[Handle, ...]:
         >>> mk.patch(pipe, {"face": "face.safetensors"})  # the handle was not kept
         >>> (handle,) = mk.handles(pipe)
     """
-    found = [
+    every = [
         handle
         for root in roots(model).values()
         for m in root.modules()
         for handle in vars(m).get(ATTRIBUTE, ())
     ]
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(every))
 
 
 def keep(handle: Handle, modules: Iterable[nn.Module]) -> None:

@@ -19,7 +19,7 @@ from mole_kernels.errors import (
 )
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.io.gates import GateFile, GateTensors
-from mole_kernels.layers.attach import reject
+from mole_kernels.layers.attach import reason_against_attaching
 from mole_kernels.modules.names import Names, few, hint_for, other_family
 from mole_kernels.modules.scan import Scan, quantised_hint, scan, sizes
 from mole_kernels.patching.gates import match_gates
@@ -105,17 +105,19 @@ def plan(
     by_name, own_gates = read_experts(experts, model)
     spec = read_gates(gates)
     spec = own_gates if spec is None else spec
-    found = scan(model)
-    names = Names(found)
-    made = Plan(model, {}, tuple(by_name), by_name, spec, dict(found.skipped), {name: [] for name in by_name})
-    made.allow_large_rank = allow_large_rank
-    wanted = _wanted(targets, found, names)
-    matched = {name: _match(name, expert, names, found, wanted, made) for name, expert in by_name.items()}
+    scanned = scan(model)
+    names = Names(scanned)
+    result = Plan(
+        model, {}, tuple(by_name), by_name, spec, dict(scanned.skipped), {name: [] for name in by_name}
+    )
+    result.allow_large_rank = allow_large_rank
+    wanted = _wanted(targets, scanned, names)
+    matched = {name: _match(name, expert, names, scanned, wanted, result) for name, expert in by_name.items()}
     for name, expert in by_name.items():
-        _check_some_match(name, expert, matched[name], found, names, model)
-    _report(made, names, found, strict)
-    for path, module in found.layers.items():
-        layer = PlannedLayer(path, module, found.parents.get(path))
+        _check_some_match(name, expert, matched[name], scanned, names, model)
+    _report(result, names, scanned, strict)
+    for path, module in scanned.layers.items():
+        layer = PlannedLayer(path, module, scanned.parents.get(path))
         for name, expert in by_name.items():
             if path in matched[name]:
                 key, layer.factors[name] = matched[name][path]
@@ -123,14 +125,14 @@ def plan(
                     partial(where_in, name, expert, key), layer, layer.factors[name], allow_large_rank
                 )
         if layer.factors:
-            made.layers[path] = layer
+            result.layers[path] = layer
     for name in by_name:
         if not matched[name]:
             raise MoleKeyError(
                 "targets", f"none of the layers asked for is in {source_of(name, by_name[name])}"
             )
-    _add_gates(made, names, gates, strict)
-    return made
+    _add_gates(result, names, gates, strict)
+    return result
 
 
 def check_factor(
@@ -170,25 +172,27 @@ def check_factor(
 
 
 def _match(
-    name: str, expert: Expert, names: Names, found: Scan, wanted: set[str] | None, made: Plan
+    name: str, expert: Expert, names: Names, scanned: Scan, wanted: set[str] | None, result: Plan
 ) -> dict[str, tuple[str, LowRank]]:
     """path -> (key, factors); what meets no layer goes to made.unmatched and made.skipped."""
     where = source_of(name, expert)
     matched: dict[str, tuple[str, LowRank]] = {}
     for key, factor in expert.layers.items():
         path = names.find(key)
-        if path is not None and path in found.patched:
+        if path is not None and path in scanned.patched:
             raise MoleStateError(
                 where,
-                f"{path} already holds the experts {', '.join(found.patched[path].experts.names)}",
+                f"{path} already holds the experts {', '.join(scanned.patched[path].experts.names)}",
                 hint="handle.remove() the earlier patch first, or give all experts to one patch; "
                 "handle.swap() exchanges one",
             )
-        if path is None or path not in found.layers:
-            made.unmatched[name].append(key)
+        if path is None or path not in scanned.layers:
+            result.unmatched[name].append(key)
             if path is not None:
-                made.skipped[path] = (
-                    found.skipped.get(path) or reject(found.others[path]) or "takes no experts"
+                result.skipped[path] = (
+                    scanned.skipped.get(path)
+                    or reason_against_attaching(scanned.others[path])
+                    or "takes no experts"
                 )
         elif path in matched:
             raise MoleKeyError(
@@ -197,21 +201,21 @@ def _match(
                 f"are both {path}",
             )
         elif wanted is not None and path not in wanted:
-            made.skipped[path] = "not among the targets asked for"
+            result.skipped[path] = "not among the targets asked for"
         else:
             matched[path] = (key, factor)
     return matched
 
 
 def _check_some_match(
-    name: str, expert: Expert, matched: Mapping[str, object], found: Scan, names: Names, model: object
+    name: str, expert: Expert, matched: Mapping[str, object], scanned: Scan, names: Names, model: object
 ) -> None:
     keys = list(expert.layers)
     if not keys:
         raise MoleKeyError(source_of(name, expert), expected="factors of at least one layer", got="none")
-    if not matched and not any(names.find(key) in found.layers for key in keys):
+    if not matched and not any(names.find(key) in scanned.layers for key in keys):
         if reasons := [
-            f"{key}: {found.skipped[path]}" for key in keys if (path := names.find(key)) in found.skipped
+            f"{key}: {scanned.skipped[path]}" for key in keys if (path := names.find(key)) in scanned.skipped
         ]:
             raise MoleKeyError(
                 source_of(name, expert),
@@ -222,27 +226,27 @@ def _check_some_match(
         raise MoleKeyError(
             source_of(name, expert),
             f"none of its {len(keys)} layers is in this {type(model).__name__}: {few(keys)}",
-            hint=hint_for(expert, found, model),
+            hint=hint_for(expert, scanned, model),
         )
 
 
-def _report(made: Plan, names: Names, found: Scan, strict: bool) -> None:
+def _report(result: Plan, names: Names, scanned: Scan, strict: bool) -> None:
     """Unused keys: an error, or a warning where the caller asked for one."""
     problems, against = [], list[str]()
-    for name, keys in made.unmatched.items():
+    for name, keys in result.unmatched.items():
         if not keys:
             continue
-        expert = made.experts[name]
+        expert = result.experts[name]
         source = source_of(name, expert)
         text = f"{len(keys)} of the {len(expert.layers)} layers of {source} meet no layer: {few(keys)}"
         reasons = [
-            f"{printable(key)}: {made.skipped[path]}"
+            f"{printable(key)}: {result.skipped[path]}"
             for key in keys
-            if (path := names.find(key)) in made.skipped
+            if (path := names.find(key)) in result.skipped
         ]
         against += reasons
         nearest = names.nearest(keys[0])
-        other = other_family(expert, found, made.model)
+        other = other_family(expert, scanned, result.model)
         text += (
             f" ({reasons[0]})"
             if reasons
@@ -264,33 +268,34 @@ def _report(made: Plan, names: Names, found: Scan, strict: bool) -> None:
         warnings.warn(f"mole_kernels: {text}", MoleWarning, stacklevel=4)
 
 
-def _add_gates(made: Plan, names: Names, given: object, strict: bool) -> None:
-    if not isinstance(made.gates, GateFile):
+def _add_gates(result: Plan, names: Names, gates_asked: object, strict: bool) -> None:
+    if not isinstance(result.gates, GateFile):
         return
-    where = f"gates {printable(given)}" if isinstance(given, str) else "gates"
-    match = match_gates(made.gates, names, made.layers, made.names, where)
+    where = f"gates {printable(gates_asked)}" if isinstance(gates_asked, str) else "gates"
+    match = match_gates(result.gates, names, result.layers, result.names, where)
     if not match.layers:
         raise MoleKeyError(
-            where, f"none of its {len(made.gates.layers)} layers is patched: {few(list(made.gates.layers))}"
+            where,
+            f"none of its {len(result.gates.layers)} layers is patched: {few(list(result.gates.layers))}",
         )
-    if complaint := match.complaint():
+    if reason := match.reason_against_match():
         if strict:
             raise MoleKeyError(
                 where,
-                complaint,
+                reason,
                 hint="strict=False goes on; layers without gates then count every expert fully",
             )
-        warnings.warn(f"mole_kernels: {where}: {complaint}", MoleWarning, stacklevel=4)
-    made.gates_unmatched, made.gates_missing = match.unmatched, match.missing
+        warnings.warn(f"mole_kernels: {where}: {reason}", MoleWarning, stacklevel=4)
+    result.gates_unmatched, result.gates_missing = match.unmatched, match.missing
     for path, tensors in match.layers.items():
-        made.layers[path].gates = tensors
+        result.layers[path].gates = tensors
 
 
-def _wanted(targets: Targets | None, found: Scan, names: Names) -> set[str] | None:
+def _wanted(targets: Targets | None, scanned: Scan, names: Names) -> set[str] | None:
     if targets is None:
         return None
     if callable(targets):
-        return {path for path, module in found.layers.items() if targets(path, module)}
+        return {path for path, module in scanned.layers.items() if targets(path, module)}
     if isinstance(targets, str) or not isinstance(targets, Iterable):
         raise MoleTypeError(
             "targets",
@@ -301,7 +306,7 @@ def _wanted(targets: Targets | None, found: Scan, names: Names) -> set[str] | No
     wanted: set[str] = set()
     for target in targets:
         path = names.find(target)
-        hits = [path] if path in found.layers else [p for p in found.layers if p.endswith(f".{target}")]
+        hits = [path] if path in scanned.layers else [p for p in scanned.layers if p.endswith(f".{target}")]
         if not hits:
             hint = f"nearest: {few(nearest)}" if (nearest := names.nearest(target)) else ""
             raise MoleKeyError("targets", f"{printable(target)} is no layer that can be patched", hint=hint)

@@ -13,12 +13,12 @@ from mole_kernels.patching.block_scales import LayerScale, Scale, check_scales, 
 
 
 class ScaleSettings:
-    """The scales of a patch: as they were given, by layer, and written into the layers."""
+    """The scales of a patch: as they were asked, by layer, and written into the layers."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
         self._writer = ScaleWriter(self._names)
-        self.given: dict[str, Scale] = dict.fromkeys(self._names, 1.0)
+        self.asked: dict[str, Scale] = dict.fromkeys(self._names, 1.0)
         self.by_layer: dict[str, LayerScale] = dict.fromkeys(self._names, 1.0)
 
     def resolve(
@@ -29,20 +29,20 @@ class ScaleSettings:
         Raises:
             MoleTypeError, MoleValueError: No such adapter, component or block, or no finite number.
         """
-        given = check_scales(scales, self._names)
-        held = {name: [path for path, layer in layers.items() if name in layer.names] for name in given}
-        return given, {name: layer_scales(name, scale, model, held[name]) for name, scale in given.items()}
+        asked = check_scales(scales, self._names)
+        held = {name: [path for path, layer in layers.items() if name in layer.names] for name in asked}
+        return asked, {name: layer_scales(name, scale, model, held[name]) for name, scale in asked.items()}
 
     def write(
         self,
         layers: Mapping[str, LayerExperts],
-        given: Mapping[str, Scale],
+        asked: Mapping[str, Scale],
         by_layer: Mapping[str, LayerScale],
     ) -> None:
         """Set some adapters' scales, all layers or none."""
         try:
             self._writer.write(layers, self.by_layer | dict(by_layer))
-            self.given, self.by_layer = self.given | dict(given), self.by_layer | dict(by_layer)
+            self.asked, self.by_layer = self.asked | dict(asked), self.by_layer | dict(by_layer)
         # layers of one device may have been written, those of another not
         except BaseException:
             self._writer.write(layers, self.by_layer)

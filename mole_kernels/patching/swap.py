@@ -24,7 +24,7 @@ from mole_kernels.patching.sources import Source, read_expert
 
 def swap_expert(
     patched: Mapping[str, Patched],
-    made: Plan,
+    plan: Plan,
     name: str,
     source: Source,
     strict: bool,
@@ -35,37 +35,41 @@ def swap_expert(
 
     weights  the adapter weights, which stay
     """
-    expert = read_expert(name, source, made.model)
-    held = [one for one in patched.values() if name in one.experts.names]
-    factors = match_held(held, made, name, expert, strict)
+    expert = read_expert(name, source, plan.model)
+    held = [entry for entry in patched.values() if name in entry.experts.names]
+    factors = match_held(held, plan, name, expert, strict)
     with torch.inference_mode(False), torch.no_grad():
-        larger = [one for one in held if one.path in factors and factors[one.path].rank > _room(one, name)]
-        repacked = {one.path: _repack(one, name, factors[one.path], weights) for one in larger}
-        in_place = [one for one in held if one.path not in repacked]
+        larger = [
+            entry for entry in held if entry.path in factors and factors[entry.path].rank > _room(entry, name)
+        ]
+        repacked = {entry.path: _repack(entry, name, factors[entry.path], weights) for entry in larger}
+        in_place = [entry for entry in held if entry.path not in repacked]
         # everything new stands ready in the layer's dtype before the first write
         writes = [
             (target, value, target.clone())
-            for one in in_place
+            for entry in in_place
             for target, value in zip(
-                _places(one, name),
-                _stage(one, name, factors.get(one.path), scale_at(weights[name], one.path)),
+                _places(entry, name),
+                _stage(entry, name, factors.get(entry.path), scale_at(weights[name], entry.path)),
             )
         ]
-        known, books = made.experts, [(one, one.experts, one.ranks) for one in held]
-        with all_or_nothing([one.module for one in held]):
+        known, books = plan.experts, [(entry, entry.experts, entry.ranks) for entry in held]
+        with all_or_nothing([entry.module for entry in held]):
             try:
                 for target, value, _ in writes:
                     target.copy_(value)
-                for one in larger:
-                    one.module.experts = repacked[one.path]
-                for one in held:
-                    one.experts = repacked.get(one.path, one.experts)
-                    one.ranks = one.ranks | {name: factors[one.path].rank if one.path in factors else 0}
-                made.experts = {**made.experts, name: expert}
+                for entry in larger:
+                    entry.module.experts = repacked[entry.path]
+                for entry in held:
+                    entry.experts = repacked.get(entry.path, entry.experts)
+                    entry.ranks = entry.ranks | {
+                        name: factors[entry.path].rank if entry.path in factors else 0
+                    }
+                plan.experts = {**plan.experts, name: expert}
             except BaseException:
-                made.experts = known
-                for one, experts, ranks in books:
-                    one.experts, one.ranks = experts, ranks
+                plan.experts = known
+                for entry, experts, ranks in books:
+                    entry.experts, entry.ranks = experts, ranks
                 for target, _, old in writes:
                     target.copy_(old)
                 raise
@@ -73,11 +77,11 @@ def swap_expert(
 
 
 def match_held(
-    held: list[Patched], made: Plan, name: str, expert: Expert, strict: bool
+    held: list[Patched], plan: Plan, name: str, expert: Expert, strict: bool
 ) -> dict[str, LowRank]:
     """path -> the new expert's factors on the layers that held the old one."""
     where = source_of(name, expert)
-    names, layers = Names(scan(made.model)), {one.path: one for one in held}
+    names, layers = Names(scan(plan.model)), {entry.path: entry for entry in held}
     factors: dict[str, LowRank] = {}
     unmatched = []
     for key, factor in expert.layers.items():
@@ -88,7 +92,7 @@ def match_held(
         if path in factors:
             raise MoleKeyError(where, f"one layer is named twice, the second time as {printable(key)}")
         layer = PlannedLayer(path, layers[path].module, None)
-        check_factor(partial(where_in, name, expert, key), layer, factor, made.allow_large_rank)
+        check_factor(partial(where_in, name, expert, key), layer, factor, plan.allow_large_rank)
         factors[path] = factor
     if not factors:
         raise MoleKeyError(
@@ -111,13 +115,13 @@ def match_held(
     return factors
 
 
-def _room(one: Patched, name: str) -> int:
-    return one.experts.ranks[one.experts.index(name)]
+def _room(entry: Patched, name: str) -> int:
+    return entry.experts.ranks[entry.experts.index(name)]
 
 
-def _places(one: Patched, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _places(entry: Patched, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The places of one expert in a packed layer: rows of down, columns of up, its base scale, its scale."""
-    experts, e, span = one.experts, one.experts.index(name), one.experts.span(name)
+    experts, e, span = entry.experts, entry.experts.index(name), entry.experts.span(name)
     return (
         experts.down[:, span],
         experts.up[:, :, span],
@@ -127,29 +131,29 @@ def _places(one: Patched, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _stage(
-    one: Patched, name: str, factor: LowRank | None, weight: float
+    entry: Patched, name: str, factor: LowRank | None, weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What goes into those places: the factors padded with zeros to the room there is, or zeros alone."""
-    down, up, base, scale = (torch.zeros_like(place) for place in _places(one, name))
+    down, up, base, scale = (torch.zeros_like(place) for place in _places(entry, name))
     if factor is not None:
         down[:, : factor.rank] = factor.down.detach()
         up[:, :, : factor.rank] = factor.up.detach()
         base.fill_(factor.scale)
         scale.copy_(base * weight)
-        check_narrowing(name, one.path, factor, down, up)
+        check_narrowing(name, entry.path, factor, down, up)
     return down, up, base, scale
 
 
-def _repack(one: Patched, name: str, factor: LowRank, weights: Mapping[str, LayerScale]) -> LayerExperts:
+def _repack(entry: Patched, name: str, factor: LowRank, weights: Mapping[str, LayerScale]) -> LayerExperts:
     """The layer's experts packed anew, with a larger rank for one of them; device, dtype, flags and weights
     as before.
     """
-    old = one.experts
+    old = entry.experts
     factors = {other: factor if other == name else old.factor(other) for other in old.names}
     new = LayerExperts.from_factors(factors, dtype=old.down.dtype, device=old.down.device)
     span = new.span(name)
-    check_narrowing(name, one.path, factor, new.down[:, span], new.up[:, :, span])
-    new.set_weights({other: scale_at(weights[other], one.path) for other in new.names})
+    check_narrowing(name, entry.path, factor, new.down[:, span], new.up[:, :, span])
+    new.set_weights({other: scale_at(weights[other], entry.path) for other in new.names})
     new.down.requires_grad_(old.down.requires_grad)
     new.up.requires_grad_(old.up.requires_grad)
     return new.train(old.training)

@@ -62,7 +62,7 @@ class Operands(NamedTuple):
     hooks: list[ModuleHooks]
 
 
-def reason_against_layer(layer: lora.LoraLayer) -> str | None:
+def reason_against_peft_layer(layer: lora.LoraLayer) -> str | None:
     """Why the state of this layer sends every call through PEFT's own forward, or None."""
     down: list[Tensor] = []
     up: list[Tensor] = []

@@ -124,9 +124,9 @@ def status(*, reset: bool = False, device: str = "cpu") -> Status:
 def state_of_layer(layer: nn.Module) -> str:
     """How the next call of an accelerated layer will be computed, as far as its own state decides."""
     # PEFT is there, or there would be no layer
-    from mole_kernels.peft.operands import reason_against_layer
+    from mole_kernels.peft.operands import reason_against_peft_layer
 
-    reason = reason_against_layer(layer)  # type: ignore[arg-type]
+    reason = reason_against_peft_layer(layer)  # type: ignore[arg-type]
     return ACCELERATED if reason is None else f"{PEFT_FORWARD}: {reason}"
 
 

@@ -172,15 +172,15 @@ def _order_in(call: PipelineCall, prompts: int, batch: Batch) -> SampleOrder | s
 
 def _orders_of_texts(texts: Sequence[Batch], L: int, pictures: int) -> set[bool]:
     """The values of `by_prompt` that all embeddings agree on which follow an order at all."""
-    agreed, found = {True, False}, False
+    agreed, seen = {True, False}, False
     for batch in texts:
         if not len(batch) or len(batch) % L or not all(isinstance(t, Tensor) for t in batch):
             continue
         orders = {o for o in (True, False) if _is_constant(batch, L, pictures, by_prompt=o)}
         # the first dimension of some embeddings is not the sample: they follow neither
         if orders:
-            agreed, found = agreed & orders, True
-    return agreed if found else set()
+            agreed, seen = agreed & orders, True
+    return agreed if seen else set()
 
 
 def _repeats(batch: Batch, parts: int, latents: Tensor) -> bool:

@@ -317,7 +317,7 @@ LOOSE = dict(
     STORE_Z=True,
     GROUP=8,
 )
-# a tile of y of each size that `tiles.choose` may take, on each kind of GPU
+# a tile of y of each size that `tiles.tile_for` may take, on each kind of GPU
 WHOLE = {80: Tile(stages=3), 89: Tile(stages=2), 90: Tile(tma=True), 100: Tile(tma=True), 120: Tile(stages=2)}
 
 

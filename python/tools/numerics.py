@@ -86,7 +86,9 @@ def computed(call: CaseCall, way: str) -> torch.Tensor:
 
 
 def ways(case: Case, dtype: str, kernels: bool) -> tuple[str, ...]:
-    here = tuple(w for w in ON_A_CPU if BACKENDS[w].reject(case.problem(getattr(torch, dtype))) is None)
+    here = tuple(
+        w for w in ON_A_CPU if BACKENDS[w].reason_against(case.problem(getattr(torch, dtype))) is None
+    )
     if not kernels or dtype == "float64":
         return here
     return (*here, "triton", *(("triton tf32",) if dtype == "float32" else ()))

@@ -26,7 +26,7 @@ def run(call, assignment, backend="auto", **gates):
 
 @pytest.fixture(params=ON_CPU)
 def backend(request):
-    reason = BACKENDS[request.param].reject(POOL.problem(torch.float32))
+    reason = BACKENDS[request.param].reason_against(POOL.problem(torch.float32))
     if reason is not None:
         pytest.skip(reason)
     return request.param
@@ -93,7 +93,7 @@ def test_every_set_gets_the_gradient_of_its_samples_and_the_same_each_time(backe
 
 def test_a_thousand_sets_are_not_copied():
     case = Case(B=3, T=16, K=64, N=48, ranks=(8,), S=-1000, gate="local")
-    if cpu.reject(case.problem(torch.float32)):
+    if cpu.reason_against(case.problem(torch.float32)):
         pytest.skip("no compiled library")
     call = case.make(torch.float32)
     experts = call.experts._replace(assignment=torch.tensor([999, 17, 999]))
@@ -128,7 +128,7 @@ def test_a_set_that_is_not_there_is_refused_by_the_door_and_by_the_operator(wron
     call = POOL.make(torch.float32)
     with pytest.raises(MoleValueError, match="assignment between -1 and 3"):
         run(call, wrong)
-    if cpu.reject(POOL.problem(torch.float32)) is None:
+    if cpu.reason_against(POOL.problem(torch.float32)) is None:
         experts = call.experts._replace(assignment=torch.tensor(wrong))
         with pytest.raises(RuntimeError, match="mole_cpu: expected assignment between -1 and 3"):
             cpu.forward(Call(call.x, call.weight, call.bias, experts, Gates()))
@@ -138,7 +138,7 @@ def test_a_set_that_is_not_there_is_refused_by_the_door_and_by_the_operator(wron
 @pytest.mark.parametrize("k", (1, 2, 3, 5))
 def test_softmax_ties_nan_and_infinity_are_the_references(k, dtype):
     """Logits chosen one by one: x is the identity, so that token_weight_eᵀ is token e's logits."""
-    if cpu.reject(Case(gate="softmax").problem(dtype)):
+    if cpu.reason_against(Case(gate="softmax").problem(dtype)):
         pytest.skip("no compiled library")
     nan, inf = float("nan"), float("inf")
     rows = [

@@ -16,7 +16,7 @@ ROUNDINGS = {"reference": 1, "stacked": 4, "cpu": 4}
 
 
 def usable(backend: str, case: Case, dtype: torch.dtype) -> None:
-    reason = BACKENDS[backend].reject(case.problem(dtype))
+    reason = BACKENDS[backend].reason_against(case.problem(dtype))
     if reason is not None:
         pytest.skip(reason)
 

@@ -19,7 +19,9 @@ from mole_kernels.operands import Gates
 from tests.truth import Case, assert_close_to_truth
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_library = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
+needs_library = pytest.mark.skipif(
+    extension.reason_against_library() is not None, reason=str(extension.reason_against_library())
+)
 
 # run by each instruction set in a process of its own, for it is chosen once: sizes at the edges of tiles,
 # panels and blocks of k
@@ -168,14 +170,14 @@ def test_wrong_shapes_are_refused_before_memory_is_read():
 
 def test_reasons():
     problem = Case().problem(torch.float32)
-    assert "on cuda" in cpu.reject(replace(problem, device="cuda"))
-    assert "float8" in cpu.reject(replace(problem, dtype=torch.float8_e4m3fn))
+    assert "on cuda" in cpu.reason_against(replace(problem, device="cuda"))
+    assert "float8" in cpu.reason_against(replace(problem, dtype=torch.float8_e4m3fn))
 
 
 def test_disabled_by_the_environment(monkeypatch):
     monkeypatch.setenv("MOLE_NO_EXTENSION", "1")
     monkeypatch.setattr("mole_kernels.functional._KNOWN", {})
-    assert extension.why_not() == "MOLE_NO_EXTENSION is set"
+    assert extension.reason_against_library() == "MOLE_NO_EXTENSION is set"
     call = Case().make(torch.float32)
     with pytest.raises(MoleBackendError, match="MOLE_NO_EXTENSION"):
         gated_lora_linear(call.x, call.weight, call.bias, call.experts, call.gates, backend="cpu")
@@ -195,11 +197,12 @@ def test_a_library_that_was_not_built_says_why(elsewhere):
         '{"built": false, "reason": "no C++ compiler was found when it was installed"}'
     )
     assert (
-        "no C++ compiler was found" in extension.why_not() and "--no-build-isolation" in extension.why_not()
+        "no C++ compiler was found" in extension.reason_against_library()
+        and "--no-build-isolation" in extension.reason_against_library()
     )
     assert extension.describe()["usable"] is False
 
 
 def test_a_library_that_does_not_load_says_why(elsewhere):
     (elsewhere / "libmole_kernels.so").write_bytes(b"not a library")
-    assert "does not load with torch" in extension.why_not()
+    assert "does not load with torch" in extension.reason_against_library()

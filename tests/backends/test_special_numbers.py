@@ -18,7 +18,7 @@ every = [pytest.mark.parametrize("dtype", DTYPES, ids=str), pytest.mark.parametr
 
 
 def run(call, backend):
-    reason = BACKENDS[backend].reject(call.case.problem(call.x.dtype))
+    reason = BACKENDS[backend].reason_against(call.case.problem(call.x.dtype))
     if reason is not None:
         pytest.skip(reason)
     return gated_lora_linear(call.x, call.weight, call.bias, call.experts, call.gates, backend=backend)
@@ -92,7 +92,9 @@ def one(dtype, x, weight, down, up, scale=1.0, K=8):
 
 
 def usable(backend, dtype):
-    reason = BACKENDS[backend].reject(Case(B=1, T=2, K=8, N=3, ranks=(1,), gate="none").problem(dtype))
+    reason = BACKENDS[backend].reason_against(
+        Case(B=1, T=2, K=8, N=3, ranks=(1,), gate="none").problem(dtype)
+    )
     if reason is not None:
         pytest.skip(reason)
 

@@ -34,7 +34,7 @@ class Backend:
 
     name = "five-percent"
 
-    def reject(self, problem):
+    def reason_against(self, problem):
         return None
 
     def forward(self, call):

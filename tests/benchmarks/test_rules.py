@@ -111,7 +111,7 @@ class Wrong:
         # a name of its own: the backend of a kind of call is remembered by its name
         self.name, self.how, self.calls = f"wrong by {how} {next(_numbers)}", how, 0
 
-    def reject(self, problem):
+    def reason_against(self, problem):
         return None
 
     def forward(self, call):

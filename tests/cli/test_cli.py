@@ -217,7 +217,7 @@ def test_doctor_finds_a_backend_that_computes_wrongly(cli, monkeypatch: pytest.M
     real = BACKENDS["stacked"]
     wrong = types.SimpleNamespace(
         name="stacked",
-        reject=real.reject,
+        reason_against=real.reason_against,
         backward=real.backward,
         forward=lambda call: (lambda out: out._replace(y=out.y + 1e-3))(real.forward(call)),
     )

@@ -53,12 +53,12 @@ def hopper_problem(**change):
     ],
 )
 def test_refusals(change, words):
-    assert words in cuda.reject(hopper_problem(**change))
+    assert words in cuda.reason_against(hopper_problem(**change))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_refused_by_name_with_a_reason():
-    assert cuda.reject(hopper_problem()) is not None
+    assert cuda.reason_against(hopper_problem()) is not None
     with pytest.raises(MoleBackendError, match="backend 'cuda'"):
         select(hopper_problem(), "cuda")
 
@@ -286,7 +286,7 @@ def interpreted(monkeypatch):
     """Triton's second launch on the CPU, with a small tile."""
     from tests.kernels.support import SMALL
 
-    monkeypatch.setattr(cuda.triton, "reject", lambda problem: None)
+    monkeypatch.setattr(cuda.triton, "reason_against", lambda problem: None)
     run = cuda.triton.backward
     monkeypatch.setattr(cuda.triton, "backward", lambda *args, **options: run(*args, **options, tile=SMALL))
 

@@ -72,7 +72,7 @@ def test_the_dispatcher_predicts_what_the_library_chooses(program, back):
     found = 0
     calls = [(way, replace(p, sample_gate=p.sample_gate and not back)) for way, p in CALLS]
     for (way, p), (answer,) in zip(calls, ask(program, calls, back=back)):
-        predicted = hopper.predict(way, work(p, known("h200"), Use(backward=back)), p.token_gate, back)
+        predicted = hopper.predict_us(way, work(p, known("h200"), Use(backward=back)), p.token_gate, back)
         if isinstance(answer, str):
             assert predicted == inf, (way, p, answer)
         else:

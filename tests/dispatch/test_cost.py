@@ -144,7 +144,7 @@ def test_tile_rates_agree_with_those_the_tiles_are_chosen_by():
 
 def test_the_tile_is_the_one_that_runs():
     p = problem(4608, 3072, 3072, gate="mole")
-    t = tiles.fitted(tiles.choose(4608, 3072, 3072, 64, torch.bfloat16, (9, 0), 132), (9, 0), False, 2)
+    t = tiles.fitted(tiles.tile_for(4608, 3072, 3072, 64, torch.bfloat16, (9, 0), 132), (9, 0), False, 2)
     loop = ours(p, H200, Use())
     assert loop.tiles == ((t.BM, t.width),) and loop.columns == t.BR
 

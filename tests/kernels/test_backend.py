@@ -7,8 +7,8 @@ import torch
 
 from mole_kernels.backends import stacked
 from mole_kernels.backends import triton as backend
-from mole_kernels.kernels.triton.strategies import refusal
-from mole_kernels.kernels.triton.tiles import choose, fitted
+from mole_kernels.kernels.triton.strategies import reason_against_way
+from mole_kernels.kernels.triton.tiles import fitted, tile_for
 from mole_kernels.operands import Need, Saved
 from mole_kernels.problem import Problem
 from tests.kernels.interpreter import run
@@ -63,31 +63,31 @@ GOOD = Problem(2, 64, 128, 128, (8, 8), 1, torch.bfloat16, "cuda", True, True)
     ],
 )
 def test_what_it_refuses(change, words):
-    assert words in backend.reject(replace(GOOD, **change))
+    assert words in backend.reason_against(replace(GOOD, **change))
 
 
 def test_old_and_missing_parts_are_named(monkeypatch):
     monkeypatch.setattr(backend, "why_not_triton", lambda: "needs Triton 3.6, found 3.5.1")
-    assert backend.reject(GOOD) == "needs Triton 3.6, found 3.5.1"
+    assert backend.reason_against(GOOD) == "needs Triton 3.6, found 3.5.1"
     monkeypatch.setattr(backend, "why_not_triton", lambda: None)
     monkeypatch.setattr(
         backend, "why_not_device", lambda: "needs compute capability 8.0 (Ampere), this GPU has 7.5"
     )
-    assert "this GPU has 7.5" in backend.reject(GOOD)
+    assert "this GPU has 7.5" in backend.reason_against(GOOD)
     monkeypatch.setattr(backend, "why_not_device", lambda: None)
-    assert backend.reject(GOOD) is None
+    assert backend.reason_against(GOOD) is None
 
 
 def test_ways_refuse_with_a_reason():
     def fused(gate, ranks=(8, 8), save=False):
         return forward_of(Case(gate=gate, ranks=ranks).make(torch.bfloat16), save)
 
-    assert "every token" in refusal("recompute", fused("pooled"))
-    assert "R = 40" in refusal("recompute", fused("none", (40,)))
-    assert "depend on x" in refusal("merge", fused("local"))
-    assert "varies by token" in refusal("merge", fused("mask"))
-    assert "to be saved" in refusal("merge", fused("none", save=True))
-    assert refusal("persistent", fused("both")) is None
+    assert "every token" in reason_against_way("recompute", fused("pooled"))
+    assert "R = 40" in reason_against_way("recompute", fused("none", (40,)))
+    assert "depend on x" in reason_against_way("merge", fused("local"))
+    assert "varies by token" in reason_against_way("merge", fused("mask"))
+    assert "to be saved" in reason_against_way("merge", fused("none", save=True))
+    assert reason_against_way("persistent", fused("both")) is None
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
@@ -98,7 +98,7 @@ def test_tiles_fit_the_shared_memory(capability, shape):
     """
     M, K, N = shape
     for dtype in (torch.bfloat16, torch.float32):
-        t = fitted(choose(M, K, N, 64, dtype, capability, 132), capability, True, 2)
+        t = fitted(tile_for(M, K, N, 64, dtype, capability, 132), capability, True, 2)
         size = dtype.itemsize
         limit = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) << 10
         assert t.stages * (t.BM + t.BN) * t.BK * size <= limit

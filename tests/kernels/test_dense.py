@@ -7,8 +7,8 @@ import torch
 
 from mole_kernels.backends import triton as backend
 from mole_kernels.kernels.triton import launch
-from mole_kernels.kernels.triton.strategies import refusal
-from mole_kernels.kernels.triton.tiles import choose, fitted, for_dense
+from mole_kernels.kernels.triton.strategies import reason_against_way
+from mole_kernels.kernels.triton.tiles import fitted, for_dense, tile_for
 from tests.kernels.interpreter import run
 from tests.kernels.support import SMALL, forward_of, poisoned
 from tests.truth import Case, assert_close_to_truth
@@ -64,8 +64,8 @@ def test_nothing_is_kept_between_calls():
 )
 def test_what_it_refuses(case, save, words):
     f = forward_of(case.make(F32), save)
-    assert words in (refusal("dense", f) or "")
-    assert refusal("dense", forward_of(Case(gate="mask+softmax").make(F32))) is None
+    assert words in (reason_against_way("dense", f) or "")
+    assert reason_against_way("dense", forward_of(Case(gate="mask+softmax").make(F32))) is None
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,6 @@ def test_what_it_refuses(case, save, words):
 def test_its_tiles_leave_room_for_two_accumulators(capability, processors, widest):
     for M, N in ((8192, 320), (4608, 12288), (154, 1280)):
         tile = for_dense(
-            fitted(choose(M, 1280, N, 64, BF16, capability, processors), capability, False, 2), capability
+            fitted(tile_for(M, 1280, N, 64, BF16, capability, processors), capability, False, 2), capability
         )
         assert tile.width <= widest

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mole_kernels.kernels.triton import launch
-from mole_kernels.kernels.triton.strategies import WAYS, refusal
+from mole_kernels.kernels.triton.strategies import WAYS, reason_against_way
 from mole_kernels.reference import sets_of
 from tests.kernels.interpreter import run
 from tests.kernels.support import SMALL, forward_of, poisoned
@@ -67,7 +67,7 @@ def ident(value):
 def test_forward(case, way, dtype):
     call = case.make(dtype)
     f = forward_of(call, save=way not in ("merge", "dense"))
-    if refusal(way, f) is not None:
+    if reason_against_way(way, f) is not None:
         return
     if way in ("recompute", "merge", "added", "dense") and case.base:
         # the same tiles with another base: the low-rank part alone tells

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mole_kernels.kernels.triton.backward import Need
-from mole_kernels.kernels.triton.strategies import WAYS, refusal
+from mole_kernels.kernels.triton.strategies import WAYS, reason_against_way
 from mole_kernels.reference import softmax_of_largest
 from tests.backends.test_backends import assert_gradient
 from tests.kernels.interpreter import run
@@ -82,7 +82,7 @@ def test_a_sample_without_a_set_is_the_base_to_the_bit(way, gate):
     if call.gates.sample_weight is not None:
         call.gates.sample_weight[0] = NAN
     f = forward_of(call)
-    if refusal(way, f) is not None:
+    if reason_against_way(way, f) is not None:
         return
     base = replace(
         call, experts=call.experts._replace(down=torch.zeros_like(sets[0]), up=torch.zeros_like(sets[1]))

@@ -9,7 +9,7 @@ import torch
 
 from mole_kernels.kernels.triton import launch
 from mole_kernels.kernels.triton.backward import Need, backward
-from mole_kernels.kernels.triton.tiles import choose, rows_of_h
+from mole_kernels.kernels.triton.tiles import rows_of_h, tile_for
 from tests.backends.test_backends import assert_gradient
 from tests.kernels.interpreter import run
 from tests.kernels.support import SMALL, forward_of, poisoned
@@ -65,7 +65,7 @@ def test_backward():
 
 def test_half_as_tall_where_it_shortens_the_whole():
     def rows(M, K, N, R):
-        tile = choose(M, K, N, R, BF16, (9, 0), 132)
+        tile = tile_for(M, K, N, R, BF16, (9, 0), 132)
         return rows_of_h(tile, -(-M // tile.BM), -(-N // tile.width), R, 132).BH
 
     assert rows(8192, 640, 640, 64) == rows(2048, 1280, 1280, 64) == 64

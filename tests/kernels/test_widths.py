@@ -9,7 +9,7 @@ import torch
 
 from mole_kernels.kernels.triton.backward import Need, backward
 from mole_kernels.kernels.triton.strategies import WAYS
-from mole_kernels.kernels.triton.tiles import choose
+from mole_kernels.kernels.triton.tiles import tile_for
 from tests.backends.test_backends import assert_gradient
 from tests.kernels.interpreter import run
 from tests.kernels.support import SMALL, forward_of, poisoned
@@ -59,6 +59,6 @@ def test_hopper_takes_160_columns_where_they_make_one_wave():
     registers for them.
     """
     for K in (1280, 5120):
-        assert choose(2048, K, 1280, 64, torch.bfloat16, (9, 0), 132).width == 160
-    assert choose(8192, 640, 640, 64, torch.bfloat16, (9, 0), 132).width == 160
-    assert choose(2048, 1280, 1280, 64, torch.bfloat16, (8, 0), 108).BX == 0
+        assert tile_for(2048, K, 1280, 64, torch.bfloat16, (9, 0), 132).width == 160
+    assert tile_for(8192, 640, 640, 64, torch.bfloat16, (9, 0), 132).width == 160
+    assert tile_for(2048, 1280, 1280, 64, torch.bfloat16, (8, 0), 108).BX == 0

@@ -12,7 +12,7 @@ from mole_kernels.errors import MoleShapeError, MoleStateError
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.gates.gate import MoLEGate
-from mole_kernels.layers.attach import attach, detach, reject
+from mole_kernels.layers.attach import attach, detach, reason_against_attaching
 from mole_kernels.layers.conv import GatedLoRAConv2d
 from mole_kernels.layers.linear import GatedLoRALinear
 
@@ -70,7 +70,7 @@ def test_off_is_the_base_bit_for_bit():
 )
 def test_what_cannot_be_replaced_says_why(module, words):
     kind = type(module)
-    assert words in (reject(module) or "")
+    assert words in (reason_against_attaching(module) or "")
     with pytest.raises(MoleStateError, match=words):
         attach(module, experts(8, 6))
     assert type(module) is kind and not hasattr(module, "experts")

@@ -11,7 +11,7 @@ from tests.calls import python_calls
 from tests.truth import Case
 
 pytestmark = pytest.mark.skipif(
-    cpu.reject(Case().problem(torch.float32)) is not None, reason="needs the compiled library"
+    cpu.reason_against(Case().problem(torch.float32)) is not None, reason="needs the compiled library"
 )
 K, N, RANKS = 16, 12, (4, 4)
 
@@ -41,6 +41,8 @@ def test_a_call_asks_neither_the_environment_nor_a_backend_again():
         mk.status(reset=True)
         calls = python_calls(lambda: layer(x))
     assert not [
-        name for name in calls if "reject" in name or name.startswith(("settings.py", "select.py", "os"))
+        name
+        for name in calls
+        if "reason_against" in name or name.startswith(("settings.py", "select.py", "os"))
     ]
     assert mk.status()["refusals"] == {}

@@ -73,8 +73,8 @@ def pytest_configure(config) -> None:
 
     extension.LIBRARY = Path(os.environ[LIBRARY])
     wanted = os.environ["MOLE_INSTRUCTION_SET"]
-    if extension.why_not() is not None:
-        raise RuntimeError(extension.why_not())
+    if extension.reason_against_library() is not None:
+        raise RuntimeError(extension.reason_against_library())
     if torch.ops.mole_cpu.instruction_set() != wanted:
         import pytest
 

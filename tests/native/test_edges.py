@@ -12,7 +12,7 @@ from mole_kernels.functional import gated_lora_linear
 from tests.truth import Case, assert_close_to_truth
 
 pytestmark = pytest.mark.skipif(
-    cpu.reject(Case().problem(torch.float32)) is not None, reason="no compiled library"
+    cpu.reason_against(Case().problem(torch.float32)) is not None, reason="no compiled library"
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # on both sides of a vector, a panel, a tile and a block of rows, of K and of what is summed at once

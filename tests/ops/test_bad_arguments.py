@@ -185,7 +185,7 @@ def test_a_base_that_wants_a_gradient_is_refused_not_ignored():
 class Refusing:
     name = "cpu"
 
-    def reject(self, problem):
+    def reason_against(self, problem):
         return "it is only a test"
 
 

@@ -16,7 +16,7 @@ from mole_kernels.experts.merge import merge
 from mole_kernels.gates.gate import ConstantGate, MaskGate
 from mole_kernels.patching import fold as fold_module
 from mole_kernels.patching.apply import patch
-from mole_kernels.patching.fold import reject
+from mole_kernels.patching.fold import reason_against_folding
 from tests.patching.test_plan import PATHS, gate_file
 from tests.tiny_models import Mlp, State, make_expert, run_unet, tiny_unet
 
@@ -122,14 +122,14 @@ def test_gates_that_vary_are_refused_and_nothing_changes(mlp, experts, x):
 def test_other_reasons(mlp, experts):
     handle = patch(mlp, experts)
     one = handle._patched["first"]
-    assert reject(one, {}) is None
-    assert "shared with another module" in str(reject(one, {id(one.module.weight): 2}))
+    assert reason_against_folding(one, {}) is None
+    assert "shared with another module" in str(reason_against_folding(one, {id(one.module.weight): 2}))
     with torch.inference_mode():
         other = copy.copy(one)
         other.module = nn.Linear(2, 2)
-    assert "inference_mode" in str(reject(other, {}))
+    assert "inference_mode" in str(reason_against_folding(other, {}))
     other.module = nn.Linear(2, 2, device="meta")
-    assert "offload" in str(reject(other, {}))
+    assert "offload" in str(reason_against_folding(other, {}))
 
 
 def test_a_tied_weight_is_refused(experts, x):

@@ -233,7 +233,7 @@ def test_backend_refusals_step_aside_and_are_counted(monkeypatch: pytest.MonkeyP
     plain, fast = twins()
     monkeypatch.setattr(functional, "_KNOWN", {})
     for backend in select.BACKENDS.values():
-        monkeypatch.setattr(backend, "reject", lambda problem: "not today")
+        monkeypatch.setattr(backend, "reason_against", lambda problem: "not today")
     x = draw(3, K)
     with pytest.warns(match="not today"):
         assert torch.equal(fast(x), plain(x))

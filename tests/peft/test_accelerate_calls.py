@@ -32,7 +32,9 @@ def test_no_call_asks_the_environment_or_a_backend_again(monkeypatch: pytest.Mon
         mk.status(reset=True)
         calls = python_calls(lambda: fast(x))
     assert not [
-        name for name in calls if "reject" in name or name.startswith(("settings.py", "select.py", "os"))
+        name
+        for name in calls
+        if "reason_against" in name or name.startswith(("settings.py", "select.py", "os"))
     ]
     # backends of other devices are no news
     assert mk.status()["refusals"] == {}

@@ -22,7 +22,7 @@ from mole_kernels.kernels.triton.workspace import flags
 from mole_kernels.operands import Gradients, Need
 
 
-def present(need: Need, f: Fused) -> Need:
+def wanted_of(need: Need, f: Fused) -> Need:
     """Without the gradients of operands that the call does not have."""
     token, sample = f.token_weight is not None, f.sample_weight is not None
     return need._replace(
@@ -73,7 +73,7 @@ def backward(
            float32, the last two where
            they are wanted, as another kernel made them; only the second launch is done here then
     """
-    need = present(need, f)
+    need = wanted_of(need, f)
     g = replace(swapped(dy, f.w, f.down, f.up, f), need_d=needs_d(need, f), store_z=need.x or need.down)
     b: Buffers | None = None
     if first is not None:
@@ -117,7 +117,7 @@ def _sums(f: Fused, g: Fused, b: Buffers | None, dy: Tensor, need: Need, tile: T
     """The second launch, with the kinds of jobs that are wanted; none, no launch."""
     x, E = f.x, f.E
     gates = need.token_bias or need.scale or need.sample_bias
-    made = dict(
+    outputs = dict(
         ddown=need.down,
         dup=need.up,
         dtoken_weight=need.token_weight,
@@ -133,19 +133,19 @@ def _sums(f: Fused, g: Fused, b: Buffers | None, dy: Tensor, need: Need, tile: T
             dtype=like[name].dtype if on else x.dtype,  # type: ignore[union-attr]
             device=x.device,
         )
-        for name, on in made.items()
+        for name, on in outputs.items()
     }
     vectors = torch.empty(3 * E if gates else 0, dtype=torch.float32, device=x.device)
     small = dict(
         zip(("dscale", "dtoken_bias", "dsample_bias"), vectors.split(E) if gates else (vectors,) * 3)
     )
-    if any(made.values()) or gates:
-        _launch(f, g, b, dy, tile, out, small, made, gates)
+    if any(outputs.values()) or gates:
+        _launch(f, g, b, dy, tile, out, small, outputs, gates)
     wanted = dict(dscale=need.scale, dtoken_bias=need.token_bias, dsample_bias=need.sample_bias)
-    kept = {name: small[name] if on else x.new_empty(0) for name, on in wanted.items()}
+    small_outputs = {name: small[name] if on else x.new_empty(0) for name, on in wanted.items()}
     if need.scale and f.scale.dtype != torch.float32:
-        kept["dscale"] = kept["dscale"].to(f.scale.dtype)
-    return out | kept
+        small_outputs["dscale"] = small_outputs["dscale"].to(f.scale.dtype)
+    return out | small_outputs
 
 
 def _launch(
@@ -156,7 +156,7 @@ def _launch(
     tile: Tile,
     out: dict[str, Tensor],
     small: dict[str, Tensor],
-    made: dict[str, bool],
+    outputs: dict[str, bool],
     gates: bool,
 ) -> None:
     x, E, EP, S = f.x, f.E, f.EP, f.down.shape[0]
@@ -171,10 +171,10 @@ def _launch(
         BT, BC, BR = min(BT, tile.BM), min(BC, tile.BN), min(BR, tile.BR)
     n_r = -(-f.R // BR)
     tiles = dict(
-        down=S * n_r * -(-f.K // BC) * made["ddown"],
-        up=S * n_r * -(-f.N // BC) * made["dup"],
-        token_weight=-(-f.K // BC) * made["dtoken_weight"],
-        sample_weight=S * n_r * made["dsample_weight"],
+        down=S * n_r * -(-f.K // BC) * outputs["ddown"],
+        up=S * n_r * -(-f.N // BC) * outputs["dup"],
+        token_weight=-(-f.K // BC) * outputs["dtoken_weight"],
+        sample_weight=S * n_r * outputs["dsample_weight"],
     )
     many = S > 1 or f.assignment is not None
     at_once = sum(tiles.values()) if f.assignment is not None else sum(tiles.values()) // S * f.groups
@@ -187,7 +187,7 @@ def _launch(
         of_tile = every if kind == "token_weight" else per_tile
         slots[kind], at, jobs = at, at + tiles[kind] * of_tile * size, jobs + tiles[kind] * of_tile
     o_given = at + (every * 2 * EP if gates else 0)
-    n_given, CG, n_given_c, by_token = _given_jobs(f, CH, BT) if made["dgate"] else (0, BT, 1, False)
+    n_given, CG, n_given_c, by_token = _given_jobs(f, CH, BT) if outputs["dgate"] else (0, BT, 1, False)
     total = o_given + (0 if by_token else n_given * n_given_c * EP)
     absent, shares = f.scale, b.d.shape[0] if b and g.need_d else 1
     strides = (
@@ -240,12 +240,12 @@ def _launch(
             K=f.K,
             R=f.R,
             E=E,
-            DOWN=made["ddown"],
-            UP=made["dup"],
-            PHI=made["dtoken_weight"],
+            DOWN=outputs["ddown"],
+            UP=outputs["dup"],
+            PHI=outputs["dtoken_weight"],
             GATES=gates,
-            DPOOL=made["dsample_weight"],
-            GIVEN=made["dgate"],
+            DPOOL=outputs["dsample_weight"],
+            GIVEN=outputs["dgate"],
             S_MANY=many,
             ASSIGN=f.assignment is not None,
             TOKEN=f.token_weight is not None,

@@ -29,18 +29,18 @@ from mole_kernels.kernels.triton.shrink import shrink_kernel
 from mole_kernels.kernels.triton.tiles import Tile, next_power
 
 # of each thread: autograd's may launch while another records
-_local = threading.local()
+_thread = threading.local()
 
 
 @contextmanager
 def recording() -> Iterator[list[tuple[Any, Any, tuple[int, ...], dict[str, object]]]]:
     """What this thread launches inside: (kernel, compiled or None, grid, arguments by name)."""
-    found: list[tuple[Any, Any, tuple[int, ...], dict[str, object]]] = []
-    _local.recorded = found
+    launches: list[tuple[Any, Any, tuple[int, ...], dict[str, object]]] = []
+    _thread.recorded = launches
     try:
-        yield found
+        yield launches
     finally:
-        _local.recorded = None
+        _thread.recorded = None
 
 
 def descriptor(t: Tensor | None, shape: list[int], strides: list[int], block: list[int]) -> object:
@@ -61,7 +61,7 @@ def _start(
             compiled = kernel[grid](**named, num_warps=tile.warps, num_stages=tile.stages, **options)
     else:
         compiled = kernel[grid](**named)
-    recorded = getattr(_local, "recorded", None)
+    recorded = getattr(_thread, "recorded", None)
     if recorded is not None:
         recorded.append((kernel, compiled, grid, named))
 
@@ -170,7 +170,7 @@ def recompute(f: Fused, tile: Tile) -> Buffers:
     return b
 
 
-def merge(f: Fused, tile: Tile) -> Buffers:
+def merged_weight(f: Fused, tile: Tile) -> Buffers:
     """Two launches: W with the experts merged in, for each sample where they differ, and torch's product. No
     h, so nothing to save.
     """

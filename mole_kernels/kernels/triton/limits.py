@@ -10,7 +10,7 @@ BACKWARD_WAYS = ("persistent", "two_pass")
 RECOMPUTE_LIMIT = 32
 
 
-def impossible(
+def reason_against_shapes(
     way: str,
     R: int,
     *,

@@ -31,7 +31,7 @@ BUFFERS = ("y", "h", "z", "token_gate", "sample_gate", "parts", "flags")
 CALLED = {"x2": "x", "w2": "w", "arrived": "flags", "q": "sample_gate", "d": "scale"}
 MOST = 4096
 
-_plans: dict[object, Plan] = {}
+_plans: dict[object, LaunchPlan] = {}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """The launches of one kind of call, and what they need allocated: (shape, dtype) of each buffer but the
     flags, None: not used.
     """
@@ -62,17 +62,17 @@ class Plan:
     def run(self, f: Fused) -> Outputs:
         """y, h, l, G of a call of this kind."""
         device = self.device
-        made = [
+        prepared = [
             None if size is None else torch.empty(size[0], dtype=size[1], device=device)
             for size in self.sizes
         ]
-        tensors = (*f.operands(), *made, flags(device, self.n_flags))
+        tensors = (*f.operands(), *prepared, flags(device, self.n_flags))
         if device.type == "cuda" and torch.cuda.current_device() != device.index:
             with torch.cuda.device(device):
                 self._launch(tensors)
         else:
             self._launch(tensors)
-        return Outputs(made[0], made[1], made[3], made[4])  # type: ignore[arg-type]
+        return Outputs(prepared[0], prepared[1], prepared[3], prepared[4])  # type: ignore[arg-type]
 
     def _launch(self, tensors: Sequence[Tensor | None]) -> None:
         for step in self.steps:
@@ -88,7 +88,7 @@ class Plan:
                 step.compiled[step.grid](*values)
 
 
-def key_of(way: str, tile: Tile | None, f: Fused) -> object:
+def launch_key(way: str, tile: Tile | None, f: Fused) -> object:
     """What two calls must have in common to be launched alike; Triton compiles anew where a pointer is not
     aligned to 16 bytes.
     """
@@ -98,7 +98,7 @@ def key_of(way: str, tile: Tile | None, f: Fused) -> object:
     return way, tile, f.ranks, f.top_k, f.save, f.precision, f.x.device, *kinds
 
 
-def known(key: object) -> Plan | None:
+def known_launch(key: object) -> LaunchPlan | None:
     return _plans.get(key)
 
 
@@ -135,7 +135,7 @@ def record(key: object, way: str, f: Fused, tile: Tile) -> Buffers:
         for name in BUFFERS[:-1]
         for t in (getattr(b, name),)
     )
-    _plans[key] = Plan(
+    _plans[key] = LaunchPlan(
         tuple(steps),
         sizes,
         2 + f.groups * (f.row_tiles(min(tile.BM, tile.BS, tile.BH or tile.BM)) + 1),

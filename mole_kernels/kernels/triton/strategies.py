@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from mole_kernels.kernels.triton import launch
 from mole_kernels.kernels.triton.fused import Buffers, Fused
-from mole_kernels.kernels.triton.limits import impossible
+from mole_kernels.kernels.triton.limits import reason_against_shapes
 from mole_kernels.kernels.triton.tiles import Tile
 
 WAYS: dict[str, Callable[[Fused, Tile], Buffers]] = {
@@ -16,16 +16,16 @@ WAYS: dict[str, Callable[[Fused, Tile], Buffers]] = {
     "two_pass": launch.two_pass,
     "recompute": launch.recompute,
     "added": launch.added,
-    "merge": launch.merge,
+    "merge": launch.merged_weight,
     "dense": launch.dense,
 }
 
 
-def refusal(way: str, f: Fused) -> str | None:
+def reason_against_way(way: str, f: Fused) -> str | None:
     """Why `way` cannot compute the call, or None."""
     mask = f.gate is not None and f.gate.shape[1] != 1
     own = f.down.shape[0] > 1 or f.assignment is not None
-    return impossible(
+    return reason_against_shapes(
         way,
         f.R,
         token=f.token_weight is not None,

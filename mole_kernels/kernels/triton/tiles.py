@@ -80,7 +80,7 @@ _RATE = {
 
 
 @lru_cache(maxsize=4096)
-def choose(
+def tile_for(
     M: int,
     K: int,
     N: int,
