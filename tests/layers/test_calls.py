@@ -43,6 +43,6 @@ def test_a_call_asks_neither_the_environment_nor_a_backend_again():
     assert not [
         name
         for name in calls
-        if "reason_against" in name or name.startswith(("settings.py", "select.py", "os"))
+        if "py:reason_against" in name or name.startswith(("settings.py", "select.py", "os"))
     ]
     assert mk.status()["refusals"] == {}

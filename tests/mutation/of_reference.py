@@ -14,9 +14,9 @@ FORMULA, BACKEND, SETS = (
 )
 SHRINK, EXPAND = "h = x @ experts.down[:, span].mT", "(h @ experts.up[:, :, span].mT)"
 LOCAL, GIVEN, POOLED = (
-    "o = o * local[..., e : e + 1]",
+    "o = o * token[..., e : e + 1]",
     "o = o * gates.gate[..., e : e + 1]",
-    "o = o * pooled[:, None]",
+    "o = o * sample[:, None]",
 )
 DECIDED = (
     "return torch.sigmoid(logit if gates.sample_bias is None else logit + gates.sample_bias[e].to(h.dtype))"
@@ -24,19 +24,19 @@ DECIDED = (
 
 MUTANTS = [
     Planted("scale", FORMULA, "o = experts.scale[e].to(x.dtype)", "o = 1.05 * experts.scale[e].to(x.dtype)"),
-    Planted("swapped", FORMULA, LOCAL, "o = o * local.roll(1, -1)[..., e : e + 1]"),
+    Planted("swapped", FORMULA, LOCAL, "o = o * token.roll(1, -1)[..., e : e + 1]"),
     Planted("tail", FORMULA, SHRINK, "h = x[..., :-1] @ experts.down[:, span, :-1].mT"),
     Planted(
         "row",
         FORMULA,
         LOCAL,
-        "o = o * torch.where(torch.arange(x.shape[1])[:, None] == 0, local.roll(1, 1), local)[..., e : e + 1]",
+        "o = o * torch.where(torch.arange(x.shape[1])[:, None] == 0, token.roll(1, 1), token)[..., e : e + 1]",
     ),
     Planted(
         "zero",
         FORMULA,
-        "    return y, local, ",
-        "    y = y * (torch.arange(y.numel()).view(y.shape) != y.numel() // 2)\n    return y, local, ",
+        "    return y, token, ",
+        "    y = y * (torch.arange(y.numel()).view(y.shape) != y.numel() // 2)\n    return y, token, ",
     ),
     Planted(
         "stale",
@@ -48,9 +48,9 @@ MUTANTS = [
     ),
     Planted("stride", FORMULA, SHRINK, "h = x @ experts.down[:1, span].mT"),
     Planted("bias", FORMULA, "y = F.linear(x, weight, bias)", "y = F.linear(x, weight)"),
-    Planted("fp8", FORMULA, LOCAL, "o = o * local[..., e : e + 1].to(torch.float8_e4m3fn).to(x.dtype)"),
+    Planted("fp8", FORMULA, LOCAL, "o = o * token[..., e : e + 1].to(torch.float8_e4m3fn).to(x.dtype)"),
     Planted("transposed", FORMULA, EXPAND, "(h @ experts.up[:, :, span].reshape(-1, rank, y.shape[-1]))"),
-    Planted("neighbour", FORMULA, POOLED, "o = o * pooled.roll(1, 0)[:, None]"),
+    Planted("neighbour", FORMULA, POOLED, "o = o * sample.roll(1, 0)[:, None]"),
     Planted("mask", FORMULA, GIVEN, "o = o * gates.gate.roll(1, 1)[..., e : e + 1]"),
     Planted("mixed", FORMULA, EXPAND, "(h @ experts.up.roll(rank, -1)[:, :, span].mT)"),
     Planted("sixteen", FORMULA, SHRINK, "h = (x @ experts.down[:, span].mT).half().to(x.dtype)"),
