@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.gpu.results import Row
 from benchmarks.ours import candidate
 from mole_kernels.dispatch.device import described
 from mole_kernels.dispatch.tables import CANDIDATES, DTYPES, Table
-from mole_kernels.dispatch.tables import Row as TableRow
+from mole_kernels.dispatch.tables import TableRow as TableRow
 
 NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -26,7 +25,7 @@ def table(result: dict[str, Any]) -> Table:
         raise ValueError("a dispatch table is made of a GPU's results; these are of a CPU")
     major, minor = (int(n) for n in gpu["sm"].split("."))
     device = described(gpu["name"], (major, minor), gpu["multiprocessors"])
-    cases: dict[str, list[Row]] = {}
+    cases: dict[str, list[TableRow]] = {}
     for row in result["cases"]:
         if row["mode"] == "forward" and row["cache"] == "hot" and row["launch"] == "graph" and row["us"]:
             cases.setdefault(row["id"], []).append(row)
@@ -37,7 +36,7 @@ def table(result: dict[str, Any]) -> Table:
     return Table(device.name, device.key, device.capability, device.processors, software, result["utc"], made)
 
 
-def _row(rows: list[Row]) -> TableRow | None:
+def _row(rows: list[TableRow]) -> TableRow | None:
     us = {candidate(r["method"]): r["us"]["p50"] for r in rows}
     us = {name: time for name, time in us.items() if name in (*CANDIDATES, "plain")}
     dtype = NAMES[rows[0]["dtype"]]

@@ -20,7 +20,7 @@ from mole_kernels.dispatch import tables
 from mole_kernels.dispatch.choose import CANDIDATES, HOPPER, choose, reason_against_candidate
 from mole_kernels.dispatch.device import Device, known, present
 from mole_kernels.dispatch.suite import SuiteCase, suite
-from mole_kernels.dispatch.tables import Row, Table, key_of
+from mole_kernels.dispatch.tables import Table, TableRow, key_of
 from mole_kernels.errors import MoleFileError, MoleStateError, printable
 from mole_kernels.files.writer import atomic_write
 
@@ -87,7 +87,7 @@ def collect(
     calls: list[SuiteCase], device: Device, measure: Callable[[SuiteCase, list[str]], Measured]
 ) -> tuple[Table, list[str]]:
     """The table of `calls`, and a line for each candidate that failed; a failure costs its own time only."""
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     failed: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -107,7 +107,7 @@ def collect(
             if {"plain", "stacked"} <= set(us):
                 asked = key_of(call.problem, call.use)
                 rows.append(
-                    Row(
+                    TableRow(
                         asked.M,
                         asked.K,
                         asked.N,

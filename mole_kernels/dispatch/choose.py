@@ -9,7 +9,7 @@ from math import inf
 
 from mole_kernels.dispatch import cost, hopper
 from mole_kernels.dispatch.device import Device
-from mole_kernels.dispatch.tables import Row, Table
+from mole_kernels.dispatch.tables import Table, TableRow
 from mole_kernels.dispatch.work import Use, ours, work
 from mole_kernels.kernels import sm90
 from mole_kernels.kernels.triton.limits import LAUNCHES, reason_against_shapes
@@ -67,7 +67,7 @@ class Choice:
     predicted: float
     measured: float | None
     considered: tuple[Candidate, ...]
-    bucket: Row | None = None
+    bucket: TableRow | None = None
 
     def of(self, name: str) -> Candidate:
         return next(c for c in self.considered if c.name == name)

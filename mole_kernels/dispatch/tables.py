@@ -49,7 +49,7 @@ FARTHEST = 0.5
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One measured call: microseconds of "plain", "stacked" and the other candidates that could run it.
 
     gate       kinds joined by "+": none, fixed (given, one value per sample), mask (given, per token), token,
@@ -84,9 +84,9 @@ class Table:
     multiprocessors: int
     software: dict[str, str]
     utc: str
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
-    def nearest(self, problem: Problem, use: Use) -> Row | None:
+    def nearest(self, problem: Problem, use: Use) -> TableRow | None:
         """The row of the same kind whose sizes are nearest; None where none is near enough."""
         asked = key_of(problem, use)
         near = [(distance(row, asked), i) for i, row in enumerate(self.rows) if row.kind == asked.kind]
@@ -94,10 +94,10 @@ class Table:
         return self.rows[best[1]] if best is not None and best[0] <= FARTHEST else None
 
 
-def key_of(problem: Problem, use: Use) -> Row:
+def key_of(problem: Problem, use: Use) -> TableRow:
     """The row that a measurement of this call would have, without its times."""
     dtype = "tf32" if use.tf32 and str(problem.dtype) == "torch.float32" else str(problem.dtype)[6:]
-    return Row(
+    return TableRow(
         problem.M,
         problem.K,
         problem.N,
@@ -116,7 +116,7 @@ def gate_kind(problem: Problem, use: Use) -> str:
     return "+".join(filter(None, kinds)) or "none"
 
 
-def distance(a: Row, b: Row) -> float:
+def distance(a: TableRow, b: TableRow) -> float:
     """Largest |log2| of the ratios of M, K, N, R; a little more where the number of experts differs."""
     sizes = ((a.M, b.M), (a.K, b.K), (a.N, b.N), (sum(a.ranks), sum(b.ranks)))
     return max(abs(math.log2(max(p, 1) / max(q, 1))) for p, q in sizes) + 0.01 * abs(
@@ -181,7 +181,7 @@ def parse(text: bytes | str, where: str) -> Table:
         texts[2],
         tuple(_row(row, f"{where}, row {i}") for i, row in enumerate(rows)),
     )
-    seen: dict[Row, int] = {}
+    seen: dict[TableRow, int] = {}
     for i, row in enumerate(table.rows):
         # times are no part of a row's identity
         first = seen.setdefault(row, i)
@@ -211,7 +211,7 @@ def _sizes(value: Any, name: str, where: str) -> tuple[int, ...]:
     return tuple(_size(v, name, where, least=0 if name == "capability" else 1) for v in value)
 
 
-def _row(fields: Any, where: str) -> Row:
+def _row(fields: Any, where: str) -> TableRow:
     if not isinstance(fields, dict):
         raise MoleFileError(where, expected="an object", got=type(fields).__name__)
     M, K, N, sets = (_size(fields.get(name), name, where) for name in ("M", "K", "N", "sets"))
@@ -230,7 +230,7 @@ def _row(fields: Any, where: str) -> Row:
     ):
         if not right:
             raise MoleFileError(where, name, expected=expected, got=printable(repr(value)))
-    return Row(M, K, N, ranks, sets, dtype, gate, direction, _times(fields.get("us"), where))
+    return TableRow(M, K, N, ranks, sets, dtype, gate, direction, _times(fields.get("us"), where))
 
 
 def _times(us: Any, where: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ from mole_kernels.backends import stacked, triton
 from mole_kernels.dispatch.choose import CANDIDATES, choose
 from mole_kernels.dispatch.device import KNOWN
 from mole_kernels.dispatch.suite import RANKS, suite
-from mole_kernels.dispatch.tables import Row, Table
+from mole_kernels.dispatch.tables import Table, TableRow
 from mole_kernels.dispatch.work import Use
 from mole_kernels.operands import Call, Experts, Gates, Need, Saved
 from tests.dispatch.support import H200, problem
@@ -114,11 +114,11 @@ def test_bad_tiles_are_named_as_the_reason():
     assert "launches" in (choice.of("stacked").lost or "")
 
 
-def table(*rows: Row) -> Table:
+def table(*rows: TableRow) -> Table:
     return Table("NVIDIA H200", "h200", (9, 0), 132, {}, "now", rows)
 
 
-MEASURED = Row(
+MEASURED = TableRow(
     2048,
     1280,
     1280,

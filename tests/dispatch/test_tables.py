@@ -10,8 +10,8 @@ import pytest
 from mole_kernels.dispatch import tables
 from mole_kernels.dispatch.device import known
 from mole_kernels.dispatch.tables import (
-    Row,
     Table,
+    TableRow,
     distance,
     dumps,
     for_device,
@@ -27,7 +27,7 @@ from tests.dispatch.support import H200, problem
 
 US = {"plain": 12.5, "stacked": 30.0, "persistent": 14.25}
 ROWS = tuple(
-    Row(M, 1280, 1280, (R // 2, R // 2), 1, "bfloat16", gate, direction, US)
+    TableRow(M, 1280, 1280, (R // 2, R // 2), 1, "bfloat16", gate, direction, US)
     for M in (512, 2048)
     for R in (32, 128)
     for gate in ("none", "token+sample", "mask+token")

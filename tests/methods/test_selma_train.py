@@ -22,8 +22,8 @@ from mole_kernels.methods.selma.train import (
     PRESETS,
     MirroredFolder,
     SkillTraining,
-    attention_targets,
     join_pictures,
+    skill_targets,
     train_skill,
 )
 from mole_kernels.patching.apply import patch
@@ -101,7 +101,7 @@ def test_training_leaves_the_base_bit_for_bit_and_adapts_attention_alone(trained
     for name in PROMPTS:
         expert = load_expert(trained.expert_file(name))
         assert expert.ranks() == {3} and expert.scales() == {1.0}
-        assert {path.removeprefix("unet.") for path in expert.layers} == set(attention_targets(pipe))
+        assert {path.removeprefix("unet.") for path in expert.layers} == set(skill_targets(pipe))
         assert {path.split(".attn")[1][2:] for path in expert.layers} == {"to_q", "to_k", "to_v", "to_out.0"}
         assert all(layer.up.any() for layer in expert.layers.values())
         assert trained.noted("train", name)["steps"] == 4
@@ -151,7 +151,7 @@ def test_what_a_resume_and_a_start_refuse(project, pipe):
     with pytest.raises(MoleStateError, match=r"no expert yet for high.*\n.*train selma"):
         skill_bank(project)
     with pytest.raises(MoleValueError, match="targets"):
-        attention_targets(torch.nn.Linear(2, 2))
+        skill_targets(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("steps", [3, 4])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from mole_kernels.experts.lowrank import Expert, flatten, split_component
 
 
-class Family(NamedTuple):
+class ModelFamily(NamedTuple):
     """What a model is called, the diffusers pipeline that reads its files, and the widths that published
     models of it have.
     """
@@ -33,20 +33,20 @@ FLUX1, FLUX2, SD3, QWEN, ZIMAGE, LUMINA, WAN, HUNYUAN, TEXT = (
     "hunyuan",
     "text",
 )
-FAMILIES: dict[str, Family] = {
-    UNET: Family("Stable Diffusion 1 or 2 UNet", "StableDiffusionPipeline"),
-    SD1: Family("Stable Diffusion 1 UNet", "StableDiffusionPipeline"),
-    SD2: Family("Stable Diffusion 2 UNet", "StableDiffusionPipeline"),
-    SDXL: Family("SDXL UNet", "StableDiffusionXLPipeline"),
-    FLUX1: Family("FLUX.1 transformer", "FluxPipeline", (3072,)),
-    FLUX2: Family("FLUX.2 transformer", "Flux2Pipeline", (3072, 4096, 6144)),
-    SD3: Family("SD3 transformer", "StableDiffusion3Pipeline", (1536, 2432)),
-    QWEN: Family("Qwen-Image transformer", "QwenImagePipeline", (3072,)),
-    ZIMAGE: Family("Z-Image transformer", "ZImagePipeline", (3840,)),
-    LUMINA: Family("Lumina 2 transformer", "Lumina2Pipeline", (2304,)),
-    WAN: Family("Wan transformer", "WanPipeline", (1536, 3072, 5120)),
-    HUNYUAN: Family("HunyuanVideo transformer", "HunyuanVideoPipeline", (3072,)),
-    TEXT: Family("text encoder"),
+FAMILIES: dict[str, ModelFamily] = {
+    UNET: ModelFamily("Stable Diffusion 1 or 2 UNet", "StableDiffusionPipeline"),
+    SD1: ModelFamily("Stable Diffusion 1 UNet", "StableDiffusionPipeline"),
+    SD2: ModelFamily("Stable Diffusion 2 UNet", "StableDiffusionPipeline"),
+    SDXL: ModelFamily("SDXL UNet", "StableDiffusionXLPipeline"),
+    FLUX1: ModelFamily("FLUX.1 transformer", "FluxPipeline", (3072,)),
+    FLUX2: ModelFamily("FLUX.2 transformer", "Flux2Pipeline", (3072, 4096, 6144)),
+    SD3: ModelFamily("SD3 transformer", "StableDiffusion3Pipeline", (1536, 2432)),
+    QWEN: ModelFamily("Qwen-Image transformer", "QwenImagePipeline", (3072,)),
+    ZIMAGE: ModelFamily("Z-Image transformer", "ZImagePipeline", (3840,)),
+    LUMINA: ModelFamily("Lumina 2 transformer", "Lumina2Pipeline", (2304,)),
+    WAN: ModelFamily("Wan transformer", "WanPipeline", (1536, 3072, 5120)),
+    HUNYUAN: ModelFamily("HunyuanVideo transformer", "HunyuanVideoPipeline", (3072,)),
+    TEXT: ModelFamily("text encoder"),
 }
 
 UNETS = frozenset({UNET, SD1, SD2, SDXL})

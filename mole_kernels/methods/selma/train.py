@@ -135,7 +135,7 @@ def train_skill(
         alpha=training.alpha,
         config=training.config,
         null=batches.null,
-        targets=attention_targets(pipe),
+        targets=skill_targets(pipe),
         init="gaussian",
         **options,
     )
@@ -179,7 +179,7 @@ def size_multiple(pipe: Any) -> int:
     return 2 ** (len(pipe.vae.config.block_out_channels) - 1 + len(pipe.unet.config.block_out_channels) - 1)
 
 
-def attention_targets(pipe: Any) -> dict[str, nn.Module]:
+def skill_targets(pipe: Any) -> dict[str, nn.Module]:
     """{path: layer} of to_q, to_k, to_v and to_out.0 of every attention of the UNet."""
     unet = getattr(pipe, "unet", pipe)
     layers = {
