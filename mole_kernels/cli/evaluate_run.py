@@ -15,7 +15,7 @@ from mole_kernels.cli.training import named
 from mole_kernels.errors import MoleValueError
 from mole_kernels.files.writer import atomic_write, write_json
 from mole_kernels.metrics.distances import Inception, fid, kid
-from mole_kernels.metrics.faces import InsightFaces, face_similarity
+from mole_kernels.metrics.faces import InsightFaceModel, face_similarity
 from mole_kernels.metrics.folders import Sample, read_samples, with_texts
 from mole_kernels.metrics.models import ClipModel, ImageModel
 from mole_kernels.metrics.preference import ImageRewardModel, hps, image_reward, pick_score
@@ -33,7 +33,7 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
     "hps": ClipModel.load,
     "dino": ImageModel.load,
     "diversity": ImageModel.load,
-    "face": InsightFaces,
+    "face": InsightFaceModel,
     "image-reward": ImageRewardModel,
     "fid": lambda source: _extractor(source),
     "kid": lambda source: _extractor(source),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mole_kernels.doors import door
 
 if TYPE_CHECKING:
+    from mole_kernels.methods.auto_regions import MaskSettings, automatic_regions, found_gates
     from mole_kernels.methods.difflora.generate import Sampling, generate_experts
     from mole_kernels.methods.difflora.store import load_predictor
     from mole_kernels.methods.lora import train_expert
@@ -49,6 +50,9 @@ _HOME = {
     "EDLoRATraining": "mole_kernels.methods.mix_of_show.edlora",
     "paper_training": "mole_kernels.methods.mix_of_show.edlora",
     "train_edlora": "mole_kernels.methods.mix_of_show.edlora",
+    "MaskSettings": "mole_kernels.methods.auto_regions",
+    "automatic_regions": "mole_kernels.methods.auto_regions",
+    "found_gates": "mole_kernels.methods.auto_regions",
     "Augmentation": "mole_kernels.methods.mix_of_show.augment",
     "AugmentedConcept": "mole_kernels.methods.mix_of_show.augmented",
     "read_paper_options": "mole_kernels.methods.mix_of_show.paper_options",
@@ -77,10 +81,13 @@ __all__ = [
     "Concept",
     "EDLoRATraining",
     "FusionSettings",
+    "MaskSettings",
     "Region",
     "Sampling",
+    "automatic_regions",
     "concept_batches",
     "concept_tokens",
+    "found_gates",
     "fuse_pipeline",
     "generate_experts",
     "load_concept",

@@ -11,7 +11,7 @@ from mole_kernels.doors import door
 
 if TYPE_CHECKING:
     from mole_kernels.metrics.distances import fid, kid
-    from mole_kernels.metrics.faces import InsightFaces, face_similarity
+    from mole_kernels.metrics.faces import InsightFaceModel, face_similarity
     from mole_kernels.metrics.folders import Sample, read_samples
     from mole_kernels.metrics.models import ClipModel, ImageModel
     from mole_kernels.metrics.preference import hps, image_reward, pick_score
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HOME = {
     "fid": "mole_kernels.metrics.distances",
     "kid": "mole_kernels.metrics.distances",
-    "InsightFaces": "mole_kernels.metrics.faces",
+    "InsightFaceModel": "mole_kernels.metrics.faces",
     "face_similarity": "mole_kernels.metrics.faces",
     "Sample": "mole_kernels.metrics.folders",
     "read_samples": "mole_kernels.metrics.folders",
@@ -54,7 +54,7 @@ __all__ = [
     "ClipModel",
     "Comparison",
     "ImageModel",
-    "InsightFaces",
+    "InsightFaceModel",
     "Protocol",
     "Result",
     "Sample",

@@ -29,7 +29,7 @@ class FaceModel(Protocol):
     def face(self, image: Any) -> Tensor | None: ...
 
 
-class InsightFaces:
+class InsightFaceModel:
     """A `FaceModel`: detection and ArcFace of InsightFace.
 
     Args:

@@ -17,7 +17,7 @@ from mole_kernels.metrics import (
     PROTOCOLS,
     ClipModel,
     ImageModel,
-    InsightFaces,
+    InsightFaceModel,
     Result,
     Sample,
     clip_i,
@@ -248,7 +248,7 @@ def test_faces_are_compared_and_hidden_ones_count_nothing(tmp_path):
     with pytest.raises(MoleValueError, match=r"p1\.png.*subject among a, got b"):
         face_similarity(pictures[1:2], references[:1], Faces())
     with pytest.raises(MoleFileError, match="buffalo_l"):
-        InsightFaces(str(tmp_path / "none"))
+        InsightFaceModel(str(tmp_path / "none"))
 
 
 def test_image_reward_by_its_package(tmp_path, monkeypatch, drawn):

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mole_kernels.attention.grids import token_grid
 from mole_kernels.errors import MoleShapeError, MoleTypeError, MoleValueError, printable
 from mole_kernels.files.limits import finite
+
+__all__ = ["Box", "Region", "check_box", "parse_regions", "read_regions", "shares", "token_grid"]
 
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
@@ -224,18 +227,3 @@ def shares(regions: Sequence[Region], height: int, width: int, *, overlap: str =
         return table / table.sum(0)
     last = (table * torch.arange(1, len(table) + 1)[:, None]).argmax(0)
     return F.one_hot(last, len(table)).mT.float().contiguous()
-
-
-def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
-    """The grid of a layer's tokens in a height x width picture: halvings of its latents, or the paper's
-    √(H·W/tokens) where that fits.
-
-    Raises MoleShapeError where no grid of that proportion has so many places.
-    """
-    step = math.sqrt(height * width / tokens)
-    for h in {math.ceil(height / step), math.floor(height / step), round(height / step)}:
-        if h and tokens % h == 0 and abs(tokens // h - width / step) <= 1:
-            return h, tokens // h
-    raise MoleShapeError(
-        "regions", expected=f"a grid of {tokens} tokens in the proportion {height}:{width}", got="none"
-    )
