@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError
+from mole_kernels.training.objectives.noised import Noised
+from mole_kernels.training.objectives.reduce import reduced
 
 TARGETS = ("epsilon", "v_prediction")
 CONDITIONS = ("encoder_hidden_states", "text_embeds", "time_ids")
@@ -149,6 +151,19 @@ class DenoisingLoss:
             )
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+        noised = self.noised(batch, generator, dtype_of(model, batch))
+        return self.compare(self.predict(noised, model), noised)
+
+    def noised(
+        self, batch: Mapping[str, Tensor], generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> Noised:
+        """All that is drawn for a batch, and what follows from it before the UNet runs.
+
+        Args:
+            batch: As for the call.
+            generator: On the CPU.
+            dtype: The UNet's.
+        """
         latents = self._latents(batch)
         n = latents.shape[0]
         noise = torch.randn(latents.shape, generator=generator).to(latents)
@@ -157,18 +172,24 @@ class DenoisingLoss:
         )
         dropped = (torch.rand(n, generator=generator) < self.cond_dropout).to(latents.device)
         conditions = {key: self._drop(key, batch[key], dropped) for key in CONDITIONS if key in batch}
-        text = conditions.pop("encoder_hidden_states")
-        return denoising_loss(
-            model,
-            self.scheduler,
-            latents,
-            timesteps,
-            noise,
-            text,
-            conditions or None,
-            self.snr_gamma,
-            batch.get("mask"),
-        )
+        conditions["encoder_hidden_states"] = conditions["encoder_hidden_states"].to(dtype)
+        kind, signal, spread = _coefficients(self.scheduler, timesteps, latents)
+        noisy = signal * latents.float() + spread * noise.float()
+        target = noise.float() if kind == "epsilon" else signal * noise.float() - spread * latents.float()
+        weight = None if self.snr_gamma is None else min_snr_weight(self.scheduler, timesteps, self.snr_gamma)
+        mask = batch.get("mask")
+        return Noised(noisy.to(dtype), target, timesteps, weight, conditions, mask)
+
+    def predict(self, noised: Noised, model: nn.Module) -> Tensor:
+        """The UNet's prediction for a batch that `noised` has made."""
+        added = dict(noised.conditions)
+        text = added.pop("encoder_hidden_states")
+        extra = {"added_cond_kwargs": added} if added else {}
+        return model(noised.noisy, noised.timesteps, text, return_dict=False, **extra)[0]
+
+    def compare(self, prediction: Tensor, noised: Noised) -> Tensor:
+        """The loss of a prediction, a float32 scalar."""
+        return reduced((prediction.float() - noised.target).square(), noised.weight, noised.mask)
 
     def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
         if not isinstance(batch, Mapping):
@@ -228,6 +249,12 @@ def _coefficients(scheduler: Any, timesteps: Tensor, latents: Tensor) -> tuple[s
         raise MoleTypeError("denoising_loss: timesteps", expected="integers", got=timesteps.dtype)
     alpha_bar = alphas[timesteps.cpu()].to(latents.device, torch.float32)[:, None, None, None]
     return kind, alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+
+
+def dtype_of(unet: nn.Module, batch: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that a UNet computes a batch in."""
+    latents = batch.get("latents") if isinstance(batch, Mapping) else None
+    return _dtype(unet, torch.float32 if latents is None else latents.dtype)
 
 
 def _dtype(unet: nn.Module, default: torch.dtype) -> torch.dtype:

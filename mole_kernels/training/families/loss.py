@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,29 +10,9 @@ from torch import Tensor, nn
 
 from mole_kernels.errors import MoleShapeError, MoleValueError
 from mole_kernels.training.families.family import Family
-from mole_kernels.training.objectives.objective import Levels, Objective, noisy, objective_of
+from mole_kernels.training.objectives.noised import Noised
+from mole_kernels.training.objectives.objective import Objective, noisy, objective_of
 from mole_kernels.training.objectives.reduce import offset_noise, reduced
-
-
-@dataclass(frozen=True)
-class Noised:
-    """A batch as one step sees it.
-
-    Args:
-        noisy: [B,C,…] in the denoiser's dtype.
-        target: Packed as the prediction is, float32.
-        levels: Timesteps and weights.
-        conditions: What goes to the pipeline, dropped ones replaced.
-        mask: Packed like the target, or None.
-        prior: [B] bool, or None.
-    """
-
-    noisy: Tensor
-    target: Tensor
-    levels: Levels
-    conditions: dict[str, Tensor]
-    mask: Tensor | None
-    prior: Tensor | None
 
 
 class FamilyLoss:
@@ -97,7 +76,8 @@ class FamilyLoss:
         return Noised(
             noisy(latents, noise, levels).to(dtype),
             self.family.packed(self.objective.target(latents, noise, levels)),
-            levels,
+            levels.timesteps,
+            levels.weight,
             conditions,
             None if mask is None else self.family.packed(_over(mask, latents)),
             batch.get("prior"),
@@ -106,7 +86,7 @@ class FamilyLoss:
     def predict(self, noised: Noised, model: nn.Module | None = None) -> Tensor:
         """The denoiser's prediction for a batch that `noised` has made."""
         return self.family.predict(
-            noised.noisy, noised.levels.timesteps, noised.conditions, self.guidance, model
+            noised.noisy, noised.timesteps, noised.conditions, self.guidance, model
         )
 
     def compare(self, prediction: Tensor, noised: Noised) -> Tensor:
@@ -116,7 +96,7 @@ class FamilyLoss:
                 "FamilyLoss: prediction", expected=tuple(noised.target.shape), got=tuple(prediction.shape)
             )
         error = (prediction.float() - noised.target).square()
-        return reduced(error, noised.levels.weight, noised.mask, noised.prior, self.prior_weight)
+        return reduced(error, noised.weight, noised.mask, noised.prior, self.prior_weight)
 
     def _drop(self, key: str, value: Tensor, dropped: Tensor) -> Tensor:
         if key not in self.null:
