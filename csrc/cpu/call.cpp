@@ -105,7 +105,9 @@ Call::Call(const Tensor& x,
 }
 
 bool fuses_base(const Call& c, const Tensor& left) {
-  return beats_torch(c.element) && left.stride(2) == 1 && c.B * c.T >= kFewRows && c.K > 0 && c.N > 0;
+  // by the smallest group and not by the batch, so that nobody's bits depend on who else is in it
+  const bool enough = c.groups.smallest() * c.T >= kFewRows;
+  return beats_torch(c.element) && left.stride(2) == 1 && enough && c.K > 0 && c.N > 0;
 }
 
 Tensor wide_bias(const Call& c, const Maybe& bias) {

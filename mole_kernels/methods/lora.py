@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from mole_kernels.errors import MoleTypeError, MoleValueError
-from mole_kernels.experts.bank import ExpertBank, Init
+from mole_kernels.experts.bank import Init
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.layers.linear import Gated
-from mole_kernels.modules.scan import attention_targets, mole_targets, sizes
 from mole_kernels.patching.apply import patch
 from mole_kernels.patching.handle import Handle
 from mole_kernels.training.config import TrainConfig
-from mole_kernels.training.data import counted_generator
 from mole_kernels.training.families.loss import FamilyLoss
+from mole_kernels.training.fresh import FreshExpert, layers_to_adapt
 from mole_kernels.training.loop import LossFunction, RunOptions, fit
 from mole_kernels.training.loss import DenoisingLoss
 from mole_kernels.training.objectives.objective import objective_of
@@ -80,27 +79,21 @@ def train_expert(
     2022).
     """
     learner = denoiser_and_loss(pipe_or_unet, scheduler, null, config, "train_expert", loss_fn)
-    model = learner.model
-    if targets is None:
-        targets = mole_targets(model) if learner.component == "unet" else attention_targets(model)
-    if not targets:
-        hint = "pass targets=, the layers to adapt"
-        problem = "the model has no Transformer2DModel layers, and no attention of known names"
-        raise MoleValueError("train_expert: targets", problem, hint=hint)
-    generator = counted_generator(config.seed, "expert", name)
-    fresh = ExpertBank.new(
-        {path: sizes(m) for path, m in targets.items()}, [name], rank, alpha, generator=generator, init=init
-    )
-    identity = {"method": "mole", "stage": "2", "expert": name, "rank": str(rank), "alpha": str(alpha)}
+    model, plan = learner.model, FreshExpert(name, rank, alpha, init)
+    fresh = plan.bank(layers_to_adapt(model, learner.component, targets, "train_expert"), config.seed)
     with patch(model, fresh) as handle:
         widen_to_float32(layer.experts for layer in gated_layers(handle))
         result = fit(
-            model, handle.expert_parameters(), batches, config, loss_fn=learner.loss, identity=identity, **run
+            model,
+            handle.expert_parameters(),
+            batches,
+            config,
+            loss_fn=learner.loss,
+            identity=plan.identity(),
+            **run,
         )
         trained = handle.bank().experts[name]
-    metadata = identity | {"steps": str(result.steps), "loss": f"{result.late_loss():.6g}"}
-    layers = {f"{learner.component}.{path}": f.to(device="cpu") for path, f in trained.layers.items()}
-    return Expert(layers, dialect="memory", source=f"trained expert {name}", metadata=metadata)
+    return plan.trained(trained, learner.component, result.steps, result.late_loss())
 
 
 class Learner(NamedTuple):

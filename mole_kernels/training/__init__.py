@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from mole_kernels.training.families.loss import FamilyLoss
     from mole_kernels.training.loop import TrainResult, fit
     from mole_kernels.training.loss import DenoisingLoss, denoising_loss
+    from mole_kernels.training.many.job import Job
+    from mole_kernels.training.many.run import TrainMany
     from mole_kernels.training.objectives.objective import Diffusion, FlowMatching, objective_of
     from mole_kernels.training.pictures import PictureFolder
 
@@ -23,6 +25,8 @@ _HOME = {
     "TrainResult": "mole_kernels.training.loop",
     "DenoisingLoss": "mole_kernels.training.loss",
     "denoising_loss": "mole_kernels.training.loss",
+    "Job": "mole_kernels.training.many.job",
+    "TrainMany": "mole_kernels.training.many.run",
     "FamilyLoss": "mole_kernels.training.families.loss",
     "Diffusion": "mole_kernels.training.objectives.objective",
     "FlowMatching": "mole_kernels.training.objectives.objective",
@@ -38,10 +42,12 @@ __all__ = [
     "Diffusion",
     "FamilyLoss",
     "FlowMatching",
+    "Job",
     "PictureBatches",
     "PictureFolder",
     "TensorBatches",
     "TrainConfig",
+    "TrainMany",
     "TrainResult",
     "denoising_loss",
     "fit",

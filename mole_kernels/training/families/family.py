@@ -90,6 +90,12 @@ class Family:
         """The pipeline's transformer or UNet."""
         return self.step.model
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The denoiser's: its first parameter's, since experts beside it may be kept in float32."""
+        parameters = self.denoiser.parameters()
+        return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+
     def packed(self, latents: Tensor) -> Tensor:
         """Latents in the form that the pipeline's loop holds them in."""
         return self._pack(self.pipe, latents)
@@ -193,9 +199,8 @@ class Family:
 
     def conditions(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The entries of a batch that go to the pipeline, floating ones in the denoiser's dtype."""
-        dtype = next((p.dtype for p in self.denoiser.parameters() if p.is_floating_point()), torch.float32)
         return {
-            name: value.to(dtype) if value.is_floating_point() else value
+            name: value.to(self.dtype) if value.is_floating_point() else value
             for name, value in batch.items()
             if name not in _OF_THE_LOSS
         }

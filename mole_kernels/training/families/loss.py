@@ -58,8 +58,16 @@ class FamilyLoss:
         noised = self.noised(batch, generator)
         return self.compare(self.predict(noised, model), noised)
 
-    def noised(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Noised:
-        """All that is drawn for a batch, and what follows from it before the denoiser runs."""
+    def noised(
+        self, batch: Mapping[str, Tensor], generator: torch.Generator, dtype: torch.dtype | None = None
+    ) -> Noised:
+        """All that is drawn for a batch, and what follows from it before the denoiser runs.
+
+        Args:
+            batch: As for the call.
+            generator: On the CPU.
+            dtype: The denoiser's; None asks it.
+        """
         latents = self.family.check(batch)
         n = latents.shape[0]
         noise = torch.randn(latents.shape, generator=generator).to(latents)
@@ -69,9 +77,7 @@ class FamilyLoss:
         conditions = self.family.conditions(batch)
         if self.cond_dropout > 0:
             conditions = {key: self._drop(key, value, dropped) for key, value in conditions.items()}
-        dtype = next(
-            (p.dtype for p in self.family.denoiser.parameters() if p.is_floating_point()), latents.dtype
-        )
+        dtype = dtype or self.family.dtype
         mask = batch.get("mask")
         return Noised(
             noisy(latents, noise, levels).to(dtype),
@@ -85,9 +91,7 @@ class FamilyLoss:
 
     def predict(self, noised: Noised, model: nn.Module | None = None) -> Tensor:
         """The denoiser's prediction for a batch that `noised` has made."""
-        return self.family.predict(
-            noised.noisy, noised.timesteps, noised.conditions, self.guidance, model
-        )
+        return self.family.predict(noised.noisy, noised.timesteps, noised.conditions, self.guidance, model)
 
     def compare(self, prediction: Tensor, noised: Noised) -> Tensor:
         """The loss of a prediction, a float32 scalar."""

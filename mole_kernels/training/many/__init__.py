@@ -1,0 +1,1 @@
+"""Many experts trained on one frozen base in one step, each as if it were trained alone."""
