@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mole_kernels.methods.mix_of_show.regions import Region, parse_regions, read_regions
     from mole_kernels.methods.mix_of_show.sampling import region_gates, regional
     from mole_kernels.methods.mix_of_show.tokens import concept_tokens, read_concepts
+    from mole_kernels.methods.mix_of_show.transformers import regional_transformer
     from mole_kernels.methods.mole.sampling import sample_pictures
     from mole_kernels.methods.mole.stages import train_gates, train_unet
     from mole_kernels.methods.selma.merging import merge_skills
@@ -46,6 +47,7 @@ _HOME = {
     "parse_regions": "mole_kernels.methods.mix_of_show.regions",
     "regional": "mole_kernels.methods.mix_of_show.sampling",
     "region_gates": "mole_kernels.methods.mix_of_show.sampling",
+    "regional_transformer": "mole_kernels.methods.mix_of_show.transformers",
     "regional_flux": "mole_kernels.methods.mix_of_show.joint",
     "EDLoRATraining": "mole_kernels.methods.mix_of_show.edlora",
     "paper_training": "mole_kernels.methods.mix_of_show.edlora",
@@ -104,6 +106,7 @@ __all__ = [
     "region_gates",
     "regional",
     "regional_flux",
+    "regional_transformer",
     "sample_concepts",
     "sample_pictures",
     "save_concept",
