@@ -68,6 +68,16 @@ class DiffLoRADataArgs:
     caption: Annotated[
         str, option("Caption of pictures that have none (.txt beside them, or metadata.jsonl).", panel=DATA)
     ] = "a photo of a person"
+    same_face: Annotated[
+        float | None,
+        option("Cosine below which a face is another's, with --face-models; 0.3 to 0.5.", panel=DATA),
+    ] = None
+    rare_token: Annotated[
+        str, option("Rare token for {} in --caption, which then is every picture's caption.", panel=DATA)
+    ] = ""
+    class_pictures: Annotated[
+        Path | None, option("Folder of class pictures for prior preservation.", panel=DATA)
+    ] = None
     per_shard: Annotated[int, option("Vectors in each shard.", min=1)] = 256
     resolution: Resolution = "512"
     rank: Rank = 4

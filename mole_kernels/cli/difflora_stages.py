@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mole_kernels.io import save_expert
 from mole_kernels.methods.difflora.autoencoder import AutoencoderConfig, LoRAAutoencoder
 from mole_kernels.methods.difflora.dataset import (
     HasFace,
+    IdentityFilter,
     IdentityTraining,
     MinimumSize,
     PictureFilter,
@@ -40,6 +41,7 @@ from mole_kernels.methods.difflora.features import (
     SmallImages,
 )
 from mole_kernels.methods.difflora.generate import Sampling, generate_experts
+from mole_kernels.methods.difflora.identities import SameFace
 from mole_kernels.methods.difflora.predictor import Predictor
 from mole_kernels.methods.difflora.shards import LoRADataset, pack_shards
 from mole_kernels.methods.difflora.store import (
@@ -67,8 +69,9 @@ def make_data(asked: DiffLoRADataArgs) -> None:
     side = resolution_of(asked.resolution)
     if not isinstance(side, int):
         raise MoleValueError("--resolution", expected="one side in pixels", got=printable(asked.resolution))
-    faces = [HasFace(InsightFaces(asked.face_models))] if asked.face_models else []
-    accept = _All(MinimumSize(asked.min_side), *faces)
+    if asked.same_face is not None and asked.face_models is None:
+        raise MoleValueError("--same-face", expected="--face-models with it", got="none")
+    accept = _filters(asked)
     wide = "float32" if processes().device.type == "cpu" else "bfloat16"
     pipe = read_pipeline(asked.model, asked.dtype or wide)
     rank = asked.rank or 4
@@ -81,9 +84,13 @@ def make_data(asked: DiffLoRADataArgs) -> None:
         size_multiple(pipe),
         tuple(asked.target_module or IdentityTraining.targets),
         caption=asked.caption,
+        token=asked.rare_token,
+        prior=1.0 if asked.class_pictures is not None else 0.0,
         per_shard=asked.per_shard,
     )
-    files = train_identities(pipe, asked.root, asked.out, training, accept=accept)
+    files = train_identities(
+        pipe, asked.root, asked.out, training, accept=accept, class_pictures=asked.class_pictures
+    )
     shards = pack_shards(asked.out, list(files))
     _say(shards.folder, f"{len(shards)} LoRAs of {shards.manifest.length:,} numbers each")
 
@@ -178,8 +185,27 @@ def generate_file(asked: DiffLoRAGenerateArgs) -> None:
     done(str(asked.out), f"{layers} from {len(pictures)} pictures in {seconds:.2f} s")
 
 
+def _filters(asked: DiffLoRADataArgs) -> PictureFilter | IdentityFilter:
+    """What pictures must be: large enough, and with face models show a face, or the identity's."""
+    size = MinimumSize(asked.min_side)
+    if asked.face_models is None:
+        return size
+    encoder = InsightFaces(asked.face_models)
+    if asked.same_face is None:
+        return _All(size, HasFace(encoder))
+    return _SameFaceToo(size, SameFace(encoder, asked.same_face))
+
+
+class _SameFaceToo:
+    def __init__(self, first: PictureFilter, faces: SameFace) -> None:
+        self.first, self.faces = first, faces
+
+    def for_folder(self, source: Path) -> PictureFilter:
+        return _All(self.first, self.faces.for_folder(source))
+
+
 class _All:
-    def __init__(self, *filters: PictureFilter) -> None:
+    def __init__(self, *filters: Callable[[Picture], str | None]) -> None:
         self.filters = filters
 
     def __call__(self, picture: Picture) -> str | None:

@@ -3,6 +3,7 @@ vectors.
 
 work/pictures/NAME/         what the filter left of an identity's pictures, as links, with their captions
 work/experts/NAME.safetensors   one trained LoRA each: an identity that has its file is not trained again
+work/experts/NAME.json          how long it took: seconds, steps, pictures
 work/shards/index.json      layout, settings, and which identity lies in which shard-NNNNN.safetensors
 """
 
@@ -11,11 +12,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mole_kernels.errors import (
     MoleFileError,
@@ -29,16 +31,24 @@ from mole_kernels.experts.lowrank import Expert
 from mole_kernels.files.writer import write_json
 from mole_kernels.io import load_expert, save_expert
 from mole_kernels.methods.difflora.features import ImageEncoder, Picture
+from mole_kernels.methods.difflora.identities import PriorBatches
 from mole_kernels.methods.difflora.shards import FORMAT, settings_of_set
 from mole_kernels.methods.difflora.store import as_plain
 from mole_kernels.methods.lora import train_expert
 from mole_kernels.modules.scan import mole_targets
-from mole_kernels.training.cached import picture_batches
+from mole_kernels.training.cached import PictureBatches, picture_batches
 from mole_kernels.training.captions import METADATA, read_beside, read_captions
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.pictures import SUFFIXES, PictureFolder, decode
 from mole_kernels.training.processes import as_only_process, processes
 from mole_kernels.training.progress import ProgressLine
+
+
+@runtime_checkable
+class IdentityFilter(Protocol):
+    """Makes a filter of each identity's folder."""
+
+    def for_folder(self, source: Path) -> PictureFilter: ...
 
 
 class PictureFilter(Protocol):
@@ -90,7 +100,10 @@ class IdentityTraining:
             DreamBooth LoRAs, whose layers are these four of every attention.
         resolution: Side in pixels, or (height, width).
         multiple: Sizes are multiples of this.
-        caption: Of pictures that have none.
+        caption: Of pictures that have none; with a token, of all.
+        token: Rare token that names the identity, as DreamBooth has it ("sks"): every caption becomes
+            `caption` with {} replaced by it, "a photo of {} person". "" for captions as they are.
+        prior: Weight of the class pictures' loss; 0 for none (DreamBooth: 1).
         per_shard: Vectors in each shard.
     """
 
@@ -103,7 +116,19 @@ class IdentityTraining:
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     init: Init = "kaiming"
     caption: str = "a photo of a person"
+    token: str = ""
+    prior: float = 0.0
     per_shard: int = 256
+
+    def __post_init__(self) -> None:
+        if self.token and "{}" not in self.caption:
+            raise MoleValueError(
+                "IdentityTraining: caption",
+                expected="a text with {} for the token, as in 'a photo of {} person'",
+                got=printable(self.caption),
+            )
+        if not 0 <= self.prior < float("inf"):
+            raise MoleValueError("IdentityTraining: prior", expected="at least 0", got=self.prior)
 
 
 @dataclass(frozen=True)
@@ -137,11 +162,16 @@ def identity_folders(root: str | Path) -> dict[str, Path]:
     return folders
 
 
-def keep_pictures(source: Path, out: Path, accept: PictureFilter, caption: str) -> FilteredPictures:
+def keep_pictures(
+    source: Path, out: Path, accept: PictureFilter, caption: str, *, always: bool = False
+) -> FilteredPictures:
     """Links in `out` to the pictures of `source` that can be read and that `accept` takes, with a
     metadata.jsonl of their captions.
 
     Raises MoleFileError, each picture's reason named, where none is left.
+
+    Args:
+        always: The caption is taken for all pictures, whatever theirs is.
     """
     captions, _ = read_captions(source)
     names, left_out = [], {}
@@ -167,7 +197,7 @@ def keep_pictures(source: Path, out: Path, accept: PictureFilter, caption: str) 
         link = out / f"{i:05d}{Path(name).suffix.lower()}"
         # relative, so that pictures and data set can be moved together
         link.symlink_to(os.path.relpath((source / name).resolve(), out.resolve()))
-        text = captions.get(name) or read_beside(source / name) or caption
+        text = caption if always else captions.get(name) or read_beside(source / name) or caption
         lines.append(json.dumps({"file_name": link.name, "text": text}))
     # last: a folder without it was not finished
     (out / METADATA).write_text("\n".join(lines) + "\n", "utf-8")
@@ -180,7 +210,8 @@ def train_identities(
     work: str | Path,
     training: IdentityTraining,
     *,
-    accept: PictureFilter | None = None,
+    accept: PictureFilter | IdentityFilter | None = None,
+    class_pictures: str | Path | None = None,
     progress: bool = True,
     on_identity: Callable[[str, Expert | None], None] | None = None,
 ) -> dict[str, Path]:
@@ -193,8 +224,16 @@ def train_identities(
     settings began the set.
 
     Args:
+        accept: One filter for all, or one that makes a filter of each identity's folder (`SameFace`).
+        class_pictures: Folder of class pictures, needed where `training.prior` is above 0 (`draw_class`).
         on_identity: Called after each one, with None where it was passed over.
     """
+    if bool(training.prior) != (class_pictures is not None):
+        raise MoleValueError(
+            "train_identities: class_pictures",
+            expected="a folder with prior above 0, none without",
+            got=f"{printable(class_pictures)} with prior {training.prior:g}",
+        )
     folders, work, state = identity_folders(root), Path(work), processes()
     accept = accept if accept is not None else MinimumSize()
     if state.is_main_process:
@@ -205,14 +244,16 @@ def train_identities(
     with ProgressLine("identities", len(mine), 0, 0, progress and state.is_main_process) as line:
         for done, name in enumerate(mine, 1):
             file = work / "experts" / f"{name}.safetensors"
-            filtered, trained = work / "pictures" / name, file.exists()
+            filtered, trained, begun = work / "pictures" / name, file.exists(), time.perf_counter()
             expert = (
                 load_expert(file)
                 if trained
-                else _train_one(pipe, folders[name], filtered, training, accept, targets)
+                else _train_one(pipe, folders[name], filtered, training, accept, targets, class_pictures)
             )
             if expert is not None and not trained:
                 save_expert(expert, file)
+                about = {"seconds": time.perf_counter() - begun, "steps": training.config.steps}
+                write_json(file.with_suffix(".json"), about | {"pictures": len(pictures_of(work, name))})
             if on_identity is not None:
                 on_identity(name, expert)
             line.update(done, samples=done)
@@ -253,11 +294,14 @@ def _train_one(
     source: Path,
     filtered: Path,
     training: IdentityTraining,
-    accept: PictureFilter,
+    accept: PictureFilter | IdentityFilter,
     targets: Mapping[str, Any],
+    class_pictures: str | Path | None,
 ) -> Expert | None:
+    caption = training.caption.replace("{}", training.token)
     try:
-        keep_pictures(source, filtered, accept, training.caption)
+        own = accept.for_folder(source) if isinstance(accept, IdentityFilter) else accept
+        keep_pictures(source, filtered, own, caption, always=bool(training.token))
     except MoleFileError as error:
         warnings.warn(f"{error} This identity is passed over.", MoleWarning, stacklevel=3)
         return None
@@ -265,10 +309,14 @@ def _train_one(
     with as_only_process(), warnings.catch_warnings():
         # of one person's pictures that is no accident
         warnings.filterwarnings("ignore", message=".*one and the same caption", category=MoleWarning)
-        folder = PictureFolder(filtered, training.resolution, multiple=training.multiple)
-        batches = picture_batches(
+        # beside class pictures all have one size
+        buckets = class_pictures is None
+        folder = PictureFolder(filtered, training.resolution, buckets=buckets, multiple=training.multiple)
+        batches: PictureBatches | PriorBatches = picture_batches(
             pipe, folder, min(training.batch_size, len(folder)), seed=training.config.seed, progress=False
         )
+        if class_pictures is not None:
+            batches = _with_prior(pipe, batches, class_pictures, training)
         # one name for all: fresh weights are drawn by seed and name
         return train_expert(
             pipe,
@@ -282,6 +330,16 @@ def _train_one(
             init=training.init,
             progress=False,
         )
+
+
+def _with_prior(
+    pipe: Any, own: PictureBatches | PriorBatches, class_pictures: str | Path, training: IdentityTraining
+) -> PriorBatches:
+    assert isinstance(own, PictureBatches)
+    folder = PictureFolder(class_pictures, training.resolution, buckets=False, multiple=training.multiple)
+    size = min(own.batch_size, len(folder))
+    prior = picture_batches(pipe, folder, size, seed=training.config.seed, progress=False)
+    return PriorBatches(own, prior, training.prior)
 
 
 def _settle(work: Path, training: IdentityTraining) -> None:
