@@ -16,11 +16,11 @@ import typer
 
 from mole_kernels.cli import evaluate, files, machine
 from mole_kernels.cli.difflora import difflora
-from mole_kernels.cli.grammar import MoleGroup
+from mole_kernels.cli.grammar import MoleCommand, MoleGroup
 from mole_kernels.cli.mix_of_show import mix_of_show
 from mole_kernels.cli.screen import show_error, show_warning
 from mole_kernels.cli.selma import selma
-from mole_kernels.cli.train import train
+from mole_kernels.cli.train import many_command, train
 from mole_kernels.errors import MoleError, MoleWarning
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 files.register(app)
 app.add_typer(train, name="train")
+app.command(name="train-many", cls=MoleCommand)(many_command)
 app.add_typer(selma, name="selma")
 app.add_typer(difflora, name="difflora")
 app.add_typer(mix_of_show, name="mix-of-show")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,19 +12,33 @@ from mole_kernels.cli.grammar import MoleCommand, MoleGroup
 from mole_kernels.cli.options import (
     WHAT,
     Alpha,
+    DryRun,
     Dtype,
     LoopArgs,
     Lora,
     PictureArgs,
     Rank,
+    Resume,
     RunArgs,
     option,
     setting,
     takes,
 )
 
+
+class TrainGroup(MoleGroup):
+    """A group that takes a config file in the place of a command."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0].endswith((".yaml", ".yml")):
+            args = ["config", *args]
+        return super().resolve_command(ctx, args)
+
+
 train = typer.Typer(
-    help="Train experts and gates on a folder of captioned pictures.", no_args_is_help=True, cls=MoleGroup
+    help="Train experts and gates on a folder of captioned pictures: train CONFIG.yaml, or a paper's stage.",
+    no_args_is_help=True,
+    cls=TrainGroup,
 )
 mole = typer.Typer(
     help="MoLE's three stages: the UNet (optional), an expert for each set of close-ups, the gates alone.",
@@ -32,6 +46,35 @@ mole = typer.Typer(
     cls=MoleGroup,
 )
 train.add_typer(mole, name="mole")
+
+Config = Annotated[Path, typer.Argument(help="YAML file of the run; docs/training.md lists its keys.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigArgs:
+    """`train CONFIG` and `train-many CONFIG`."""
+
+    config: Config
+    resume: Resume = False
+    dry_run: DryRun = False
+
+
+@train.command(name="config", cls=MoleCommand)
+@takes(ConfigArgs)
+def config_command(asked: ConfigArgs) -> None:
+    """The run of a YAML file; `train CONFIG.yaml` is short for it."""
+    from mole_kernels.cli.train_config import run_config
+
+    run_config(asked.config, resume=asked.resume, dry_run=asked.dry_run)
+
+
+@takes(ConfigArgs)
+def many_command(asked: ConfigArgs) -> None:
+    """Many experts on one base in one step, each as if trained alone; writes a LoRA file for each."""
+    from mole_kernels.cli.train_config import run_many
+
+    run_many(asked.config, resume=asked.resume, dry_run=asked.dry_run)
+
 
 Preset = Annotated[
     Literal["small", "sd15", "sdxl", "demo", "sd"],

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mole_kernels.errors import MoleFileError, MoleStateError, MoleValueError, printable
 from mole_kernels.training.data import counted_generator
 from mole_kernels.training.encode import Encoder, Posterior
+from mole_kernels.training.encode_family import FamilyEncoder
 from mole_kernels.training.pictures import Picture, PictureFolder
 from mole_kernels.training.progress import ProgressLine
 from mole_kernels.training.store import Store, bytes_as, check_room
@@ -94,7 +95,7 @@ class PictureBatches:
             rows.append(self._latents.get(latent_id(picture)) | text)
             if "text_embeds" in text:
                 rows[-1]["time_ids"] = self.folder.time_ids(i)
-        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        return {key: torch.stack(_alike([row[key] for row in rows])) for key in rows[0]}
 
     def describe(self, number: int) -> str:
         """The names of a batch's pictures, for messages."""
@@ -197,7 +198,7 @@ def picture_batches(
     """
     from mole_kernels.training.processes import processes
 
-    encoder, state = Encoder(pipe, posterior), processes()
+    encoder, state = encoder_of(pipe, posterior), processes()
     wrong = [side for bucket in folder.counts() for side in bucket if side % encoder.factor]
     if wrong:
         raise MoleValueError(
@@ -244,7 +245,7 @@ def cache_size(
     """The bytes that the cache of a folder takes, known before a picture is encoded; with the stores, how
     many of them are missing.
     """
-    channels, f = int(encoder.vae.config.latent_channels), encoder.factor
+    channels, f = encoder.channels, encoder.factor
     pictures = {
         latent_id(p): channels * (p.bucket[0] // f) * (p.bucket[1] // f) * dtype.itemsize
         for p in folder.pictures
@@ -255,6 +256,21 @@ def cache_size(
     missing = sum(n + HEADER_BYTES for key, n in pictures.items() if latents is None or key not in latents)
     missing += sum(each + HEADER_BYTES * len(null) for key in captions if texts is None or key not in texts)
     return CacheSize(sum(pictures.values()), each * len(captions), HEADER_BYTES * tensors, missing)
+
+
+def encoder_of(pipe: Any, posterior: Posterior = "mean") -> Encoder:
+    """The encoder of a pipeline: of a UNet's, or of a transformer's family."""
+    if isinstance(getattr(pipe, "transformer", None), nn.Module):
+        return FamilyEncoder(pipe, posterior)
+    return Encoder(pipe, posterior)
+
+
+def _alike(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of one length: texts [T_i,…] of unlike lengths, and their masks, are filled up with zeros."""
+    longest = max((len(row) for row in rows if row.dim()), default=0)
+    if all(row.dim() == 0 or len(row) == longest for row in rows):
+        return list(rows)
+    return [torch.cat([row, row.new_zeros(longest - len(row), *row.shape[1:])]) for row in rows]
 
 
 def latent_id(picture: Picture) -> str:

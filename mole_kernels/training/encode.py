@@ -49,6 +49,11 @@ class Encoder:
         self.zero_null = bool(getattr(getattr(pipe, "config", None), "force_zeros_for_empty_prompt", False))
 
     @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return int(self.vae.config.latent_channels)
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.vae.parameters())
 
@@ -98,7 +103,7 @@ class Encoder:
         """Of the VAE's weights and configuration, and of how its posterior is read."""
         # diffusers' private entries are in another order in each process
         config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
-        return _digest([self.vae], {"config": config, "posterior": self.posterior})
+        return digest_of([self.vae], {"config": config, "posterior": self.posterior})
 
     def text_key(self) -> str:
         """Of every text encoder's weights and configuration, and of the tokenizers' words."""
@@ -114,12 +119,13 @@ class Encoder:
             if name.startswith("tokenizer") and part is not None
         }
         about = {name: part.config.to_dict() for name, part in encoders.items()}  # type: ignore[union-attr, operator]
-        return _digest(
+        return digest_of(
             encoders.values(), {"config": about, "words": words, "pipeline": type(self.pipe).__name__}
         )
 
 
-def _digest(modules: Any, about: Mapping[str, Any]) -> str:
+def digest_of(modules: Any, about: Mapping[str, Any]) -> str:
+    """A checksum of modules' tensors and of what else is said about them."""
     digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=12)
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):

@@ -17,7 +17,7 @@ from mole_kernels.demo.model import SCHEDULE, build_tokenizer
 TOKENS = 5
 
 
-def tiny_vae(scaling=0.5):
+def tiny_vae(scaling=0.5, shift=None):
     return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -26,6 +26,7 @@ def tiny_vae(scaling=0.5):
         norm_num_groups=4,
         mid_block_add_attention=False,
         scaling_factor=scaling,
+        shift_factor=shift,
     )
 
 
@@ -102,5 +103,91 @@ def sdxl_pipeline(seed=0):
             tokenizer_2=two,
             unet=unet,
             scheduler=DDIMScheduler(**SCHEDULE),
+        )
+    )
+
+
+def t5(width=12):
+    """A tokenizer of five words and the letters, and an encoder of two layers."""
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    words += [(f"\u2581{word}", -1.0) for word in ("zero", "one", "two", "three", "four")]
+    words += [(letter, -3.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz"]
+    config = T5Config(
+        vocab_size=len(words),
+        d_model=width,
+        d_kv=6,
+        d_ff=16,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5TokenizerFast(vocab=words, extra_ids=0), T5EncoderModel(config)
+
+
+def sd3_pipeline(seed=0):
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(seed)
+    words = [build_tokenizer(), build_tokenizer()]
+    encoders = [
+        CLIPTextModelWithProjection(text_config(len(w), width, projection_dim=6))
+        for w, width in zip(words, (12, 8))
+    ]
+    tokenizer, encoder = t5(24)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        in_channels=4,
+        out_channels=4,
+        pos_embed_max_size=8,
+    )
+    return quiet(
+        StableDiffusion3Pipeline(
+            vae=tiny_vae(shift=0.1),
+            text_encoder=encoders[0],
+            tokenizer=words[0],
+            text_encoder_2=encoders[1],
+            tokenizer_2=words[1],
+            text_encoder_3=encoder,
+            tokenizer_3=tokenizer,
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+    )
+
+
+def flux_pipeline(seed=0):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    words = build_tokenizer()
+    tokenizer, encoder = t5(12)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=12,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=True,
+    )
+    return quiet(
+        FluxPipeline(
+            vae=tiny_vae(shift=0.1),
+            text_encoder=CLIPTextModel(text_config(len(words), 12)),
+            tokenizer=words,
+            text_encoder_2=encoder,
+            tokenizer_2=tokenizer,
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         )
     )

@@ -96,6 +96,11 @@ class Family:
         parameters = self.denoiser.parameters()
         return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
+    @property
+    def pixels_per_place(self) -> int:
+        """Pixels along a side of one place of the latents."""
+        return _first(self.pipe, _SCALES, 8) * self.row.patched
+
     def packed(self, latents: Tensor) -> Tensor:
         """Latents in the form that the pipeline's loop holds them in."""
         return self._pack(self.pipe, latents)
@@ -158,7 +163,7 @@ class Family:
         }
 
     def _sizes(self, latents: Tensor) -> dict[str, int]:
-        scale = _first(self.pipe, _SCALES, 8) * self.row.patched
+        scale = self.pixels_per_place
         sizes = {"height": latents.shape[-2] * scale, "width": latents.shape[-1] * scale}
         if latents.dim() == 5 and self.step.accepts("num_frames"):
             sizes["num_frames"] = (latents.shape[self.row.frames] - 1) * _first(

@@ -106,6 +106,10 @@ class FamilyLoss:
         if key not in self.null:
             return value
         null = self.null[key].to(value)
+        short = value.shape[1] - null.shape[0] if value.dim() == null.dim() + 1 and null.dim() else 0
+        if short > 0:
+            # an empty text is shorter; its mask, filled up too, leaves the rest out
+            null = torch.cat([null, null.new_zeros(short, *null.shape[1:])])
         if tuple(null.shape) not in (tuple(value.shape[1:]), (1, *value.shape[1:])):
             expected = f"one sample's shape {tuple(value.shape[1:])}"
             raise MoleShapeError(f"FamilyLoss: null {key}", expected=expected, got=tuple(null.shape))

@@ -194,7 +194,8 @@ def objective_of(
     config = getattr(scheduler, "config", {})
     kind = config.get("prediction_type", "epsilon")
     name = type(scheduler).__name__
-    if "FlowMatch" in name or config.get("use_flow_sigmas", False) or kind == "flow_prediction":
+    of_flow = any("FlowMatch" in cls.__name__ for cls in type(scheduler).__mro__)
+    if of_flow or config.get("use_flow_sigmas", False) or kind == "flow_prediction":
         if snr_gamma is not None or debiased:
             expected = f"weights= among {', '.join(FLOW_WEIGHTS)}, as {name} is of flow matching"
             raise MoleValueError("objective_of", expected=expected, got="snr_gamma or debiased")
