@@ -29,7 +29,9 @@ WITHOUT_OUT = {
     "selma pictures",
     "selma merge",
     "selma status",
+    "train config",
     "train selma",
+    "train-many",
 }
 JSON = {"inspect", "doctor", "explain", "compress", "evaluate", "selma evaluate"}
 
