@@ -70,7 +70,7 @@ class Recipe(JobSection):
 
     base: str
     out: Path
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
     run_dir: Path | None = None
     trackers: tuple[str, ...] = ()
 
@@ -82,7 +82,7 @@ class ManyRecipe:
     base: str
     out: Path
     jobs: tuple[JobSection, ...]
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
     run_dir: Path | None = None
     most_samples: int | None = None
 
