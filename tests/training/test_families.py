@@ -7,6 +7,7 @@ from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleStateError
 from mole_kernels.io.experts import load_expert
 from mole_kernels.io.save import save_expert
 from mole_kernels.methods.lora import train_expert
+from mole_kernels.methods.mole import train_gates, train_unet
 from mole_kernels.patching.apply import patch
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.data import TensorBatches
@@ -128,3 +129,45 @@ def test_masks_and_dropped_texts_reach_packed_latents():
         dropped = FamilyLoss(pipe, null=null, cond_dropout=1.0).noised(batch, seeded())
         assert dropped.conditions["prompt_embeds"].abs().sum() == 0
         assert torch.equal(dropped.conditions["prompt_embeds_mask"], batch["prompt_embeds_mask"])
+
+
+@pytest.mark.parametrize("family", ["flux1-dev", "sd3", "qwen-image", "wan", "lumina2"])
+@pytest.mark.parametrize("kind", ["mole", "local", "global", "constant"])
+def test_gates_of_transformers_train_alone(family, kind, tmp_path):
+    """MoLE's third stage: experts and base stay bit for bit, a resumed run is the whole one."""
+    tiny = next(t for t in FAMILIES if t.id == family)
+    pipe, data = tiny.make(), tiny.batch(4)
+    config = TrainConfig(steps=2, lr=3e-2)
+    experts = {}
+    for name in ("left", "right"):
+        batches = TensorBatches(data, 2, seed=len(name))
+        experts[name] = train_expert(pipe, batches, name=name, rank=2, config=config, progress=False)
+
+    def run(steps, folder, resume=False):
+        torch.manual_seed(0)
+        with patch(pipe, experts, kind) as handle:
+            before = [p.clone() for p in (*pipe.transformer.parameters(), *handle.expert_parameters())]
+            frozen = [*pipe.transformer.parameters(), *handle.expert_parameters()]
+            gates = {id(p) for p in handle.gate_parameters()}
+            first = [p.clone() for p in handle.gate_parameters()]
+            options = {"run_dir": tmp_path / folder, "resume": resume, "progress": False}
+            train_gates(handle, TensorBatches(data, 2, seed=1), TrainConfig(steps=steps, lr=3e-2), **options)
+            assert all(torch.equal(a, b) for a, b in zip(before, frozen) if id(b) not in gates)
+            assert any(not torch.equal(a, b) for a, b in zip(first, handle.gate_parameters()))
+            return [p.detach().clone() for p in handle.gate_parameters()]
+
+    whole = run(4, "whole")
+    run(2, "halves")
+    assert all(torch.equal(a, b) for a, b in zip(whole, run(4, "halves", resume=True)))
+
+
+def test_a_whole_transformer_trains_further(tmp_path):
+    """MoLE's first stage."""
+    tiny = next(t for t in FAMILIES if t.id == "sd3")
+    pipe, data = tiny.make(), tiny.batch(4)
+    loss = FamilyLoss(pipe)
+    with torch.no_grad():
+        before = loss(pipe.transformer, data, seeded()).item()
+    train_unet(pipe, TensorBatches(data, 2, seed=1), TrainConfig(steps=8, lr=1e-3), progress=False)
+    with torch.no_grad():
+        assert loss(pipe.transformer, data, seeded()).item() < before
