@@ -124,7 +124,7 @@ def mole_targets(model: object) -> dict[str, nn.Module]:
 # what LoRAs of transformers are trained on where nobody says otherwise: all that attention projects
 _ATTENTION = re.compile(
     r"(^|[._])(attn|attention|attn[12]|self_attn|cross_attn|self_attention|cross_attention)"
-    r"\.((to|add)_(q|k|v|qkv|q_proj|k_proj|v_proj|qkv_mlp_proj)|to_(out\.0|out|add_out))$"
+    r"\.((to|add)_(q|k|v|qkv|q_proj|k_proj|v_proj|qkv_mlp_proj)|to_(out\.0|out|add_out)|img_qkv_proj|txt_kv_proj)$"
 )
 
 

@@ -52,6 +52,11 @@ class Tiny:
         )
         torch.manual_seed(seed)
         denoiser = getattr(diffusers, self.cls)(**self.config).eval().requires_grad_(False)
+        with torch.no_grad():
+            for parameter in denoiser.parameters():
+                # some begin at zero, where nothing that a LoRA does could be seen
+                if parameter.dim() > 1 and not parameter.any():
+                    parameter.normal_(std=0.2)
         pipe = cls(**(parts | {"transformer": denoiser, "scheduler": self.scheduler()}))
         for name, value in self.settings.items():
             setattr(pipe, name, value)
@@ -322,5 +327,48 @@ FAMILIES = [
         (2, 4, 4, 4),
         embeds(5, 12),
         lambda: diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction"),
+    ),
+    Tiny(
+        "ernie-image",
+        "ErnieImagePipeline",
+        "ErnieImageTransformer2DModel",
+        {
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "ffn_hidden_size": 32,
+            "in_channels": 8,
+            "out_channels": 8,
+            "text_in_dim": 12,
+            "rope_axes_dim": (4, 4, 4),
+        },
+        (8, 4, 6),
+        embeds(5, 12) | {"prompt_embeds_mask": torch.tensor([1, 1, 1, 1, 0])},
+        flow(shift=4.0),
+    ),
+    Tiny(
+        "krea2",
+        "Krea2Pipeline",
+        "Krea2Transformer2DModel",
+        {
+            "in_channels": 16,
+            "num_layers": 2,
+            "attention_head_dim": 12,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 32,
+            "timestep_embed_dim": 8,
+            "text_hidden_dim": 12,
+            "num_text_layers": 2,
+            "text_num_attention_heads": 1,
+            "text_num_key_value_heads": 1,
+            "text_intermediate_size": 16,
+            "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (4, 4, 4),
+        },
+        (4, 4, 8),
+        {"prompt_embeds": randn(5, 2, 12), "prompt_embeds_mask": ones(5).bool()},
+        flow(**SHIFTED),
     ),
 ]

@@ -52,6 +52,8 @@ class Row:
 ROWS: dict[str, Row] = {
     "AuraFlowPipeline": Row(one_time=True),
     "CogVideoXPipeline": Row(frames=1),
+    "ErnieImagePipeline": Row(patched=2, lists=("prompt_embeds",), one_time=True),
+    "Krea2Pipeline": Row(unguided=0.0),
     "Flux2Pipeline": Row(patched=2, packs=True),
     "Flux2KleinPipeline": Row(patched=2, packs=True),
     # its own schedule of steps needs some
