@@ -8,6 +8,7 @@ from mole_kernels.doors import door
 
 if TYPE_CHECKING:
     from mole_kernels.methods.auto_regions import MaskSettings, automatic_regions, found_gates
+    from mole_kernels.methods.composed import composed_experts
     from mole_kernels.methods.difflora.generate import Sampling, generate_experts
     from mole_kernels.methods.difflora.store import load_predictor
     from mole_kernels.methods.lora import train_expert
@@ -54,6 +55,7 @@ _HOME = {
     "train_edlora": "mole_kernels.methods.mix_of_show.edlora",
     "MaskSettings": "mole_kernels.methods.auto_regions",
     "automatic_regions": "mole_kernels.methods.auto_regions",
+    "composed_experts": "mole_kernels.methods.composed",
     "found_gates": "mole_kernels.methods.auto_regions",
     "Augmentation": "mole_kernels.methods.mix_of_show.augment",
     "AugmentedConcept": "mole_kernels.methods.mix_of_show.augmented",
@@ -87,6 +89,7 @@ __all__ = [
     "Region",
     "Sampling",
     "automatic_regions",
+    "composed_experts",
     "concept_batches",
     "concept_tokens",
     "found_gates",
