@@ -96,10 +96,10 @@ def gated_lora_linear_with_gates(
         MoleError: As `gated_lora_linear` does.
     """
     compiling = torch.compiler.is_compiling()
-    return evaluate(x, weight, bias, experts, gates or NO_GATES, backend, compiling)
+    return run_call(x, weight, bias, experts, gates or NO_GATES, backend, compiling)
 
 
-def evaluate(
+def run_call(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -109,6 +109,8 @@ class ExpertBank:
         """
         from mole_kernels.experts.layer import LayerExperts
 
+        for name, expert in self.experts.items():
+            expert.check_low_rank(f"ExpertBank.pack, {name!r}")
         layers = self.layer(path)
         if not layers:
             raise MoleKeyError(

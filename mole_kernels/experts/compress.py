@@ -147,6 +147,7 @@ def compress(
 def _compress_expert(
     expert: Expert, target: CompressionTarget, dtype: torch.dtype | None, predicted: Predicted
 ) -> tuple[Expert, Report]:
+    expert.check_low_rank("compress")
     layers, reports = {}, []
     for path, layer, report in compress_layers(expert.layers, target, dtype, predicted):
         layers[path] = layer

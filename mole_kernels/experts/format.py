@@ -57,6 +57,7 @@ def tensors_of_experts(experts: Mapping[str, Expert]) -> tuple[dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     records = []
     for name, expert in experts.items():
+        expert.check_low_rank(f"a file of expert {name!r}")
         scales = Counter(layer.scale for layer in expert.layers.values())
         usual = scales.most_common(1)[0][0] if scales else 1.0
         for path, layer in expert.layers.items():

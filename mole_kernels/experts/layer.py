@@ -29,6 +29,14 @@ class AssignmentSource(Protocol):
         ...
 
 
+class StrengthSource(Protocol):
+    """ΔW of one expert at any strength."""
+
+    def factors(self, strength: float) -> tuple[Tensor, Tensor]:
+        """A [R,K] and B [N,R] of ΔW at a strength."""
+        ...
+
+
 class LayerExperts(nn.Module):
     """E named experts of one layer: A_e one under the other, B_e side by side.
 
@@ -55,6 +63,7 @@ class LayerExperts(nn.Module):
 
     base_scale: Tensor
     scale: Tensor
+    bias_delta: Tensor | None
 
     def __init__(
         self, down: Tensor, up: Tensor, base_scale: Tensor, names: tuple[str, ...], ranks: tuple[int, ...]
@@ -81,6 +90,10 @@ class LayerExperts(nn.Module):
             )
         self.names, self.ranks = tuple(names), tuple(ranks)
         self.route: AssignmentSource | None = None
+        # experts whose ΔW is no multiple of its strength -> what computes it (`patching.families`)
+        self.strengths: dict[str, StrengthSource] = {}
+        # [E,N] float32: what each expert adds to the bias, before scale and gates; None where none does
+        self.register_buffer("bias_delta", None)
         # ranks of the widest layer in the same place of another block; what a compiled block pads to
         self.block_ranks: tuple[int, ...] | None = None
         self.down, self.up = nn.Parameter(down, requires_grad=False), nn.Parameter(up, requires_grad=False)
@@ -181,6 +194,23 @@ class LayerExperts(nn.Module):
         )
         down, up = down[sample, span].clone(), up[sample, :, span].clone()
         return LowRank(down, up, self.base_scale[self.index(name)].item())
+
+    @torch.no_grad()
+    def set_strengths(self, strengths: Mapping[str, float]) -> None:
+        """A and B of experts whose ΔW is no multiple of its strength, at theirs; their scale is then 1.
+
+        Args:
+            strengths: Name -> strength, of those that have such a ΔW.
+        """
+        for name, strength in strengths.items():
+            if name not in self.strengths:
+                continue
+            down, up = self.strengths[name].factors(strength)
+            e, span = self.index(name), self.span(name)
+            part_down, part_up = self.down[0, span], self.up[0, :, span]
+            part_down[: len(down)].copy_(down)
+            part_up[:, : len(down)].copy_(up)
+            self.scale[e] = float(strength != 0)
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, float]) -> None:

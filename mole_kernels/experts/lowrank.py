@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleValueError, printable
+from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, MoleValueError, printable
+
+if TYPE_CHECKING:
+    from mole_kernels.experts.families.family import AdapterFamily
 
 COMPONENTS = (
     "unet",
@@ -207,6 +211,8 @@ class Expert:
         source: The file, for messages.
         metadata: The file's own metadata, text as it came: escape before printing.
         strength: A phrase that says where the file keeps its scales; "" where that is unknown.
+        families: Path -> an expert whose ΔW depends on the base (DoRA, OFT, IA³ …), or that changes a bias or
+            a norm.
 
     Raises:
         MoleKeyError: Two spellings of one layer.
@@ -217,10 +223,11 @@ class Expert:
     source: str = "memory"
     metadata: Mapping[str, str] = field(default_factory=dict)
     strength: str = ""
+    families: Mapping[str, AdapterFamily] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         seen: dict[str, str] = {}
-        for path in self.layers:
+        for path in (*self.layers, *self.families):
             other = seen.setdefault(canonical_path(path), path)
             if other != path:
                 raise MoleKeyError(
@@ -228,6 +235,24 @@ class Expert:
                     f"one layer is named twice: {printable(other)} and {printable(path)}",
                     hint="keep one spelling of each layer in the file",
                 )
+
+    def check_low_rank(self, where: str) -> None:
+        """Refuse an expert that is not A and B alone, where nothing else can be done.
+
+        Args:
+            where: What is being done, for messages.
+
+        Raises:
+            MoleTypeError: Some layers need the base's weight, or change a bias or a norm.
+        """
+        if self.families:
+            kinds = ", ".join(sorted({family.kind for family in self.families.values()}))
+            raise MoleTypeError(
+                f"{where}, {printable(self.source)}",
+                expected="layers that are A and B",
+                got=f"{len(self.families)} layers of {kinds}, which depend on the base or change more than W",
+                hint="mole_kernels.patch computes them beside the base",
+            )
 
     def ranks(self) -> set[int]:
         """Every R among the layers."""

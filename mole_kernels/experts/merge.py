@@ -109,6 +109,8 @@ def plan_merge(
     members = experts.experts if isinstance(experts, ExpertBank) else dict(experts)
     if not members:
         raise MoleValueError("merge", expected="at least one expert", got="none")
+    for name, expert in members.items():
+        expert.check_low_rank(f"merge, {name!r}")
     how = _settings(mode, rank, density, majority_sign_method)
     checked = _weights(weights, tuple(members))
     where, sizes = _align(members)

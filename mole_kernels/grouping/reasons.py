@@ -26,6 +26,8 @@ def reason_against_layers(layers: Sequence[GatedLoRALinear]) -> str | None:
     for layer in layers:
         if type(layer) is not GatedLoRALinear:
             return "a layer holds no experts any more"
+        if layer.experts.bias_delta is not None:
+            return "its experts change the bias"
         if not layer.experts_on:
             return "the experts are off"
         if layer.tokens_group is not None:

@@ -39,13 +39,15 @@ _HARMLESS = frozenset(
         "target_modules "
         "exclude_modules layers_to_transform layers_pattern megatron_config megatron_core runtime_config "
         "loftq_config "
-        "eva_config corda_config lora_ga_config ensure_weight_tying qalora_group_size"
+        "eva_config corda_config lora_ga_config ensure_weight_tying qalora_group_size "
+        "use_dora lora_bias use_effective_conv2d use_cayley_neumann"
     ).split()
 )
+# PEFT's methods that are computed here
+_KINDS = frozenset({"LORA", "LOHA", "LOKR", "OFT", "IA3"})
 # a setting that is on -> what the adapter was trained with
 _REFUSED = {
-    "use_dora": "DoRA",
-    "lora_bias": "a LoRA bias",
+    "coft": "constrained OFT, which projects its blocks at each call",
     "modules_to_save": "whole modules beside the factors (modules_to_save)",
     "trainable_token_indices": "trained tokens (trainable_token_indices)",
     "alora_invocation_tokens": "aLoRA",
@@ -130,7 +132,7 @@ class AdapterConfig:
         part = self._part(component)
         if part is None:
             return 1.0
-        expected = _match(part.get("rank_pattern"), (rest, path), part.get("r"))
+        expected = self.rank(path) or None
         if expected is not None and expected != rank:
             raise MoleKeyError(
                 where, f"the metadata say rank {printable(expected, 20)}, the tensors have rank {rank}"
@@ -138,6 +140,21 @@ class AdapterConfig:
         alpha = _match(part.get("alpha_pattern"), (rest, path), part.get("lora_alpha"))
         convention: Convention = "rslora" if part.get("use_rslora") else "peft"
         return scale_of(convention, None if alpha is None else checked_alpha(f"{where}, alpha", alpha), rank)
+
+    def rank(self, path: str) -> int:
+        """The rank that the settings give a layer; 0 where they do not say.
+
+        Args:
+            path: The layer as the file spells it, with its component where the file names one.
+        """
+        component, rest = split_component(path)
+        part = self._part(component) or {}
+        rank = _match(part.get("rank_pattern"), (rest, path), part.get("r"))
+        return rank if type(rank) is int else 0
+
+    def settings(self) -> Mapping[str, Any]:
+        """PEFT's fields of the file's only component; empty where there are none, or several."""
+        return next(iter(self.parts.values())) if len(self.parts) == 1 else {}
 
     def not_targeted(self, paths: Iterable[str]) -> list[str]:
         """The layers that PEFT would not give factors, by the settings' own list of targets."""
@@ -192,7 +209,7 @@ def is_strength_key(key: str) -> bool:
 
 def _check(part: Mapping[str, Any], where: str) -> None:
     kind = part.get("peft_type")
-    if kind is not None and str(kind).rpartition(".")[2].upper() != "LORA":
+    if kind is not None and str(kind).rpartition(".")[2].upper() not in _KINDS:
         raise MoleKeyError(
             where, f"the adapter is of PEFT's type {printable(kind, 40)}, which is not supported"
         )

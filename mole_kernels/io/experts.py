@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from mole_kernels.errors import MoleKeyError, MoleTypeError, MoleWarning, printable
+from mole_kernels.experts.families.family import AdapterFamily
 from mole_kernels.experts.format import FORMAT, experts_from_tensors
 from mole_kernels.experts.lowrank import Expert, LowRank, canonical_path
 from mole_kernels.experts.shared import store_once
@@ -17,18 +19,18 @@ from mole_kernels.files.opening import PathLike
 from mole_kernels.files.reader import read_tensors
 from mole_kernels.io.adapter_config import AdapterConfig
 from mole_kernels.io.dialects.keys import some_keys
+from mole_kernels.io.families import as_lora, family_of, has_family, refuse_foreign_families
 from mole_kernels.io.foreign import convert_layers
 from mole_kernels.io.layer_keys import (
     LayerKeys,
+    account_for,
     check_header_ranks,
-    collect_layers,
     factors_of_layer,
-    refuse_unsupported,
     same_half,
 )
 from mole_kernels.io.resolve import Pipeline, resolve
 from mole_kernels.io.source import AdapterSource, find_adapter
-from mole_kernels.io.strength import Strength, strength_of
+from mole_kernels.io.strength import Strength, strength_of, written_path
 
 
 def load_expert(
@@ -113,20 +115,35 @@ def expert_from_tensors(
                 f"{where}, '{printable(key)}'", expected="a tensor under a str", got=type(tensor).__name__
             )
     layers = account_for(tensors, where)
+    tensors, alpha_ranks = as_lora(layers, tensors, where)
     target = resolve(layers, tensors, pipeline, where)
     strength = strength_of(layers, metadata, settings_beside(beside, layers, where), alpha, where)
 
     def scale(layer: LayerKeys) -> float:
-        down = tensors[layer.keys["down"]]
-        rank = down.shape[0] if down.dim() else 1
+        # of GLoRA b2 is as A is
+        rows = tensors[layer.keys[next(half for half in ("down", "b2") if half in layer.keys)]]
+        rank = alpha_ranks.get(layer.module, rows.shape[0] if rows.dim() else 1)
         alpha_value = tensors[layer.keys["alpha"]] if "alpha" in layer.keys else None
-        return strength.scale(layer, alpha_value, max(rank, 1), where)
+        if not rank:
+            # PEFT divides by its r whether a half is factored or not
+            rank = strength.config.rank(written_path(layer))
+        return strength.scale(layer, alpha_value, max(rank, 1), where) if rank else 1.0
 
     read: dict[str, LowRank] = {}
+    families: dict[str, AdapterFamily] = {}
     for layer in layers:
-        if not layer.foreign:
-            read[layer.path] = layer_from_tensors(layer, tensors, strength, where)
+        if layer.foreign:
+            continue
+        at, factors = f"{where}, {printable(layer.path)}", None
+        if "down" in layer.keys:
+            factors = replace(factors_of_layer(layer, tensors, at), scale=scale(layer))
+        if has_family(layer):
+            number = scale(layer) if layer.kind == "glora" else 1.0
+            families[layer.path] = family_of(layer, tensors, factors, number, strength.config.settings(), at)
+        elif factors is not None:
+            read[layer.path] = factors
     foreign = [layer for layer in layers if layer.foreign]
+    refuse_foreign_families(foreign, where)
     if foreign and target.converter is not None:
         read = _together(read, convert_layers(foreign, tensors, scale, target.converter, where), where)
     warn_of_zero_scales(read, where)
@@ -136,29 +153,8 @@ def expert_from_tensors(
         source=source,
         metadata=dict(metadata),
         strength=strength.origin,
+        families=families,
     )
-
-
-def account_for(tensors: Mapping[str, Any], where: str, read: Any = None) -> list[LayerKeys]:
-    """Every key of a file as part of a layer; differences that are all zero are left out, with a warning.
-
-    Args:
-        tensors: The file's tensors, or its header's entries, by key.
-        where: The file, for messages.
-        read: Reads the tensor under a key, where `tensors` are entries.
-
-    Raises:
-        MoleKeyError: As `refuse_unsupported` and `collect_layers`.
-    """
-    zero = refuse_unsupported(tensors, where, read)
-    if zero:
-        warnings.warn(
-            f"{where}: {len(zero)} differences are all zero and do nothing: {some_keys(zero)}; they are "
-            "left out",
-            MoleWarning,
-            stacklevel=4,
-        )
-    return collect_layers({key: tensor for key, tensor in tensors.items() if key not in zero}, where)
 
 
 def settings_beside(

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from mole_kernels.errors import MoleKeyError, printable
 from mole_kernels.experts.lowrank import LowRank, flatten
-from mole_kernels.io.dialects.keys import Half, parse_key, some_keys
+from mole_kernels.io.dialects.keys import parse_key, some_keys
 from mole_kernels.io.dialects.paths import module_path, spelled, unflatten
 from mole_kernels.io.layer_keys import LayerKeys, collect_layers, factors_of_layer
 from mole_kernels.io.resolve import hint_of_family
 
-KOHYA: dict[Half, str] = {"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight"}
-DOTTED: dict[Half, str] = KOHYA | {"down": ".lora_A.weight", "up": ".lora_B.weight"}
+KOHYA: dict[str, str] = {"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight"}
+DOTTED: dict[str, str] = KOHYA | {"down": ".lora_A.weight", "up": ".lora_B.weight"}
 # B in any spelling, xlabs' among them
 UP = re.compile(r"(?:lora_B(?:\.[^.]+)?|lora_up|\.up)\.weight\Z")
 
@@ -155,7 +155,7 @@ def _swap_halves(state: dict[str, Any], names: Sequence[str], loaders: set[str])
         state[key] = torch.cat(state[key].chunk(2)[::-1])
 
 
-def _respelled(layer: LayerKeys, half: Half, key: str, loaders: set[str]) -> str:
+def _respelled(layer: LayerKeys, half: str, key: str, loaders: set[str]) -> str:
     """The spelling of a key that the converter reads whole: kohya's flat names for FLUX.1 and Z-Image (whose
     fused q, k, v it cuts only there), dotted names behind `diffusion_model.` for the others; PEFT's adapter
     names go.

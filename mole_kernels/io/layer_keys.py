@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, printable
+from mole_kernels.errors import MoleKeyError, MoleShapeError, MoleTypeError, MoleWarning, printable
 from mole_kernels.experts.checks import checked_lowrank
 from mole_kernels.experts.lazy import Size, stored_dtype
 from mole_kernels.experts.lowrank import LowRank
-from mole_kernels.io.dialects.keys import Ending, Half, is_added, parse_key, some_keys, unsupported
+from mole_kernels.io.dialects.keys import Half, is_added, parse_key, some_keys, unsupported
 from mole_kernels.io.dialects.kinds import what_keys_are
+from mole_kernels.io.dialects.parts import ADDED, BESIDE, KINDS, Ending, Kind, Part, parse_part
 
-HALVES: dict[Half, str] = {"down": "A (down)", "up": "B (up)"}
+HALVES: dict[str, str] = {"down": "A (down)", "up": "B (up)"}
+# kind of adapter -> the parts of it that layers are built from here; what a file has more is refused by name
+_HALVES = frozenset({"w1_a", "w1_b", "w2_a", "w2_b"})
+_BESIDE = frozenset({"alpha", "magnitude", "bias"})
+COMPUTED: dict[Kind, frozenset[str]] = {
+    "lora": frozenset({"down", "up", "mid", "up_bias"}) | _BESIDE,
+    "loha": _HALVES | {"t1", "t2"} | _BESIDE,
+    "lokr": _HALVES | {"w1", "w2", "t2"} | _BESIDE,
+    "full": frozenset({"diff", "bias"}),
+    "glora": frozenset({"a1", "a2", "b1", "b2", "bias"}),
+    "oft": frozenset({"blocks", "rescale", "R", "bias"}),
+    "boft": frozenset({"blocks", "rescale", "bias"}),
+    "ia3": frozenset({"l", "on_input"}),
+    "norm": frozenset({"diff", "bias"}),
+}
+# kind -> what a layer must have: of each row one of its sets, whole
+REQUIRED: dict[Kind, tuple[tuple[frozenset[str], ...], ...]] = {
+    "lora": ((frozenset({"down"}),), (frozenset({"up"}),)),
+    "loha": tuple((frozenset({part}),) for part in ("w1_a", "w1_b", "w2_a", "w2_b")),
+    "lokr": tuple((frozenset({w}), frozenset({f"{w}_a", f"{w}_b"})) for w in ("w1", "w2")),
+    "glora": tuple((frozenset({part}),) for part in ("a1", "a2", "b1", "b2")),
+    "oft": ((frozenset({"blocks"}), frozenset({"R"}), frozenset({"blocks0"})),),
+    "boft": ((frozenset({"blocks"}), frozenset({"R", "s"})),),
+    "ia3": ((frozenset({"l"}),),),
+    "full": ((frozenset({"diff"}), frozenset({"bias"})),),
+    "norm": ((frozenset({"diff"}), frozenset({"bias"}), frozenset({"set"})),),
+}
 # what a header may ask for before its data are read: above any layer of a published model
 MAX_RANK = 4096
 MAX_FACTOR_BYTES = 8 * 2**30
@@ -29,25 +57,27 @@ class LayerKeys:
 
     Attributes:
         module: The module's name in the file.
-        keys: Half -> key.
+        keys: Part (`dialects.parts.ENDINGS`) -> key; of a LoRA "down", "up", "mid" and "alpha".
         ending: Who ends its keys so.
+        kind: What kind of adapter its parts make.
         path: The layer's dotted path, with its component where that is known; "" until it is resolved.
         dialect: The dialect that its name speaks.
         foreign: Whether only a converter knows its name.
     """
 
     module: str
-    keys: dict[Half, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     ending: Ending = ""
+    kind: Kind = "lora"
     path: str = ""
     dialect: str = ""
     foreign: bool = False
 
 
-def refuse_unsupported(
+def account_for(
     tensors: Mapping[str, Any], where: str, read: Callable[[str], Tensor] | None = None
-) -> list[str]:
-    """Refuse what this package does not compute; returns the keys of differences that are all zero.
+) -> list[LayerKeys]:
+    """Every key of a file as part of a layer; differences that are all zero are left out, with a warning.
 
     Args:
         tensors: Tensors, or a header's entries, by key.
@@ -55,11 +85,36 @@ def refuse_unsupported(
         read: Reads the tensor under a key; None where `tensors` holds the tensors themselves.
 
     Raises:
-        MoleKeyError: Keys of DoRA, LoKr, biases, differences that are not zero, and the like.
+        MoleKeyError: Keys of what is not computed here, that are none of an adapter's, that name a part
+            twice, or whose layer misses another.
     """
-    strange = {key: what for key in tensors if (what := unsupported(key))}
-    zero = [key for key in strange if is_added(key) and _is_zero(read(key) if read else tensors[key])]
-    refused = {key: what for key, what in strange.items() if key not in zero}
+    fetch: Callable[[str], Any] = read or tensors.__getitem__
+    zero = [key for key in tensors if _adds(key) and _is_zero(fetch(key))]
+    left = {key: tensor for key, tensor in tensors.items() if key not in set(zero)}
+    _refuse({key: what for key in left if (what := unsupported(key))}, where)
+    layers = collect_layers(left, where)
+    _refuse(
+        {
+            key: BESIDE.get(part, KINDS[layer.kind]) if layer.kind != "norm" else BESIDE["set"]
+            for layer in layers
+            for part, key in layer.keys.items()
+            if part not in COMPUTED.get(layer.kind, ()) and part != "alpha"
+        },
+        where,
+    )
+    check_complete(layers, where)
+    if zero:
+        warnings.warn(
+            f"{where}: {len(zero)} differences are all zero and do nothing: {some_keys(zero)}; they are "
+            "left out",
+            MoleWarning,
+            stacklevel=4,
+        )
+    return layers
+
+
+def _refuse(refused: Mapping[str, str], where: str) -> None:
+    """Refuse keys by what they belong to, if there are any."""
     if refused:
         kinds = ", ".join(sorted(set(refused.values())))
         raise MoleKeyError(
@@ -67,7 +122,12 @@ def refuse_unsupported(
             f"{len(refused)} keys belong to {kinds}: {some_keys(refused)}",
             hint="leaving them out would change the result",
         )
-    return zero
+
+
+def _adds(key: str) -> bool:
+    """Whether the tensor under a key is added to what the model has, so that zeros do nothing."""
+    part = parse_part(key)
+    return is_added(key) if part is None else part.part in ADDED
 
 
 def _is_zero(tensor: Any) -> bool:
@@ -79,27 +139,26 @@ def _is_zero(tensor: Any) -> bool:
 
 
 def collect_layers(tensors: Mapping[str, Any], where: str) -> list[LayerKeys]:
-    """The modules that the keys name, each with both halves.
+    """The modules that the keys name, each with the parts of its adapter.
 
     Raises:
-        MoleKeyError: A key that is none of a LoRA's, a half that is missing or there twice.
+        MoleKeyError: A key that is none of an adapter's, or a part that is there twice or of two kinds.
     """
     layers: dict[str, LayerKeys] = {}
+    kinds: dict[str, dict[Kind, str]] = {}
     unknown = []
     for key in tensors:
-        parsed = parse_key(key)
+        parsed = _part_of(key, tensors)
         if parsed is None:
             unknown.append(key)
             continue
-        module, half, ending = parsed
-        # an alpha may stand behind a half's whole key
-        if half == "alpha" and (inner := parse_key(module)) is not None:
-            module, ending = inner.module, inner.ending
+        module, part, kind, ending = parsed
         layer = layers.setdefault(module, LayerKeys(module))
-        if half in layer.keys:
-            raise same_half(where, layer.keys[half], key, half, module)
-        layer.keys[half] = key
-        if half in HALVES:
+        if part in layer.keys:
+            raise same_half(where, layer.keys[part], key, part, module)
+        layer.keys[part] = key
+        if kind is not None:
+            kinds.setdefault(module, {}).setdefault(kind, key)
             layer.ending = ending
     if unknown:
         text, hint = what_keys_are(unknown, tensors)
@@ -109,19 +168,60 @@ def collect_layers(tensors: Mapping[str, Any], where: str) -> list[LayerKeys]:
             + (f"; {text}" if text else ""),
             hint=hint,
         )
-    for half, name in HALVES.items():
-        lacking = [layer for layer in layers.values() if half not in layer.keys]
-        if lacking:
-            present = [next(iter(layer.keys.values())) for layer in lacking]
-            raise MoleKeyError(
-                where,
-                f"{len(lacking)} layers have no {name}: {some_keys(present)} stands alone",
-                hint="the file is incomplete",
-            )
+    for module, layer in layers.items():
+        _set_kind(layer, kinds.get(module, {}), tensors, where)
     return list(layers.values())
 
 
-def same_half(where: str, first: str, second: str, half: Half, layer: str) -> MoleKeyError:
+def _part_of(key: str, tensors: Mapping[str, Any]) -> Part | None:
+    """The part that a key names, also where only its neighbours tell."""
+    # LyCORIS calls IA3's vector as a layer calls its weight
+    if key.endswith(".weight") and f"{key.removesuffix('weight')}on_input" in tensors:
+        return Part(key.removesuffix(".weight"), "l", "ia3", "")
+    parsed = parse_part(key)
+    # an alpha may stand behind a half's whole key
+    if parsed is not None and parsed.part == "alpha" and (inner := parse_part(parsed.module)) is not None:
+        return parsed._replace(module=inner.module)
+    return parsed
+
+
+def _set_kind(layer: LayerKeys, kinds: Mapping[Kind, str], tensors: Mapping[str, Any], where: str) -> None:
+    if len(kinds) > 1:
+        raise MoleKeyError(
+            f"{where}, {printable(layer.module)}",
+            f"is given two kinds of adapters: {' and '.join(KINDS[kind] for kind in kinds)}",
+            expected="one kind on each layer",
+            got=some_keys(kinds.values()),
+        )
+    alone: Kind = "full" if "bias" in layer.keys else "lora"
+    layer.kind = next(iter(kinds), alone)
+    # LyCORIS calls both the same; a butterfly's blocks have one more dimension, its stages
+    if layer.kind == "oft" and len(getattr(tensors[next(iter(layer.keys.values()))], "shape", ())) == 4:
+        layer.kind = "boft"
+
+
+def check_complete(layers: Iterable[LayerKeys], where: str) -> None:
+    """Refuse layers whose kind of adapter has parts that are not there.
+
+    Raises:
+        MoleKeyError: A part that is missing.
+    """
+    lacking: dict[str, list[str]] = {}
+    for layer in layers:
+        for choices in REQUIRED[layer.kind]:
+            if not any(choice <= set(layer.keys) for choice in choices):
+                parts = " or ".join(" and ".join(sorted(choice)) for choice in choices)
+                name = HALVES.get(parts, f"{parts} of {KINDS[layer.kind]}")
+                lacking.setdefault(name, []).append(next(iter(layer.keys.values())))
+    for name, present in lacking.items():
+        raise MoleKeyError(
+            where,
+            f"{len(present)} layers have no {name}: {some_keys(present)} stands alone",
+            hint="the file is incomplete",
+        )
+
+
+def same_half(where: str, first: str, second: str, half: str, layer: str) -> MoleKeyError:
     """The error of two keys that name one half of one layer."""
     return MoleKeyError(
         where,

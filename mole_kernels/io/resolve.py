@@ -84,7 +84,8 @@ def resolve(
         _place(layer, target)
         other = seen.setdefault(canonical_path(layer.path), layer)
         if other is not layer and not layer.foreign and not other.foreign:
-            raise same_half(where, other.keys["down"], layer.keys["down"], "down", layer.path)
+            first, second = (next(iter(entry.keys.values())) for entry in (other, layer))
+            raise same_half(where, first, second, "down", layer.path)
     if target.converter is None and (strange := [layer for layer in layers if layer.ending == "xlabs"]):
         raise MoleKeyError(
             where,
@@ -248,7 +249,7 @@ def _widths(layers: Iterable[LayerKeys], entries: Mapping[str, Any]) -> dict[str
     for layer in layers:
         name = spelled(layer.module)
         if _of_denoiser(name.component):
-            shape = tuple(getattr(entries.get(layer.keys["down"]), "shape", ()))
+            shape = tuple(getattr(entries.get(layer.keys.get("down", "")), "shape", ()))
             widths[name.rest] = shape[1] if len(shape) > 1 else None
     return widths
 

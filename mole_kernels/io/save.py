@@ -59,6 +59,7 @@ def expert_tensors(
     expert: Expert, dialect: LoraDialect, dtype: torch.dtype | None, sdxl: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of the file that `save_expert` writes."""
+    expert.check_low_rank("save_expert")
     writer = LayerWriter(dialect, expert.dialect, expert.source, dtype, sdxl=sdxl)
     writer.check(expert.layers)
     tensors: dict[str, Tensor] = {}

@@ -20,8 +20,9 @@ from mole_kernels.files.opening import PathLike
 from mole_kernels.files.reader import INDEX, SafetensorsFile
 from mole_kernels.files.stream import atomic_save_stream
 from mole_kernels.io.bank import load_bank
-from mole_kernels.io.experts import account_for, layer_from_tensors, load_expert, settings_beside
-from mole_kernels.io.layer_keys import size_from_shapes
+from mole_kernels.io.experts import layer_from_tensors, load_expert, settings_beside
+from mole_kernels.io.families import has_family
+from mole_kernels.io.layer_keys import account_for, size_from_shapes
 from mole_kernels.io.resolve import Pipeline, resolve
 from mole_kernels.io.save import LayerWriter
 from mole_kernels.io.source import AdapterSource, adapter_name, find_adapter
@@ -108,6 +109,8 @@ def _lazy(
     if not entries:
         raise MoleKeyError(where, "holds no tensors")
     layers = account_for(entries, where, lambda key: file.read([key])[key])
+    if any(has_family(layer) for layer in layers):
+        return None
     resolve(layers, entries, pipeline, where)
     if any(layer.foreign for layer in layers):
         return None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mole_kernels.errors import MoleShapeError, MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
-from mole_kernels.functional import NO_GATES, evaluate
+from mole_kernels.functional import NO_GATES, run_call
 from mole_kernels.gates.gate import Gate
 from mole_kernels.layers import offload, sharded
 from mole_kernels.operands import Experts, Gates
@@ -85,7 +85,10 @@ class Gated(nn.Module):
         if type(weight) not in PLAIN and sharded.is_sharded(weight):
             y, token, sample = sharded.sharded_linear(x, weight, bias, experts, gates)
         else:
-            y, token, sample = evaluate(x, weight, bias, experts, gates, self.backend, compiling)
+            y, token, sample = run_call(x, weight, bias, experts, gates, self.backend, compiling)
+        bias_delta = self._modules["experts"]._buffers.get("bias_delta")  # type: ignore[union-attr]
+        if bias_delta is not None:
+            y = y + bias_term(x, experts.scale, gates.gate, token, sample, bias_delta).to(y.dtype)
         if not compiling:
             given = None if gates.gate is None else gates.gate.detach()
             # past nn.Module's search for parameters and modules
@@ -219,6 +222,39 @@ class GatedLoRALinear(Gated, nn.Linear):
         if not self.experts_on:
             return F.linear(x, weight, bias)
         return self.mixture(x, weight, bias)
+
+
+def bias_term(
+    x: Tensor,
+    scale: Tensor,
+    gate: Tensor | None,
+    token: Tensor | None,
+    sample: Tensor | None,
+    bias_delta: Tensor,
+) -> Tensor:
+    """Σ_e s_e · gate_e · l_e · G_e · β_e: what gated bias differences add to y.
+
+    Args:
+        x: [...,K], the layer's input: the first dimension is the sample, all between are tokens.
+        scale: s [E].
+        gate: Given gate, broadcastable to [B,T,E], or None.
+        token: Token gate l [B,T,E], or None.
+        sample: Sample gate G [B,E], or None.
+        bias_delta: β [E,N].
+
+    Returns:
+        [...,N] float32, of x's leading dimensions or broadcastable to them.
+    """
+    gamma = scale.float()[None, None]
+    for factor in (gate, token, None if sample is None else sample[:, None]):
+        gamma = gamma if factor is None else gamma * factor.float()
+    term = gamma @ bias_delta.float()
+    if x.dim() == 3 or term.shape[:2] == (1, 1):
+        return term if x.dim() == 3 else term[0, 0]
+    samples, tokens = (
+        (x.shape[0], x[0].numel() // x.shape[-1]) if x.dim() > 3 else (1, max(x.numel() // x.shape[-1], 1))
+    )
+    return term.expand(samples, tokens, -1).reshape(*x.shape[:-1], -1)
 
 
 def _layer_experts(experts: LayerExperts | Experts) -> LayerExperts:

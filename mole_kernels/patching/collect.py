@@ -15,6 +15,7 @@ from mole_kernels.gates.gate import MoLEGate
 from mole_kernels.io.gates import GateFile, GateTensors
 from mole_kernels.layers import sharded
 from mole_kernels.layers.conv import conv_of
+from mole_kernels.patching.families import completed_by_base
 
 if TYPE_CHECKING:
     from mole_kernels.patching.patched import Patched
@@ -27,7 +28,7 @@ def collect_bank(patched: Iterable[Patched], plan: Plan) -> ExpertBank:
     for layer in patched:
         for name in layer.experts.names:
             rank = layer.ranks.get(name, 0)
-            if rank:
+            if rank and not completed_by_base(plan.experts[name], layer.path):
                 whole = layer.experts.factor(name)
                 layers[name][layer.path] = LowRank(
                     whole.down[:rank].clone(),
@@ -41,6 +42,7 @@ def collect_bank(patched: Iterable[Patched], plan: Plan) -> ExpertBank:
             dialect="memory",
             source=plan.experts[name].source,
             metadata=plan.experts[name].metadata,
+            families=plan.experts[name].families,
         )
         for name in plan.names
     }

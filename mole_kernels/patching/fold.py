@@ -136,6 +136,8 @@ def fold(model: object, patched: Iterable[Patched], *, keep: bool = True) -> Fol
 def reason_against_folding(target: Patched, owners: dict[int, int]) -> str | None:
     """Why a layer's mixture cannot be a part of its weight, or None."""
     weight = _weight(target.module)
+    if target.experts.bias_delta is not None:
+        return "its experts change the bias too"
     if target.gate is not None and not isinstance(target.gate, ConstantGate):
         kind = type(target.gate).__name__
         return f"its {kind} varies by token, sample or step; only constant gates can be folded"

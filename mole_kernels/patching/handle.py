@@ -18,6 +18,7 @@ from mole_kernels.modules.snapshot import all_or_nothing
 from mole_kernels.patching import block_ranks, guards
 from mole_kernels.patching.block_scales import Scale
 from mole_kernels.patching.contents import PatchContents
+from mole_kernels.patching.families import AppliedDifferences
 from mole_kernels.patching.fold import fold
 from mole_kernels.patching.handles import forget
 from mole_kernels.patching.patched import Patched
@@ -54,6 +55,7 @@ class Handle(PatchContents):
         self._roots, self._places, self._lock = list(roots), places, lock
         self._switches = Switches(lock, self._set_experts_on)
         self._cache: TextCache | None = None
+        self._differences = AppliedDifferences(plan.differences)
         self.groups = Groups(nn.Module(), ())
 
     def __getattr__(self, name: str) -> Any:
@@ -92,6 +94,7 @@ class Handle(PatchContents):
         # merged with what is set under the lock: another thread may set other adapters' scales meanwhile
         with self._lock.change(), self._patched.fetched(write=True, always=absent):
             self._settings.write(layers, checked, by_layer)
+            self._differences.write(self._settings.numbers())
 
     def swap(self, name: str, source: Source, *, strict: bool = True) -> None:
         """Replace one expert by another, all or nothing; its scale and gate rows stay.
@@ -235,6 +238,7 @@ class Handle(PatchContents):
             places = [module for module, _, _ in self._places]
             with all_or_nothing([*self.layers.values(), *places, *self._roots]):
                 self._patched.detach()
+                self._differences.restore()
                 guards.uninstall(self._places)
                 self._lock.unwatch(self._roots)
                 forget(self, self._roots)

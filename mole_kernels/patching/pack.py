@@ -12,6 +12,7 @@ from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.files.limits import finite
 from mole_kernels.layers.offload import compute_dtype, execution_device
+from mole_kernels.patching.families import OnBase
 
 
 def pack(path: str, factors: Mapping[str, LowRank], module: nn.Module) -> LayerExperts:
@@ -29,7 +30,21 @@ def pack(path: str, factors: Mapping[str, LowRank], module: nn.Module) -> LayerE
     for name, factor in factors.items():
         span = experts.span(name)
         check_narrowing(name, path, factor, experts.down[:, span], experts.up[:, :, span])
+    attach_families(experts, factors)
     return experts
+
+
+def attach_families(experts: LayerExperts, factors: Mapping[str, LowRank]) -> None:
+    """What experts that were completed by the base add beside A and B."""
+    completed = {name: factor for name, factor in factors.items() if isinstance(factor, OnBase)}
+    experts.strengths = {n: f.at_strength for n, f in completed.items() if f.at_strength is not None}
+    if any(factor.bias is not None for factor in completed.values()):
+        bias_delta = torch.zeros(len(factors), experts.up.shape[1], device=experts.up.device)
+        for row, name in zip(bias_delta, factors):
+            bias = completed[name].bias if name in completed else None
+            if bias is not None:
+                row.copy_(bias)
+        experts.register_buffer("bias_delta", bias_delta)
 
 
 def check_narrowing(name: str, path: str, factor: LowRank, down: Tensor, up: Tensor) -> None:

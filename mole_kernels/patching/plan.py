@@ -22,6 +22,7 @@ from mole_kernels.io.gates import GateFile, GateTensors
 from mole_kernels.layers.attach import reason_against_attaching
 from mole_kernels.modules.names import Names, few, hint_for, other_family
 from mole_kernels.modules.scan import Scan, quantised_hint, scan, sizes
+from mole_kernels.patching.families import PlannedDifference, planned_differences
 from mole_kernels.patching.gates import match_gates
 from mole_kernels.patching.plan_table import plan_table
 from mole_kernels.patching.sources import GateMaker, Source, read_experts, read_gates
@@ -66,6 +67,7 @@ class Plan:
     gates_unmatched: list[str] = field(default_factory=list)
     gates_missing: list[str] = field(default_factory=list)
     allow_large_rank: bool = False
+    differences: list[PlannedDifference] = field(default_factory=list)
 
     def __str__(self) -> str:
         return plan_table(self)
@@ -111,6 +113,7 @@ def plan(
         model, {}, tuple(by_name), by_name, spec, dict(scanned.skipped), {name: [] for name in by_name}
     )
     result.allow_large_rank = allow_large_rank
+    result.differences = planned_differences(by_name, model)
     wanted = _wanted(targets, scanned, names)
     matched = {name: _match(name, expert, names, scanned, wanted, result) for name, expert in by_name.items()}
     for name, expert in by_name.items():
@@ -126,8 +129,9 @@ def plan(
                 )
         if layer.factors:
             result.layers[path] = layer
+    differing = {name for entry in result.differences for name in entry.differences}
     for name in by_name:
-        if not matched[name]:
+        if not matched[name] and name not in differing:
             raise MoleKeyError(
                 "targets", f"none of the layers asked for is in {source_of(name, by_name[name])}"
             )
@@ -211,6 +215,8 @@ def _check_some_match(
     name: str, expert: Expert, matched: Mapping[str, object], scanned: Scan, names: Names, model: object
 ) -> None:
     keys = list(expert.layers)
+    if not keys and expert.families:
+        return
     if not keys:
         raise MoleKeyError(source_of(name, expert), expected="factors of at least one layer", got="none")
     if not matched and not any(names.find(key) in scanned.layers for key in keys):

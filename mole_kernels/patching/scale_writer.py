@@ -41,12 +41,22 @@ class ScaleSettings:
     ) -> None:
         """Set some adapters' scales, all layers or none."""
         try:
-            self._writer.write(layers, self.by_layer | dict(by_layer))
+            self._write(layers, self.by_layer | dict(by_layer))
             self.asked, self.by_layer = self.asked | dict(asked), self.by_layer | dict(by_layer)
         # layers of one device may have been written, those of another not
         except BaseException:
-            self._writer.write(layers, self.by_layer)
+            self._write(layers, self.by_layer)
             raise
+
+    def _write(self, layers: Mapping[str, LayerExperts], by_layer: Mapping[str, LayerScale]) -> None:
+        self._writer.write(layers, by_layer)
+        for path, layer in layers.items():
+            if layer.strengths:
+                layer.set_strengths({name: scale_at(by_layer[name], path) for name in layer.strengths})
+
+    def numbers(self) -> dict[str, float]:
+        """Each adapter's number; 1 for a scale by component or block."""
+        return {n: 1.0 if isinstance(scale, Mapping) else float(scale) for n, scale in self.asked.items()}
 
     def forget_staged(self) -> None:
         """What is staged belongs to base scales that a swap replaces."""

@@ -19,6 +19,7 @@ from mole_kernels.io.bank import load_bank
 from mole_kernels.io.experts import load_expert
 from mole_kernels.io.gates import GateFile, load_gates
 from mole_kernels.io.resolve import pipeline_for
+from mole_kernels.patching.families import completed
 
 Path: TypeAlias = str | os.PathLike[str]
 Source: TypeAlias = Path | Mapping[str, Tensor] | Expert
@@ -37,7 +38,7 @@ def read_experts(experts: object, model: object) -> tuple[dict[str, Expert], Gat
     if isinstance(experts, ExpertBank):
         for name, expert in experts.experts.items():
             check_values(f"expert {name!r}", expert)
-        return dict(experts.experts), None
+        return {name: completed(expert, model) for name, expert in experts.experts.items()}, None
     if isinstance(experts, str | os.PathLike):
         bank, gates = load_bank(experts)
         return dict(bank.experts), gates
@@ -63,10 +64,10 @@ def read_experts(experts: object, model: object) -> tuple[dict[str, Expert], Gat
 
 
 def read_expert(name: str, source: Source, model: object) -> Expert:
-    """One expert from a path, a mapping of tensors, or as it is."""
+    """One expert from a path, a mapping of tensors, or as it is; completed by the model's weights."""
     if isinstance(source, Expert):
         check_values(f"expert {name!r}", source)
-        return source
+        return completed(source, model)
     if not isinstance(source, str | os.PathLike | Mapping):
         raise MoleTypeError(
             f"expert {name!r}",
@@ -74,7 +75,7 @@ def read_expert(name: str, source: Source, model: object) -> Expert:
             got=type(source).__name__,
         )
     known = pipeline_for(model) if isinstance(model, nn.Module) else hasattr(model, "lora_state_dict")
-    return load_expert(source, pipeline=model if known else None)
+    return completed(load_expert(source, pipeline=model if known else None), model)
 
 
 def read_gates(gates: object) -> GateFile | GateMaker | str | None:

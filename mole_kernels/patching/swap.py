@@ -9,13 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mole_kernels.errors import MoleKeyError, MoleWarning, printable
+from mole_kernels.errors import MoleKeyError, MoleStateError, MoleWarning, printable
 from mole_kernels.experts.layer import LayerExperts
 from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.modules.names import Names, few
 from mole_kernels.modules.scan import scan
 from mole_kernels.modules.snapshot import all_or_nothing
 from mole_kernels.patching.block_scales import LayerScale, scale_at
+from mole_kernels.patching.families import OnBase, reason_against_serving
 from mole_kernels.patching.pack import check_narrowing
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, PlannedLayer, check_factor, source_of, where_in
@@ -38,6 +39,7 @@ def swap_expert(
     expert = read_expert(name, source, plan.model)
     held = [entry for entry in patched.values() if name in entry.experts.names]
     factors = match_held(held, plan, name, expert, strict)
+    _check_swappable(held, plan, name, expert)
     with torch.inference_mode(False), torch.no_grad():
         larger = [
             entry for entry in held if entry.path in factors and factors[entry.path].rank > _room(entry, name)
@@ -74,6 +76,26 @@ def swap_expert(
                     target.copy_(old)
                 raise
     return expert
+
+
+def _check_swappable(held: list[Patched], plan: Plan, name: str, expert: Expert) -> None:
+    """Refuse what a swap would leave half done: differences of biases and norms, a ΔW of its own scale.
+
+    Raises:
+        MoleStateError: The old or the new expert has such parts.
+    """
+    old = any(
+        name in entry.experts.strengths or entry.experts.bias_delta is not None for entry in held
+    ) or any(name in entry.differences for entry in plan.differences)
+    new = reason_against_serving(expert) or any(
+        isinstance(layer, OnBase) and layer.at_strength is not None for layer in expert.layers.values()
+    )
+    if old or new:
+        raise MoleStateError(
+            f"Handle.swap, {name!r}",
+            f"the {'old' if old else 'new'} expert is not A and B alone",
+            hint="remove() and patch anew",
+        )
 
 
 def match_held(

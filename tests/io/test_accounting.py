@@ -20,6 +20,7 @@ from mole_kernels.errors import MoleError, MoleFileError, MoleKeyError, MoleShap
 from mole_kernels.io import load_expert
 from mole_kernels.io.convert import convert
 from mole_kernels.io.dialects.keys import parse_key, unsupported
+from mole_kernels.io.dialects.parts import parse_part
 from mole_kernels.io.mix_of_show import load_mix_of_show
 from mole_kernels.io.stream import open_experts
 from tests.denoisers import DENOISERS, pipeline_of
@@ -28,28 +29,14 @@ diffusers = pytest.importorskip("diffusers")
 
 # endings in the wild that are no plain LoRA's, and a word of the refusal
 ENDINGS = {
-    "diff": "weight difference",
-    "diff_b": "bias difference",
     "diff_m": "modulation",
     "set_weight": "replaces",
     "reshape_weight": "new shape",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_magnitude_vector.default.weight": "DoRA",
-    "w_norm": "norm",
-    "b_norm": "norm",
-    "lora_B.bias": "bias",
-    "lora_bias": "bias",
-    "lora_up.bias": "bias",
     "hada_w1_a": "LoHa",
     "hada_t1": "LoHa",
     "lokr_w1": "LoKr",
     "lokr_w2_b": "LoKr",
-    "oft_blocks": "OFT",
-    "oft_diag": "OFT",
-    "oft_R.default.weight": "OFT",
     "boft_R": "BOFT",
-    "ia3_l": "IA3",
     "on_input": "IA3",
     "a1.weight": "GLoRA",
     "bm2.weight": "GLoRA",
@@ -61,6 +48,23 @@ ENDINGS = {
     "modules_to_save.default.weight": "modules_to_save",
     "lora_A.weight.absmax": "quantised",
 }
+# endings of families that are computed: read as what they are, or refused by their keys
+READ = (
+    "diff",
+    "diff_b",
+    "dora_scale",
+    "lora_magnitude_vector",
+    "lora_magnitude_vector.default.weight",
+    "w_norm",
+    "b_norm",
+    "lora_B.bias",
+    "lora_bias",
+    "lora_up.bias",
+    "oft_blocks",
+    "oft_diag",
+    "oft_R.default.weight",
+    "ia3_l",
+)
 ADDED = ("diff", "diff_b", "diff_m", "w_norm", "b_norm", "lora_B.bias", "lora_bias", "lora_up.bias")
 # module names that go to our tables, to the model's own, and to each kind of converter
 PLACES = {
@@ -89,6 +93,23 @@ def test_what_is_not_computed_is_named(place: str, ending: str):
             with pytest.raises(MoleKeyError, match=ENDINGS[ending]) as caught:
                 load_expert(lora(module) | {extra: torch.ones(8)}, pipeline=given_pipeline)
             assert extra in str(caught.value)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("ending", READ)
+def test_what_is_computed_is_kept_or_named(place: str, ending: str):
+    """Beside a whole layer, and on a layer of its own: a family of the expert, or an error with the key."""
+    module, name = PLACES[place]
+    pipeline = getattr(diffusers, name) if name else None
+    value = torch.ones(8, 1) if ending in ("dora_scale", "ia3_l") else torch.ones(8)
+    for extra in (f"{module}.{ending}", f"{module.replace('0', '1')}.{ending}"):
+        for asked in {None: (None,)}.get(pipeline, (None, pipeline)):
+            try:
+                expert = load_expert(lora(module) | {extra: value}, pipeline=asked)
+            except MoleError as error:
+                assert extra in str(error), error
+            else:
+                assert len(expert.families) == 1
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -258,6 +279,6 @@ def test_a_wan_file_for_two_transformers_says_where_it_went():
         assert list(expert.layers) == [f"{component}.blocks.0.attn1.to_q"]
 
 
-def test_every_ending_that_is_refused_is_known_alone():
+def test_every_ending_is_a_part_or_refused():
     for ending in ENDINGS:
-        assert unsupported(f"x.{ending}"), ending
+        assert (parse_part(f"x.{ending}") is None) == (unsupported(f"x.{ending}") is not None), ending

@@ -170,44 +170,7 @@ CASES = [
         ("both name the A (down)",),
     ),
     Wrong(
-        "48-dora-peft",
-        with_key(A.replace("lora_A.weight", "lora_magnitude_vector")),
-        MoleKeyError,
-        ("1 keys belong to DoRA", "lora_magnitude_vector"),
-    ),
-    Wrong(
-        "48-dora-peft-named",
-        with_key(A.replace("lora_A.", "lora_magnitude_vector.default.")),
-        MoleKeyError,
-        ("belong to DoRA",),
-    ),
-    Wrong(
-        "48-dora-kohya",
-        kohya(dora_scale=torch.ones(N, 1)),
-        MoleKeyError,
-        ("1 keys belong to DoRA", f"'{KOHYA}.dora_scale'"),
-    ),
-    Wrong(
-        "48-lokr",
-        {f"{KOHYA}.lokr_w1": torch.ones(2, 2), f"{KOHYA}.lokr_w2": torch.ones(2, 2)},
-        MoleKeyError,
-        ("2 keys belong to LoKr",),
-    ),
-    Wrong("48-loha", {f"{KOHYA}.hada_w1_a": torch.ones(2, 2)}, MoleKeyError, ("1 keys belong to LoHa",)),
-    Wrong(
-        "48-bias-peft",
-        with_key(B.replace("weight", "bias")),
-        MoleKeyError,
-        ("1 keys belong to a LoRA bias", "lora_B.bias"),
-    ),
-    Wrong(
-        "48-bias-peft-named",
-        with_key(B.replace("weight", "default.bias")),
-        MoleKeyError,
-        ("belong to a LoRA bias",),
-    ),
-    Wrong(
-        "48-bias-kohya", kohya(lora_up__bias=torch.ones(N)), MoleKeyError, ("1 keys belong to a LoRA bias",)
+        "48-loha", {f"{KOHYA}.hada_w1_a": torch.ones(2, 2)}, MoleKeyError, ("no w1_b of LoHa", "hada_w1_a")
     ),
     Wrong(
         "48-core-of-another-rank",
@@ -334,8 +297,7 @@ def config(**fields: object) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        (config(use_dora=True, r=R), "DoRA, which is not supported"),
-        (config(lora_bias=True, r=R), "a LoRA bias, which is not supported"),
+        (config(use_qalora=True, r=R), "QALoRA, which is not supported"),
         (config(r=R, alpha_pattern={"(a+)+$": 1.0}), "is a regular expression"),
         (config(r=R, alpha_pattern=[1]), "alpha_pattern as a JSON object"),
         (config(r="2"), "r as a whole number"),

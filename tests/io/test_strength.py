@@ -130,10 +130,8 @@ def test_pefts_settings_give_what_peft_computes(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "DoRA"),
     "bias": ({"bias": "all"}, "biases"),
     "lora-only-bias": ({"bias": "lora_only"}, "biases"),
-    "lora-bias": ({"lora_bias": True}, "LoRA bias"),
     "modules-to-save": ({"modules_to_save": ["out.1"]}, "modules_to_save"),
     "pissa": ({"init_lora_weights": "pissa"}, "changes the base"),
     "olora": ({"init_lora_weights": "olora"}, "changes the base"),
@@ -165,7 +163,7 @@ def test_settings_that_are_not_computed_are_refused_by_name(
 @pytest.mark.parametrize(
     ("settings_", "words"),
     [
-        ({"peft_type": "LOHA", "r": R}, "LOHA"),
+        ({"peft_type": "VERA", "r": R}, "VERA"),
         ({"r": R + 1, "lora_alpha": 2}, "rank 5"),
         ({"r": R, "lora_alpha": "x"}, "a number as alpha"),
         ({"r": R, "use_new_method": True}, "use_new_method"),

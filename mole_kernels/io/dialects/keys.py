@@ -4,64 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 
 from mole_kernels.errors import printable
+from mole_kernels.io.dialects.parts import Ending, parse_part
 
 Half = Literal["down", "up", "mid", "alpha"]
-# who ends keys so; "" where the ending does not tell
-Ending = Literal["diffusers", "processor", "kohya", "xlabs", ""]
-
-# ending of a key -> (half, who writes it); `*` stands for a PEFT adapter name, and what stands before `|`
-# belongs to the module. The first that fits counts.
-ENDINGS: tuple[tuple[str, Half, Ending], ...] = (
-    (".lora_A.weight", "down", "diffusers"),
-    (".lora_B.weight", "up", "diffusers"),
-    (".lora_A.*.weight", "down", "diffusers"),
-    (".lora_B.*.weight", "up", "diffusers"),
-    (".lora.down.weight", "down", "diffusers"),
-    (".lora.up.weight", "up", "diffusers"),
-    (".lora_linear_layer.down.weight", "down", "diffusers"),
-    (".lora_linear_layer.up.weight", "up", "diffusers"),
-    ("_lora1|.down.weight", "down", "xlabs"),
-    ("_lora1|.up.weight", "up", "xlabs"),
-    ("_lora2|.down.weight", "down", "xlabs"),
-    ("_lora2|.up.weight", "up", "xlabs"),
-    ("_lora.down.weight", "down", "processor"),
-    ("_lora.up.weight", "up", "processor"),
-    (".lora_down.weight", "down", "kohya"),
-    (".lora_up.weight", "up", "kohya"),
-    (".lora_down.*.weight", "down", "kohya"),
-    (".lora_up.*.weight", "up", "kohya"),
-    (".lora_mid.weight", "mid", "kohya"),
-    (".alpha", "alpha", ""),
-    (".lora_alpha", "alpha", ""),
-)
+HALVES: tuple[str, ...] = get_args(Half)
 
 # a part of a key -> what it belongs to. Dropping any of these would change the result in silence.
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
-    (r"\.lora_magnitude_vector|\.dora_scale|\.lora_magnitude\b", "DoRA"),
-    (r"\.lokr_", "LoKr"),
-    (r"\.hada_", "LoHa"),
-    (r"\.oft_|\.oft_blocks|\.oft_diag", "OFT"),
-    (r"\.boft_", "BOFT"),
-    (r"\.ia3_|\.on_input\Z", "IA3"),
     (r"\.vera_", "VeRA"),
-    (r"\.(?:a1|a2|b1|b2|bm1|bm2)\.weight\Z", "GLoRA"),
     (r"\.lora_E(?:\.[^.]+)?\Z|\.ranknum(?:\.[^.]+)?\Z", "AdaLoRA"),
     (r"\.hra_u", "HRA"),
     (r"\.fourierft_|\.waveft_", "a spectral adapter (FourierFT, WaveFT)"),
     (r"\.randlora_|\.c3a_kernel|\.bone_|\.miss_block|\.shira_|\.road_theta|\.delora_", "another PEFT method"),
+    (r"\.(?:q_layer|p_layer)\.weight\Z|\.lambda_layer\Z", "T-LoRA"),
     (r"\.scalar\Z", "a learned LyCORIS scalar"),
     (r"\.bias_(?:indices|values|size)\Z", "a sparse bias difference"),
-    (r"\.(?:query|key)_norm\.scale\Z|\.norm_(?:added_)?[qk]\.weight\Z", "full weights of a norm"),
     (r"\.lora_embedding_", "an embedding LoRA"),
-    (r"\.lora_[AB](\.[^.]+)?\.bias\Z|\.lora_bias\Z", "a LoRA bias"),
-    (r"[._]lora[._](down|up)\.bias\Z", "a LoRA bias"),
-    (r"\.diff_b\Z", "a full bias difference"),
+    (r"\.lora_A(?:\.[^.]+)?\.bias\Z|[._]lora[._]down\.bias\Z", "a bias between the factors"),
     (r"\.diff_m\Z", "a full difference of a modulation"),
-    (r"\.diff\Z", "a full weight difference"),
-    (r"\.[wb]_norm\Z", "full weights of a norm"),
     (r"\.set_weight\Z", "a weight that replaces the model's own"),
     (r"\.reshape_weight\Z", "a new shape for one of the model's weights"),
     (r"\.modules_to_save\.|\.original_module\.", "a fully trained module (modules_to_save)"),
@@ -73,16 +36,9 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (r"\Anew_concept_embedding", "an embedding"),
 )
 # differences and biases: added to what the model has, so that zeros change nothing
-_ADDED = re.compile(r"\.diff(?:_[bm])?\Z|\.[wb]_norm\Z|\.bias\Z|\.lora_bias\Z")
+_ADDED = re.compile(r"\.diff_m\Z|\.bias\Z")
 
 
-def _compiled(ending: str) -> re.Pattern[str]:
-    module_end, bar, rest = ending.rpartition("|")
-    pattern = re.escape(rest).replace(r"\*", r"[^.]+") + r"\Z"
-    return re.compile(f"(?<={re.escape(module_end)}){pattern}" if bar else pattern)
-
-
-_PATTERNS = tuple((_compiled(ending), half, who) for ending, half, who in ENDINGS)
 _UNSUPPORTED = tuple((re.compile(part), what) for part, what in UNSUPPORTED)
 _ANY_UNSUPPORTED = re.compile("|".join(f"(?:{part})" for part, _ in UNSUPPORTED))
 
@@ -99,11 +55,10 @@ class LoraKey(NamedTuple):
 
 def parse_key(key: str) -> LoraKey | None:
     """The half of a module that a key names; None where it is no LoRA key."""
-    for pattern, half, ending in _PATTERNS:
-        match = pattern.search(key)
-        if match and match.start() > 0:
-            return LoraKey(key[: match.start()], half, ending)
-    return None
+    part = parse_part(key)
+    if part is None or part.part not in HALVES or part.kind not in ("lora", None):
+        return None
+    return LoraKey(part.module, cast(Half, part.part), part.ending)
 
 
 def unsupported(key: str) -> str | None:

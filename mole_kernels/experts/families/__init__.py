@@ -1,0 +1,1 @@
+"""Adapter families beside LoRA: what each adds to a layer, with the formula and the rule of its writer."""
