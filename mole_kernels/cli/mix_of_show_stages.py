@@ -22,8 +22,8 @@ from mole_kernels.cli.pipelines import read_pipeline
 from mole_kernels.cli.place import ready_folder
 from mole_kernels.cli.screen import done, facts, out
 from mole_kernels.cli.training import (
-    dtype_of,
     is_main,
+    named_dtype,
     pipeline_with_unet,
     ready_run,
     resolution_of,
@@ -73,7 +73,7 @@ def train_by_options(asked: PaperTrainArgs) -> None:
                 }.items()
             )
         )
-    pipe = pipeline_with_unet(asked.model or options.model, dtype_of(asked.dtype, training.config))
+    pipe = pipeline_with_unet(asked.model or options.model, named_dtype(asked.dtype, training.config))
     batches = AugmentedConcept(
         pipe,
         options.pictures,

@@ -7,10 +7,10 @@ import math
 from mole_kernels.cli.screen import done
 from mole_kernels.cli.train import EDLoRAArgs
 from mole_kernels.cli.training import (
-    dtype_of,
     echo,
     is_main,
     named,
+    named_dtype,
     picture_folder,
     pipeline_with_unet,
     ready_run,
@@ -47,7 +47,7 @@ def run(asked: EDLoRAArgs) -> None:
         "model": asked.model,
     }
     echo("ED-LoRA", before, training.config, folder)
-    pipe = pipeline_with_unet(asked.model, dtype_of(asked.dtype, training.config))
+    pipe = pipeline_with_unet(asked.model, named_dtype(asked.dtype, training.config))
     batches = concept_batches(
         pipe, folder, tokens, asked.batch_size or BATCH, seed=asked.seed, masks=asked.masks
     )

@@ -14,11 +14,11 @@ import torch
 from mole_kernels.cli.screen import done
 from mole_kernels.cli.train import MoleExpertArgs, MoleGatesArgs, MoleUnetArgs
 from mole_kernels.cli.training import (
-    dtype_of,
     echo,
     is_main,
     late_loss,
     named,
+    named_dtype,
     picture_folder,
     pipeline_with_unet,
     ready_run,
@@ -73,7 +73,7 @@ def run_expert(asked: MoleExpertArgs) -> None:
     config, folder = settings(own.config, asked, asked.seed), picture_folder(asked, preset.resolution)
     before = {"preset": asked.preset, "rank, alpha": f"{rank}, {alpha:g} (scale {alpha / rank:g})"}
     echo(f"stage 2: expert {asked.name}", before | {"model": asked.model}, config, folder)
-    pipe = pipeline_with_unet(asked.model, dtype_of(asked.dtype, config))
+    pipe = pipeline_with_unet(asked.model, named_dtype(asked.dtype, config))
     if asked.to == "kohya":
         _check_kohya([f"unet.{path}" for path in mole_targets(pipe.unet)])
     batches = _batches(pipe, folder, asked, asked.batch_size or preset.batch_size)
@@ -108,7 +108,7 @@ def run_gates(asked: MoleGatesArgs) -> None:
     before: dict[str, object] = {"preset": asked.preset, "experts": ranks, "model": asked.model}
     before["gates"] = asked.gate_kind if start is None else asked.initial_gates
     echo("stage 3: gates", before, config, folder)
-    pipe = pipeline_with_unet(asked.model, dtype_of(asked.dtype, config))
+    pipe = pipeline_with_unet(asked.model, named_dtype(asked.dtype, config))
     batch_size = asked.batch_size or preset.gates_batch_size or preset.batch_size
     batches = _batches(pipe, folder, asked, batch_size)
     if batches is None:

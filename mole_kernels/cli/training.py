@@ -140,7 +140,7 @@ def pipeline_with_unet(name: str, dtype: torch.dtype) -> Any:
     return pipe
 
 
-def dtype_of(name: DtypeName | None, config: TrainConfig) -> torch.dtype:
+def named_dtype(name: DtypeName | None, config: TrainConfig) -> torch.dtype:
     """The dtype of the frozen base; where none is asked for, float32 on a CPU, else mixed precision's."""
     if name is not None:
         return getattr(torch, name)

@@ -65,7 +65,7 @@ def run_demo(
             the pictures only.
         seeds: How many, or which.
         workers: Processes, each with one thread; as many as there are processors when not given.
-        sizes: held_out, captions, steps: how much is measured (see `tasks.Job`).
+        sizes: held_out, captions, steps: how much is measured (see `tasks.DemoJob`).
     """
     wanted = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not wanted:
@@ -77,7 +77,9 @@ def run_demo(
     def tell(text: str) -> None:
         say(f"[{time.time() - begun:4.0f} s] {text}")
 
-    jobs = [tasks.Job(s, folder, plan, Path(assets), pictures=i == 0, **sizes) for i, s in enumerate(wanted)]
+    jobs = [
+        tasks.DemoJob(s, folder, plan, Path(assets), pictures=i == 0, **sizes) for i, s in enumerate(wanted)
+    ]
     tell(
         f"{'shipped experts and gates' if quick else 'training experts and gates'}, seeds "
         f"{', '.join(map(str, wanted))}"
@@ -126,10 +128,10 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
 
 
-def _full(pool: ProcessPoolExecutor, jobs: Sequence[tasks.Job], tell: Say) -> dict[int, dict[str, Any]]:
+def _full(pool: ProcessPoolExecutor, jobs: Sequence[tasks.DemoJob], tell: Say) -> dict[int, dict[str, Any]]:
     """Both experts of each seed, and as soon as they are there its gates, one kind to a process."""
     tables: dict[int, dict[str, Any]] = {job.seed: {} for job in jobs}
-    experts: dict[Future, tuple[tasks.Job, str]] = {}
+    experts: dict[Future, tuple[tasks.DemoJob, str]] = {}
     for job in jobs:
         for half, name in enumerate(data.HALVES):
             experts[pool.submit(tasks.expert_task, job, half)] = (job, f"expert {name}")
@@ -148,10 +150,10 @@ def _full(pool: ProcessPoolExecutor, jobs: Sequence[tasks.Job], tell: Say) -> di
     return tables
 
 
-def _quick(pool: ProcessPoolExecutor, jobs: Sequence[tasks.Job], tell: Say) -> dict[int, dict[str, Any]]:
+def _quick(pool: ProcessPoolExecutor, jobs: Sequence[tasks.DemoJob], tell: Say) -> dict[int, dict[str, Any]]:
     tables: dict[int, dict[str, Any]] = {job.seed: {} for job in jobs}
     bank, gates = _shipped(jobs[0].assets)
-    running: dict[Future, tuple[tasks.Job, str]] = {}
+    running: dict[Future, tuple[tasks.DemoJob, str]] = {}
     for job in jobs:
         running[pool.submit(tasks.base_task, job)] = (job, "base measured")
         running[pool.submit(tasks.plain_task, job, bank)] = (job, "experts without gates measured")
@@ -161,7 +163,9 @@ def _quick(pool: ProcessPoolExecutor, jobs: Sequence[tasks.Job], tell: Say) -> d
     return tables
 
 
-def _take(tables: dict[int, dict[str, Any]], job: tasks.Job, name: str, future: Future, tell: Say) -> None:
+def _take(
+    tables: dict[int, dict[str, Any]], job: tasks.DemoJob, name: str, future: Future, tell: Say
+) -> None:
     piece = future.result()
     tasks.add_tables(tables[job.seed], piece)
     trained = "".join(
@@ -176,7 +180,7 @@ def _shipped(assets: Path):
     return load_bank(assets / MIXTURE)
 
 
-def _timing(job: tasks.Job, quick: bool) -> dict[str, Any]:
+def _timing(job: tasks.DemoJob, quick: bool) -> dict[str, Any]:
     from mole_kernels.io import load_bank
 
     bank, gates = _shipped(job.assets) if quick else load_bank(tasks.mixture_path(job))

@@ -40,7 +40,7 @@ DRAWN = ("base", "low expert", "high expert", "sum", "learned constant", "both")
 
 
 @dataclass(frozen=True)
-class Job:
+class DemoJob:
     """What every piece needs to know."""
 
     seed: int
@@ -53,7 +53,7 @@ class Job:
     pictures: bool = False
 
 
-def bank_of(job: Job) -> ExpertBank:
+def bank_of(job: DemoJob) -> ExpertBank:
     """The two experts that `expert_task` wrote for this seed."""
     from mole_kernels.experts.bank import ExpertBank
     from mole_kernels.io import load_expert
@@ -61,15 +61,15 @@ def bank_of(job: Job) -> ExpertBank:
     return ExpertBank({name: load_expert(expert_path(job, name)) for name in data.HALVES})
 
 
-def expert_path(job: Job, name: str) -> Path:
+def expert_path(job: DemoJob, name: str) -> Path:
     return job.folder / f"seed{job.seed}_{name}.safetensors"
 
 
-def mixture_path(job: Job) -> Path:
+def mixture_path(job: DemoJob) -> Path:
     return job.folder / f"seed{job.seed}_mixture.safetensors"
 
 
-def expert_task(job: Job, half: int) -> dict[str, Any]:
+def expert_task(job: DemoJob, half: int) -> dict[str, Any]:
     """Stage 2 for one half: trains the expert and writes its file."""
     from mole_kernels.io import save_expert
 
@@ -83,14 +83,14 @@ def expert_task(job: Job, half: int) -> dict[str, Any]:
     }
 
 
-def base_task(job: Job) -> dict[str, Any]:
+def base_task(job: DemoJob) -> dict[str, Any]:
     """The base alone: its losses, and its digits read back."""
     begun, pipe = time.time(), load_pipeline(job.assets)
     held = evaluate.make_held_out(pipe, job.held_out)
     return _measure(job, pipe, held, "base") | {"seconds": {"base": time.time() - begun}}
 
 
-def plain_task(job: Job, bank: ExpertBank | None = None) -> dict[str, Any]:
+def plain_task(job: DemoJob, bank: ExpertBank | None = None) -> dict[str, Any]:
     """The experts without gates: each alone, their sum, and constants."""
     begun, pipe = time.time(), load_pipeline(job.assets)
     held, low, high = evaluate.make_held_out(pipe, job.held_out), *data.HALVES
@@ -105,7 +105,7 @@ def plain_task(job: Job, bank: ExpertBank | None = None) -> dict[str, Any]:
     return add_tables(out, {"seconds": {"plain": time.time() - begun}})
 
 
-def gates_task(job: Job, kind: str) -> dict[str, Any]:
+def gates_task(job: DemoJob, kind: str) -> dict[str, Any]:
     """Stage 3 with one kind of gates, then everything that is measured on the result."""
     begun, pipe = time.time(), load_pipeline(job.assets)
     torch.manual_seed(1000 * job.seed + 7)
@@ -124,7 +124,7 @@ def gates_task(job: Job, kind: str) -> dict[str, Any]:
     }
 
 
-def shipped_task(job: Job, bank: ExpertBank, gates: GateFile) -> dict[str, Any]:
+def shipped_task(job: DemoJob, bank: ExpertBank, gates: GateFile) -> dict[str, Any]:
     """The shipped experts with their shipped gates."""
     begun, pipe = time.time(), load_pipeline(job.assets)
     with patch(pipe, bank, gates=gates) as handle:
@@ -132,7 +132,7 @@ def shipped_task(job: Job, bank: ExpertBank, gates: GateFile) -> dict[str, Any]:
     return out | {"seconds": {"both": time.time() - begun}}
 
 
-def measure_gated(job: Job, pipe: Pipeline, handle: Handle, variant: str) -> dict[str, Any]:
+def measure_gated(job: DemoJob, pipe: Pipeline, handle: Handle, variant: str) -> dict[str, Any]:
     """Losses, reading and, where there are token gates, how well they find their cards."""
     held = evaluate.make_held_out(pipe, job.held_out)
     out = _measure(job, pipe, held, variant)
@@ -144,7 +144,7 @@ def measure_gated(job: Job, pipe: Pipeline, handle: Handle, variant: str) -> dic
     return out
 
 
-def _measure(job: Job, pipe: Pipeline, held: evaluate.HeldOut, variant: str) -> dict[str, Any]:
+def _measure(job: DemoJob, pipe: Pipeline, held: evaluate.HeldOut, variant: str) -> dict[str, Any]:
     out = _losses(pipe, held, variant)
     if variant not in DRAWN:
         return out

@@ -17,7 +17,7 @@ from mole_kernels.experts.lazy import Size, stored_dtype
 from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.io.dialects.keys import Half, is_added, parse_key, some_keys, unsupported
 from mole_kernels.io.dialects.kinds import what_keys_are
-from mole_kernels.io.dialects.parts import ADDED, BESIDE, KINDS, Ending, Kind, Part, parse_part
+from mole_kernels.io.dialects.parts import ADDED, BESIDE, KINDS, Ending, KeyPart, Kind, parse_part
 
 HALVES: dict[str, str] = {"down": "A (down)", "up": "B (up)"}
 # kind of adapter -> the parts of it that layers are built from here; what a file has more is refused by name
@@ -57,7 +57,7 @@ class LayerKeys:
 
     Attributes:
         module: The module's name in the file.
-        keys: Part (`dialects.parts.ENDINGS`) -> key; of a LoRA "down", "up", "mid" and "alpha".
+        keys: KeyPart (`dialects.parts.ENDINGS`) -> key; of a LoRA "down", "up", "mid" and "alpha".
         ending: Who ends its keys so.
         kind: What kind of adapter its parts make.
         path: The layer's dotted path, with its component where that is known; "" until it is resolved.
@@ -173,11 +173,11 @@ def collect_layers(tensors: Mapping[str, Any], where: str) -> list[LayerKeys]:
     return list(layers.values())
 
 
-def _part_of(key: str, tensors: Mapping[str, Any]) -> Part | None:
+def _part_of(key: str, tensors: Mapping[str, Any]) -> KeyPart | None:
     """The part that a key names, also where only its neighbours tell."""
     # LyCORIS calls IA3's vector as a layer calls its weight
     if key.endswith(".weight") and f"{key.removesuffix('weight')}on_input" in tensors:
-        return Part(key.removesuffix(".weight"), "l", "ia3", "")
+        return KeyPart(key.removesuffix(".weight"), "l", "ia3", "")
     parsed = parse_part(key)
     # an alpha may stand behind a half's whole key
     if parsed is not None and parsed.part == "alpha" and (inner := parse_part(parsed.module)) is not None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+_NONE: dict[str, Any] = {}
+
+
 class LastGates(NamedTuple):
     """What the gates of the last eager forward said: token [B,T,E], sample [B,E], given (broadcastable to
     [B,T,E]); None where absent.
@@ -86,7 +89,7 @@ class Gated(nn.Module):
             y, token, sample = sharded.sharded_linear(x, weight, bias, experts, gates)
         else:
             y, token, sample = run_call(x, weight, bias, experts, gates, self.backend, compiling)
-        bias_delta = self._modules["experts"]._buffers.get("bias_delta")  # type: ignore[union-attr]
+        bias_delta = self._modules["experts"].__dict__.get("_buffers", _NONE).get("bias_delta")
         if bias_delta is not None:
             y = y + bias_term(x, experts.scale, gates.gate, token, sample, bias_delta).to(y.dtype)
         if not compiling:

@@ -25,8 +25,8 @@ TINY = stages.DigitTraining(
 )
 
 
-def job(folder, **changes) -> tasks.Job:
-    return tasks.Job(
+def job(folder, **changes) -> tasks.DemoJob:
+    return tasks.DemoJob(
         **{
             "seed": 0,
             "folder": folder,

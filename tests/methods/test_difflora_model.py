@@ -23,7 +23,12 @@ from mole_kernels.methods.difflora.autoencoder import (
 )
 from mole_kernels.methods.difflora.denoiser import DenoiserConfig, DiTBlock, LoRADenoiser
 from mole_kernels.methods.difflora.diffusion import noise_schedule, sample_latents, x0_loss
-from mole_kernels.methods.difflora.features import ClipImages, InsightFaces, MixedImageFeatures, SmallImages
+from mole_kernels.methods.difflora.features import (
+    ClipImages,
+    InsightFaces,
+    MixedImageFeatures,
+    SmallImages,
+)
 from mole_kernels.methods.difflora.manifest import Manifest
 from mole_kernels.patching.apply import patch
 from tests.tiny_models import make_expert, run_unet, tiny_unet

@@ -282,7 +282,9 @@ def test_merging_and_saving_take_what_needs_no_base(net: Net, tmp_path: Path) ->
     )
     whole = mk.merge({"a": loha, "b": lokr}, [1.0, 1.0])
     want = every["LoHa"][1]["first.weight"] + every["LoKr, factored"][1]["first.weight"]
-    torch.testing.assert_close(whole.layers["unet.mid_block.first"].delta(torch.float64), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        whole.layers["unet.mid_block.first"].delta(torch.float64), want, rtol=1e-5, atol=1e-6
+    )
     mk.io.save_expert(loha, tmp_path / "a.safetensors")
     again = mk.io.load_expert(tmp_path / "a.safetensors")
     torch.testing.assert_close(

@@ -96,7 +96,7 @@ ENDINGS: tuple[tuple[str, str, Kind | None, Ending], ...] = (
 )
 
 
-class Part(NamedTuple):
+class KeyPart(NamedTuple):
     """What a key says: `part` of an adapter of `kind` (None: of whichever kind its module has) on `module`.
 
     Attributes:
@@ -134,12 +134,12 @@ BESIDE = {
 ADDED = frozenset({"diff", "bias", "up_bias"})
 
 
-def parse_part(key: str) -> Part | None:
+def parse_part(key: str) -> KeyPart | None:
     """The part of an adapter that a key names; None where it ends as no adapter's does."""
     if _ANY.search(key) is None:
         return None
     for pattern, part, kind, ending in _PATTERNS:
         match = pattern.search(key)
         if match and match.start() > 0:
-            return Part(key[: match.start()], part + "".join(match.groups()), kind, ending)
+            return KeyPart(key[: match.start()], part + "".join(match.groups()), kind, ending)
     return None

@@ -225,7 +225,7 @@ class MixedLayer:
         return self.owner.verdicts[key]
 
     def _is_exact(self, way: Way, x: Tensor, parts: Sequence[Part], rows: Sequence[int]) -> bool:
-        """Whether one call gives each job's bits, for random x, factors and output gradient."""
+        """Whether together call gives each job's bits, for random x, factors and output gradient."""
         generator = torch.Generator(x.device).manual_seed(0)
 
         def random_like(t: Tensor) -> Tensor:
@@ -234,11 +234,11 @@ class MixedLayer:
         own = {job: _like(experts, random_like) for job, experts in self.own.items()}
         pool = Pool(list(own.values())) if own else None
         xs, times = random_like(x.detach()), x.shape[0] // sum(p.rows for p in parts)
-        one, many = xs.clone().requires_grad_(), xs.clone().requires_grad_()
+        together, many = xs.clone().requires_grad_(), xs.clone().requires_grad_()
         before = self.module._modules.get("experts")
         try:
             with torch.enable_grad():
-                y = self._together(one, parts, times, way, pool)
+                y = self._together(together, parts, times, way, pool)
                 pieces = zip(many.split(list(rows)), parts)
                 joined = torch.cat([self._for_job(piece, p.job, own) for piece, p in pieces])
                 if not torch.equal(y, joined):
@@ -251,7 +251,7 @@ class MixedLayer:
                 self.module._modules["experts"] = before
         if pool is not None and not pool.agrees(own, {p.job for p in parts}):
             return False
-        return torch.equal(one.grad, many.grad)  # type: ignore[arg-type]
+        return torch.equal(together.grad, many.grad)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

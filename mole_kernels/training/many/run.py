@@ -189,7 +189,7 @@ class TrainMany:
                 self._fail(group[0][0], error)
                 return []
             # whose it is shows when each has a forward of its own
-            return [pair for one in group for pair in self._backward([one])]
+            return [pair for job in group for pair in self._backward([job])]
         total: Tensor | None = None
         good = []
         for (job, noised), rows in zip(group, prediction.split([part.rows for part in parts])):

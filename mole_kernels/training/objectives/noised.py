@@ -33,8 +33,8 @@ class Noised:
 
     def signature(self) -> tuple[object, ...]:
         """What two batches share that one forward can take together: sizes and dtypes of all it is told."""
-        told = {"noisy": self.noisy, "timesteps": self.timesteps, **self.conditions}
-        return tuple((name, tuple(t.shape[1:]), t.dtype) for name, t in sorted(told.items()))
+        inputs = {"noisy": self.noisy, "timesteps": self.timesteps, **self.conditions}
+        return tuple((name, tuple(t.shape[1:]), t.dtype) for name, t in sorted(inputs.items()))
 
 
 def merged(batches: Sequence[Noised]) -> Noised:
