@@ -21,6 +21,8 @@ _HOME = {
     "SampleGate": "mole_kernels.gates.gate",
     "ScheduleGate": "mole_kernels.gates.schedule",
     "SoftmaxGate": "mole_kernels.gates.softmax",
+    "TimeGate": "mole_kernels.gates.time",
+    "Timestep": "mole_kernels.gates.time",
 }
 
 __all__ = list(_HOME)
