@@ -12,7 +12,7 @@ import torch
 from mole_kernels.cli.pipelines import read_pipeline
 from mole_kernels.cli.place import ready_folder
 from mole_kernels.cli.screen import done, facts, out
-from mole_kernels.cli.training import dtype_of, is_main, tell
+from mole_kernels.cli.training import is_main, named_dtype, tell
 from mole_kernels.errors import MoleStateError, MoleValueError, printable
 from mole_kernels.io.save import save_expert
 from mole_kernels.methods.lora import denoiser_and_loss, train_expert
@@ -42,7 +42,7 @@ def run_config(path: Path, *, resume: bool, dry_run: bool) -> None:
         tell("the file and its pictures are right; nothing trained")
         return
     pipe = read_pipeline(
-        recipe.base, dtype_of(recipe.dtype, recipe.train), processes().device, command="train"
+        recipe.base, named_dtype(recipe.dtype, recipe.train), processes().device, command="train"
     )
     job = _job(pipe, recipe, folder, resume=resume)
     expert = train_expert(
@@ -81,7 +81,7 @@ def run_many(path: Path, *, resume: bool, dry_run: bool) -> None:
     if dry_run:
         tell("the file and its pictures are right; nothing trained")
         return
-    dtype = dtype_of(recipe.dtype, recipe.jobs[0].train)
+    dtype = named_dtype(recipe.dtype, recipe.jobs[0].train)
     pipe = read_pipeline(recipe.base, dtype, processes().device, command="train-many")
     many = TrainMany(pipe, run_dir=recipe.run_dir or recipe.out / "runs", most_samples=recipe.most_samples)
     for job, folder in zip(recipe.jobs, folders):
