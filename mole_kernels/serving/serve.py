@@ -10,19 +10,20 @@ from torch import nn
 
 from mole_kernels.errors import MoleStateError, MoleTypeError, MoleValueError
 from mole_kernels.experts.layer import LayerExperts
-from mole_kernels.experts.lowrank import Expert, LowRank
+from mole_kernels.experts.lowrank import LowRank
 from mole_kernels.layers import offload
 from mole_kernels.modules.group_offload import in_groups, regroup
 from mole_kernels.modules.scan import roots, sizes
 from mole_kernels.modules.snapshot import all_or_nothing
 from mole_kernels.patching.apply import apply
 from mole_kernels.patching.block_scales import Scale
-from mole_kernels.patching.families import OnBase, reason_against_serving
+from mole_kernels.patching.families import OnBase
 from mole_kernels.patching.handle import Handle
 from mole_kernels.patching.patched import Patched
 from mole_kernels.patching.plan import Plan, Targets, plan
-from mole_kernels.patching.sources import Source, read_expert
+from mole_kernels.patching.sources import Source
 from mole_kernels.patching.swap import match_held
+from mole_kernels.serving.adapters import at_strength, servable
 from mole_kernels.serving.assignment import Assignment, AssignmentScope, CallerStacks
 from mole_kernels.serving.layout import AdapterLayout
 from mole_kernels.serving.pool import AdapterPool, Lease, PoolStats, StoredAdapter
@@ -74,7 +75,7 @@ def serve(
     """
     if not isinstance(adapters, Mapping):
         raise MoleTypeError("serve", expected="{name: path, tensors or Expert}", got=type(adapters).__name__)
-    experts = {name: _servable(name, source, model) for name, source in adapters.items()}
+    experts = {name: servable(name, source, model) for name, source in adapters.items()}
     if not experts:
         raise MoleValueError("serve", expected='adapters: {"anna": "anna.safetensors"}', got="none")
     layers = plan(model, experts, targets=targets)
@@ -199,7 +200,7 @@ class Served:
             MoleShapeError: Its rank is above the pool's, or a layer has another size.
         """
         self._check_active("add")
-        expert = _servable(name, source, self._handle.model)
+        expert = servable(name, source, self._handle.model)
         held = [Patched(path, m, self._experts[path], None, {}, {}) for path, m in self.layers.items()]
         self._store(name, match_held(held, self._plan, name, expert, strict=True), scale)
 
@@ -336,7 +337,7 @@ class Served:
     def _store(self, name: str, factors: Mapping[str, LowRank], scale: Scale) -> None:
         strengths = self._strengths.of(name, scale, factors)
         vector = self._pool.empty_vector()
-        scaled = {path: _at_strength(f, strengths[path]) for path, f in factors.items()}
+        scaled = {path: at_strength(f, strengths[path]) for path, f in factors.items()}
         self._layout.flatten(name, scaled, vector)
         self._pool.add(name, vector)
         self._fixed.discard(name)
@@ -385,30 +386,6 @@ class Served:
             raise MoleStateError(
                 f"Served.{what}", "this was removed already", hint="mole_kernels.serve makes a new one"
             )
-
-
-def _at_strength(factor: LowRank, strength: float) -> LowRank:
-    """The factors of one layer times a strength, or at it where ΔW is no multiple of it."""
-    if isinstance(factor, OnBase) and factor.at_strength is not None and strength != 1:
-        down, up = factor.at_strength.factors(strength)
-        return LowRank(down, up, 1.0, factor.conv)
-    return replace(factor, scale=factor.scale * strength)
-
-
-def _servable(name: str, source: Source, model: object) -> Expert:
-    """The expert, where a batch can hold it beside others.
-
-    Raises:
-        MoleTypeError: It changes a bias or a norm, of which a batch has one for all.
-    """
-    expert = read_expert(name, source, model)
-    if reason := reason_against_serving(expert):
-        raise MoleTypeError(
-            f"serve, adapter {name!r}",
-            reason,
-            hint="mole_kernels.patch takes it for a whole batch",
-        )
-    return expert
 
 
 def _device(layers: Plan) -> torch.device:
