@@ -30,14 +30,14 @@ from mole_kernels.io.save import save_expert
 from mole_kernels.methods.lora import train_expert
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.data import TensorBatches
-from mole_kernels.training.many.job import Job
+from mole_kernels.training.many.job import TrainJob
 from mole_kernels.training.many.run import TrainMany
 
 RANKS = (4, 8, 2, 16, 4, 3, 8, 5)
 
 
 def arguments(j: int, steps: int, tensors: dict[str, Any], samples: int = 1) -> dict[str, Any]:
-    """Job j: a rank, loss, optimiser and order of its own."""
+    """TrainJob j: a rank, loss, optimiser and order of its own."""
     optimiser = {"optimiser": "lion", "betas": (0.9, 0.99), "lr": 1e-4} if j == 5 else {"lr": 1e-3 * (1 + j)}
     config = TrainConfig(steps=steps, seed=j, snr_gamma=2.0 if j % 3 == 0 else None, **optimiser)  # type: ignore[arg-type]
     return {
@@ -60,7 +60,7 @@ def digest(expert: Expert) -> str:
 def compare(pipe: Any, tensors: dict[str, Any], steps: int) -> list[dict[str, Any]]:
     """One row for each job: the hash of its file from mixed steps and alone."""
     many = TrainMany(pipe)
-    mixed = many.run([Job(**arguments(j, steps, tensors)) for j in range(len(RANKS))])
+    mixed = many.run([TrainJob(**arguments(j, steps, tensors)) for j in range(len(RANKS))])
     rows = []
     for j, rank in enumerate(RANKS):
         own = arguments(j, steps, tensors)
@@ -90,7 +90,7 @@ def time_steps(pipe: Any, tensors: dict[str, Any], seconds: float) -> dict[str, 
     many = {name: TrainMany(pipe) for name in runs}
     for name, jobs in runs.items():
         for own in jobs:
-            many[name].add(Job(**own))
+            many[name].add(TrainJob(**own))
     clock = Budget().clock
 
     def elapsed(step: Any) -> float:

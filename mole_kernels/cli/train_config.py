@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,21 @@ from mole_kernels.methods.lora import denoiser_and_loss, train_expert
 from mole_kernels.modules.scan import scan
 from mole_kernels.training.cached import PictureBatches, picture_batches
 from mole_kernels.training.families.loss import FamilyLoss
-from mole_kernels.training.many.job import Job
+from mole_kernels.training.many.job import TrainJob
 from mole_kernels.training.many.run import TrainMany
 from mole_kernels.training.objectives.objective import objective_of
 from mole_kernels.training.pictures import PictureFolder
 from mole_kernels.training.processes import processes
 from mole_kernels.training.progress import ProgressLine
-from mole_kernels.training.recipe import JobSection, ObjectiveSection, chosen, read_many, read_recipe
+from mole_kernels.training.recipe import (
+    JobSection,
+    ObjectiveSection,
+    Recipe,
+    chosen,
+    read_many,
+    read_recipe,
+)
+from mole_kernels.training.validation import Validation
 
 
 def run_config(path: Path, *, resume: bool, dry_run: bool) -> None:
@@ -45,6 +53,8 @@ def run_config(path: Path, *, resume: bool, dry_run: bool) -> None:
         recipe.base, named_dtype(recipe.dtype, recipe.train), processes().device, command="train"
     )
     job = _job(pipe, recipe, folder, resume=resume)
+    run_dir = recipe.run_dir or recipe.out.with_name(recipe.out.name + ".run")
+    validation = _validation(pipe, recipe, run_dir)
     expert = train_expert(
         pipe,
         job.batches,
@@ -56,9 +66,10 @@ def run_config(path: Path, *, resume: bool, dry_run: bool) -> None:
         init=job.init,
         targets=job.targets,
         loss_fn=job.loss,
-        run_dir=recipe.run_dir or recipe.out.with_name(recipe.out.name + ".run"),
+        run_dir=run_dir,
         resume=resume,
         trackers=recipe.trackers,
+        on_step=None if validation is None else lambda step, _: _look(validation, step),
     )
     if is_main():
         save_expert(expert, recipe.out, recipe.expert.to)
@@ -91,12 +102,12 @@ def run_many(path: Path, *, resume: bool, dry_run: bool) -> None:
 
     def write_those_done(many: TrainMany) -> None:
         line.update(sum(job.step for job in many.jobs.values()))
-        for one in recipe.jobs:
-            name = one.expert.name
+        for section in recipe.jobs:
+            name = section.expert.name
             if many.jobs[name].status == "done" and name not in written:
                 written.add(name)
                 target = recipe.out / f"{name}.safetensors"
-                save_expert(many.jobs[name].expert(), target, one.expert.to)
+                save_expert(many.jobs[name].expert(), target, section.expert.to)
                 line.say(f"{target}: {many.jobs[name].step} steps")
 
     total = sum(job.train.steps for job in recipe.jobs)
@@ -111,6 +122,32 @@ def run_many(path: Path, *, resume: bool, dry_run: bool) -> None:
         raise MoleStateError(f"{len(failed)} of {len(recipe.jobs)} jobs failed", printable(text, 1000))
 
 
+def _validation(pipe: Any, recipe: Recipe, run_dir: Path) -> Validation | None:
+    if recipe.validation is None:
+        return None
+    held_out = replace(recipe.data, folder=recipe.validation.folder)
+    section = replace(recipe, data=held_out, train=replace(recipe.train, cond_dropout=0.0))
+    job = _job(pipe, section, _folder(section), resume=False)
+    learner = denoiser_and_loss(pipe, None, None, section.train, "validation", job.loss)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return Validation(
+        learner.model,
+        learner.loss,
+        job.batches,
+        job.batches.per_epoch,  # type: ignore[attr-defined]
+        recipe.validation.every,
+        recipe.validation.draws,
+        recipe.train.seed,
+        run_dir / "validation.jsonl" if is_main() else None,
+    )
+
+
+def _look(validation: Validation, step: int) -> None:
+    loss = validation(step)
+    if loss is not None:
+        tell(f"step {step}: loss {loss:.5f} on what is held out")
+
+
 def _folder(job: JobSection) -> PictureFolder:
     data = job.data
     return PictureFolder(
@@ -123,13 +160,13 @@ def _folder(job: JobSection) -> PictureFolder:
     )
 
 
-def _job(pipe: Any, job: JobSection, folder: PictureFolder, *, resume: bool) -> Job:
+def _job(pipe: Any, job: JobSection, folder: PictureFolder, *, resume: bool) -> TrainJob:
     data, expert = job.data, job.expert
     batches = picture_batches(
         pipe, folder, data.batch_size, cache=data.cache, seed=job.train.seed, progress=False
     )
     model = denoiser_and_loss(pipe, None, batches.null, job.train, f"job {expert.name}").model
-    return Job(
+    return TrainJob(
         name=expert.name,
         batches=batches,
         config=job.train,

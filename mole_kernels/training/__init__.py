@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mole_kernels.training.families.loss import FamilyLoss
     from mole_kernels.training.loop import TrainResult, fit
     from mole_kernels.training.loss import DenoisingLoss, denoising_loss
-    from mole_kernels.training.many.job import Job
+    from mole_kernels.training.many.job import TrainJob
     from mole_kernels.training.many.run import TrainMany
     from mole_kernels.training.objectives.objective import Diffusion, FlowMatching, objective_of
     from mole_kernels.training.pictures import PictureFolder
@@ -25,7 +25,7 @@ _HOME = {
     "TrainResult": "mole_kernels.training.loop",
     "DenoisingLoss": "mole_kernels.training.loss",
     "denoising_loss": "mole_kernels.training.loss",
-    "Job": "mole_kernels.training.many.job",
+    "TrainJob": "mole_kernels.training.many.job",
     "TrainMany": "mole_kernels.training.many.run",
     "FamilyLoss": "mole_kernels.training.families.loss",
     "Diffusion": "mole_kernels.training.objectives.objective",
@@ -42,11 +42,11 @@ __all__ = [
     "Diffusion",
     "FamilyLoss",
     "FlowMatching",
-    "Job",
     "PictureBatches",
     "PictureFolder",
     "TensorBatches",
     "TrainConfig",
+    "TrainJob",
     "TrainMany",
     "TrainResult",
     "denoising_loss",

@@ -73,7 +73,7 @@ class FamilyEncoder(Encoder):
             if generators is None or len(generators) != len(pixels):
                 expected = f"{len(pixels)} generators to sample with"
                 raise MoleValueError("Encoder.latents", expected=expected, got=generators and len(generators))
-            noise = torch.stack([torch.randn(one.shape, generator=g) for one, g in zip(z, generators)])
+            noise = torch.stack([torch.randn(latent.shape, generator=g) for latent, g in zip(z, generators)])
             z = z + std.float().cpu() * noise
         z = self._normalised(z)
         return z[:, :, 0] if self._video and not self.family.step.accepts("num_frames") else z

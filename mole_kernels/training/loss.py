@@ -151,7 +151,7 @@ class DenoisingLoss:
             )
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
-        noised = self.noised(batch, generator, dtype_of(model, batch))
+        noised = self.noised(batch, generator, unet_dtype(model, batch))
         return self.compare(self.predict(noised, model), noised)
 
     def noised(
@@ -251,7 +251,7 @@ def _coefficients(scheduler: Any, timesteps: Tensor, latents: Tensor) -> tuple[s
     return kind, alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
 
 
-def dtype_of(unet: nn.Module, batch: Mapping[str, Tensor]) -> torch.dtype:
+def unet_dtype(unet: nn.Module, batch: Mapping[str, Tensor]) -> torch.dtype:
     """The dtype that a UNet computes a batch in."""
     latents = batch.get("latents") if isinstance(batch, Mapping) else None
     return _dtype(unet, torch.float32 if latents is None else latents.dtype)

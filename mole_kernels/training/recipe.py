@@ -55,6 +55,15 @@ class ObjectiveSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationSection:
+    """Held-out pictures, looked at every so many steps: see `Validation`."""
+
+    folder: Path
+    every: int = 100
+    draws: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobSection:
     """What one expert is trained on, and how."""
 
@@ -73,6 +82,7 @@ class Recipe(JobSection):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     run_dir: Path | None = None
     trackers: tuple[str, ...] = ()
+    validation: ValidationSection | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +173,10 @@ def _section(cls: Any, values: Any, where: str, wrong: list[str]) -> Any:
             meant = f", did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
             wrong.append(f"{_path(where, key)}: no such key{meant}")
     read = {}
-    for name, one in known.items():
+    for name, entry in known.items():
         if name in values:
             read[name] = _value(hints[name], values[name], _path(where, name), wrong)
-        elif one.default is MISSING and one.default_factory is MISSING:
+        elif entry.default is MISSING and entry.default_factory is MISSING:
             wrong.append(f"{_path(where, name)}: is missing")
     if len(wrong) > before:
         return None
@@ -237,9 +247,9 @@ def chosen(layers: Mapping[str, Any], targets: str | None, where: str) -> dict[s
     except re.error as error:
         got = printable(targets, 100)
         raise MoleValueError(f"{where}: targets", expected="a regular expression", got=got) from error
-    found = {path: layer for path, layer in layers.items() if expression.search(path)}
-    if not found:
+    matching = {path: layer for path, layer in layers.items() if expression.search(path)}
+    if not matching:
         near = ", ".join(list(layers)[:3])
         problem = f"no layer's path holds {printable(targets, 100)}"
         raise MoleValueError(f"{where}: targets", problem, hint=f"paths are like {near}")
-    return found
+    return matching

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -164,3 +165,24 @@ def test_the_shipped_files_are_right():
     for file in files:
         recipe = (read_many if file.stem == "many" else read_recipe)(file)
         assert recipe.base and recipe.out
+
+
+@pytest.mark.parametrize("base", ["sd", "flux"])
+def test_held_out_pictures_are_looked_at_and_change_nothing(work, cli, tmp_path, base):
+    (tmp_path / "held").mkdir()
+    Image.new("RGB", (16, 16), (200, 90, 9)).save(tmp_path / "held/a.png")
+    (tmp_path / "held/a.txt").write_text("two")
+    config = one(work, base, name="held", steps=8, lr=0.02, cond_dropout=0.5)
+    outs = []
+    for validation in (None, {"folder": str(tmp_path / "held"), "every": 4, "draws": 8}):
+        out = tmp_path / f"{validation is None}.safetensors"
+        asked = config | {"out": str(out)} | ({} if validation is None else {"validation": validation})
+        cli("train", written(tmp_path / "run.yaml", asked))
+        outs.append(out.read_bytes())
+    assert outs[0] == outs[1]
+    lines = (tmp_path / "False.safetensors.run/validation.jsonl").read_text().splitlines()
+    looks = [json.loads(line) for line in lines]
+    assert [look["step"] for look in looks] == [4, 8] and looks[0]["loss"] != looks[1]["loss"]
+    assert "on what is held out" in cli.printed[-1]
+    with pytest.raises(MoleFileError, match=r"validation.evry: no such key, did you mean every"):
+        read_recipe(written(tmp_path / "run.yaml", config | {"validation": {"folder": "x", "evry": 3}}))

@@ -35,7 +35,7 @@ Status = Literal["running", "done", "failed", "cancelled"]
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """One expert to train, as `train_expert` takes it.
 
     Args:
@@ -78,7 +78,9 @@ class RunningJob:
         MoleStateError: A resume that does not fit.
     """
 
-    def __init__(self, job: Job, model: nn.Module, component: str, loss: Any, folder: Path | None) -> None:
+    def __init__(
+        self, job: TrainJob, model: nn.Module, component: str, loss: Any, folder: Path | None
+    ) -> None:
         if job.config.mixed_precision not in (None, "no"):
             got = repr(job.config.mixed_precision)
             raise MoleValueError(f"job {job.name}: mixed_precision", expected="None or 'no'", got=got)

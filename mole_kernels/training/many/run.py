@@ -21,7 +21,7 @@ from mole_kernels.errors import (
 from mole_kernels.experts.lowrank import Expert
 from mole_kernels.training.families.loss import FamilyLoss
 from mole_kernels.training.loss import DenoisingLoss
-from mole_kernels.training.many.job import Job, RunningJob
+from mole_kernels.training.many.job import RunningJob, TrainJob
 from mole_kernels.training.many.layers import MixedLayers, Part
 from mole_kernels.training.objectives.noised import Noised, merged
 from mole_kernels.training.objectives.objective import objective_of
@@ -29,6 +29,9 @@ from mole_kernels.training.session import in_training
 
 # what a job's own data, loss or optimiser may raise; it ends that job and no other
 _OF_A_JOB = (MoleError, ValueError, TypeError, KeyError, IndexError, RuntimeError, OSError, ArithmeticError)
+
+# so many first steps of a mixture, and every so many-th one, are compared with the jobs alone
+_COMPARED, _AGAIN = 2, 100
 
 
 class TrainMany:
@@ -39,7 +42,7 @@ class TrainMany:
     between steps. A job that fails (a loss that is not finite, data that cannot be read) ends alone.
 
     Exactness is looked after, not assumed: a layer computes several jobs' rows in one call only for shapes
-    where that gives each job's bits, and each new mixture of jobs is compared once with the jobs alone; a
+    where that gives each job's bits, and steps of each mixture are compared with the jobs alone; a
     job that came out differently has a forward of its own from then on, with a MoleWarning.
 
     Args:
@@ -69,7 +72,8 @@ class TrainMany:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.jobs: dict[str, RunningJob] = {}
         self._layers: MixedLayers | None = None
-        self._exact: set[tuple[object, ...]] = set()
+        # steps of each mixture so far
+        self._exact: dict[tuple[object, ...], int] = {}
         self.separate: set[str] = set()
         self._ended: list[str] = []
         # samples of a job's last batch, for the limit
@@ -77,7 +81,7 @@ class TrainMany:
 
     # -- jobs
 
-    def add(self, job: Job) -> RunningJob:
+    def add(self, job: TrainJob) -> RunningJob:
         """A job joins at the next step.
 
         Raises:
@@ -119,7 +123,7 @@ class TrainMany:
     # -- steps
 
     def run(
-        self, jobs: Iterable[Job] = (), on_step: Callable[[TrainMany], None] | None = None
+        self, jobs: Iterable[TrainJob] = (), on_step: Callable[[TrainMany], None] | None = None
     ) -> dict[str, Expert]:
         """Train until no job is left.
 
@@ -163,9 +167,9 @@ class TrainMany:
 
     def _train(self, group: Sequence[tuple[RunningJob, Noised]]) -> None:
         key = tuple((job.job.name, noised.signature(), len(noised.noisy)) for job, noised in group)
-        if len(group) > 1 and key not in self._exact:
+        seen = self._exact[key] = self._exact.get(key, 0) + 1
+        if len(group) > 1 and (seen <= _COMPARED or seen % _AGAIN == 0):
             group = self._compared(group)
-            self._exact.add(key)
         else:
             group = self._backward(group)
         assert self._layers is not None
@@ -189,7 +193,7 @@ class TrainMany:
                 self._fail(group[0][0], error)
                 return []
             # whose it is shows when each has a forward of its own
-            return [pair for job in group for pair in self._backward([job])]
+            return [pair for drawn in group for pair in self._backward([drawn])]
         total: Tensor | None = None
         good = []
         for (job, noised), rows in zip(group, prediction.split([part.rows for part in parts])):
@@ -270,7 +274,7 @@ class TrainMany:
                 self._layers.drop(name)
         self._ended.clear()
 
-    def _loss(self, job: Job) -> Any:
+    def _loss(self, job: TrainJob) -> Any:
         if job.loss is not None:
             return job.loss
         config = job.config
