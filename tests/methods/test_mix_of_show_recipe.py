@@ -50,7 +50,7 @@ def test_one_seed_runs_and_goes_on(tmp_path):
     found = run.run_seed(0, made, tmp_path)
     assert set(found["ways"]) == set(run.WAYS) and len(found["ways"]["gradient fusion"]) == 4
     table = run.combine([found, found])
-    assert run.markdown(table).count("\n") == 10 and "–" in run.markdown(table)
+    assert run.markdown(table).count("\n") == 16 and "–" in run.markdown(table)
     names = {path.name for path in (tmp_path / "seed0").iterdir()}
     assert {"amber.pth", "navy.pth", "fused", "pictures.png", "run_amber"} <= names
     run.plot(table, tmp_path / "plot.png")

@@ -33,6 +33,7 @@ import scenes as known
 from seeds import run_seeds
 
 from mole_kernels.demo import data, evaluate
+from mole_kernels.demo.classifier import load_reader
 from mole_kernels.demo.metrics import spread
 from mole_kernels.demo.model import FACTOR, LATENT_CHANNELS, load_pipeline
 from mole_kernels.demo.run import quiet
@@ -52,8 +53,11 @@ from mole_kernels.patching.apply import patch
 from mole_kernels.training.config import TrainConfig
 from mole_kernels.training.pictures import PictureFolder
 
-# begins the columns of what was neither fitted nor chosen by
-HELD = "held out:"
+# begins the columns of what was neither fitted nor chosen by, and of what each way does elsewhere and scaled
+HELD, BESIDE = "held out:", "beside:"
+# weight fusion has each expert at one half, so 2 is the plain sum
+SCALES = (0.7, 1.0, 1.4, 2.0)
+BASE = "base"
 WAYS = ("single", "weight fusion", "gradient fusion")
 SIZE = (data.HEIGHT, data.WIDTH)
 # prompts whose inputs are fitted, that choose the ridge, and that judge: no text is in two of them
@@ -138,6 +142,11 @@ def run_seed(seed: int, made: Settings, out: Path) -> dict[str, Any]:
             height=SIZE[0],
             width=SIZE[1],
         )
+        beside = {
+            way: beside_fidelity(pipe, expert, trained, reader, tokens, made, seed)
+            for way, expert in zip(WAYS[1:], (averaged, fused.expert))
+        }
+        beside["base"] = {"usual digits": usual_digits(pipe, None, made, seed)}
     noise = {way: {name: own[trained[name].name] for name in known.NAMES} for way, own in errors.items()}
     sheet(shown, folder / "pictures.png")
     print(
@@ -148,6 +157,7 @@ def run_seed(seed: int, made: Settings, out: Path) -> dict[str, Any]:
         "objective": fused.totals(),
         "worst_layer": worst_layer(fused),
         "noise": noise,
+        "beside": beside,
         "classifier": accuracy,
     }
     return {
@@ -156,6 +166,49 @@ def run_seed(seed: int, made: Settings, out: Path) -> dict[str, Any]:
         "cpu_seconds": time.process_time(),
         "ways": found,
     } | about
+
+
+def beside_fidelity(
+    pipe: Any,
+    expert: Expert,
+    trained: Mapping[str, Concept],
+    reader: Any,
+    tokens: Tokens,
+    made: Settings,
+    seed: int,
+) -> dict[str, float]:
+    """What a fused expert does to captions without concepts, and how it fares at its best scale of `SCALES`.
+
+    usual digits  share of slots of usual captions that show what they say
+    best scale    that of the highest mean fidelity
+    NAME          fidelity there
+    """
+    found: dict[float, dict[str, float]] = {}
+    for scale in SCALES:
+        scaled = replace(
+            expert,
+            layers={p: replace(layer, scale=layer.scale * scale) for p, layer in expert.layers.items()},
+        )
+        found[scale] = {
+            name: known.fidelity(reader, draw(pipe, scaled, concept, tokens, made, seed), name)
+            for name, concept in trained.items()
+        }
+    best = max(found, key=lambda scale: sum(found[scale].values()))
+    usual = usual_digits(pipe, expert, made, seed)
+    return {"usual digits": usual, "best scale": best} | found[best]
+
+
+def usual_digits(pipe: Any, expert: Expert | None, made: Settings, seed: int) -> float:
+    """Share of slots of captions without a concept that show what the caption says."""
+    labels = data.draw_labels(made.drawn, Generator().manual_seed(4242))
+    captions = [data.caption_of(row) for row in labels.tolist()]
+    if expert is None:
+        pixels = evaluate.generate_pictures(pipe, captions, seed, made.sampling_steps)
+    else:
+        with patch(pipe, {"x": expert}):
+            pixels = evaluate.generate_pictures(pipe, captions, seed, made.sampling_steps)
+    read = evaluate.read_back(load_reader(), pixels, captions)
+    return sum(read[key] for key in ("digits", "blank")) / 2
 
 
 def worst_layer(fused: FusedConcepts) -> dict[str, Any]:
@@ -266,15 +319,22 @@ def combine(seeds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str,
             table[way][f"{HELD} {group}"] = spread([own[key] / (own["held_base"] or 1.0) for own in sums])
         for name in known.NAMES:
             table[way][f"{HELD} noise of {name}"] = spread([s["noise"][way][name] for s in seeds])
+        for key in seeds[0]["beside"][way]:
+            table[way][f"{BESIDE} {key}"] = spread([s["beside"][way][key] for s in seeds])
+    table[BASE] = {f"{BESIDE} usual digits": spread([s["beside"]["base"]["usual digits"] for s in seeds])}
     return table
 
 
 def markdown(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Two tables, mean ± standard deviation over the seeds: concept fidelity in percent; what was held out."""
-    fidelity = [c for c in table[WAYS[1]] if not c.startswith(HELD)]
+    """Three tables, mean ± standard deviation over the seeds: concept fidelity in percent; what was held out; what
+    else the expert does, and each way at its best scale.
+    """
+    fidelity = [c for c in table[WAYS[1]] if not c.startswith((HELD, BESIDE))]
+    beside = [c for c in table[WAYS[1]] if c.startswith(BESIDE)]
     held = [c for c in table[WAYS[1]] if c.startswith(HELD)]
     lines = [f"| concept fidelity | {' | '.join(fidelity)} |", "|---" * (1 + len(fidelity)) + "|"]
-    for way, row in table.items():
+    for way in WAYS:
+        row = table[way]
         cells = [
             f"{100 * row[c]['mean']:.0f} ± {100 * row[c]['sd']:.0f} %" if c in row else "–" for c in fidelity
         ]
@@ -284,6 +344,12 @@ def markdown(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     for way in WAYS[1:]:
         cells = [f"{table[way][c]['mean']:.2f} ± {table[way][c]['sd']:.2f}" for c in held]
         lines.append(f"| {way} | {' | '.join(cells)} |")
+    names = " | ".join(c.removeprefix(BESIDE).strip() for c in beside)
+    lines += ["", f"| at the best scale | {names} |", "|---" * (1 + len(beside)) + "|"]
+    for way in (BASE, *WAYS[1:]):
+        row = table[way]
+        cells = [f"{row[c]['mean']:.2f} ± {row[c]['sd']:.2f}" if c in row else "–" for c in beside]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -292,7 +358,7 @@ def plot(table: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> No
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axis, columns = figure.subplots(), [c for c in table[WAYS[1]] if not c.startswith(HELD)]
+    axis, columns = figure.subplots(), [c for c in table[WAYS[1]] if not c.startswith((HELD, BESIDE))]
     for w, (way, colour) in enumerate(zip(WAYS, ("#c9ced6", "#d9a679", "#7a9cc6"))):
         there = [i for i, column in enumerate(columns) if column in table[way]]
         axis.bar(
