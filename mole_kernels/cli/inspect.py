@@ -6,6 +6,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mole_kernels.files.reader import SafetensorsFile, read_header
 from mole_kernels.io.bank import load_bank
 from mole_kernels.io.convert import kind_of
 from mole_kernels.io.dialects.families import families_of, titles
+from mole_kernels.io.dialects.parts import adapter_kinds
 from mole_kernels.io.experts import expert_from_tensors
 from mole_kernels.io.gates import GateFile, gates_from_tensors, load_gates
 from mole_kernels.io.resolve import Pipeline
@@ -79,6 +81,7 @@ def as_data(path: Path, kind: str, experts: dict[str, Expert], gates: GateFile |
                     }
                     for layer_path, layer in expert.layers.items()
                 },
+                "families": {layer_path: family.kind for layer_path, family in expert.families.items()},
             }
             for name, expert in experts.items()
         },
@@ -126,9 +129,12 @@ def _summary(
     header = read_header(find_adapter(path).weights)
     dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in header.entries.values()})
     size = sum(entry.end - entry.begin for entry in header.entries.values())
-    what = {"bank": "single file of mole_kernels", "gates": "gates of MoLE", "expert": "one expert (LoRA)"}[
-        kind
-    ]
+    adapters = ", ".join(adapter_kinds(header.entries)) or "LoRA"
+    what = {
+        "bank": "single file of mole_kernels",
+        "gates": "gates of MoLE",
+        "expert": f"one expert ({adapters})",
+    }[kind]
     yield "file", path
     yield "is", what
     yield "holds", f"{len(header.entries):,} tensors, {size / 2**20:,.1f} MiB, {', '.join(dtypes)}"
@@ -168,6 +174,11 @@ def _tables(experts: dict[str, Expert], gates: GateFile | None, every: bool) -> 
             else ("layer", "layers", "K → N", "rank", "scale", "‖ΔW‖")
         )
         yield table(title, columns, rows, numbers)
+        if expert.families:
+            kinds = Counter(family.kind for family in expert.families.values())
+            yield table(
+                f"{title}, completed by the base", ("family", "layers"), sorted(kinds.items()), ("layers",)
+            )
     if gates is not None:
         yield table(
             "Gates",

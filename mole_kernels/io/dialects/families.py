@@ -118,7 +118,8 @@ def families_of(expert: Expert) -> tuple[str, ...]:
     Args:
         expert: An expert of any dialect.
     """
-    return families({path: layer.in_features for path, layer in expert.layers.items()})
+    widths: dict[str, int | None] = dict.fromkeys(expert.families)
+    return families(widths | {path: layer.in_features for path, layer in expert.layers.items()})
 
 
 def titles(names: Iterable[str]) -> str:

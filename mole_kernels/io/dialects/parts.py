@@ -6,6 +6,7 @@ One table for every family: what a part is called stands here, what is computed 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 # kinds of adapters, by what their layers are made of
@@ -132,6 +133,21 @@ BESIDE = {
 }
 # parts that are added to what the model has, so that zeros do nothing
 ADDED = frozenset({"diff", "bias", "up_bias"})
+
+
+def adapter_kinds(keys: Iterable[str]) -> list[str]:
+    """The kinds of adapters that a file's keys name, as they are called.
+
+    Args:
+        keys: The file's keys.
+    """
+    names: set[str] = set()
+    for key in keys:
+        part = parse_part(key)
+        if part is not None:
+            names |= {KINDS[part.kind]} if part.kind else set()
+            names |= {BESIDE[part.part]} if part.part in ("magnitude", "bias", "up_bias") else set()
+    return sorted(names)
 
 
 def parse_part(key: str) -> KeyPart | None:

@@ -170,6 +170,7 @@ def settings_of_set(work: Path) -> dict[str, Any]:
 
 
 def _widened(expert: Expert) -> Expert:
+    expert.check_low_rank("DiffLoRA's data")
     return Expert(
         {path: layer.to(torch.float32) for path, layer in expert.layers.items()}, source=expert.source
     )

@@ -112,6 +112,7 @@ def load_concept(
                 embeddings.setdefault(token, {})[encoder] = value
     else:
         expert = load_expert(path)
+        expert.check_low_rank("concept")
         beside = Path(os.fsdecode(path)).with_suffix(".embeddings.safetensors")
         embeddings = load_embeddings(beside) if beside.exists() else {}
     name = " ".join(embeddings) if name is None else name
