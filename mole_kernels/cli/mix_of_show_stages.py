@@ -37,7 +37,7 @@ from mole_kernels.methods.mix_of_show.augmented import PLACE, AugmentedConcept
 from mole_kernels.methods.mix_of_show.concept import at_weights, load_concept, save_concept
 from mole_kernels.methods.mix_of_show.edlora import train_edlora
 from mole_kernels.methods.mix_of_show.folder import read_fused
-from mole_kernels.methods.mix_of_show.paper_options import Validation, read_paper_options
+from mole_kernels.methods.mix_of_show.paper_options import ValidationOptions, read_paper_options
 from mole_kernels.methods.mix_of_show.prompts import sample_concepts
 from mole_kernels.methods.mix_of_show.regions import Region, parse_regions, read_regions
 from mole_kernels.methods.mix_of_show.sampling import regional
@@ -125,7 +125,7 @@ def sample_regions(asked: ConceptRegionsArgs) -> None:
     ]
     ready_folder(asked.out)
     pipe, rows = _pipeline(asked), []
-    options = _options(asked, Validation()) | {"height": height, "width": width}
+    options = _options(asked, ValidationOptions()) | {"height": height, "width": width}
     with (
         concept_tokens(pipe, embeddings) as tokens,
         patch(pipe, {"concept": expert}, allow_large_rank=True),
@@ -140,10 +140,10 @@ def sample_regions(asked: ConceptRegionsArgs) -> None:
     done(str(asked.out), f"{len(rows)} pictures of {len(regions)} regions")
 
 
-def _validation(asked: ConceptSampleArgs) -> Validation:
+def _validation(asked: ConceptSampleArgs) -> ValidationOptions:
     """What is drawn: the options file's, with what the command line says in its place."""
     wanted = (
-        Validation(samples=asked.samples)
+        ValidationOptions(samples=asked.samples)
         if asked.options is None
         else read_paper_options(asked.options).validation
     )
@@ -197,7 +197,7 @@ def _pipeline(asked: ConceptDrawArgs) -> Any:
     )
 
 
-def _options(asked: ConceptDrawArgs, wanted: Validation) -> dict[str, Any]:
+def _options(asked: ConceptDrawArgs, wanted: ValidationOptions) -> dict[str, Any]:
     size = resolution_of(asked.resolution)
     options: dict[str, Any] = {
         "num_inference_steps": asked.sampling_steps or wanted.steps,

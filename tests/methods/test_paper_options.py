@@ -15,7 +15,7 @@ from mole_kernels.methods.mix_of_show.augment import TEMPLATES
 from mole_kernels.methods.mix_of_show.concept import load_concept
 from mole_kernels.methods.mix_of_show.folder import save_fused
 from mole_kernels.methods.mix_of_show.fusion import FusionSettings, fuse_pipeline
-from mole_kernels.methods.mix_of_show.paper_options import Validation, read_paper_options
+from mole_kernels.methods.mix_of_show.paper_options import ValidationOptions, read_paper_options
 from tests.methods.concepts import random_concept
 from tests.training.pipelines import sd_pipeline
 
@@ -171,7 +171,9 @@ def test_a_training_file_says_what_the_papers_code_would_do(root):
     ]
     made = options.augmentation
     assert (made.kind, made.size, made.crop, made.shuffle_after, made.templates) == ("person", 16, 0.5, 1, ())
-    assert options.validation == Validation(("a <v1> <v2>", "three <v1> <v2>"), (0.0, 0.7, 1.0), 2, 2, 7.5)
+    assert options.validation == ValidationOptions(
+        ("a <v1> <v2>", "three <v1> <v2>"), (0.0, 0.7, 1.0), 2, 2, 7.5
+    )
     assert (
         read_paper_options(
             root / "options/train/three.yml", mixed_precision=True
@@ -198,7 +200,7 @@ def test_a_file_for_sampling_has_prompts_and_a_concept(tmp_path):
     (tmp_path / "sample.yml").write_text(SAMPLE)
     options = read_paper_options(tmp_path / "sample.yml")
     assert options.training is None and options.concept.name == "edlora_model-latest.pth"
-    assert options.validation == Validation(("one <v1> <v2>", "<v1> <v2> two"), (0.0, 1.0), 3, 3, 2.0)
+    assert options.validation == ValidationOptions(("one <v1> <v2>", "<v1> <v2> two"), (0.0, 1.0), 3, 3, 2.0)
 
 
 @pytest.mark.parametrize(

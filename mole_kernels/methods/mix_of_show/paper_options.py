@@ -27,7 +27,7 @@ _PLAIN = ("ToTensor", "Normalize")
 
 
 @dataclass(frozen=True)
-class Validation:
+class ValidationOptions:
     """Pictures that show how far a concept has come.
 
     Args:
@@ -68,7 +68,7 @@ class PaperOptions:
     pictures: tuple[ConceptPicture, ...] = ()
     batch_size: int = 1
     augmentation: Augmentation = field(default_factory=Augmentation)
-    validation: Validation = field(default_factory=Validation)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
     concept: Path | None = None
 
 
@@ -283,10 +283,10 @@ def _pictures(options: _Options) -> Iterator[ConceptPicture]:
             yield ConceptPicture(file, _replaced(text, words), mask)
 
 
-def _validation(options: _Options, required: bool = True) -> Validation:
+def _validation(options: _Options, required: bool = True) -> ValidationOptions:
     key = "datasets.val_vis"
     if not required and not isinstance(options.table.get("datasets", {}).get("val_vis"), Mapping):
-        return Validation()
+        return ValidationOptions()
     prompts = options.table["datasets"]["val_vis"].get("prompts")
     if isinstance(prompts, str):
         lines = list(text_lines(read_text(options.find(prompts, f"{key}.prompts"))))
@@ -296,7 +296,7 @@ def _validation(options: _Options, required: bool = True) -> Validation:
     alphas = options.get("val.alpha_list", list, [1.0])
     if not alphas or not all(isinstance(a, int | float) and math.isfinite(a) for a in alphas):
         raise MoleFileError(f"{options.where}: val.alpha_list", expected="numbers", got=printable(alphas))
-    return Validation(
+    return ValidationOptions(
         tuple(_replaced(str(line), words) for line in lines if str(line).strip()),
         tuple(map(float, alphas)),
         options.get(f"{key}.num_samples_per_prompt", int, 8),
