@@ -6,11 +6,12 @@ from __future__ import annotations
 class MoleError(Exception):
     """`where: expected …, got …` and a hint; the base of every error this package raises on purpose.
 
-    where     the op, file, key or argument at fault
-    problem   a sentence, where "expected … got …" does not fit
-    expected  what would have been right
-    got       what came
-    hint      what to do about it
+    Args:
+        where: The operator, file, key or argument at fault.
+        problem: A sentence, where "expected … got …" does not fit.
+        expected: What would have been right.
+        got: What came.
+        hint: What to do about it.
     """
 
     def __init__(

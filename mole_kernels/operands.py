@@ -17,12 +17,15 @@ from mole_kernels.problem import Problem
 class Experts(NamedTuple):
     """E low-rank experts of one layer, packed: A_e one under the other, B_e side by side.
 
-    down   [S,R,K]  the A_e, R = Σ ranks; S = 1 (shared by the batch) or B (one set per sample), or any with
-           an assignment
-    up     [S,N,R]  the B_e
-    scale  [E] float32  s_e, the convention's scale times the adapter's weight
-    ranks  R_e of each expert, in order
-    assignment [B] int64  which of the S sets each sample takes; −1: none, its row of y is the base layer's
+    Args:
+        down: [S,R,K], the A_e, R = Σ ranks; S = 1 (shared by the batch) or B (one set per sample), or any
+            with an
+            assignment.
+        up: [S,N,R], the B_e.
+        scale: [E] float32, s_e: the convention's scale times the adapter's own.
+        ranks: R_e of each expert, in order.
+        assignment: [B] int64, which of the S sets each sample takes; −1: none, its row of y is the base
+            layer's.
     """
 
     down: Tensor
@@ -35,14 +38,19 @@ class Experts(NamedTuple):
 class Gates(NamedTuple):
     """The gates of one call; each part may be absent, and those present multiply.
 
-    gate           broadcastable to [B,T,E]  a given gate: constants, masks, one-hot per sample
-    token_weight   [E,K], token_bias [E]     token gate l = sigmoid(x token_weightᵀ + token_bias), or softmax
-                   over the experts by `top_k`
-    sample_weight  [S,R] float32, sample_bias [E]  sample gate
-                   G_e = sigmoid(Σ_{r∈e} sample_weight_r · mean_t h_r + sample_bias_e)
-    top_k          0: sigmoids, independent of one another; k ≥ 1: softmax over each token's k largest
-                   logits, 0 for the other experts (k ≥ E: over all; of equal logits the expert that comes
-                   first counts as the larger)
+    Token gate: l = sigmoid(x token_weightᵀ + token_bias), or softmax over the experts by `top_k`. Sample
+    gate:
+    G_e = sigmoid(Σ_{r∈e} sample_weight_r · mean_t h_r + sample_bias_e), h = x Aᵀ.
+
+    Args:
+        gate: A given gate, broadcastable to [B,T,E]: constants, masks, one-hot per sample.
+        token_weight: [E,K].
+        token_bias: [E].
+        sample_weight: [S,R] float32.
+        sample_bias: [E].
+        top_k: 0: sigmoids, independent of one another; k ≥ 1: softmax over each token's k largest logits, 0
+            for
+            the other experts (k ≥ E: over all; of equal logits the first expert counts as the larger).
     """
 
     gate: Tensor | None = None

@@ -148,6 +148,9 @@ def merge(
             generator.
         dtype: Of the result; None: the narrowest that holds all inputs exactly.
 
+    Returns:
+        The merged expert; its metadata say what it was made of.
+
     Raises:
         MoleShapeError: Layers of different sizes, or ranks that the mode cannot add.
         MoleTypeError: An expert or a weight of another type.

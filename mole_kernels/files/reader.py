@@ -29,6 +29,9 @@ def read_header(path: PathLike, *, root: PathLike | None = None) -> Header:
         path: The file; of an index, all its shards' headers as one.
         root: When given, the file must lie inside this folder, links followed.
 
+    Returns:
+        Entries by key (dtype, shape, place) and the metadata.
+
     Raises:
         MoleFileError: The file cannot be read, or is broken.
         MoleTypeError: A dtype that is not supported.

@@ -100,6 +100,9 @@ def load_gates(path: PathLike) -> GateFile:
     Args:
         path: The safetensors file.
 
+    Returns:
+        The gates by layer, and the experts that their rows are for.
+
     Raises:
         MoleFileError: A broken file, or one of a later version.
         MoleKeyError: Keys that are missing, or that no gate has.

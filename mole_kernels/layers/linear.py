@@ -176,6 +176,15 @@ class GatedLoRALinear(Gated, nn.Linear):
     """y = x Wᵀ + b + Σ_e s_e·g_e(token, sample)·(x A_eᵀ) B_eᵀ; W and b are frozen.
 
     x [...,K] -> [...,N]; the first dimension is the sample, all between are tokens ([M,K] is one sample).
+    Made by
+    `from_linear`, or by `mk.patch` in place.
+
+    Args:
+        in_features: K, as nn.Linear's.
+        out_features: N, as nn.Linear's.
+        bias: Whether there is a b.
+        device: Of the parameters.
+        dtype: Of the parameters.
     """
 
     @classmethod

@@ -63,7 +63,16 @@ class MaskSettings:
 
 
 def found_gates(path: str, module: nn.Module, experts: Any) -> GivenGate:
-    """For `mk.patch(pipe, experts, gates=found_gates)`: gates that `automatic_regions` fills."""
+    """For `mk.patch(pipe, experts, gates=found_gates)`: gates that `automatic_regions` fills.
+
+    Args:
+        path: The layer's path.
+        module: The layer.
+        experts: Its experts.
+
+    Returns:
+        A given gate that is closed until the regions are found.
+    """
     return GivenGate(len(experts.names), device=experts.scale.device)
 
 

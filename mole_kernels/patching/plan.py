@@ -97,6 +97,9 @@ def plan(
             (path, module) -> bool. None: every layer that an expert has.
         allow_large_rank: Whether ranks above min(K, N) of a layer are accepted.
 
+    Returns:
+        The plan: its layers by path, what is skipped and why, and keys that match nothing.
+
     Raises:
         MoleFileError: A file cannot be read.
         MoleKeyError: A key, target or gate matches nothing.

@@ -46,11 +46,19 @@ class CacheSize:
 class PictureBatches:
     """Endless batches of one bucket each: which pictures batch n holds depends on (pictures, seed, n) alone.
 
-    Each epoch has every picture once, in its own order; the last batch of a bucket may be smaller.
-    A batch: latents [B,C,h,w], encoder_hidden_states [B,T,K], and for SDXL text_embeds [B,P] and time_ids
-    [B,6].
-    null: what a dropped condition becomes, for `DenoisingLoss`. size: see `CacheSize`.
-    Made by `picture_batches`.
+    Each epoch has every picture once, in its own order; the last batch of a bucket may be smaller. A batch:
+    latents
+    [B,C,h,w], encoder_hidden_states [B,T,K], and for SDXL text_embeds [B,P] and time_ids [B,6]. Made by
+    `picture_batches`.
+
+    Args:
+        folder: The pictures.
+        stores: The caches of latents and of text encodings.
+        null: What a dropped condition becomes, for `DenoisingLoss`.
+        keys: What a batch calls each encoding.
+        batch_size: Pictures in a batch.
+        seed: Of the order.
+        size: The cache's size, see `CacheSize`.
     """
 
     def __init__(
@@ -195,6 +203,9 @@ def picture_batches(
         posterior: "mean", or one "sample" for each picture, drawn by (seed, picture).
         encode_batch: Pictures encoded at once.
         on_size: Called with the cache's size before anything is encoded.
+
+    Returns:
+        The batches, endless.
     """
     from mole_kernels.training.processes import processes
 

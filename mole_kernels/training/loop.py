@@ -51,8 +51,13 @@ class RunOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """losses: of every step, those before a resume included; steps taken in all; seconds and samples/s of
-    this call.
+    """What `fit` returns.
+
+    Args:
+        losses: Of every step, those before a resume included.
+        steps: Steps taken in all.
+        seconds: Of this call.
+        throughput: Samples a second in this call.
     """
 
     losses: list[float]
@@ -81,29 +86,38 @@ def fit(
     identity: Mapping[str, str] | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> TrainResult:
-    """Trains `parameters` of `model` in place for `config.steps` steps; everything else in the model stays
-    bit for bit.
+    """Train `parameters` of `model` in place for `config.steps` steps; all else in the model stays bit for
+    bit.
 
-    Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second one stops at once.
-    Raises MoleStateError for a loss that is not finite (the newest checkpoint stays good) and for a resume
-    that does not fit.
-    The model is left on accelerate's device; `requires_grad` and train/eval modes are put back.
+    Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second one stops at once. The
+    model is left on accelerate's device; `requires_grad` and train/eval modes are put back.
 
     Args:
-        parameters: Tensors of the model that train: a dict by name, (name, tensor) pairs, or tensors
+        model: The model that the loss calls.
+        parameters: Tensors of the model that train: a dict by name, (name, tensor) pairs, or tensors alone.
+        batches: An iterable of dicts of tensors, see `BatchStream`; batch n is drawn by process n mod P.
+        config: Steps, optimiser, schedule, precision.
+        loss_fn: (model, batch, generator) -> scalar; whatever it draws from `generator` depends on (seed, n)
             alone.
-        batches: An iterable of dicts of tensors, see `BatchStream`; batch n is drawn by process n mod
-            P.
-        loss_fn: (model, batch, generator) -> scalar; whatever it draws from `generator` depends on
-            (seed, n) alone.
-        run_dir: Where checkpoints go; with `resume` the run goes on from the newest, or begins if there
-            is none. A resumed run equals one that was never interrupted, bit for bit on a CPU.
+        run_dir: Where checkpoints go; with `resume` the run goes on from the newest, or begins if there is
+            none.
+            A resumed run equals one that was never interrupted, bit for bit on a CPU.
+        resume: Go on from the newest checkpoint of `run_dir`.
         progress: A bar on a terminal, else a line at the end (and every `config.log_every` steps), on stderr.
         on_step: Called as (steps done, loss) after each step.
-        trackers: Accelerate's, such as ("tensorboard",): loss, learning rate and samples/s of each
-            step, below run_dir.
+        trackers: Accelerate's, such as ("tensorboard",): loss, learning rate and samples/s of each step,
+            below
+            run_dir.
         identity: What else must be the same on resume, by name.
         rates: Parameter name -> its learning rate as a multiple of the config's; 1 where not given.
+
+    Returns:
+        The losses, steps, seconds and throughput.
+
+    Raises:
+        MoleStateError: A loss that is not finite (the newest checkpoint stays good), or a resume that does
+            not
+            fit.
     """
     named = named_parameters(model, parameters)
     folder = None if run_dir is None else Path(run_dir)

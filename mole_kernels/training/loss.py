@@ -64,15 +64,32 @@ def denoising_loss(
     *,
     per_picture: bool = False,
 ) -> Tensor:
-    """mean of w_t · `denoising_error`, a float32 scalar;  w_t = min(SNR_t, γ)/SNR_t for ε, /(SNR_t + 1) for
-    v, 1 without γ.
+    """mean of w_t · `denoising_error`: w_t = min(SNR_t, γ)/SNR_t for ε, min(SNR_t, γ)/(SNR_t + 1) for v, 1
+    without γ.
 
     SNR_t = ᾱ_t/(1−ᾱ_t). Weights: Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting
     Strategy",
     arXiv 2303.09556 (the weights for ε and v follow from that for x).
-    mask [B,1|C,h,w], optional: the mean becomes Σ mask·w·error / Σ mask over the whole batch; with
-    per_picture the mean over the pictures of Σ mask·w·error / Σ mask, a mask of one channel counted once, as
-    Mix-of-Show has it.
+
+    Args:
+        unet: The denoiser.
+        scheduler: Its scheduler.
+        latents: [B,C,h,w], clean.
+        timesteps: [B] int64.
+        noise: [B,C,h,w].
+        encoder_hidden_states: [B,T,K].
+        added_cond_kwargs: SDXL's further conditions.
+        snr_gamma: γ of the weights, or None.
+        mask: [B,1|C,h,w]: the mean becomes Σ mask·w·error / Σ mask over the whole batch.
+        per_picture: The mean over the pictures of Σ mask·w·error / Σ mask, a mask of one channel counted
+            once, as
+            Mix-of-Show has it.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        MoleError: Sizes or a prediction type that do not fit.
     """
     error = denoising_error(
         unet, scheduler, latents, timesteps, noise, encoder_hidden_states, added_cond_kwargs

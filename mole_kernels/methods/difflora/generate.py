@@ -19,8 +19,13 @@ from mole_kernels.training.pictures import decode
 
 @dataclass(frozen=True)
 class Sampling:
-    """steps of the sampler "ddim" or "dpm", classifier-free guidance (1: none), and the seed of the noise,
-    the same for every person.
+    """How a person's LoRA is drawn from the diffusion model.
+
+    Args:
+        steps: Steps of the sampler.
+        guidance: Classifier-free guidance; 1 for none.
+        seed: Of the noise, the same for every person.
+        kind: The sampler, "ddim" or "dpm".
     """
 
     steps: int = 20
@@ -38,20 +43,28 @@ def generate_experts(
     sampling: Sampling | None = None,
     batch_size: int = 64,
 ) -> ExpertBank:
-    """An expert of each person, predicted from their pictures:
-
-        bank = generate(predictor, {"anna": ["anna.png"], "ben": [picture, picture]}, base=pipe)
-        handle = mk.patch(pipe, bank)                   or    served = mk.serve(pipe, bank.experts)
-
-    Raises MoleFileError for a file that is no picture, MoleValueError for a person without pictures or
-    latents that are not finite
-    (the person named), MoleShapeError or MoleKeyError where the layout does not fit the base (its layers
-    named).
+    """An expert of each person, predicted from their pictures.
 
     Args:
-        people: {name: pictures, as files or PIL images}; a person's expert does not depend on who else
-            is asked for.
+        predictor: The trained model.
+        people: {name: pictures, as files or PIL images}; a person's expert does not depend on who else is
+            asked
+            for.
         base: The model it is for: where given, its layers are checked before anything is computed.
+        sampling: How the LoRAs are drawn; None for the defaults.
+        batch_size: People predicted at once.
+
+    Returns:
+        A bank with one expert for each person, by name.
+
+    Raises:
+        MoleFileError: A file that is no picture.
+        MoleValueError: A person without pictures, or latents that are not finite; the person is named.
+        MoleShapeError, MoleKeyError: The layout does not fit the base; its layers are named.
+
+    Example:
+        >>> bank = generate_experts(predictor, {"anna": ["anna.png"], "ben": [picture, picture]}, base=pipe)
+        >>> served = mk.serve(pipe, bank.experts)
     """
     wanted = sampling or Sampling()
     if not people:

@@ -92,13 +92,18 @@ def load_predictor(
 ) -> Predictor:
     """The model of a folder, in eval mode.
 
-    Raises MoleFileError, MoleKeyError or MoleShapeError for a folder that holds no such model whole,
-    MoleValueError where an encoder is
-    missing, MoleShapeError where one is of another width.
-
     Args:
+        folder: What `save_predictor` wrote.
         face: The frozen face encoder that the model was trained with, where it is not part of it.
         image: The same for the image encoder.
+
+    Returns:
+        The predictor.
+
+    Raises:
+        MoleFileError, MoleKeyError, MoleShapeError: The folder does not hold such a model whole.
+        MoleValueError: An encoder is missing.
+        MoleShapeError: An encoder of another width.
     """
     record, where = _read(Path(folder), ("predictor",))
     frozen = {"face": face, "image": image}

@@ -48,11 +48,17 @@ class Concept:
 
 
 def save_concept(concept: Concept, path: PathLike, layout: Layout = "main") -> None:
-    """Write a concept. A .pth is the paper's, in the key dialect of its main or its research branch; the
-    alphas are in neither file.
+    """Write a concept.
 
-    A .safetensors holds the expert as diffusers has it, and beside it NAME.embeddings.safetensors the
-    embeddings.
+    Args:
+        concept: The concept.
+        path: A .pth as the paper's tools have it; its alphas are not in it. Or a .safetensors, which holds
+            the
+            expert as diffusers has it, with NAME.embeddings.safetensors beside it.
+        layout: The key dialect of a .pth: the paper's main or its research branch.
+
+    Raises:
+        MoleError: A layer that the dialect has no name for, or a file that cannot be written.
     """
     if str(path).lower().endswith((".pth", ".pt")):
         by_encoder = {
@@ -95,11 +101,19 @@ def load_embeddings(path: PathLike) -> dict[str, dict[str, Tensor]]:
 def load_concept(
     path: PathLike, name: str | None = None, *, unet_alpha: float = 1.0, text_encoder_alpha: float = 1.0
 ) -> Concept:
-    """A concept from a .pth of the paper's tools (either key dialect), or from a .safetensors with its
-    embeddings beside it.
+    """A concept from a .pth of the paper's tools, or from a .safetensors with its embeddings beside it.
 
     Args:
+        path: The file; a .pth in either key dialect of the paper's branches.
         name: Which of the file's tokens prompts use and in which order; None: all, as they come.
+        unet_alpha: The scale of the UNet's layers, which a .pth does not hold.
+        text_encoder_alpha: That of the text encoder's.
+
+    Returns:
+        The concept: its expert, token embeddings and name.
+
+    Raises:
+        MoleError: The file cannot be read, is no concept, or lacks the tokens named.
     """
     where = printable(path, 300)
     if not os.path.exists(path):
@@ -133,11 +147,18 @@ def load_concept(
 
 
 def load_fusion_config(path: PathLike) -> list[Concept]:
-    """The concepts of a fusion configuration: a JSON list of {lora_path, unet_alpha, text_encoder_alpha,
-    concept_name}.
+    """The concepts of a fusion configuration, a JSON list.
 
-    A lora_path that is not absolute is looked for beside the configuration first. Raises MoleFileError that
-    names entry and field.
+    Args:
+        path: The file: entries {lora_path, unet_alpha, text_encoder_alpha, concept_name}. A lora_path that
+            is not
+            absolute is looked for beside the file first.
+
+    Returns:
+        The concepts, in the file's order.
+
+    Raises:
+        MoleFileError: An entry or field that is wrong, by its name.
     """
     where = printable(path, 300)
     entries = read_json_file(path)

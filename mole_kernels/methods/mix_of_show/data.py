@@ -43,6 +43,9 @@ def concept_batches(
         tokens: As for `train_edlora`.
         masks: Folder of pictures with the same names up to the ending, white where the concept is; any
             size: they are scaled and cut like their picture, then averaged over each latent.
+
+    Returns:
+        Batches with latents, caption ids and, where there are masks, masks of the latents' size.
     """
     if len(folder.counts()) != 1:
         raise MoleValueError(

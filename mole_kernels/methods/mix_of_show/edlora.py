@@ -88,8 +88,14 @@ class EDLoRATraining:
 
 
 def paper_training(steps: int, **options: Any) -> EDLoRATraining:
-    """AdamW with 1e-4 on the UNet, 1e-5 on the text encoder, 1e-3 on the embeddings, falling linearly to
-    0.
+    """AdamW with 1e-4 on the UNet, 1e-5 on the text encoder, 1e-3 on the embeddings, falling linearly to 0.
+
+    Args:
+        steps: Steps of training.
+        **options: Other fields of `EDLoRATraining`.
+
+    Returns:
+        The settings.
     """
     return EDLoRATraining(TrainConfig(steps=steps, lr=1e-4, schedule="linear", weight_decay=1e-2, **options))
 
@@ -109,6 +115,9 @@ def train_edlora(
         tokens: The concept's tokens in the order in which prompts use them -> `<rand-σ>` or the class
             word they start from.
         run: run_dir, resume, progress, on_step, trackers: as in `fit`.
+
+    Returns:
+        The trained concept.
 
     Raises:
         MoleValueError: Tokens that are no new words, and what `fit` raises.

@@ -37,12 +37,20 @@ def save_fused(
     dialect: Literal["diffusers", "kohya"] = "diffusers",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """fused.safetensors, fused.embeddings.safetensors, new_concept_cfg.json (as the paper's tools keep it)
-    and report.json.
+    """fused.safetensors, fused.embeddings.safetensors, new_concept_cfg.json (as the paper's tools keep it),
+    report.json.
 
-    All four or none, over an older fusion too: they are made in a folder beside them, and once all are there,
-    moved; `load_fused` finds
-    them in either place, and the next `save_fused` ends a move that was cut off.
+    All four or none, over an older fusion too: they are written into a folder beside them and then moved;
+    `load_fused` finds them in either place, and the next `save_fused` ends a move that was cut off.
+
+    Args:
+        fused: What `fuse_pipeline` gave.
+        folder: Where they go.
+        dialect: Of the expert's file.
+        dtype: Of the expert's factors; None keeps theirs.
+
+    Raises:
+        MoleFileError: The folder cannot be written.
     """
     draft = folder / DRAFT
     draft.mkdir(parents=True, exist_ok=True)
@@ -87,8 +95,17 @@ def save_dense(pipe: Any, fused: FusedConcepts, folder: Path) -> None:
 
 
 def load_fused(pipe: Any, folder: Path) -> tuple[Expert, Tokens]:
-    """(expert, tokens) of what `save_fused` wrote; the tokens are added to the pipeline, the expert is for
-    `patch`.
+    """What `save_fused` wrote; the tokens are added to the pipeline.
+
+    Args:
+        pipe: The pipeline that takes the tokens.
+        folder: The folder.
+
+    Returns:
+        (expert, tokens): the expert is for `mk.patch`.
+
+    Raises:
+        MoleFileError: A file is missing or broken.
     """
     expert, embeddings = read_fused(folder)
     return expert, add_concepts(pipe, embeddings)

@@ -120,14 +120,22 @@ def fuse_pipeline(
     settings: FusionSettings | None = None,
     progress: Progress | None = None,
 ) -> FusedConcepts:
-    """Concepts into one expert that does to each concept's own inputs what that concept did alone; the
-    pipeline is as before at the end.
+    """Concepts into one expert that does to each concept's own inputs what that concept did alone.
 
-    Errors are those of `plan_fusion`, and MoleValueError where a template does not fit the tokenizer or
-    inputs are not finite.
+    The pipeline is as before at the end.
 
     Args:
-        progress: Hears (what, done, of how many); the first call says the whole plan.
+        pipe: The pipeline that the concepts were trained on.
+        concepts: The concepts to fuse.
+        settings: How their inputs are drawn and the layers solved; None for the defaults.
+        progress: Called with (what, done, of how many); the first call says the whole plan.
+
+    Returns:
+        The fused expert, the concepts' tokens, and a report by layer.
+
+    Raises:
+        MoleError: As `plan_fusion`.
+        MoleValueError: A template that does not fit the tokenizer, or inputs that are not finite.
     """
     fusion_plan, settings, tell = (
         plan_fusion(pipe, concepts, settings),

@@ -55,19 +55,34 @@ def regional_flux(
 ) -> dict[str, Any]:
     """The arguments with which a FLUX pipeline draws every region from its own text.
 
-        image = pipe(height=512, width=512, **regional_flux(pipe, "a street", regions, height=512,
-        width=512)).images[0]
-
-    prompt_embeds holds all texts one after the other; `joint_attention_kwargs` the mask [1,1,T,T], for all
-    layers and steps.
     A joint softmax has no share of one half: where regions overlap a place sees the texts of all that cover
-    it ("mean"), or of the last
-    ("overwrite"). Negative prompts of regions are not used, as FLUX has no guidance of that kind in one call.
-    Ours: the paper has cross-attention only. Raises MoleTypeError, MoleValueError, MoleShapeError.
+    it
+    ("mean"), or of the last ("overwrite"). Negative prompts of regions are not used, as FLUX has no guidance
+    of that
+    kind in one call. Ours: the paper has cross-attention only.
 
     Args:
-        embeds: The texts' embeddings [L,C], the global one first, instead of encoding them; pooled
-            [1,D] with them.
+        pipe: The pipeline.
+        prompt: The text of the whole picture.
+        regions: The regions.
+        height: Of the picture, in pixels.
+        width: Of the picture, in pixels.
+        overlap: "mean" or "overwrite".
+        embeds: The texts' embeddings [L,C], the global one first, instead of encoding them.
+        pooled: [1,D], with `embeds`.
+        max_sequence_length: Tokens of each text.
+
+    Returns:
+        `prompt_embeds` [1,ΣL,C] with all texts one after the other, and `joint_attention_kwargs` with the
+        mask
+        [1,1,T,T], for all layers and steps.
+
+    Raises:
+        MoleError: A region, text or size that does not fit.
+
+    Example:
+        >>> image = pipe(height=512, width=512, **regional_flux(pipe, "a street", regions, height=512,
+        width=512))
     """
     if not regions or not all(isinstance(region, Region) for region in regions):
         raise MoleTypeError("regional_flux", expected="a list of regions, at least one", got="something else")

@@ -82,6 +82,9 @@ def read_paper_options(path: PathLike, *, mixed_precision: bool = False) -> Pape
         path: The file.
         mixed_precision: Take the file's (fp16), which a CPU does not want.
 
+    Returns:
+        The options that training, sampling or validation here takes of it.
+
     Raises:
         MoleFileError: No YAML, a key that is missing or of another kind, a file in it that is not there.
         MoleValueError: What is not trained here: a LoRA without layers' embeddings, experts elsewhere than on

@@ -173,10 +173,20 @@ def sample_concepts(
     negative: Sequence[str] | str | None = "",
     **options: Any,
 ) -> Any:
-    """What the pipeline draws for prompts with concept tokens; options are the pipeline's own (generator,
-    num_inference_steps, …).
+    """What the pipeline draws for prompts with concept tokens.
 
-    Without a negative prompt (None) there is no classifier-free guidance.
+    Args:
+        pipe: The pipeline.
+        prompts: The prompts.
+        tokens: From `add_concepts` or `read_concepts`.
+        negative: One negative prompt, or one for each; None: no classifier-free guidance.
+        **options: The pipeline's own (generator, num_inference_steps, …).
+
+    Returns:
+        The pipeline's output.
+
+    Raises:
+        MoleValueError: A prompt or a number of prompts that does not fit.
     """
     if negative is None:
         options = {"guidance_scale": 1.0} | options

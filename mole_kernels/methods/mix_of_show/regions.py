@@ -104,6 +104,14 @@ def parse_regions(text: str, height: int, width: int) -> list[Region]:
     is the whole picture, a box ends where the picture ends, and an empty part ends the list, as after a
     trailing bar. Nothing is evaluated.
 
+    Args:
+        text: The string.
+        height: Of the picture, in pixels.
+        width: Of the picture, in pixels.
+
+    Returns:
+        The regions, their boxes in fractions of the picture.
+
     Raises:
         MoleValueError: Names the position of what is wrong. A box that begins above or left of the picture is
             among it; the paper's code takes other places for it.
@@ -166,10 +174,18 @@ def _wrong(at: int, expected: str, got: str) -> MoleValueError:
 
 
 def read_regions(source: str | Sequence[Mapping[str, Any]]) -> list[Region]:
-    """JSON: [{"prompt": "…", "negative": "…", "box": [y0, x0, y1, x1], "experts": {"name": 0.8}}, …], boxes
-    in fractions.
+    """Regions of a picture from JSON or from the same as mappings.
 
-    Raises MoleValueError or MoleTypeError that names the region and the field.
+    Args:
+        source: [{"prompt": "…", "negative": "…", "box": [y0, x0, y1, x1], "experts": {"name": 0.8}}, …], as
+            text
+            or as mappings; boxes in fractions of the picture.
+
+    Returns:
+        The regions, in order.
+
+    Raises:
+        MoleTypeError, MoleValueError: The region and the field that are wrong.
     """
     if isinstance(source, str):
         try:

@@ -30,6 +30,14 @@ _OPENING = threading.Lock()
 def region_gates(path: str, module: nn.Module, experts: Any) -> GivenGate:
     """For `mk.patch(pipe, experts, gates=region_gates)`: gates that `regional` fills with each region's
     weights.
+
+    Args:
+        path: The layer's path.
+        module: The layer.
+        experts: Its experts.
+
+    Returns:
+        A given gate that is open until `regional` fills it.
     """
     return GivenGate(len(experts.names), device=experts.scale.device)
 

@@ -151,6 +151,9 @@ def read_concepts(pipe: Any, path: PathLike) -> Tokens:
         pipe: The pipeline that was loaded from that folder.
         path: The file, or the folder that holds it.
 
+    Returns:
+        The tokens, for `sample_concepts` and `regional`.
+
     Raises:
         MoleFileError: No such file, or not of that form.
         MoleValueError: A name that the tokenizer has under another id, or numbers of layers that differ.
@@ -194,7 +197,15 @@ def read_concepts(pipe: Any, path: PathLike) -> Tokens:
 
 @contextmanager
 def concept_tokens(pipe: Any, embeddings: Embeddings) -> Iterator[Tokens]:
-    """`add_concepts` for a while; tokenizers and text encoders are as before at its end."""
+    """`add_concepts` for the time of a block; tokenizers and text encoders are as before at its end.
+
+    Args:
+        pipe: The pipeline.
+        embeddings: The concepts' token embeddings by word and text encoder.
+
+    Returns:
+        A context manager that gives the tokens.
+    """
     parts = text_encoders(pipe)
     before = {
         component: (encoder.get_input_embeddings().weight, tokenizer)

@@ -39,11 +39,22 @@ def sample_pictures(
     seed: int = 0,
     **more: Any,
 ) -> Any:
-    """`pipe(...).images` with the paper's settings; picture i is drawn from seed + i alone. The pipeline
-    keeps its own scheduler, also while it draws, so that several threads may sample from it.
+    """Pictures with the paper's settings; picture i is drawn from seed + i alone.
+
+    The pipeline keeps its own scheduler, also while it draws, so that several threads may sample from it.
 
     Args:
-        more: Goes to the pipeline: height, width, output_type, …
+        pipe: The pipeline.
+        texts: One prompt for each picture.
+        negative: The negative prompt.
+        suffixes: Whether the paper's suffixes are put behind each prompt.
+        steps: Steps of the sampler.
+        guidance: Classifier-free guidance.
+        seed: Of the first picture.
+        **more: Goes to the pipeline: height, width, output_type, …
+
+    Returns:
+        `pipe(...).images`.
     """
     from diffusers import DDIMScheduler
 

@@ -81,7 +81,19 @@ def expert_at(project: Project, skill: str, step: int) -> Expert:
 
 
 def merge_skills(bank: ExpertBank, mode: str = "delta_mean", rank: int | None = None) -> Expert:
-    """One expert of all, each with weight exactly 1/T. mode, rank: see `experts.merge.merge`."""
+    """One expert of all skills, each with weight exactly 1/T.
+
+    Args:
+        bank: The T experts.
+        mode: See `mk.merge`.
+        rank: See `mk.merge`.
+
+    Returns:
+        The merged expert.
+
+    Raises:
+        MoleError: As `mk.merge`.
+    """
     merged = merge(bank, mode=mode, rank=rank)
     return Expert(
         merged.layers,

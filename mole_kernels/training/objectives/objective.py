@@ -187,6 +187,9 @@ def objective_of(
         snr_gamma: Min-SNR, for diffusion alone.
         debiased: Debiased weights, for diffusion alone.
 
+    Returns:
+        The objective: levels, prediction and weights.
+
     Raises:
         MoleTypeError: No scheduler of either kind.
         MoleValueError: Weights of the other kind, or a prediction that is not covered.
