@@ -23,7 +23,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mole_kernels as mk
-from benchmarks.machine import environment, processor, slug
+from benchmarks.machine import commit, environment, processor, results_folder
 from benchmarks.timing import Budget, interleaved, ratio, spread
 from mole_kernels.dispatch.choose import candidates_of, choose
 from mole_kernels.dispatch.cost import GAP
@@ -32,7 +32,6 @@ from mole_kernels.experts.lowrank import Expert, LowRank
 from mole_kernels.modules.scan import scan, sizes
 from mole_kernels.problem import Problem
 
-RESULTS = Path(__file__).with_name("results")
 TEXT, WORDS = 2048, 77
 # width and tokens of SDXL's two kinds of blocks, for pictures of 1024² and 512²
 BLOCKS = {
@@ -168,7 +167,7 @@ def measured(options: argparse.Namespace) -> None:
 
 def write(rows: list[dict[str, Any]], batch: int) -> None:
     """What is there so far."""
-    folder = RESULTS / slug(processor())
+    folder = results_folder(processor(), commit()[1])
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{date.today()}-grouping.json"
     out.write_text(json.dumps(environment(1) | {"batch": batch, "cases": rows}, indent=1) + "\n")

@@ -27,13 +27,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cases import DTYPES
-from benchmarks.machine import environment, slug
+from benchmarks.machine import environment, results_folder
 from benchmarks.timing import Budget, Times, paired
 from mole_kernels import extension
 from mole_kernels.peft.accelerate import accelerate
 from mole_kernels.peft.status import status
 
-RESULTS = Path(__file__).with_name("results")
 WIDTHS = ((320, 1024), (640, 256), (1280, 64))
 BATCH, WORDS, TEXT, RANK = 2, 77, 768, 16
 MODEL = (
@@ -197,7 +196,7 @@ def main() -> int:
         print(table(rows[-1:]), flush=True)
     if not options.quick:
         result = environment(1) | {"model": MODEL, "cases": rows}
-        folder = RESULTS / slug(result["host"])
+        folder = results_folder(result["host"], result["dirty"])
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{result['utc'][:10]}-lora-overhead.json"
         file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

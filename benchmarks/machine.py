@@ -8,6 +8,7 @@ import datetime
 import platform
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,21 @@ def commit() -> tuple[str, bool]:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../mole_kernels", ".")
     return git("rev-parse", "--short", "HEAD") or "unknown", bool(changed)
+
+
+def results_folder(host: str, dirty: bool) -> Path:
+    """benchmarks/results/<host>; of a tree with uncommitted changes build/results/<host>, and a word about it.
+
+    A result names the commit that it was measured from; one from a changed tree would name the wrong one.
+    """
+    if dirty:
+        print(
+            "mole_kernels, csrc or benchmarks have uncommitted changes: the result goes to build/results, not "
+            "to benchmarks/results",
+            file=sys.stderr,
+        )
+        return Path(__file__).resolve().parents[1] / "build" / "results" / slug(host)
+    return Path(__file__).with_name("results") / slug(host)
 
 
 def versions() -> dict[str, str]:

@@ -20,12 +20,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.device import device
-from benchmarks.machine import environment, processor, slug
+from benchmarks.machine import commit, environment, processor, results_folder
 from benchmarks.timing import Budget, interleaved, ratio, spread
 from mole_kernels.attention.regional import regional_attention, regional_attention_ref
 from mole_kernels.methods.mix_of_show.regions import Region, shares
 
-RESULTS = Path(__file__).with_name("results")
 # heads, width of a head, rows and columns of the grid: cross-attention of SD1.5 at 512² and of SDXL at 1024²,
 # two samples (guidance)
 SHAPES = {
@@ -122,11 +121,11 @@ def main() -> None:
                 flush=True,
             )
     if options.write:
-        folder = RESULTS / slug(processor())
+        folder = results_folder(processor(), commit()[1])
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / f"{date.today()}-regional.json"
         out.write_text(json.dumps(environment(1) | {"cases": rows}, indent=1) + "\n")
-        print(out.relative_to(RESULTS.parent))
+        print(out)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rich.progress import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cases import Case, suite
-from benchmarks.machine import environment, slug
+from benchmarks.machine import environment, results_folder
 from benchmarks.measure import measure
 from benchmarks.report import summary, write
 from mole_kernels import extension
@@ -106,7 +106,7 @@ def main() -> int:
     result = run(args)
     console.print(Markdown(summary(result)))
     if not args.quick or args.out:
-        folder = args.out or RESULTS / slug(result["host"])
+        folder = args.out or results_folder(result["host"], result["dirty"])
         console.print(f"written: {write(folder, result['utc'][:10], result)}")
     return 0
 

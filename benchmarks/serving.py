@@ -27,14 +27,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cases import DTYPES
-from benchmarks.machine import environment, slug
+from benchmarks.machine import environment, results_folder
 from benchmarks.timing import Budget, interleaved, ratio, spread
 from mole_kernels import extension
 from mole_kernels.functional import gated_lora_linear
 from mole_kernels.operands import Experts, Gates
 from mole_kernels.reference import gated_lora_ref
 
-RESULTS = Path(__file__).with_name("results")
 # T tokens of one picture, K, N: attention layers of the SD1.5 and SDXL UNets, from narrow and long to text
 SHAPES = ((4096, 320, 320), (1024, 640, 640), (256, 1280, 1280), (77, 768, 320), (77, 2048, 1280))
 POOL = 64
@@ -215,12 +214,12 @@ def main() -> int:
     text = table(result)
     console.print(Markdown(text))
     if not args.quick:
-        folder = RESULTS / slug(result["host"])
+        folder = results_folder(result["host"], result["dirty"])
         folder.mkdir(parents=True, exist_ok=True)
         stem = folder / f"{time.strftime('%Y-%m-%d', time.gmtime())}-serving"
         stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         stem.with_suffix(".md").write_text(text)
-        console.print(f"written: {stem.with_suffix('.md').relative_to(RESULTS)}")
+        console.print(f"written: {stem.with_suffix('.md')}")
     return 0
 
 

@@ -26,12 +26,11 @@ from torch import nn
 # run as a script from anywhere, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import header, slug
+from benchmarks.machine import header, results_folder
 from benchmarks.patching import make_unet
 from benchmarks.timing import Budget, paired
 from mole_kernels.peft.accelerate import accelerate
 
-RESULTS = Path(__file__).with_name("results")
 LOADED = (2, 10, 50)
 
 
@@ -141,7 +140,7 @@ def main() -> None:
             "model": "sdxl on the meta device",
             "cases": rows,
         }
-        folder = RESULTS / slug(result["host"])
+        folder = results_folder(result["host"], result["dirty"])
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{result['utc'][:10]}-set-adapters.json"
         file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

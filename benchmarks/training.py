@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cases import Case, shapes
 from benchmarks.layer import Layer
-from benchmarks.machine import environment, slug
+from benchmarks.machine import environment, results_folder
 from benchmarks.peers import Eager, peft_layer
 from benchmarks.report import geometric
 from benchmarks.timing import Budget, paired
@@ -392,7 +392,7 @@ def main() -> int:
     result["cases"] = rows
     console.print(Markdown(table(result)))
     if not args.quick or args.out:
-        folder = args.out or RESULTS / slug(result["host"])
+        folder = args.out or results_folder(result["host"], result["dirty"])
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / f"{result['utc'][:10]}-training", result)
     return 0

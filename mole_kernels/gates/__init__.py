@@ -21,6 +21,9 @@ _HOME = {
     "SampleGate": "mole_kernels.gates.gate",
     "ScheduleGate": "mole_kernels.gates.schedule",
     "SoftmaxGate": "mole_kernels.gates.softmax",
+    "k_lora": "mole_kernels.gates.schedule",
+    "scheduled": "mole_kernels.gates.schedule",
+    "switch": "mole_kernels.gates.schedule",
     "TimeGate": "mole_kernels.gates.time",
     "Timestep": "mole_kernels.gates.time",
 }

@@ -107,6 +107,9 @@ def scheduled(clock: Clock, table: Mapping[str, Any]) -> Maker:
         clock: Says which step it is.
         table: {expert: its weight at each step}, each of the clock's length.
 
+    Returns:
+        A maker of gates, for `mk.patch(gates=…)`.
+
     Raises:
         MoleKeyError: At patching, an expert that the table leaves out.
     """
@@ -134,6 +137,9 @@ def switch(clock: Clock, *, every: int = 5, order: list[str] | None = None) -> M
         clock: Says which step it is.
         every: Number of steps before the next expert's turn.
         order: The experts' names in order of their turns. None: the patch's own order.
+
+    Returns:
+        A maker of gates, for `mk.patch(gates=…)`.
 
     Raises:
         MoleValueError: `every` below 1.
@@ -185,6 +191,9 @@ def k_lora(
         style: Name of the style expert.
         alpha: Growth of the style's weight over the steps.
         beta: The style's weight at the first step.
+
+    Returns:
+        A maker of gates, for `mk.patch(gates=…)`.
 
     Raises:
         MoleKeyError: The bank lacks one of the two; at patching, a third expert.

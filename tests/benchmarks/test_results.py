@@ -244,3 +244,11 @@ def test_what_setup_raises_is_no_crash(monkeypatch):
         build.tail("a\nb.cu(3): error: no\n") == "b.cu(3): error: no"
         and build.tail("") == "failed and said nothing"
     )
+
+
+def test_a_result_of_a_changed_tree_is_kept_apart(capsys):
+    from benchmarks.machine import results_folder
+
+    assert results_folder("AMD EPYC", False).parts[-3:] == ("benchmarks", "results", "amd-epyc")
+    assert results_folder("AMD EPYC", True).parts[-3:] == ("build", "results", "amd-epyc")
+    assert "uncommitted changes" in capsys.readouterr().err
