@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from mole_kernels.io.adapter_config import AdapterConfig
 from mole_kernels.io.dialects.keys import some_keys
 from mole_kernels.io.families import as_lora, family_of, has_family, refuse_foreign_families
 from mole_kernels.io.foreign import convert_layers
+from mole_kernels.io.foreign_families import family_paths, mark_foreign_norms
 from mole_kernels.io.layer_keys import (
     LayerKeys,
     account_for,
@@ -117,6 +118,7 @@ def expert_from_tensors(
     layers = account_for(tensors, where)
     tensors, alpha_ranks = as_lora(layers, tensors, where)
     target = resolve(layers, tensors, pipeline, where)
+    mark_foreign_norms(layers)
     strength = strength_of(layers, metadata, settings_beside(beside, layers, where), alpha, where)
 
     def scale(layer: LayerKeys) -> float:
@@ -143,9 +145,11 @@ def expert_from_tensors(
         elif factors is not None:
             read[layer.path] = factors
     foreign = [layer for layer in layers if layer.foreign]
-    refuse_foreign_families(foreign, where)
     if foreign and target.converter is not None:
-        read = _together(read, convert_layers(foreign, tensors, scale, target.converter, where), where)
+        converted, others = _converted(foreign, tensors, scale, target.converter, strength, where)
+        read, families = _together(read, converted, where), families | others
+    else:
+        refuse_foreign_families(foreign, where)
     warn_of_zero_scales(read, where)
     return Expert(
         store_once(read),
@@ -155,6 +159,33 @@ def expert_from_tensors(
         strength=strength.origin,
         families=families,
     )
+
+
+def _converted(
+    layers: list[LayerKeys],
+    tensors: Mapping[str, Any],
+    scale: Callable[[LayerKeys], float],
+    converter: type,
+    strength: Strength,
+    where: str,
+) -> tuple[dict[str, LowRank], dict[str, AdapterFamily]]:
+    """What a converter of diffusers makes of layers: A and B by path, and the other families."""
+    more = [layer for layer in layers if has_family(layer)]
+    paths = family_paths(more, tensors, converter, where) if more else {}
+    halves = ("down", "up", "mid", "alpha")
+    plain = [
+        replace(layer, keys={name: key for name, key in layer.keys.items() if name in halves})
+        for layer in layers
+        if "down" in layer.keys
+    ]
+    read = convert_layers(plain, tensors, scale, converter, where) if plain else {}
+    families: dict[str, AdapterFamily] = {}
+    for layer in more:
+        path = paths[layer.module]
+        number = scale(layer) if layer.kind == "glora" else 1.0
+        at, settings = f"{where}, {printable(path)}", strength.config.settings()
+        families[path] = family_of(layer, tensors, read.pop(path, None), number, settings, at)
+    return read, families
 
 
 def settings_beside(
