@@ -70,7 +70,10 @@ def test_a_seed_from_cards_to_the_table(recipe, tmp_path):
     first = recipe.run_seed(plan, tmp_path, 0)
     table = recipe.combine([first["figures"]] * 2)
     assert "| predicted |" in recipe.markdown(table) and table["times faster"]["mean"] > 0
-    experts = {path: path.stat().st_mtime_ns for path in (tmp_path / "seed0/loras/experts").iterdir()}
+    folder = tmp_path / "seed0/loras/experts"
+    experts = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    # beside each file how long it took
+    assert {path.with_suffix(".json") for path in experts} | set(experts) == set(folder.iterdir())
     again = recipe.run_seed(plan, tmp_path, 0)["figures"]
     assert len(experts) == 5 and all(path.stat().st_mtime_ns == when for path, when in experts.items())
     assert all(
